@@ -1,0 +1,54 @@
+"""`gpt2repro VERB ...`: each verb is the `main(argv) -> exit status` of one module."""
+
+import importlib
+import sys
+
+from gpt2repro import __version__, cli
+
+# verb -> (module, what it does). Modules are imported on use, so that `--help` stays instant.
+VERBS = {
+    "compare-logits": ("compare_logits", "ours against transformers' GPT-2 on the same weights"),
+    "doctor": ("doctor", "check a recipe and this machine before hours are spent"),
+    "evaluate": ("evaluation", "validation loss, HellaSwag, LAMBADA, WikiText-2 of any causal LM"),
+    "export": ("export", "write a checkpoint in native or stock GPT-2 form"),
+    "generate": ("generate", "continue a prompt"),
+    "plots": ("plots", "look inside a run or a model"),
+    "push": ("push", "verify an exported model and upload it to the Hub"),
+    "stream-stats": ("stream_stats", "what the data stream would do, and how fast"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {summary}" for verb, (_, summary) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: gpt2repro VERB [options]     (gpt2repro VERB --help for a verb's options)",
+            "",
+            *lines,
+            "",
+            "Training is `accelerate launch train_accelerate.py`.",
+        ]
+    )
+
+
+def main() -> None:
+    """The console script."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0 if arguments else cli.EXIT_USAGE)
+    if arguments[0] == "--version":
+        print(f"gpt2repro {__version__}")
+        sys.exit(0)
+    verb, *rest = arguments
+    if verb not in VERBS:
+        known = ", ".join(VERBS)
+        print(f"gpt2repro: error: no verb {verb!r}; there are: {known}", file=sys.stderr)
+        sys.exit(cli.EXIT_USAGE)
+    module = importlib.import_module(f"gpt2repro.{VERBS[verb][0]}")
+    sys.exit(cli.run(f"gpt2repro {verb}", module.main, rest))
+
+
+if __name__ == "__main__":
+    main()
