@@ -1,0 +1,238 @@
+"""Units read, and if wanted encoded and kept on disk, by a few background threads.
+
+Threads are enough: the network, parquet and both encoders release the GIL. They are daemons, so that
+a read that waits out an outage never holds up the end of the process.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import queue
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gpt2repro import UserError
+from gpt2repro.corpus import Corpus, text_at
+from gpt2repro.tokenizer import BulkEncoder
+
+logger = logging.getLogger(__name__)
+
+DIGEST_BYTES = 16
+
+
+class ReaderClosed(Exception):
+    """The unit was asked of a reader that has been closed meanwhile."""
+
+
+class TextUnit:
+    """A unit as text; documents are encoded when asked for."""
+
+    def __init__(self, documents: pa.LargeStringArray, encoder: BulkEncoder) -> None:
+        self._documents = documents
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def encode(self, documents: Sequence[int]) -> tuple[list[np.ndarray], int]:
+        """The documents' token ids, without the end-of-text token, and their UTF-8 bytes in all."""
+        texts = [text_at(self._documents, int(document)) for document in documents]
+        num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        return self._encoder.encode(texts), num_bytes
+
+
+class TokenUnit:
+    """A unit as tokens: `tokens` back to back, cut at `ends`; `num_bytes` of each document."""
+
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray, num_bytes: np.ndarray) -> None:
+        self.tokens, self.ends, self.num_bytes = tokens, ends, num_bytes
+
+    @classmethod
+    def of(cls, unit: TextUnit, dtype: np.dtype) -> "TokenUnit":
+        documents, num_bytes = [], []
+        for index in range(len(unit)):
+            [ids], size = unit.encode([index])
+            documents.append(ids)
+            num_bytes.append(size)
+        lengths = [len(ids) for ids in documents]
+        tokens = np.concatenate([np.zeros(0, dtype), *documents])
+        return cls(tokens, np.cumsum(lengths, dtype=np.int64), np.array(num_bytes, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def encode(self, documents: Sequence[int]) -> tuple[list[np.ndarray], int]:
+        begins = np.concatenate([[0], self.ends[:-1]])
+        ids = [self.tokens[begins[index] : self.ends[index]] for index in documents]
+        return ids, int(sum(self.num_bytes[index] for index in documents))
+
+
+class TokenCache:
+    """Tokenized units in a directory, one checksummed file each, written atomically.
+
+    The key is what was opened and what encodes it, so a new revision or tokenizer never meets an
+    old entry. A file that fails its checksum counts as missing.
+    """
+
+    def __init__(self, directory: Path, corpus: Corpus, encoder: BulkEncoder) -> None:
+        key = json.dumps([corpus.identity, encoder.fingerprint], sort_keys=True).encode()
+        self._directory = directory / hashlib.blake2b(key, digest_size=DIGEST_BYTES).hexdigest()
+        self._writable = True
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"token_cache_dir: cannot create {directory}: {error}") from error
+
+    def _path(self, unit: int) -> Path:
+        return self._directory / f"{unit:07d}.tokens"
+
+    def load(self, unit: int) -> TokenUnit | None:
+        try:
+            content = self._path(unit).read_bytes()
+        except OSError:
+            return None
+        checksum, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest() != checksum:
+            logger.warning("%s is corrupt: reading unit %d again", self._path(unit), unit)
+            return None
+        buffer = io.BytesIO(payload)
+        return TokenUnit(*(np.load(buffer, allow_pickle=False) for _ in range(3)))
+
+    def save(self, number: int, unit: TokenUnit) -> None:
+        """Keep a unit. A full disk costs the cache, not the run."""
+        if not self._writable:
+            return
+        buffer = io.BytesIO()
+        for array in (unit.tokens, unit.ends, unit.num_bytes):
+            np.save(buffer, array, allow_pickle=False)
+        payload = buffer.getbuffer()
+        path = self._path(number)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+        try:
+            with partial.open("wb") as file:
+                file.write(hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest())
+                file.write(payload)
+            partial.replace(path)
+        except OSError as error:
+            self._writable = False
+            partial.unlink(missing_ok=True)
+            logger.warning("token_cache_dir: cannot write (%s); going on without", error)
+
+
+class DaemonPool:
+    """A few daemon threads that serve calls in order. (An executor's threads would be joined.)"""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        self._pending: set[Future] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"{name}-{index}", daemon=True)
+            for index in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
+        future: Future = Future()
+        with self._lock:
+            if self._closed:
+                raise ReaderClosed
+            self._pending.add(future)
+        self._calls.put((future, call, arguments))
+        return future
+
+    def _serve(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, call, arguments = item
+            try:
+                if not future.done():
+                    future.set_result(call(*arguments))
+            except InvalidStateError:
+                pass  # closed meanwhile
+            except BaseException as error:
+                if not future.done():
+                    future.set_exception(error)
+            with self._lock:
+                self._pending.discard(future)
+            del item, future, call, arguments  # or an idle thread would keep a unit alive
+
+    def close(self) -> None:
+        """Fail what is pending and let the threads end; does not wait for a read under way."""
+        with self._lock:
+            self._closed = True
+            pending, self._pending = self._pending, set()
+        for future in pending:
+            try:
+                future.set_exception(ReaderClosed())
+            except InvalidStateError:
+                continue
+        for _ in self._threads:
+            self._calls.put(None)
+
+    def join(self, timeout_seconds: float) -> None:
+        for thread in self._threads:
+            thread.join(timeout_seconds)
+
+
+class UnitReader:
+    """Reads units ahead of need. A unit that someone still holds is not read twice."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        encoder: BulkEncoder,
+        *,
+        num_threads: int = 4,
+        token_cache_dir: str | Path | None = None,
+        encode_whole_units: bool = False,
+    ) -> None:
+        self._corpus, self._encoder = corpus, encoder
+        self._cache = (
+            TokenCache(Path(token_cache_dir), corpus, encoder) if token_cache_dir else None
+        )
+        self._encode_whole_units = encode_whole_units
+        self._held: weakref.WeakValueDictionary[int, TextUnit | TokenUnit] = (
+            weakref.WeakValueDictionary()
+        )
+        self._locks: dict[int, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._pool = DaemonPool(num_threads, "unit-reader")
+
+    def submit(self, unit: int) -> "Future[TextUnit | TokenUnit]":
+        return self._pool.submit(self._get, unit)
+
+    def close(self, timeout_seconds: float = 1.0) -> None:
+        self._pool.close()
+        self._pool.join(timeout_seconds)
+
+    def _get(self, number: int) -> TextUnit | TokenUnit:
+        with self._lock:
+            lock = self._locks.setdefault(number, threading.Lock())
+        with lock:  # lanes that share a unit ask for it at the same time
+            unit = self._held.get(number)
+            if unit is None:
+                unit = self._held[number] = self._read(number)
+            return unit
+
+    def _read(self, number: int) -> TextUnit | TokenUnit:
+        if self._cache and (cached := self._cache.load(number)):
+            return cached
+        unit = TextUnit(self._corpus.read_arrow(number), self._encoder)
+        if not (self._cache or self._encode_whole_units):
+            return unit
+        encoded = TokenUnit.of(unit, self._encoder.dtype)
+        if self._cache:
+            self._cache.save(number, encoded)
+        return encoded

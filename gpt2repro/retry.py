@@ -1,0 +1,225 @@
+"""Patience with the network: a passing fault costs time, never a row and never a run.
+
+Hours into a run the Hub answers 502, a connection is reset, a body stops short. `patiently` calls
+again, with exponential backoff and jitter, for half an hour. What time cannot mend (a name that does
+not exist, a missing permission) is a `UserError` at once. A Hub that has not answered a single time
+since the process began is not an outage but a machine without a network: that fails in seconds.
+"""
+
+import errno
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+from gpt2repro import UserError
+
+logger = logging.getLogger(__name__)
+
+GIVE_UP_AFTER_SECONDS = 1800
+OFFLINE_AFTER_SECONDS = 20  # nothing has answered since the process began
+FIRST_DELAY_SECONDS = 1.0
+LONGEST_DELAY_SECONDS = 60.0
+FEW_ATTEMPTS = 4  # for what is usually final yet passes now and then: 403, an unreadable file
+
+PASSING_STATUS = frozenset({408, 425, 429})  # and every 5xx
+PASSING_ERRNO = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH}
+)
+
+Result = TypeVar("Result")
+
+
+class PassingFault(Exception):
+    """An answer that is wrong in a way that another attempt mends: short body, ignored range."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What an exception says about the next attempt.
+
+    `attempts`: how often such a fault is tolerated (None: as long as there is time; 0: final).
+    `answered`: some server was reached. `retry_after`: the seconds that it asked for.
+    """
+
+    reason: str
+    attempts: int | None
+    answered: bool = True
+    retry_after: float = 0.0
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what it was raised from, the outermost first: libraries wrap network errors."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _is_a(error: BaseException, name: str, package: str) -> bool:
+    """Whether a class `name` of `package` is among the bases: no import of httpx or its successor."""
+    return any(
+        base.__name__ == name and base.__module__.startswith(package)
+        for base in type(error).__mro__
+    )
+
+
+def _retry_after_seconds(headers) -> float:
+    """`Retry-After` (seconds or a date), or the reset time of the Hub's `RateLimit` header."""
+    value = headers.get("Retry-After", "")
+    if value.strip().isdigit():
+        return float(value)
+    if value:
+        try:
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        except ValueError:
+            return 0.0
+    spent = re.search(r"\br=0\b.*?\bt=(\d+)", headers.get("RateLimit", ""))
+    return float(spent.group(1)) if spent else 0.0
+
+
+def _diagnose_status(response, reason: str) -> Diagnosis | None:
+    status = response.status_code
+    if status in PASSING_STATUS or status >= 500:
+        return Diagnosis(f"HTTP {status}", None, retry_after=_retry_after_seconds(response.headers))
+    if status == 403 and "GatedRepo" not in response.headers.get("X-Error-Code", ""):
+        return Diagnosis(reason, FEW_ATTEMPTS)  # a signed link expires between resolve and read
+    return Diagnosis(reason, 0) if status >= 400 else None
+
+
+def _diagnose_one(error: BaseException) -> Diagnosis | None:
+    """The verdict on one exception of the chain; None if it says nothing about the network."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    if _is_a(error, "OfflineModeIsEnabled", "huggingface_hub"):
+        return Diagnosis(f"{reason} (HF_HUB_OFFLINE is set)", 0)
+    if isinstance(error, PassingFault):
+        return Diagnosis(str(error), None)
+    if _is_a(error, "ArrowInvalid", "pyarrow"):
+        return Diagnosis(reason, FEW_ATTEMPTS)
+    response = getattr(error, "response", None)
+    if response is not None and hasattr(response, "status_code"):
+        return _diagnose_status(response, reason)
+    if _is_a(error, "TransportError", "httpx") or _is_a(error, "ConnectionError", "requests"):
+        unreachable = _is_a(error, "ConnectError", "httpx") or _is_a(error, "ConnectTimeout", "")
+        return Diagnosis(reason, None, answered=not unreachable)
+    if isinstance(error, ConnectionError | TimeoutError):
+        # `datasets` raises a bare ConnectionError when the Hub does not answer at all.
+        reset = isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError)
+        return Diagnosis(reason, None, answered=reset)
+    if isinstance(error, OSError) and error.errno in PASSING_ERRNO:
+        return Diagnosis(reason, None, answered=False)
+    return None
+
+
+def diagnose(error: Exception) -> Diagnosis | None:
+    """The verdict on an exception and its causes; None for an error of another kind (a bug).
+
+    A cause that carries an HTTP answer or a transport error outranks the wrapper around it.
+    """
+    verdicts = [verdict for cause in _causes(error) if (verdict := _diagnose_one(cause))]
+    if not verdicts:
+        return None
+    return next((verdict for verdict in verdicts if verdict.answered), verdicts[-1])
+
+
+class _Outages:
+    """One line when an outage begins and one when it ends, however many threads run into it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_waiting = 0
+        self._num_failures = 0
+        self._began = 0.0
+        self.hub_answered = False  # at least once since the process began
+
+    def fault(self, what: str, reason: str, first: bool) -> None:
+        with self._lock:
+            self._num_failures += 1
+            if first:
+                self._num_waiting += 1
+                if self._num_waiting == 1:
+                    self._began, self._num_failures = time.monotonic(), 1
+                    logger.warning("cannot %s for now (%s); trying again", what, reason)
+
+    def over(self, what: str, *, recovered: bool) -> None:
+        with self._lock:
+            self._num_waiting -= 1
+            if self._num_waiting == 0:
+                lost = time.monotonic() - self._began
+                word = "back" if recovered else "gave up"
+                logger.warning(
+                    "%s: %s after %.1f s (%d attempts failed)", what, word, lost, self._num_failures
+                )
+
+
+_outages = _Outages()
+
+
+def _delay_seconds(attempt: int, retry_after: float) -> float:
+    """Exponential backoff with jitter, so that the ranks of a run do not knock all at once."""
+    longest = LONGEST_DELAY_SECONDS if _outages.hub_answered else OFFLINE_AFTER_SECONDS / 4
+    backoff = min(longest, FIRST_DELAY_SECONDS * 2 ** min(attempt, 16))
+    return max(retry_after, backoff * random.uniform(0.5, 1.0))
+
+
+def patiently(
+    call: Callable[[], Result],
+    what: str,
+    *,
+    give_up_after_seconds: float = GIVE_UP_AFTER_SECONDS,
+    if_unreachable: str = "",
+    reaches_hub: bool = True,
+) -> Result:
+    """`call()`, repeated through passing faults: the network's, HTTP 408/429/5xx, short bodies.
+
+    `call` must be repeatable. `what` completes "cannot ...": "read unit 7 of data.parquet".
+    `if_unreachable` is advice for a machine without a network, appended to that error.
+    `reaches_hub=False` is for calls that can succeed from a local cache: they prove nothing.
+
+    Raises `UserError` at once for what time does not mend (401, 404, gated), after
+    `OFFLINE_AFTER_SECONDS` if no server has ever answered, after `give_up_after_seconds` otherwise.
+    Exceptions that have nothing to do with the network pass through untouched.
+    """
+    began = time.monotonic()
+    attempt = 0
+    recovered = False
+    try:
+        while True:
+            try:
+                result = call()
+                recovered = True
+                _outages.hub_answered |= reaches_hub
+                return result
+            except UserError:
+                raise
+            except Exception as error:
+                verdict = diagnose(error)
+                if verdict is None:
+                    raise
+                _outages.hub_answered |= verdict.answered
+                waited = time.monotonic() - began
+                final = verdict.attempts is not None and attempt + 1 >= verdict.attempts
+                if final:
+                    raise UserError(f"cannot {what}: {verdict.reason}") from error
+                if not _outages.hub_answered and waited >= OFFLINE_AFTER_SECONDS:
+                    raise UserError(
+                        f"cannot {what}: the Hub cannot be reached ({verdict.reason}){if_unreachable}"
+                    ) from error
+                delay = _delay_seconds(attempt, verdict.retry_after)
+                if waited + delay > give_up_after_seconds:
+                    raise UserError(
+                        f"cannot {what}: gave up after {waited:.0f} s ({verdict.reason})"
+                    ) from error
+                _outages.fault(what, verdict.reason, first=attempt == 0)
+                attempt += 1
+            time.sleep(delay)
+    finally:
+        if attempt:
+            _outages.over(what, recovered=recovered)
