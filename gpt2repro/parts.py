@@ -1,0 +1,218 @@
+"""From the recipe to the parts of a run: the one module besides the entry points that reads recipes.
+
+The training script and the verbs that speak of a recipe (`doctor`, `stream-stats`) build the same
+parts through it, so what the doctor checks is what the run will use.
+"""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro import UserError, demo_corpus, ranks
+from gpt2repro.corpus import Corpus, open_corpus
+from gpt2repro.micro_batch import largest_that_fits
+from gpt2repro.optim import build_optimizer
+from gpt2repro.recipe import Recipe, check_world_size, divisors
+from gpt2repro.stream import TokenStream, count_epoch_tokens
+from gpt2repro.tokenizer import load_tokenizer
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+OFFLINE_HINT = "without the Hub, `--recipe recipes/demo.yaml` trains offline"
+
+
+def start_engine(recipe: Recipe) -> Accelerator:
+    """The engine that `accelerate launch` chose, one process or many.
+
+    Raises:
+        UserError: the processes of this launch do not see each other, or cannot share the lanes.
+    """
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        log_with=None if recipe.report_to == "none" else recipe.report_to,
+        project_dir=recipe.run_dir,
+        step_scheduler_with_optimizer=False,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched but this one sees {accelerator.num_processes}: each would "
+            "train alone and overwrite the others. Without GPUs use a launch config with "
+            "`use_cpu: true`, such as launch/cpu2.yaml"
+        )
+    check_world_size(recipe, accelerator.num_processes)
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    return accelerator
+
+
+# --- Data ---------------------------------------------------------------------------------------
+
+
+def open_tokenizer(recipe: Recipe):
+    """The recipe's tokenizer, from the Hub, a directory or the demo."""
+    name = recipe.tokenizer_name
+    if name == demo_corpus.NAME:
+        name = str(demo_corpus.prepare() / "tokenizer")
+    return load_tokenizer(name)
+
+
+def open_dataset(recipe: Recipe, revision: str | None = None) -> Corpus:
+    """The recipe's text; `revision` is the commit that a resumed run had pinned."""
+    name, config = recipe.dataset_name, recipe.dataset_config
+    if name == demo_corpus.NAME:
+        name, config = str(demo_corpus.prepare()), None
+    return open_corpus(
+        name,
+        config=config,
+        split=recipe.dataset_split,
+        revision=recipe.dataset_revision or revision,
+        data_files=recipe.data_files,
+        text_column=recipe.text_column,
+    )
+
+
+def open_stream(recipe: Recipe, corpus: Corpus, encoder, rank: int, world_size: int) -> TokenStream:
+    return TokenStream(
+        corpus,
+        encoder,
+        sequence_length=recipe.sequence_length,
+        rows_per_step=recipe.rows_per_step,
+        num_lanes=recipe.num_lanes,
+        num_validation_units=recipe.num_validation_units,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        num_reader_threads=recipe.num_reader_threads,
+        token_cache_dir=recipe.token_cache_dir,
+    )
+
+
+def steps_of_epochs(recipe: Recipe, corpus: Corpus, encoder) -> int:
+    """`num_epochs` in optimizer steps, rounded down: rank 0 counts the tokens of one epoch."""
+    tokens = 0
+    if ranks.rank() == 0:
+        tokens = count_epoch_tokens(corpus, encoder, recipe.num_validation_units)
+    steps = ranks.broadcast(tokens) * recipe.num_epochs // recipe.batch_tokens
+    if steps == 0:
+        raise UserError("num_epochs is less than one step: lower batch_tokens or raise num_epochs")
+    return steps
+
+
+# --- Model --------------------------------------------------------------------------------------
+
+
+def model_config(recipe: Recipe, tokenizer) -> GPT2ReproConfig:
+    """The architecture; its vocabulary is exactly the tokenizer's, its context the recipe's."""
+    overrides = {
+        name: value
+        for name in ("n_layer", "n_head", "n_embd")
+        if (value := getattr(recipe, name)) is not None
+    }
+    try:
+        return GPT2ReproConfig.from_size(
+            recipe.model_size,
+            vocab_size=len(tokenizer),
+            n_positions=recipe.sequence_length,
+            resid_pdrop=recipe.dropout,
+            embd_pdrop=recipe.dropout,
+            attn_pdrop=recipe.dropout,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **overrides,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
+    """Random weights by the seed, or those of `init_from`, in fp32 on the CPU."""
+    torch.manual_seed(recipe.seed)
+    attention = recipe.attn_implementation
+    try:
+        if recipe.init_from is None:
+            config = model_config(recipe, tokenizer)
+            model = GPT2ReproForCausalLM._from_config(config, attn_implementation=attention)
+        else:
+            model = GPT2ReproForCausalLM.from_pretrained(
+                recipe.init_from, dtype=torch.float32, attn_implementation=attention
+            )
+    except ImportError as error:
+        raise UserError(f"attn_implementation {attention}: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        if recipe.init_from is None:
+            raise
+        raise UserError(f"init_from {recipe.init_from}: {error}") from None
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"tokenizer_name has {len(tokenizer)} tokens and init_from only {model.config.vocab_size}"
+        )
+    if recipe.sequence_length > model.config.n_positions:
+        raise UserError(
+            f"sequence_length {recipe.sequence_length} is more than the {model.config.n_positions} "
+            "positions of init_from"
+        )
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def place(recipe: Recipe, accelerator: Accelerator, model: nn.Module):
+    """Compile in place, build the optimizer, and hand both to the engine."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if recipe.compile:
+        # FSDP gathers parameters block by block, between the compiled regions.
+        for module in model.transformer.h if sharded else [model]:
+            module.compile()
+    optimizer = build_optimizer(
+        model.to(accelerator.device),
+        name=recipe.optimizer,
+        max_lr=recipe.max_lr,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        epsilon=recipe.adam_epsilon,
+        weight_decay=recipe.weight_decay,
+        muon_lr=recipe.muon_lr,
+        muon_momentum=recipe.muon_momentum,
+        muon_weight_decay=recipe.muon_weight_decay,
+    )
+    return accelerator.prepare(model, optimizer)
+
+
+def micro_batch_size(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> int:
+    """The recipe's, or the largest divisor of a process's rows that fits its device."""
+    if recipe.micro_batch_size != "auto":
+        return recipe.micro_batch_size
+
+    def forward_backward(num_rows: int) -> None:
+        shape = (num_rows, recipe.sequence_length + 1)
+        rows = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
+        with torch.compiler.set_stance("force_eager"):  # needs at least as much as compiled code
+            accelerator.backward(model(rows[:, :-1], shift_labels=rows[:, 1:]).loss)
+        model.zero_grad()
+
+    return largest_that_fits(
+        divisors(recipe.rows_per_step // accelerator.num_processes),
+        forward_backward,
+        device=accelerator.device,
+        # Adam keeps two values for each parameter.
+        reserve_bytes=2 * sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+
+
+def facts(recipe: Recipe, accelerator: Accelerator, model: nn.Module, rows: int) -> dict[str, Any]:
+    """What the first lines on the screen say about the run."""
+    world = accelerator.num_processes
+    rows_per_process = recipe.rows_per_step // world
+    return {
+        "model": f"{model.num_parameters() / 1e6:.1f} M parameters, context {recipe.sequence_length}",
+        "data": f"{recipe.dataset_name} ({recipe.num_lanes} lanes)",
+        "step": f"{recipe.batch_tokens:,} tokens = {world} process{'es' * (world > 1)} x "
+        f"{rows_per_process // rows} micro-batches x {rows} rows x {recipe.sequence_length} tokens",
+        "engine": f"{accelerator.distributed_type.value.lower()} on {accelerator.device.type}, "
+        f"mixed_precision {recipe.mixed_precision}, compile {str(recipe.compile).lower()}",
+        "optimizer": f"{recipe.optimizer}, {recipe.num_steps:,} steps",
+    }

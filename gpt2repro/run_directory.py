@@ -1,0 +1,89 @@
+"""The directory of a run: its files, who may write them, and where a new launch goes on.
+
+    runs/<exp_name>/
+        recipe.yaml  metrics.jsonl  loss_curve.png  checkpoints/  incidents/  final/
+"""
+
+import fcntl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2repro import UserError, checkpoint
+from gpt2repro.metrics import rewind_metrics
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a launch begins: `step` 0 without a checkpoint, else what the checkpoint recorded."""
+
+    path: Path | None
+    state: dict[str, Any]
+    note: str  # what the user should know
+
+    @property
+    def step(self) -> int:
+        return self.state.get("step", 0)
+
+
+class RunDirectory:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.loss_curve = path / "loss_curve.png"
+        self.checkpoints = path / "checkpoints"
+        self.incidents = path / "incidents"
+        self.final = path / "final"
+
+    def decide(self, resume: str) -> Resume:
+        """Find the checkpoint to go on from; nothing is written.
+
+        Args:
+            resume: `auto`, `never` or a checkpoint directory.
+
+        Raises:
+            UserError: the directory is not a run's; `never` and there is a run; no valid checkpoint.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir {self.path} is a file; give a directory")
+        exists = self.path.is_dir() and any(self.path.iterdir())
+        if exists and not self.recipe.exists():
+            raise UserError(
+                f"output_dir {self.path} holds other files and no run; give a new or empty directory"
+            )
+        if resume == "never" and exists:
+            raise UserError(
+                f"{self.path} holds a run and --resume never forbids to touch it; "
+                "give another exp_name, or --resume auto to go on"
+            )
+        if resume not in ("auto", "never"):
+            path = Path(resume)
+            return Resume(path, checkpoint.read_state(path), f"Resuming from {path}.")
+        path, broken = checkpoint.find_latest(self.checkpoints)
+        notes = [f"{each.name} is incomplete and is passed over." for each in broken]
+        if path is None:
+            if exists:
+                notes.append(f"{self.path} has no valid checkpoint: starting at step 0.")
+            return Resume(None, {}, " ".join(notes))
+        state = checkpoint.read_state(path)
+        notes.append(f"{self.path} exists: going on from its step {state['step']}.")
+        return Resume(path, state, " ".join(notes))
+
+    def open(self, first_step: int) -> list[dict[str, Any]]:
+        """Create or claim the directory and return the metrics before `first_step`.
+
+        Raises:
+            UserError: another process writes this run, or the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.path / ".lock").open("w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it at exit
+            return rewind_metrics(self.metrics, first_step)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path} is being written by another process; stop it or give another exp_name"
+            ) from None
+        except OSError as error:
+            raise UserError(f"output_dir {self.path} cannot be written: {error}") from None
