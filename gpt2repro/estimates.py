@@ -1,0 +1,156 @@
+"""Figures with standard errors, computed by metrics in the manner of the `evaluate` library."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import evaluate
+import numpy as np
+from datasets import Features, Value
+from datasets import Sequence as SequenceOf
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and the influence of each example on it.
+
+    The influence function linearizes the figure in its examples, so one formula serves means,
+    ratios and perplexities, and the difference of two models on the same examples is as easy:
+    the standard error is std(influence) / sqrt(n).
+    """
+
+    value: float
+    influence: np.ndarray  # (n,) float64, up to a constant
+
+    @property
+    def stderr(self) -> float:
+        """Standard error over the examples as a sample; NaN for a single one."""
+        n = len(self.influence)
+        return float(self.influence.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+
+    def exp(self) -> "Estimate":
+        """The figure's exponential, by the delta method."""
+        value = float(np.exp(self.value))
+        return Estimate(value, value * self.influence)
+
+    def __mul__(self, factor: float) -> "Estimate":
+        return Estimate(self.value * factor, self.influence * factor)
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """The difference of two models on the same examples."""
+        return Estimate(self.value - other.value, self.influence - other.influence)
+
+
+def mean(values: np.ndarray) -> Estimate:
+    values = np.asarray(values, dtype=np.float64)
+    return Estimate(float(values.mean()), values)
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
+    """Sum over sum, each example (a row, a document) a cluster: the usual ratio estimator."""
+    numerators, denominators = np.asarray(numerators), np.asarray(denominators)
+    value = float(numerators.sum() / denominators.sum())
+    return Estimate(value, (numerators - value * denominators) / denominators.mean())
+
+
+class Metric(evaluate.Metric):
+    """An `evaluate.Metric` that is built directly, so that nothing is fetched.
+
+    `compute(...)` gives `{name: value, name_stderr: standard error}`, and with `estimates=True`
+    `{name: Estimate}`. Across processes (`num_process`, `process_id`, `experiment_id`, as evaluate
+    has it) the first process computes over the examples of all and the others get None.
+    """
+
+    inputs: Features
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._experiment_id, self._round = self.experiment_id, 0
+
+    def _info(self) -> evaluate.MetricInfo:
+        doc = self.__class__.__doc__ or ""
+        return evaluate.MetricInfo(
+            description=doc, citation="", inputs_description=doc, features=self.inputs
+        )
+
+    def _init_writer(self, timeout: float = 1) -> None:
+        # evaluate's processes meet over lock files that the experiment names. In a second round
+        # under the same name a fast process slips through the locks of the first round and
+        # overwrites what is still being read. A name for each round keeps the rounds apart.
+        self.info.experiment_id = f"{self._experiment_id}-{self._round}"
+        self._round += 1
+        super()._init_writer(timeout)
+
+    def _compute(self, *, estimates: bool = False, **inputs) -> dict[str, Any]:
+        found = self._estimate(**inputs)
+        if estimates:
+            return found
+        values = {name: estimate.value for name, estimate in found.items()}
+        return values | {f"{name}_stderr": estimate.stderr for name, estimate in found.items()}
+
+    def _estimate(self, **inputs: list) -> dict[str, Estimate]:
+        raise NotImplementedError
+
+
+class MultipleChoiceAccuracy(Metric):
+    """How often the most likely choice is the right one; the first of equals is taken.
+
+    predictions: log-likelihood of each choice, nats. lengths: of each choice, in the unit that
+    `acc_norm` divides by (`acc` does not). references: index of the right choice.
+    """
+
+    inputs = Features(
+        {
+            "predictions": SequenceOf(Value("float64")),
+            "lengths": SequenceOf(Value("float64")),
+            "references": Value("int64"),
+        }
+    )
+
+    def _estimate(self, predictions, lengths, references) -> dict[str, Estimate]:
+        rows = list(zip(predictions, lengths, references, strict=True))
+        norm = [np.argmax(np.divide(scores, length)) == label for scores, length, label in rows]
+        return {
+            "acc": mean([np.argmax(scores) == label for scores, _, label in rows]),
+            "acc_norm": mean(norm),
+        }
+
+
+class LastWordAccuracy(Metric):
+    """LAMBADA: how often greedy decoding gives the last word, and the perplexity of that word.
+
+    predictions: log-likelihood of the whole last word, nats. is_greedy: whether each of its tokens
+    was the most likely one. The perplexity is exp(-mean) over words, not tokens.
+    """
+
+    inputs = Features({"predictions": Value("float64"), "is_greedy": Value("bool")})
+
+    def _estimate(self, predictions, is_greedy) -> dict[str, Estimate]:
+        return {"acc": mean(is_greedy), "perplexity": (mean(predictions) * -1).exp()}
+
+
+class CorpusPerplexity(Metric):
+    """Loss per token, perplexity per token and per word, and bits per byte, of a whole corpus.
+
+    predictions: log-likelihood of each document or row, nats. num_tokens, num_words, num_bytes: of
+    each; they may be fractional, and zero words or bytes leave the figure out. Sums are divided
+    once. Standard errors take documents as independent.
+    """
+
+    inputs = Features(
+        {
+            "predictions": Value("float64"),
+            "num_tokens": Value("float64"),
+            "num_words": Value("float64"),
+            "num_bytes": Value("float64"),
+        }
+    )
+
+    def _estimate(self, predictions, num_tokens, num_words, num_bytes) -> dict[str, Estimate]:
+        nats = -np.asarray(predictions)
+        loss = ratio(nats, num_tokens)
+        found = {"loss": loss, "token_perplexity": loss.exp()}
+        if any(num_words):
+            found["word_perplexity"] = ratio(nats, num_words).exp()
+        if any(num_bytes):
+            found["bits_per_byte"] = ratio(nats, num_bytes) * (1 / np.log(2))
+        return found
