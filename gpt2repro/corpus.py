@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -174,7 +173,7 @@ class _OneChunk:
         begin = self._position - self._start
         length = min(length, self._source.size - self._position)
         self._position += length
-        if 0 <= begin and begin + length <= len(self._content):
+        if begin >= 0 and begin + length <= len(self._content):
             return bytes(self._content[begin : begin + length])
         return self._source.read(self._start + begin, length)  # a writer that pads its chunks
 
@@ -510,7 +509,7 @@ def _hub_sources(files: list[dict[str, str]]) -> list[HubSource]:
 
 
 def _fingerprint(path: Path) -> tuple[str, int, str]:
-    """Name, size and both ends of a local file: enough to notice another file, cheap for any size."""
+    """Name, size and both ends of a local file: tells files apart, and is cheap for any size."""
     size = path.stat().st_size
     with path.open("rb") as file:
         ends = file.read(2**16)

@@ -1,7 +1,7 @@
 """Units read, and if wanted encoded and kept on disk, by a few background threads.
 
-Threads are enough: the network, parquet and both encoders release the GIL. They are daemons, so that
-a read that waits out an outage never holds up the end of the process.
+Threads are enough: the network, parquet and both encoders release the GIL. They are daemons, so
+that a read that waits out an outage never holds up the end of the process.
 """
 
 import hashlib

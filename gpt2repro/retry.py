@@ -1,9 +1,10 @@
 """Patience with the network: a passing fault costs time, never a row and never a run.
 
 Hours into a run the Hub answers 502, a connection is reset, a body stops short. `patiently` calls
-again, with exponential backoff and jitter, for half an hour. What time cannot mend (a name that does
-not exist, a missing permission) is a `UserError` at once. A Hub that has not answered a single time
-since the process began is not an outage but a machine without a network: that fails in seconds.
+again, with exponential backoff and jitter, for half an hour. What time cannot mend (a name that
+does not exist, a missing permission) is a `UserError` at once. A Hub that has not answered a single
+time since the process began is not an outage but a machine without a network: that fails in
+seconds.
 """
 
 import errno
@@ -64,7 +65,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_a(error: BaseException, name: str, package: str) -> bool:
-    """Whether a class `name` of `package` is among the bases: no import of httpx or its successor."""
+    """Whether a class `name` of `package` is a base: without importing httpx or its successor."""
     return any(
         base.__name__ == name and base.__module__.startswith(package)
         for base in type(error).__mro__
@@ -210,7 +211,8 @@ def patiently(
                     raise UserError(f"cannot {what}: {verdict.reason}") from error
                 if not _outages.hub_answered and waited >= OFFLINE_AFTER_SECONDS:
                     raise UserError(
-                        f"cannot {what}: the Hub cannot be reached ({verdict.reason}){if_unreachable}"
+                        f"cannot {what}: the Hub cannot be reached ({verdict.reason})"
+                        + if_unreachable
                     ) from error
                 delay = _delay_seconds(attempt, verdict.retry_after)
                 if waited + delay > give_up_after_seconds:

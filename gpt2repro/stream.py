@@ -4,13 +4,13 @@
 
 - The training units (all but the first `num_validation_units`) are permuted anew for every epoch.
   Lane l of L owns every L-th of them and goes on into its own next epoch when they are used up.
-- A lane permutes a unit's documents, puts the end-of-text token before each (a document without text
-  is that token alone), and cuts the endless result into rows of T+1 tokens, one every T tokens: the
-  last token of a row, a target there, is the first input of the next.
+- A lane permutes a unit's documents, puts the end-of-text token before each (a document without
+  text is that token alone), and cuts the endless result into rows of T+1 tokens, one every T
+  tokens: the last token of a row, a target there, is the first input of the next.
 - A step takes `rows_per_step / L` rows of every lane. Process r of W owns lanes r, r+W, r+2W, ...:
   which rows a step has depends on neither W nor anything else of the machine.
-- A lane's state is the place of its next row's first token: (epoch, piece of the lane in that epoch,
-  document in the piece's order, token in the document). It travels with the rows, so that a
+- A lane's state is the place of its next row's first token: (epoch, piece of the lane in that
+  epoch, document in the piece's order, token in the document). It travels with the rows, so that a
   checkpoint holds what was consumed, and not what was read ahead.
 
 With fewer training units than lanes, every unit is cut into ceil(L / units) contiguous ranges of

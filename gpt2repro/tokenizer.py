@@ -1,14 +1,15 @@
 """Tokenizers: load one, encode in bulk, train the small one of the offline demo.
 
 A GPT-2 style byte-level BPE is encoded by tiktoken, built from the Hugging Face tokenizer's own
-vocabulary and merges: the same ids at several times the speed. Every other tokenizer encodes itself.
-Special tokens spelled out in a document ("<|endoftext|>" in a text about GPT-2) are plain text: only
-the stream puts the real one between documents.
+vocabulary and merges: the same ids at several times the speed. Every other tokenizer encodes
+itself. Special tokens spelled out in a document ("<|endoftext|>" in a text about GPT-2) are plain
+text: only the stream puts the real one between documents.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +135,12 @@ def _as_tiktoken(fast: Tokenizer) -> tiktoken.Encoding | None:
     ranks = _ranks(model["vocab"], model["merges"])
     if ranks is None:
         return None
+    # One special token, never allowed: without any, tiktoken looks for "" at every character.
     twin = tiktoken.Encoding(
-        "gpt2repro", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        "gpt2repro",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: max(ranks.values()) + 1},
     )
     same = twin.encode_ordinary(PROBE_TEXT) == fast.encode(PROBE_TEXT, add_special_tokens=False).ids
     return twin if same else None
@@ -149,7 +154,7 @@ def _ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int] | None:
     if any(name not in vocab for name in names):
         return None
     merged_ids = [vocab[name] for name in names[256:]]
-    if any(later <= earlier for earlier, later in zip(merged_ids, merged_ids[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(merged_ids)):
         return None
     return {bytes(symbols[symbol] for symbol in name): vocab[name] for name in names}
 
