@@ -9,7 +9,7 @@ from gpt2repro import __version__, cli
 VERBS = {
     "compare-logits": ("compare_logits", "ours against transformers' GPT-2 on the same weights"),
     "doctor": ("doctor", "check a recipe and this machine before hours are spent"),
-    "evaluate": ("evaluation", "validation loss, HellaSwag, LAMBADA, WikiText-2 of any causal LM"),
+    "evaluate": ("evaluate", "validation loss, HellaSwag, LAMBADA, WikiText-2 of any causal LM"),
     "export": ("export", "write a checkpoint in native or stock GPT-2 form"),
     "generate": ("generate", "continue a prompt"),
     "plots": ("plots", "look inside a run or a model"),

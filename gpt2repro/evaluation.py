@@ -142,7 +142,7 @@ def hellaswag_tasks(
     rows = read_rows("hellaswag", hellaswag_file, limit)
     conventions = (CompletionHellaSwag, LMEvalHellaSwag)
     tasks = [convention(rows, tokenizer, max_length=max_length) for convention in conventions]
-    return [_checked(task, hellaswag_file) for task in tasks]
+    return [checked(task) for task in tasks]
 
 
 def score_hellaswag(
@@ -241,10 +241,9 @@ def _read_hub(task: str) -> list[Row | MalformedRow]:
         raise UserError(f"cannot read {source.name}: {error}{advice}") from error
 
 
-def _checked(task: Task, file: str | None) -> Task:
-    """The task, unless none of its rows can be scored."""
+def checked(task: Task) -> Task:
+    """The task, unless none of its rows can be scored: a UserError."""
     if task.rows:
         return task
-    where = file or "the Hub's rows"
-    first = next((f"; row {row}: {why}" for row, why in task.skipped.items()), "")
-    raise UserError(f"{task.name}: none of the {task.num_rows} rows of {where} is usable{first}")
+    first = next((f"; row {row}: {reason}" for row, reason in task.skipped.items()), "")
+    raise UserError(f"{task.name}: none of its {task.num_rows} rows can be scored{first}")
