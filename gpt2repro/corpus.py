@@ -414,7 +414,7 @@ def _commit(name: str, revision: str | None) -> str:
     )
 
     try:
-        commit = HfApi().dataset_info(name, revision=revision, timeout=100).sha
+        commit = HfApi().dataset_info(name, revision=revision, expand=["sha"]).sha
     except GatedRepoError as error:
         raise UserError(
             f"dataset_name: {name} is gated: accept its terms on the Hub and set HF_TOKEN"
