@@ -262,7 +262,9 @@ def gather_rng_states() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         mine["cuda"] = torch.cuda.get_rng_state()
     return {
-        f"rng.{r}.{kind}": state for r, each in enumerate(gather(mine)) for kind, state in each.items()
+        f"rng.{r}.{kind}": state
+        for r, each in enumerate(gather(mine))
+        for kind, state in each.items()
     }
 
 

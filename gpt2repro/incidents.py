@@ -7,11 +7,14 @@ import torch
 
 MAX_IN_A_ROW = 5  # one bad batch is the data's fault; five in a row are the run's
 
-ADVICE = (
-    "the loss or its gradient was not finite in {count} steps in a row. Lower max_lr, raise "
-    "warmup_steps, or try mixed_precision no; {directory} holds the rows. --resume auto goes on from "
-    "the last checkpoint"
-)
+
+def advice(directory: Path) -> str:
+    """What to say when the run stops for it."""
+    return (
+        f"Stopped: loss or gradient was not finite in {MAX_IN_A_ROW} steps in a row. Lower max_lr, "
+        f"raise warmup_steps or set mixed_precision to no; {directory} holds the rows. "
+        "The same command goes on from the last checkpoint."
+    )
 
 
 def record(

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,12 @@ class Throughput:
         self.seconds += seconds
         self.waited += waited
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
     def read(self) -> dict[str, float | None]:
-        rate = self.tokens / self.seconds if self.seconds else 0.0
+        rate = self.tokens_per_second
         mfu = rate * self.flops_per_token / (self.num_devices * self.peak) if self.peak else None
         waited = min(1.0, self.waited / self.seconds) if self.seconds else 0.0
         self.restart()
@@ -130,8 +135,8 @@ def rewind_metrics(path: Path, step: int) -> list[dict[str, Any]]:
 class SpikeDetector:
     """How many standard deviations a loss lies above the mean of the last `window` losses."""
 
-    def __init__(self, window: int = 128, least: int = 32) -> None:
-        self.losses: deque[float] = deque(maxlen=window)
+    def __init__(self, losses: Iterable[float] = (), window: int = 128, least: int = 32) -> None:
+        self.losses: deque[float] = deque(losses, maxlen=window)
         self.least = least  # fewer losses say nothing about their spread
 
     def z_score(self, loss: float) -> float:

@@ -1,11 +1,14 @@
 """The few things that processes of one run say to each other; all work for a single process too."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from gpt2repro import UserError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -47,4 +50,25 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if `flag` is true on one."""
+    if world_size() == 1:
+        return flag
     return bool(reduce_sum(torch.tensor(int(flag), device=device)).item())
+
+
+def on_rank_0(call: Callable[[], T]) -> T:
+    """What `call()` returns on rank 0, on every rank; its `UserError` is everybody's too."""
+    value, problem = None, None
+    if rank() == 0:
+        try:
+            value = call()
+        except UserError as error:
+            problem = str(error)
+    agree_on(problem)
+    return broadcast(value)
+
+
+def sum_uint64(number: int, device: torch.device) -> int:
+    """The sum of every rank's 64-bit unsigned `number`, modulo 2**64."""
+    signed = number - 2**64 if number >= 2**63 else number
+    total = reduce_sum(torch.tensor(signed, dtype=torch.int64, device=device))
+    return total.item() % 2**64

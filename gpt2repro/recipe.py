@@ -438,6 +438,30 @@ def check_consistency(recipe: Recipe) -> None:
         )
 
 
+# What the weights and the optimizer's state depend on. The data's part is in the stream's identity.
+FIXED_BY_CHECKPOINT = ("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "optimizer")
+
+
+def check_resumable(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
+    """The fields that changed since a checkpoint was made, as lines to show.
+
+    Raises:
+        UserError: one of them cannot change within a run.
+    """
+    changed = []
+    for key, now in dataclasses.asdict(recipe).items():
+        then = saved.get(key, now)
+        if then == now or key in ("resume", "output_dir"):
+            continue
+        if key in FIXED_BY_CHECKPOINT:
+            raise UserError(
+                f"{key} is {now} but the checkpoint was made with {then}: set it back, "
+                "or give another exp_name to start a new run"
+            )
+        changed.append(f"{key} was {then} until here and is {now} now")
+    return changed
+
+
 # --- Batch arithmetic ---------------------------------------------------------------------------
 
 

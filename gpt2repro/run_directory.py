@@ -1,7 +1,7 @@
 """The directory of a run: its files, who may write them, and where a new launch goes on.
 
-    runs/<exp_name>/
-        recipe.yaml  metrics.jsonl  loss_curve.png  checkpoints/  incidents/  final/
+runs/<exp_name>/
+    recipe.yaml  metrics.jsonl  loss_curve.png  checkpoints/  incidents/  final/
 """
 
 import fcntl

@@ -328,6 +328,11 @@ class TokenStream:
         self._producer: _Producer | None = None
         self._finalizer: weakref.finalize | None = None
 
+    @property
+    def lanes(self) -> dict[int, Position]:
+        """Where this process's lanes go on: `StepRows.lanes` of the last step, or the start."""
+        return dict(self._positions)
+
     def __iter__(self) -> "TokenStream":
         return self
 

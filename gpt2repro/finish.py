@@ -1,0 +1,80 @@
+"""The end of a run: the loss curve, the verified export, and what the user sees."""
+
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from gpt2repro import UserError, checkpoint, plots, ranks
+from gpt2repro.export import export
+from gpt2repro.metrics import read_metrics
+from gpt2repro.run import Run
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+# What OpenAI's own weights score on the text that a FineWeb-Edu run holds out.
+FINEWEB_BASELINE = ("OpenAI GPT-2 124M (build-nanogpt)", 3.2924)
+
+
+def finish(run: Run) -> int:
+    """Export the trained model to `final/`, verified by a fresh process, and sum the run up.
+
+    Every rank calls, since sharded weights are gathered; rank 0 does the rest. Returns 0.
+
+    Raises:
+        UserError: the export failed a check. The last checkpoint stands, and the same command tries
+            again.
+    """
+    tensors = checkpoint.model_tensors(run.model)
+    run.progress.close()
+    ranks.on_rank_0(lambda: publish(run, tensors))
+    return 0
+
+
+def publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    draw_loss_curve(run)
+    model = GPT2ReproForCausalLM(checkpoint.innermost(run.model).config)
+    model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
+    model.tie_weights()
+    print("Exporting, and checking the export in a fresh process ...", flush=True)
+    export(model.eval(), run.tokenizer, run.directory.final, figures=[run.directory.loss_curve])
+    summarize(run, read_metrics(run.directory.metrics))
+
+
+def draw_loss_curve(run: Run) -> None:
+    if run.accelerator.is_main_process:
+        on_fineweb = run.recipe.dataset_name == "HuggingFaceFW/fineweb-edu"
+        plots.loss_curve(
+            read_metrics(run.directory.metrics),
+            run.directory.loss_curve,
+            baseline=FINEWEB_BASELINE if on_fineweb else None,
+        )
+
+
+def summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
+    """The last lines on the screen: where things are, what was reached, and what it writes."""
+    directory = run.directory
+    losses = [line["val_loss"] for line in metrics if line.get("val_loss") is not None]
+    print()
+    if losses:
+        first, last = losses[0], losses[-1]
+        print(
+            f"Validation loss {first:.4f} -> {last:.4f} nats per token ({last / first:.0%} of its start)"
+        )
+    print(f"Model           {directory.final}")
+    print(f"Loss curve      {directory.loss_curve}")
+    print(f"Metrics         {directory.metrics}")
+    print(f"\n{paragraph(run)}\n")
+    print(
+        f"More of it: gpt2repro generate --model {directory.final} --prompt '{run.recipe.sample_prompt}'"
+    )
+
+
+def paragraph(run: Run) -> str:
+    """A paragraph written by `final/` in a fresh process, which loads it as anyone would."""
+    command = [sys.executable, "-m", "gpt2repro", "generate", "--model", str(run.directory.final)]
+    command += ["--prompt", run.recipe.sample_prompt, "--seed", str(run.recipe.seed)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise UserError(f"{run.directory.final} does not generate: {result.stderr.strip()}")
+    return result.stdout.strip()

@@ -1,0 +1,219 @@
+"""A run put together: what the training loop holds, and how it comes to be from a recipe."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from gpt2repro import UserError, checkpoint, environment, parts, ranks
+from gpt2repro.metrics import (
+    MetricsLog,
+    Progress,
+    SpikeDetector,
+    Throughput,
+    flops_per_token,
+    peak_flops,
+)
+from gpt2repro.preemption import StopRequest
+from gpt2repro.recipe import Recipe, accumulation_steps, check_resumable
+from gpt2repro.run_directory import Resume, RunDirectory
+from gpt2repro.stream import TokenStream, ValidationSet, validation_set
+from gpt2repro.tokenizer import bulk_encoder
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank."""
+
+    recipe: Recipe  # resolved: nothing is left to decide
+    accelerator: Accelerator
+    directory: RunDirectory
+    tokenizer: Any
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    stream: TokenStream
+    validation: ValidationSet | None
+    stop: StopRequest
+    progress: Progress
+    log: MetricsLog | None  # on the main process
+    throughput: Throughput
+    spikes: SpikeDetector
+    first_step: int
+    saved_step: int  # the step of the newest checkpoint
+    num_epochs: int | None  # as the recipe asked, before it was counted in steps
+    lanes: dict[int, tuple]  # where this rank's lanes go on after its last step
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End threads, files and trackers; what was saved stays saved."""
+        self.progress.close()
+        self.stream.close()
+        if self.log is not None:
+            self.log.close()
+        self.accelerator.end_training()
+
+    @property
+    def looks_for_signals_within_steps(self) -> bool:
+        """Where asking costs nothing (one process) or steps may take minutes (CPUs)."""
+        return ranks.world_size() == 1 or self.accelerator.device.type == "cpu"
+
+    def write(self, record: dict[str, Any]) -> None:
+        """A line in metrics.jsonl, and in the tracker if there is one."""
+        if self.log is not None:
+            self.log.write(record)
+        if self.recipe.report_to != "none":
+            scalars = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            self.accelerator.log(scalars, step=record["step"])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors; gathers the lanes of all ranks."""
+        lanes = {lane: at for each in ranks.gather(self.lanes) for lane, at in each.items()}
+        return {
+            "recipe": dataclasses.asdict(self.recipe),
+            "num_epochs": self.num_epochs,
+            "world_size": self.accelerator.num_processes,
+            "stream": self.stream.state_dict(lanes),
+            "environment": environment.describe(),
+        }
+
+
+class AlreadyFinished(Exception):
+    """There is nothing to train; the message says what is there and what one may want."""
+
+
+def prepare(recipe: Recipe) -> Run:
+    """Check everything, build everything, load the checkpoint to go on from; then claim the directory.
+
+    Nothing is written before the last input has been checked.
+
+    Raises:
+        UserError: something in the recipe, the files, the Hub or the launch must be mended.
+        AlreadyFinished: the run has all its steps and its export.
+    """
+    accelerator = parts.start_engine(recipe)
+    stop = StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device))
+    directory = RunDirectory(recipe.run_dir)
+    resume: Resume = ranks.on_rank_0(lambda: directory.decide(recipe.resume))
+    saved = resume.state.get("recipe", {})
+    if resume.step == recipe.num_steps and ranks.on_rank_0(directory.final.is_dir):
+        raise AlreadyFinished(
+            f"{recipe.run_dir} is finished: {resume.step} of {recipe.num_steps} steps, and the model is "
+            f"in {directory.final}. Nothing was changed. For another run give another --exp_name; "
+            "to train this one on, a larger --num_steps."
+        )
+
+    tokenizer = parts.open_tokenizer(recipe)
+    encoder = bulk_encoder(tokenizer)
+    corpus = parts.open_dataset(recipe, saved.get("dataset_revision"))
+    num_epochs = recipe.num_epochs
+    if num_epochs is not None:
+        counted = saved.get("num_steps") if resume.state.get("num_epochs") == num_epochs else None
+        steps = counted or parts.steps_of_epochs(recipe, corpus, encoder)
+        recipe = recipe.replace(num_steps=steps, num_epochs=None)
+    recipe = recipe.replace(
+        output_dir=str(recipe.run_dir), dataset_revision=corpus.identity.get("revision")
+    )
+    stream = parts.open_stream(recipe, corpus, encoder, ranks.rank(), ranks.world_size())
+    if resume.path is not None:
+        stream.load_state_dict(resume.state["stream"])
+    validation = None
+    if recipe.num_validation_units:
+        validation = validation_set(
+            corpus,
+            encoder,
+            sequence_length=recipe.sequence_length,
+            num_units=recipe.num_validation_units,
+            max_tokens=recipe.validation_tokens,
+            num_reader_threads=recipe.num_reader_threads,
+            token_cache_dir=recipe.token_cache_dir,
+        )
+
+    model = parts.build_model(recipe, tokenizer)
+    num_parameters = model.num_parameters(exclude_embeddings=False)
+    config = model.config
+    model, optimizer = parts.place(recipe, accelerator, model)
+    if recipe.micro_batch_size == "auto" and resume.state.get("world_size") == ranks.world_size():
+        recipe = recipe.replace(micro_batch_size=saved["micro_batch_size"])
+    recipe = recipe.replace(micro_batch_size=parts.micro_batch_size(recipe, accelerator, model))
+    accelerator.gradient_accumulation_steps = accumulation_steps(
+        recipe, ranks.world_size(), recipe.micro_batch_size
+    )
+    changes = check_resumable(recipe, saved)
+    if resume.path is not None:
+        checkpoint.load(resume.path, model=model, optimizer=optimizer)
+        if resume.step > recipe.num_steps:
+            raise UserError(
+                f"num_steps {recipe.num_steps} is behind the checkpoint's {resume.step}"
+            )
+
+    history = ranks.on_rank_0(lambda: directory.open(resume.step))
+    spikes = SpikeDetector(line["loss"] for line in history if line.get("loss") is not None)
+    main = accelerator.is_main_process
+    if main:
+        recipe.save(directory.recipe)
+        show_facts(recipe, accelerator, num_parameters, [resume.note, *changes])
+    if recipe.report_to != "none":
+        accelerator.init_trackers("gpt2repro", config=tracked(recipe))
+    return Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        directory=directory,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=optimizer,
+        stream=stream,
+        validation=validation,
+        stop=stop,
+        progress=Progress(first_step=resume.step, num_steps=recipe.num_steps, enabled=main),
+        log=MetricsLog(directory.metrics) if main else None,
+        throughput=Throughput(
+            flops_per_token(
+                num_parameters - config.n_positions * config.n_embd,
+                config.n_layer,
+                config.n_embd,
+                recipe.sequence_length,
+            ),
+            peak_flops(accelerator.device),
+            accelerator.num_processes,
+        ),
+        spikes=spikes,
+        first_step=resume.step,
+        saved_step=resume.step,
+        num_epochs=num_epochs,
+        lanes=stream.lanes,
+    )
+
+
+def show_facts(
+    recipe: Recipe, accelerator: Accelerator, num_parameters: int, notes: list[str]
+) -> None:
+    """The first lines on the screen: what this run is, before hours are spent on it."""
+    processes, rows = accelerator.num_processes, recipe.micro_batch_size
+    accumulation = accelerator.gradient_accumulation_steps
+    lines = {
+        "run": f"{recipe.run_dir}",
+        "model": f"GPT-2, {num_parameters / 1e6:.1f} M parameters, {recipe.sequence_length} tokens "
+        "of context",
+        "data": f"{recipe.dataset_name} {recipe.dataset_config or ''}".rstrip(),
+        "batch": f"{recipe.batch_tokens:,} tokens = {processes} process(es) x {accumulation} "
+        f"micro-batch(es) x {rows} rows x {recipe.sequence_length} tokens",
+        "optimizer": f"{recipe.optimizer}, {recipe.num_steps:,} steps, "
+        f"{recipe.num_steps * recipe.batch_tokens / 1e6:,.1f} M tokens in all",
+        "engine": f"{accelerator.distributed_type.value.lower()} on {environment.hardware()}, "
+        f"mixed_precision {recipe.mixed_precision}, compile {str(recipe.compile).lower()}",
+    }
+    for name, value in lines.items():
+        print(f"{name:>10}  {value}")
+    for note in filter(None, notes):
+        print(f"{'note':>10}  {note}")
+    print(flush=True)
+
+
+def tracked(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as trackers take it: scalars and text only."""
+    values = dataclasses.asdict(recipe).items()
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in values}
