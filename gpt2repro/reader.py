@@ -87,7 +87,7 @@ class TokenCache:
     def __init__(self, directory: Path, corpus: Corpus, encoder: BulkEncoder) -> None:
         key = json.dumps([corpus.identity, encoder.fingerprint], sort_keys=True).encode()
         self._directory = directory / hashlib.blake2b(key, digest_size=DIGEST_BYTES).hexdigest()
-        self._writable = True
+        self._writable, self._lock = True, threading.Lock()
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -110,23 +110,24 @@ class TokenCache:
 
     def save(self, number: int, unit: TokenUnit) -> None:
         """Keep a unit. A full disk costs the cache, not the run."""
-        if not self._writable:
-            return
         buffer = io.BytesIO()
         for array in (unit.tokens, unit.ends, unit.num_bytes):
             np.save(buffer, array, allow_pickle=False)
         payload = buffer.getbuffer()
         path = self._path(number)
         partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
-        try:
-            with partial.open("wb") as file:
-                file.write(hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest())
-                file.write(payload)
-            partial.replace(path)
-        except OSError as error:
-            self._writable = False
-            partial.unlink(missing_ok=True)
-            logger.warning("token_cache_dir: cannot write (%s); going on without", error)
+        with self._lock:
+            if not self._writable:
+                return
+            try:
+                with partial.open("wb") as file:
+                    file.write(hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest())
+                    file.write(payload)
+                partial.replace(path)
+            except OSError as error:
+                self._writable = False
+                partial.unlink(missing_ok=True)
+                logger.warning("token_cache_dir: cannot write (%s); going on without", error)
 
 
 class DaemonPool:
@@ -183,7 +184,8 @@ class DaemonPool:
 
     def join(self, timeout_seconds: float) -> None:
         for thread in self._threads:
-            thread.join(timeout_seconds)
+            if thread is not threading.current_thread():
+                thread.join(timeout_seconds)
 
 
 class UnitReader:

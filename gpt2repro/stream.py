@@ -238,7 +238,10 @@ class _Producer:
         """End the threads. A read that waits out an outage ends by itself later; nobody waits."""
         self._stop.set()
         self._reader.close()
-        self._thread.join(5.0)
+        while not self._steps.empty():  # wakes a thread that waits for room
+            self._steps.get_nowait()
+        if self._thread is not threading.current_thread():  # garbage is collected anywhere
+            self._thread.join(5.0)
 
     def _put(self, item: StepRows | BaseException) -> None:
         while not self._stop.is_set():

@@ -32,8 +32,8 @@ KINDS = ("datasets", "models")
 class Fault:
     """What goes wrong with the requests it matches.
 
-    `kind`: "status:CODE" | "reset" (hangs up in mid-body) | "hang" (silence) | "short" (a body and a
-    Content-Length that stop early) | "ignore_range" (200 and the whole file).
+    `kind`: "status:CODE" | "reset" (hangs up in mid-body) | "hang" (silence) | "short" (a body and
+    a Content-Length that stop early) | "ignore_range" (200 and the whole file).
     The first `skip` matching requests pass, the next `times` suffer, the rest pass.
     """
 

@@ -1,0 +1,73 @@
+"""Small deterministic texts, a corpus in memory and an encoder whose tokens are bytes."""
+
+import io
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gpt2repro.corpus import Corpus
+
+WORDS = "the of and to in is was for on that by with as at from his it an are which".split()
+
+
+def documents(num_documents: int, *, seed: int = 0, max_words: int = 60) -> list[str]:
+    """Texts of 3 .. max_words words, each beginning with its own number: "<17> of the ..."."""
+    rng = random.Random(seed)
+    return [
+        " ".join([f"<{number}>", *rng.choices(WORDS, k=rng.randint(3, max_words))])
+        for number in range(num_documents)
+    ]
+
+
+def parquet_bytes(texts: Sequence[str | None], rows_per_group: int, **columns: list) -> bytes:
+    """A parquet file of a text column, others first, in row groups."""
+    table = pa.table(columns | {"text": pa.array(texts, pa.string())})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=rows_per_group)
+    return buffer.getvalue()
+
+
+class MemoryCorpus(Corpus):
+    """Units given as lists; counts its reads."""
+
+    def __init__(self, units: Sequence[Sequence[str | None]], name: str = "memory") -> None:
+        self.units = units
+        self.num_units = len(units)
+        self.identity = {"dataset": name, "revision": None}
+        self.reads: list[int] = []
+
+    def read_arrow(self, unit: int) -> pa.LargeStringArray:
+        self.reads.append(unit)
+        return pa.array(self.units[unit], pa.large_string())
+
+    def num_documents(self, unit: int) -> int:
+        return len(self.units[unit])
+
+
+def in_units(texts: Sequence[str | None], documents_per_unit: int) -> list[Sequence[str | None]]:
+    return [
+        texts[begin : begin + documents_per_unit]
+        for begin in range(0, len(texts), documents_per_unit)
+    ]
+
+
+class ByteEncoder:
+    """Token ids are UTF-8 bytes, end of text is 256: rows can be read back without a tokenizer."""
+
+    eot_id = 256
+    dtype = np.dtype(np.uint16)
+    fingerprint = "bytes"
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
+
+
+def read_back(tokens: np.ndarray) -> list[str]:
+    """The documents in a run of byte tokens that begins with an end-of-text token."""
+    assert tokens[0] == ByteEncoder.eot_id
+    starts = np.flatnonzero(tokens == ByteEncoder.eot_id)
+    pieces = np.split(tokens, starts[1:])
+    return [bytes(piece[1:].astype(np.uint8)).decode("utf-8", "replace") for piece in pieces]
