@@ -1,376 +1,209 @@
-"""Pictures of a run: its losses, learning rate, gradient norm and throughput.
+"""`gpt2repro plots`: look at a run's curves and inside its model.
 
-Every picture is a PNG and an SVG, and its title says what is to be seen. Figures are built without
-pyplot, so there is no global state: any thread may draw, and no display is needed.
+Every picture is written as PNG and as SVG, and its title says what there is to see.
 """
 
-import logging
-import math
-import os
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+import argparse
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
+import torch
+import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from torch import nn
 
-logger = logging.getLogger(__name__)
+from gpt2repro import UserError, checkpoint, inspection, parameters
+from gpt2repro.cli import OneLineParser
+from gpt2repro.curves import (
+    Metrics,
+    draw_learning_rate_and_gradient_norm,
+    draw_losses,
+    draw_throughput,
+    known_baseline,
+    loss_curve,
+)
+from gpt2repro.figures import finding, save, token_labels
+from gpt2repro.metrics import read_metrics
+from gpt2repro.pretrained import find_tokenizer, load_causal_lm
 
-Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
+__all__ = ["known_baseline", "loss_curve", "main"]  # the first two are what a run draws with
 
-# Okabe & Ito 2008: eight colours that readers with any colour vision tell apart.
-BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-PURPLE, SKY = "#CC79A7", "#56B4E9"
-PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
-INK, MUTED, GRID = "#222222", "#666666", "#E4E4E4"
-DPI = 150
-
-
-# --- One style ----------------------------------------------------------------------------------
+# Tokens repeat in it, so that heads that look for repetition have something to find.
+PROMPT = "The first argument is the name of the file, and the second argument is the name of the"
+MAX_PROMPT_TOKENS = 48  # as many labels as fit on an axis
+LENS_POSITIONS = 12
+NEIGHBOUR_TOKENS = 10
 
 
-def new_figure(
-    finding: str,
-    *,
-    width: float = 8.0,
-    height: float = 5.0,
-    rows: int = 1,
-    columns: int = 1,
-    **options: Any,
-) -> tuple[Figure, np.ndarray]:
-    """A figure of `width` x `height` inches under its finding, and its axes (rows, columns)."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    lines = textwrap.fill(finding, int(width * 9.3))
-    figure.suptitle(
-        lines, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False
+def main(argv: list[str]) -> int:
+    """`gpt2repro plots RUN_OR_MODEL [--compare RUN2]`: draw, and print each file's finding."""
+    arguments = parse(argv)
+    run = read_run(arguments.run_or_model)
+    output = Path(arguments.output or default_output(arguments, run))
+    if arguments.compare:
+        other = read_run(arguments.compare)
+        for option, found in ((arguments.run_or_model, run), (arguments.compare, other)):
+            if not found:
+                raise UserError(f"--compare overlays two runs, and {option} has no metrics.jsonl")
+        write(run_pictures([run, other]), output)
+        return 0
+    if run:
+        write(run_pictures([run]), output)
+    source = model_of(arguments.run_or_model)
+    if source is None:
+        print(f"{arguments.run_or_model} holds no model yet: its insides are left out")
+        return 0
+    draw_insides(source, output, prompt=arguments.prompt, heads=arguments.heads)
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser(prog="gpt2repro plots", description="Look inside a run or a model.")
+    parser.add_argument(
+        "run_or_model", metavar="RUN_OR_MODEL", help="run or model directory, or Hub id"
     )
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for ax in axes.flat:
-        style(ax)
-    return figure, axes
+    parser.add_argument("--output", metavar="DIR", help="default: RUN/plots, else plots/MODEL")
+    parser.add_argument("--prompt", default=PROMPT, help="text that the model reads")
+    parser.add_argument(
+        "--heads", type=heads, metavar="L.H,...", help="attention heads drawn large, e.g. 0.3,5.1"
+    )
+    parser.add_argument("--compare", metavar="RUN2", help="overlay the curves of two runs instead")
+    return parser.parse_args(argv)
 
 
-def style(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(MUTED)
-    ax.tick_params(colors=MUTED, labelsize=9, labelcolor=INK)
-    ax.xaxis.label.set(color=INK, fontsize=10)
-    ax.yaxis.label.set(color=INK, fontsize=10)
-    ax.grid(True, color=GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-
-
-def logarithmic(ax: Axes) -> None:
-    """A log y axis whose ticks read 0.2, 0.5, 1 rather than as powers."""
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def reference_line(ax: Axes, value: float, label: str) -> None:
-    """A dashed line across; its name goes to the legend, where no curve can cross it."""
-    ax.axhline(value, color=INK, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
-
-
-def legend(ax: Axes, **options: Any) -> None:
-    shown = ax.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9, **options)
-    for text in shown.get_texts():
-        text.set(color=INK, parse_math=False)
-
-
-def save(figure: Figure, output: Path) -> list[Path]:
-    """Write `output` as .png and .svg, whatever its suffix, each complete or not at all."""
-    paths = []
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        path = output.with_suffix(f".{kind}")
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            # A date would make two drawings of the same numbers differ.
-            metadata = {"Date": None} if kind == "svg" else None
-            figure.savefig(scratch, format=kind, dpi=DPI, metadata=metadata)
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
-        paths.append(path)
-    return paths
-
-
-def short_number(value: float, _position: int | None = None) -> str:
-    """1_638_400 -> 1.6M, 10e9 -> 10B, as tokens and rates are spoken of."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-# --- Reading metrics ----------------------------------------------------------------------------
-
-
-def series(metrics: Metrics, key: str, x_key: str) -> tuple[np.ndarray, np.ndarray]:
-    """The records that hold finite `x_key` and `key`, as two float arrays (n,)."""
-    points = [
-        (record[x_key], record[key])
-        for record in metrics
-        if _is_number(record.get(x_key)) and _is_number(record.get(key))
-    ]
-    x, y = np.array(points, dtype=float).reshape(-1, 2).T
-    return x, y
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def x_key_of(runs: Mapping[str, Metrics]) -> str:
-    """Runs with different batches compare by tokens; `step` serves where tokens were not logged."""
-    has_tokens = all(any("tokens" in record for record in run) for run in runs.values())
-    return "tokens" if has_tokens else "step"
-
-
-def last_step(metrics: Metrics) -> int:
-    return max((int(record["step"]) for record in metrics if "step" in record), default=0)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average over 4% of the run; unlike an exponential one it does not lag."""
-    reach = len(values) // 50
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
-
-
-# --- Curves -------------------------------------------------------------------------------------
-
-
-def loss_curve(
-    metrics: Metrics,
-    output: Path,
-    *,
-    title: str | None = None,
-    baseline: tuple[str, float] | None = None,
-) -> list[Path]:
-    """Draw training and validation loss for a run that is still going; never raises.
-
-    Args:
-        metrics: the records of a metrics.jsonl; any key may be missing.
-        output: both `output.png` and `output.svg` are written, atomically.
-        title: instead of the finding, e.g. "Validation loss 8.34 → 4.41 ...".
-        baseline: a label and its loss in nats per token, drawn as a dashed line.
-
-    Returns:
-        The files written; none if drawing failed, which is logged: no picture is worth a run.
-    """
+def heads(text: str) -> list[tuple[int, int]]:
+    """`0.3,5.1` -> [(0, 3), (5, 1)], for argparse."""
     try:
-        return save(draw_losses({"": metrics}, title=title, baseline=baseline), output)
-    except Exception as error:
-        logger.warning("the loss curve %s could not be drawn: %s", output, error)
-        return []
+        pairs = [tuple(map(int, place.split("."))) for place in text.split(",")]
+    except ValueError:
+        pairs = [()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"heads are given as LAYER.HEAD,..., not {text!r}")
+    return pairs
 
 
-def draw_losses(
-    runs: Mapping[str, Metrics],
-    *,
-    title: str | None = None,
-    baseline: tuple[str, float] | None = None,
-) -> Figure:
-    """Training and validation loss of one run, or of several overlaid, against tokens seen."""
-    figure, ((ax,),) = new_figure(title or loss_finding(runs, baseline))
-    x_key = x_key_of(runs)
-    curves = []
-    for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
-        of = f"{name}: " if name else ""
-        x, loss = series(metrics, "loss", x_key)
-        if len(x):
-            # A single run's two curves differ in colour, several runs' in weight.
-            tint = color if name else MUTED
-            ax.plot(x, loss, color=tint, linewidth=0.6, alpha=0.35)
-            label = f"{of}training (moving average)"
-            ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label)
-        x_val, val = series(metrics, "val_loss", x_key)
-        if len(x_val):
-            marker = "o" if len(x_val) <= 40 else None
-            label = f"{of}validation, {val[-1]:.3f} at the end"
-            ax.plot(
-                x_val, val, color=color, linewidth=2, marker=marker, markersize=4.5, label=label
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory says: the lines of its metrics, and its recipe if there is one."""
+
+    path: Path
+    metrics: Metrics
+    recipe: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.recipe.get("exp_name") or self.path.resolve().name
+
+
+def read_run(name: str) -> RunRecord | None:
+    """The run at `name`; None if there is no metrics.jsonl, so that it can only be a model."""
+    path = Path(name)
+    if not (path / "metrics.jsonl").is_file():
+        return None
+    recipe = path / "recipe.yaml"
+    fields = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+    return RunRecord(path, read_metrics(path / "metrics.jsonl"), fields or {})
+
+
+def default_output(arguments: argparse.Namespace, run: RunRecord | None) -> Path:
+    name = Path(arguments.run_or_model)
+    if run is None:
+        return Path("plots") / name.resolve().name
+    return name / "plots" / (f"against-{Path(arguments.compare).name}" if arguments.compare else "")
+
+
+def model_of(name: str) -> str | None:
+    """Where the model of `name` is: as it is, or a run's newest checkpoint until it is finished."""
+    path = Path(name)
+    if not (path / "metrics.jsonl").is_file() or (path / "final" / "config.json").is_file():
+        return name
+    newest, _ = checkpoint.find_latest(path / "checkpoints")
+    return str(newest) if newest else None
+
+
+def run_pictures(runs: list[RunRecord]) -> Iterator[tuple[str, Figure]]:
+    """File name and figure of each of the curves."""
+    curves = {name: run.metrics for name, run in zip(distinct_names(runs), runs, strict=True)}
+    known = {
+        known_baseline(*map(run.recipe.get, ("dataset_name", "tokenizer_name"))) for run in runs
+    }
+    clips = {run.recipe.get("max_grad_norm") for run in runs}
+    baseline, clip = (values.pop() if len(values) == 1 else None for values in (known, clips))
+    yield "loss_curve", draw_losses(curves, baseline=baseline)
+    yield "learning_rate", draw_learning_rate_and_gradient_norm(curves, max_grad_norm=clip)
+    yield "throughput", draw_throughput(curves)
+
+
+def distinct_names(runs: list[RunRecord]) -> list[str]:
+    """Nothing for a single run; else names, or directories where two runs have the same name."""
+    if len(runs) == 1:
+        return [""]
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+def write(pictures: Iterable[tuple[str, Figure]], output: Path) -> None:
+    """Save each picture and print its path and its finding."""
+    for name, figure in pictures:
+        try:
+            with warnings.catch_warnings():  # a token of a script that the font lacks is a box
+                warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+                png, _ = save(figure, output / name)
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error}") from None
+        print(f"{png}  {finding(figure)}", flush=True)
+
+
+def draw_insides(
+    name: str, output: Path, *, prompt: str, heads: list[tuple[int, int]] | None
+) -> None:
+    """Everything that one forward and one backward pass over `prompt` show."""
+    model = load_causal_lm(name, option="RUN_OR_MODEL", dtype=torch.float32)
+    tokenizer = find_tokenizer(name)
+    ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    ids = ids[: min(MAX_PROMPT_TOKENS, model.config.n_positions)]
+    if len(ids) < 2:
+        raise UserError("--prompt must be at least two tokens long")
+    check_heads(heads, model.config.n_layer, model.config.n_head)
+    write(model_pictures(model, tokenizer, ids, heads), output)
+    tokens = list(dict.fromkeys(ids.tolist()))[:NEIGHBOUR_TOKENS]
+    neighbours = parameters.token_neighbours(model, tokens)
+    table = parameters.neighbours_table(neighbours, tokens, tokenizer)
+    path = output / "token_neighbours.md"
+    path.write_text(table, encoding="utf-8")
+    print(f"{path}  Nearest token embeddings, by cosine similarity\n\n{table}", end="")
+
+
+def check_heads(heads: list[tuple[int, int]] | None, n_layer: int, n_head: int) -> None:
+    for layer, head in heads or []:
+        if not (0 <= layer < n_layer and 0 <= head < n_head):
+            raise UserError(
+                f"--heads {layer}.{head}: the model has layers 0 to {n_layer - 1} "
+                f"with heads 0 to {n_head - 1}"
             )
-        curves += [(x, loss), (x_val, val)]
-    if baseline:
-        label, value = baseline
-        reference_line(ax, value, label)
-    ax.set_ylim(loss_limits(curves, baseline))
-    ax.set_ylabel("cross-entropy loss (nats per token)")
-    label_progress(ax, ax, runs)
-    if ax.get_legend_handles_labels()[0]:
-        legend(ax, loc="upper right")
-    return figure
 
 
-def loss_finding(runs: Mapping[str, Metrics], baseline: tuple[str, float] | None) -> str:
-    """What the loss plot shows, in a sentence."""
-    if len(runs) > 1:
-        ends = [
-            f"{name} {val[-1]:.2f}"
-            for name, metrics in runs.items()
-            if len(val := series(metrics, "val_loss", "step")[1])
-        ]
-        return f"Validation loss at the end: {', '.join(ends) or 'none yet'} nats per token"
-    (metrics,) = runs.values()
-    for key, name in (("val_loss", "Validation"), ("loss", "Training")):
-        steps, values = series(metrics, key, "step")
-        if len(values) < 2:
-            continue
-        passed = f"{steps[-1] - steps[0]:,.0f} steps"
-        finding = f"{name} loss {values[0]:.2f} → {values[-1]:.2f} nats per token in {passed}"
-        if baseline and key == "val_loss":
-            gap = values[-1] - baseline[1]
-            label = baseline[0].split(",")[0]
-            finding += f", {abs(gap):.2f} {'above' if gap > 0 else 'below'} {label}"
-        return finding
-    return "The run has just begun"
-
-
-def loss_limits(
-    curves: list[tuple[np.ndarray, np.ndarray]], baseline: tuple[str, float] | None
-) -> tuple[float, float] | tuple[None, None]:
-    """The range of the y axis: the plunge of a long run's first steps is cut off.
-
-    It would press the part that one wants to read to the bottom; the title keeps the first value.
-    """
-    curves = [(x, y) for x, y in curves if len(x)]
-    if not curves:
-        return None, None
-    every = np.concatenate([y for _, y in curves])
-    start = 0.03 * max(x[-1] for x, _ in curves)
-    late = np.concatenate([y[x >= start] for x, y in curves])
-    low = min(every.min(), baseline[1] if baseline else math.inf)
-    high = late.max() if len(late) and every.max() - low > 1.5 * (late.max() - low) else every.max()
-    margin = 0.06 * (high - low) or 0.1
-    return low - margin, high + margin
-
-
-def label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> None:
-    """The x axis: tokens seen below, and optimizer steps above if there is one run."""
-    for ax in (bottom, top):
-        ax.margins(x=0.01)
-    if x_key_of(runs) == "step":
-        bottom.set_xlabel("optimizer step")
-        return
-    bottom.set_xlabel("tokens seen")
-    bottom.xaxis.set_major_formatter(FuncFormatter(short_number))
-    (metrics, *others) = runs.values()
-    step, tokens = series(metrics, "tokens", "step")
-    if others or not len(step) or not step[-1] or not tokens[-1]:
-        return
-    rate = tokens[-1] / step[-1]
-    above = top.secondary_xaxis("top", functions=(lambda t: t / rate, lambda s: s * rate))
-    above.set_xlabel("optimizer step", fontsize=9, color=MUTED)
-    above.tick_params(colors=MUTED, labelsize=8)
-    above.spines["top"].set_visible(False)
-    above.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def draw_learning_rate_and_gradient_norm(
-    runs: Mapping[str, Metrics], *, max_grad_norm: float | None = None
-) -> Figure:
-    """The learning rate above the global L2 gradient norm (before clipping), of all runs."""
-    figure, ((top,), (bottom,)) = new_figure(
-        schedule_finding(runs, max_grad_norm), height=6, rows=2, sharex=True
+def model_pictures(
+    model: nn.Module, tokenizer: Any, ids: torch.Tensor, heads: list[tuple[int, int]] | None
+) -> Iterator[tuple[str, Figure]]:
+    """File name and figure of each look inside, as it is drawn."""
+    labels = token_labels(tokenizer, ids)
+    attention = inspection.attention_maps(model, ids)
+    habits = inspection.attention_habits(attention, ids)
+    yield "attention_maps", inspection.draw_attention_maps(attention, habits)
+    heads = heads or inspection.typical_heads(habits)
+    yield (
+        "attention_heads",
+        inspection.draw_attention_heads(attention, habits, labels, heads),
     )
-    traces(top, runs, "lr")
-    top.set_ylabel("learning rate")
-    top.set_ylim(bottom=0)
-    traces(bottom, runs, "grad_norm", raw=True)
-    logarithmic(bottom)
-    bottom.set_ylabel("gradient norm (L2, log scale)")
-    if max_grad_norm:
-        reference_line(bottom, max_grad_norm, f"clipped to {max_grad_norm:g}")
-    return finish_panels(figure, top, bottom, runs)
-
-
-def schedule_finding(runs: Mapping[str, Metrics], max_grad_norm: float | None) -> str:
-    def describe(metrics: Metrics) -> str:
-        steps, rates = series(metrics, "lr", "step")
-        norms = series(metrics, "grad_norm", "step")[1]
-        parts = []
-        if len(rates):
-            peak = int(rates.argmax())
-            parts.append(f"learning rate peaks at {rates[peak]:.2g} at step {steps[peak]:,.0f}")
-        if len(norms):
-            parts.append(f"median gradient norm {np.median(norms):.2g}")
-            if max_grad_norm:
-                parts.append(f"{np.mean(norms > max_grad_norm):.0%} of steps clipped")
-        return ", ".join(parts) or "nothing logged yet"
-
-    return each_run(runs, describe)
-
-
-def draw_throughput(runs: Mapping[str, Metrics]) -> Figure:
-    """Tokens per second above the share of time spent waiting for data, of one or more runs."""
-    figure, ((top,), (bottom,)) = new_figure(
-        throughput_finding(runs), height=6, rows=2, sharex=True
-    )
-    traces(top, runs, "tokens_per_second", raw=True)
-    top.set_ylabel("tokens per second")
-    top.set_ylim(bottom=0)
-    top.yaxis.set_major_formatter(FuncFormatter(short_number))
-    traces(bottom, runs, "data_wait_fraction", raw=True)
-    bottom.set_ylabel("time waiting for data")
-    # At least to 5%: a wait that costs nothing should look like nothing.
-    bottom.set_ylim(0, max(0.05, bottom.get_ylim()[1]))
-    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-    return finish_panels(figure, top, bottom, runs)
-
-
-def throughput_finding(runs: Mapping[str, Metrics]) -> str:
-    def describe(metrics: Metrics) -> str:
-        rates, mfu, waits = (
-            series(metrics, key, "step")[1]
-            for key in ("tokens_per_second", "mfu", "data_wait_fraction")
-        )
-        parts = []
-        if len(rates):
-            parts.append(f"{np.median(rates):,.0f} tokens per second in the median")
-        if len(mfu):
-            parts.append(f"{np.median(mfu):.0%} MFU")
-        if len(waits):
-            parts.append(f"{waits.mean():.1%} of the time waiting for data")
-        return ", ".join(parts) or "nothing logged yet"
-
-    return each_run(runs, describe)
-
-
-def each_run(runs: Mapping[str, Metrics], describe: Callable[[Metrics], str]) -> str:
-    """`describe` for each run, under its name if there are several."""
-    if len(runs) > 1:
-        return "; ".join(f"{name}: {describe(metrics)}" for name, metrics in runs.items())
-    (metrics,) = runs.values()
-    text = describe(metrics)
-    return text[:1].upper() + text[1:]
-
-
-def traces(ax: Axes, runs: Mapping[str, Metrics], key: str, *, raw: bool = False) -> None:
-    """One line per run; with `raw`, the values themselves lie faintly under their average."""
-    x_key = x_key_of(runs)
-    for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
-        x, y = series(metrics, key, x_key)
-        if not len(x):
-            continue
-        if raw:
-            ax.plot(x, y, color=color, linewidth=0.6, alpha=0.35)
-        ax.plot(x, smooth(y) if raw else y, color=color, linewidth=1.8, label=name or None)
-
-
-def finish_panels(figure: Figure, top: Axes, bottom: Axes, runs: Mapping[str, Metrics]) -> Figure:
-    label_progress(bottom, top, runs)
-    for ax in (top, bottom):
-        if ax.get_legend_handles_labels()[0]:
-            legend(ax, loc="best")
-    return figure
+    lens = inspection.logit_lens(model, ids, min(LENS_POSITIONS, len(ids)))
+    yield "logit_lens", inspection.draw_logit_lens(lens, labels[-LENS_POSITIONS:], tokenizer)
+    similarity = parameters.position_similarity(model)
+    yield "position_similarity", parameters.draw_position_similarity(similarity)
+    samples = parameters.weight_samples(model)
+    yield "weights", parameters.draw_weights(samples, model.config.initializer_range)
+    norms = inspection.gradient_norms(model, ids)
+    yield "gradient_norms", inspection.draw_gradient_norms(norms)

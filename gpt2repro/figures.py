@@ -1,0 +1,157 @@
+"""One look for every picture: the title is a finding, axes have units, all eyes tell the colours.
+
+Figures are built without pyplot, so there is no global state: any thread may draw, and no display
+is needed.
+"""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+# Okabe & Ito 2008: eight colours that readers with any colour vision tell apart.
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+PURPLE, SKY = "#CC79A7", "#56B4E9"
+PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
+INK, MUTED, GRID = "#222222", "#666666", "#E4E4E4"
+SHADES = "Blues"  # from none to much: ordered in any colour vision and in print
+DPI = 150
+
+
+def new_figure(
+    title: str,
+    *,
+    width: float = 8.0,
+    height: float = 5.0,
+    rows: int = 1,
+    columns: int = 1,
+    **options: Any,
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `width` x `height` inches titled by its finding, and its (rows, columns) axes."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    lines = textwrap.fill(title, int(width * 9.3))
+    figure.suptitle(
+        lines, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False
+    )
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for ax in axes.flat:
+        style(ax)
+    return figure, axes
+
+
+def style(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(MUTED)
+    ax.tick_params(colors=MUTED, labelsize=9, labelcolor=INK)
+    ax.xaxis.label.set(color=INK, fontsize=10)
+    ax.yaxis.label.set(color=INK, fontsize=10)
+    ax.grid(True, color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+
+
+def logarithmic(ax: Axes) -> None:
+    """Make the y axis of what is drawn logarithmic, with ticks that read 0.2, 0.5, 1."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def reference_line(ax: Axes, value: float, label: str) -> None:
+    """A dashed line across; its name goes to the legend, where no curve can cross it."""
+    ax.axhline(value, color=INK, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
+
+
+def legend(ax: Axes, **options: Any) -> None:
+    shown = ax.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9, **options)
+    for text in shown.get_texts():
+        text.set(color=INK, parse_math=False)
+
+
+def legend_below(figure: Figure, ax: Axes) -> None:
+    """The legend of `ax` under the whole figure, where there is no room in it."""
+    figure.legend(
+        *ax.get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+
+
+def shades() -> Any:
+    """The colour map from none to much; what is missing is white."""
+    return colormaps[SHADES].with_extremes(bad="white")
+
+
+def bare(ax: Axes) -> None:
+    """An image needs neither grid nor frame."""
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+
+
+def colour_bar(figure: Figure, image: Any, axes: Any, label: str) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    bar.set_label(label, fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8, length=0, labelcolor=INK)
+
+
+def save(figure: Figure, output: Path) -> list[Path]:
+    """Write `output` as .png and .svg, whatever its suffix, each complete or not at all."""
+    paths = []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        path = output.with_suffix(f".{kind}")
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            # A date would make two drawings of the same numbers differ.
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(scratch, format=kind, dpi=DPI, metadata=metadata)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        paths.append(path)
+    return paths
+
+
+def short_number(value: float, _position: int | None = None) -> str:
+    """1_638_400 -> 1.6M, 10e9 -> 10B, as tokens and rates are spoken of."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def percent(fraction: float, _position: int | None = None) -> str:
+    """0.31 -> 31%, 0.00123 -> 0.12%: small probabilities are not nothing."""
+    return f"{100 * fraction:.0f}%" if fraction >= 0.1 or not fraction else f"{100 * fraction:.2g}%"
+
+
+def finding(figure: Figure) -> str:
+    """The title of a figure on one line."""
+    return " ".join(figure.get_suptitle().split())
+
+
+def token_labels(tokenizer: Any, ids: Sequence[int], most: int = 12) -> list[str]:
+    """Tokens as they read in a text, with spaces and line ends made visible."""
+    labels = []
+    for index in ids:
+        label = tokenizer.decode([int(index)], clean_up_tokenization_spaces=False)
+        if "\ufffd" in label:  # part of a character
+            label = f"<{tokenizer.convert_ids_to_tokens(int(index))}>"
+        label = label.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+        label = "".join(c if c.isprintable() else "·" for c in label)
+        labels.append(label if len(label) <= most else label[: most - 1] + "…")
+    return labels
