@@ -1,0 +1,61 @@
+"""Language models small enough for tests: random, uniform, and one that knows given texts."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2repro.tokenizer import train_bpe
+
+FIXTURES = Path(__file__).parent / "fixtures"
+HELLASWAG, LAMBADA = FIXTURES / "hellaswag.jsonl", FIXTURES / "lambada.jsonl"
+WIKITEXT2 = FIXTURES / "wikitext2.jsonl"
+VOCAB_SIZE = 320
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def tiny_tokenizer():
+    """A byte-level BPE of the fixtures' own text: a few merges, so words have several tokens."""
+    return train_bpe([path.read_text(encoding="utf-8") for path in FIXTURES.glob("*.jsonl")], 320)
+
+
+def random_gpt2(seed: int = 0, *, positions: int = 512, vocab_size: int = VOCAB_SIZE, **config):
+    """Stock GPT-2 with weights large enough that no two endings nearly tie."""
+    torch.manual_seed(seed)
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.5} | config
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocab_size, n_positions=positions, **ids, **shape)
+    ).eval()
+
+
+def uniform_gpt2(vocab_size: int = VOCAB_SIZE) -> GPT2LMHeadModel:
+    """Every logit is zero: ln V nats for any token."""
+    model = random_gpt2(vocab_size=vocab_size)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    return model
+
+
+class KnowsByHeart(torch.nn.Module):
+    """Continues the beginnings of the token sequences it was given as they go on; else uniform."""
+
+    def __init__(self, sequences, vocab_size: int = VOCAB_SIZE) -> None:
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.vocab_size = vocab_size
+        self.next_token = {
+            tuple(ids[:end]): ids[end] for ids in sequences for end in range(1, len(ids))
+        }
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        logits = torch.zeros(*input_ids.shape, self.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            for end in range(1, len(ids) + 1):
+                if (token := self.next_token.get(tuple(ids[:end]))) is not None:
+                    logits[row, end - 1, token] = 100.0
+        return SimpleNamespace(logits=logits)
