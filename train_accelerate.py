@@ -102,15 +102,17 @@ def train_step(run: Run, batch: StepRows, lr: float) -> Result | None:
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     set_lr(optimizer, lr)
     rows = batch.tokens.to(accelerator.device, non_blocking=True)
-    micro_batches = rows.split(run.recipe.micro_batch_size)
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    size = run.recipe.micro_batch_size
+    micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
     loss = torch.zeros((), device=accelerator.device)
-    for micro_batch in micro_batches:
+    for input_ids, shift_labels in micro_batches:
         if run.stop.agreed or (run.looks_for_signals_within_steps and run.stop.poll()):
             optimizer.zero_grad()
             return None
         with accelerator.accumulate(model):  # gradients sync on the last micro-batch only
             # Rows all have T targets, so a mean over micro-batches and ranks is one over tokens.
-            micro_loss = model(micro_batch[:, :-1], shift_labels=micro_batch[:, 1:]).loss
+            micro_loss = model(input_ids=input_ids, shift_labels=shift_labels).loss
             accelerator.backward(micro_loss)
         loss += micro_loss.detach() / len(micro_batches)
     grad_norm = checkpoint.whole(

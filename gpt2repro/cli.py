@@ -1,13 +1,16 @@
 """What every command line here shares: errors are one line on stderr, and the exit status is 2."""
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from gpt2repro import UserError
 
 EXIT_USAGE = 2
+RANK_0_SPEAKS_FIRST_SECONDS = 3.0
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -26,5 +29,8 @@ def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return main(argv)
     except UserError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            # Usually every rank has the same to say: rank 0 speaks, and the launcher ends the others.
+            time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from gpt2repro import UserError, checkpoint, plots, ranks
-from gpt2repro.export import export
 from gpt2repro.metrics import read_metrics
 from gpt2repro.run import Run
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -32,6 +31,7 @@ def finish(run: Run) -> int:
 
 
 def publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    from gpt2repro.export import export
     draw_loss_curve(run)
     model = GPT2ReproForCausalLM(checkpoint.innermost(run.model).config)
     model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -162,7 +163,7 @@ class Progress:
             dynamic_ncols=True,
             disable=not enabled,
             smoothing=0.1,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a log file wants few lines
         )
 
     def update(self, *, loss: float, tokens_per_second: float) -> None:

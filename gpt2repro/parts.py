@@ -5,7 +5,6 @@ parts through it, so what the doctor checks is what the run will use.
 """
 
 import os
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +21,6 @@ from gpt2repro.stream import TokenStream, count_epoch_tokens
 from gpt2repro.tokenizer import load_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-OFFLINE_HINT = "without the Hub, `--recipe recipes/demo.yaml` trains offline"
 
 
 def start_engine(recipe: Recipe) -> Accelerator:
@@ -32,6 +30,7 @@ def start_engine(recipe: Recipe) -> Accelerator:
         UserError: the processes of this launch do not see each other, or cannot share the lanes.
     """
     accelerator = Accelerator(
+        cpu=cpu_is_asked_for(),
         mixed_precision=recipe.mixed_precision,
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.run_dir,
@@ -40,14 +39,21 @@ def start_engine(recipe: Recipe) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise UserError(
-            f"{launched} processes were launched but this one sees {accelerator.num_processes}: each would "
-            "train alone and overwrite the others. Without GPUs use a launch config with "
-            "`use_cpu: true`, such as launch/cpu2.yaml"
+            f"{launched} processes were launched but each sees only itself, for want of a GPU: all "
+            "would write the same run. To train on CPUs use launch/cpu2.yaml, or set "
+            "ACCELERATE_USE_CPU=true"
         )
     check_world_size(recipe, accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     return accelerator
+
+
+def cpu_is_asked_for() -> bool:
+    """Whether the launch wants CPU processes: it says so, or hides every GPU from them."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return asked or visible == "" or (visible or "").startswith("-1")
 
 
 # --- Data ---------------------------------------------------------------------------------------
@@ -188,10 +194,10 @@ def micro_batch_size(recipe: Recipe, accelerator: Accelerator, model: nn.Module)
         return recipe.micro_batch_size
 
     def forward_backward(num_rows: int) -> None:
-        shape = (num_rows, recipe.sequence_length + 1)
+        shape = (num_rows, recipe.sequence_length)
         rows = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
         with torch.compiler.set_stance("force_eager"):  # needs at least as much as compiled code
-            accelerator.backward(model(rows[:, :-1], shift_labels=rows[:, 1:]).loss)
+            accelerator.backward(model(input_ids=rows, shift_labels=rows).loss)
         model.zero_grad()
 
     return largest_that_fits(
@@ -201,18 +207,3 @@ def micro_batch_size(recipe: Recipe, accelerator: Accelerator, model: nn.Module)
         # Adam keeps two values for each parameter.
         reserve_bytes=2 * sum(p.numel() * p.element_size() for p in model.parameters()),
     )
-
-
-def facts(recipe: Recipe, accelerator: Accelerator, model: nn.Module, rows: int) -> dict[str, Any]:
-    """What the first lines on the screen say about the run."""
-    world = accelerator.num_processes
-    rows_per_process = recipe.rows_per_step // world
-    return {
-        "model": f"{model.num_parameters() / 1e6:.1f} M parameters, context {recipe.sequence_length}",
-        "data": f"{recipe.dataset_name} ({recipe.num_lanes} lanes)",
-        "step": f"{recipe.batch_tokens:,} tokens = {world} process{'es' * (world > 1)} x "
-        f"{rows_per_process // rows} micro-batches x {rows} rows x {recipe.sequence_length} tokens",
-        "engine": f"{accelerator.distributed_type.value.lower()} on {accelerator.device.type}, "
-        f"mixed_precision {recipe.mixed_precision}, compile {str(recipe.compile).lower()}",
-        "optimizer": f"{recipe.optimizer}, {recipe.num_steps:,} steps",
-    }

@@ -426,10 +426,6 @@ def check_consistency(recipe: Recipe) -> None:
         )
     if recipe.min_lr > recipe.max_lr:
         raise UserError(f"min_lr {recipe.min_lr:g} is above max_lr {recipe.max_lr:g}")
-    if recipe.num_steps is not None and recipe.warmup_steps > recipe.num_steps:
-        raise UserError(
-            f"warmup_steps {recipe.warmup_steps} is more than num_steps {recipe.num_steps}"
-        )
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise UserError("push_to_hub needs hub_model_id: the user/name to upload to")
     if recipe.exp_name and Path(recipe.exp_name).name != recipe.exp_name:
