@@ -175,7 +175,9 @@ def draw_attention_heads(
         ax.set_title(text, fontsize=9.5, loc="left", color=INK)
         ax.set_xticks(ticks, labels, rotation=90, fontsize=8, parse_math=False)
         ax.set_yticks(ticks, labels, fontsize=8, parse_math=False)
-    figure.supxlabel("the token that is looked at", fontsize=10, color=INK)
+    figure.supxlabel(
+        "the token that is looked at (heads are named layer.head)", fontsize=10, color=INK
+    )
     figure.supylabel("the token that looks", fontsize=10, color=INK)
     colour_bar(figure, image, axes, "attention weight")
     return figure

@@ -126,7 +126,7 @@ def draw_weights(samples: dict[str, list[np.ndarray]], initializer_range: float)
     }
     name, layer = max(spread, key=lambda key: spread[key] / initial[key[0]])
     figure, axes = new_figure(
-        f"Weights grew most in {name} of layer {layer}: standard deviation "
+        f"Widest for its initialization: {name} of layer {layer}, standard deviation "
         f"{spread[name, layer]:.3f}, {spread[name, layer] / initial[name]:.1f} times the initial",
         width=max(9.0, 0.28 * layers + 5),
         height=6.5,
