@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
+from gpt2repro.pretrained import load_causal_lm
 from gpt2repro.tokenizer import load_tokenizer
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 SUMS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks it anywhere
 CODE = ("configuration_gpt2repro.py", "modeling_gpt2repro.py")
@@ -98,7 +98,7 @@ def verify(
         raise UserError(f"{directory} is no GPT-2: its model_type is {config.get('model_type')!r}")
     check_files(directory, config["model_type"])
     check_sums(directory)
-    model = model or load_for_comparison(directory)
+    model = model or load_causal_lm(str(directory))
     tokenizer = tokenizer or load_tokenizer(directory)
     dtypes, num_parameters = check_tensors(directory, model)
     if dtypes != {config.get("dtype", config.get("torch_dtype"))}:
@@ -125,14 +125,6 @@ def verify(
         num_greedy_tokens=num_greedy,
         transformers=transformers.__version__,
     )
-
-
-def load_for_comparison(directory: Path) -> PreTrainedModel:
-    try:
-        return GPT2ReproForCausalLM.from_pretrained(directory, dtype="auto").eval()
-    except Exception as error:  # whatever loading raises is the verdict
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{directory} cannot be loaded: {reason}") from error
 
 
 # --- Files --------------------------------------------------------------------------------------
