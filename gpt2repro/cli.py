@@ -14,11 +14,25 @@ RANK_0_SPEAKS_FIRST_SECONDS = 3.0
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` that answers bad arguments with one line instead of a page of usage."""
+    """An `ArgumentParser` that answers bad arguments with one line instead of a page of usage.
+
+    Options are declared with underscores, as recipe fields are spelled; hyphens mean the same.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         kwargs.setdefault("allow_abbrev", False)  # an abbreviation today is an ambiguity tomorrow
         super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._declared(word) for word in args], namespace)
+
+    def _declared(self, word: str) -> str:
+        """`--top-k=5` as `--top_k=5`, if that is an option."""
+        name, equals, value = word.partition("=")
+        option = "--" + name[2:].replace("-", "_")
+        known = name.startswith("--") and option in self._option_string_actions
+        return f"{option}{equals}{value}" if known else word
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")

@@ -237,7 +237,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")
     parser.add_argument(
         "--max_shard_size",
-        "--max-shard-size",
         default=MAX_SHARD_SIZE,
         help="split larger models (default %(default)s)",
     )
