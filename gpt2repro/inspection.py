@@ -132,16 +132,22 @@ def habits_finding(habits: dict[str, np.ndarray]) -> str:
 
 
 def typical_heads(habits: dict[str, np.ndarray]) -> list[tuple[int, int]]:
-    """For each habit the (layer, head) that has it most; the most pronounced others fill a row."""
+    """For each main habit the (layer, head) that has it most; the most pronounced others fill up."""
     shares = np.stack(list(habits.values()))  # (habits, L, H)
-    free = np.ones(shares.shape[1:], dtype=bool)
+    main, free = shares.argmax(0), np.ones(shares.shape[1:], dtype=bool)
     chosen: list[tuple[int, int]] = []
-    rankings = [*shares, *[shares.max(0)] * (-len(shares) % HEADS_ABREAST)]
-    for ranking in rankings[: free.size]:
-        best = np.where(free, ranking, -1).argmax()
-        layer, head = map(int, np.unravel_index(best, free.shape))
-        free[layer, head] = False
-        chosen.append((layer, head))
+
+    def choose(candidates: np.ndarray) -> None:
+        if candidates.any():
+            best = np.where(candidates, shares.max(0), -1).argmax()
+            layer, head = map(int, np.unravel_index(best, free.shape))
+            free[layer, head] = False
+            chosen.append((layer, head))
+
+    for habit in range(len(shares)):
+        choose(free & (main == habit))
+    for _ in range(-(-len(shares) // HEADS_ABREAST) * HEADS_ABREAST - len(chosen)):
+        choose(free)
     return chosen
 
 

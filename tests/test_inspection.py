@@ -67,12 +67,15 @@ def test_habits_finding_counts_heads():
     )
 
 
-def test_typical_heads_are_distinct_and_the_strongest_first():
-    habits = {"a": np.array([[0.9, 0.8], [0.1, 0.0]]), "b": np.array([[0.95, 0.2], [0.3, 0.1]])}
+def test_typical_heads_are_distinct_and_one_for_each_habit_that_is_a_main_one():
+    habits = {"a": np.array([[0.9, 0.8], [0.1, 0.0]]), "b": np.array([[0.5, 0.2], [0.3, 0.1]])}
+    # a is most 0.0's, b is 1.0's; 0.1 is the strongest of the rest and fills the row of three.
     assert inspection.typical_heads(habits) == [(0, 0), (1, 0), (0, 1)]
-    assert inspection.typical_heads({name: shares[:1, :1] for name, shares in habits.items()}) == [
-        (0, 0)
-    ]
+
+
+def test_a_model_of_one_head_has_one_typical_head():
+    habits = {"a": np.array([[0.9]]), "b": np.array([[0.1]])}
+    assert inspection.typical_heads(habits) == [(0, 0)]
 
 
 @pytest.mark.parametrize("kind", ["ours", "theirs"])

@@ -1,0 +1,84 @@
+"""Each example runs as a user would run it, on a tiny checkpoint in OpenAI's form."""
+
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_language_models import random_gpt2, tiny_tokenizer
+
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run_example(name: str, *options) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    random_gpt2(positions=64, initializer_range=0.02).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("The cat sat on the mat. The dog sat on the log. " * 60)
+    return path
+
+
+def test_fine_tuning_lowers_the_held_out_loss_and_saves_a_gpt2(run, checkpoint, text, tmp_path):
+    options = ["--model", checkpoint, "--text", text, "--output", tmp_path / "tuned"]
+    out = run("fine_tune.py", *options, "--sequence-length", 32, "--lr", 1e-2, "--epochs", 2)
+
+    before, after = (float(x) for x in re.findall(r"held-out loss \w+: +(\d+\.\d+)", out))
+    assert after < before - 0.5
+    _, report = GPT2ReproForCausalLM.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert (tmp_path / "tuned" / "tokenizer.json").exists()
+
+
+def test_fine_tuning_refuses_too_little_text(run, checkpoint, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Hello.")
+    with pytest.raises(SystemExit, match="--text"):
+        run("fine_tune.py", "--model", checkpoint, "--text", short, "--output", tmp_path / "x")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_generation_streams_the_prompt_and_its_continuation(run, checkpoint, temperature):
+    options = ["--model", checkpoint, "--prompt", "The cat", "--temperature", temperature]
+    out = run("generate_stream.py", *options, "--max-new-tokens", 12)
+    assert out.startswith("The cat")
+    assert len(out) > len("The cat\n")
+
+
+def test_generation_stops_at_the_end_of_the_context(run, checkpoint):
+    run("generate_stream.py", "--model", checkpoint, "--max-new-tokens", 10_000)
+    with pytest.raises(SystemExit, match="--prompt"):
+        run("generate_stream.py", "--model", checkpoint, "--prompt", "x " * 200)
+
+
+def test_two_checkpoints_are_compared_on_the_same_text(run, checkpoint, text, tmp_path):
+    random_gpt2(1, positions=64, initializer_range=0.2).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    out = run("compare_checkpoints.py", checkpoint, tmp_path, "--text", text, "--rows", 3)
+
+    first, second = map(float, re.findall(r"(\d+\.\d{4}) nats per token, \d", out))
+    # Small random weights are nearly uniform over the vocabulary, large ones confidently wrong.
+    assert first == pytest.approx(math.log(320), abs=0.05)
+    assert second > first + 0.1
+    rows = re.findall(r"^ *'.+'  +(\d+\.\d{3})  +(\d+\.\d{3})$", out, re.MULTILINE)
+    assert len(rows) == 3
