@@ -18,7 +18,6 @@ from gpt2repro.evaluation import validation_loss
 from gpt2repro.finish import draw_loss_curve, finish
 from gpt2repro.metrics import Stopwatch
 from gpt2repro.optim import lr_at, set_lr
-from gpt2repro.recipe import load_recipe
 from gpt2repro.run import AlreadyFinished, Run, prepare
 from gpt2repro.sampling import sample_text
 from gpt2repro.stream import StepRows
@@ -30,7 +29,7 @@ SPIKE_Z = 5.0  # standard deviations above the recent mean that make a loss wort
 
 def main(argv: list[str]) -> int:
     try:
-        run = prepare(load_recipe(argv))
+        run = prepare(argv)
     except AlreadyFinished as finished:
         print(finished)
         return 0

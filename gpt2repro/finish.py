@@ -1,13 +1,17 @@
 """The end of a run: the loss curve, the verified export, and what the user sees."""
 
+import dataclasses
+import shlex
 import subprocess
 import sys
 from typing import Any
 
 import torch
 
-from gpt2repro import UserError, checkpoint, plots, ranks
+from gpt2repro import UserError, checkpoint, environment, plots, ranks
+from gpt2repro.export import export
 from gpt2repro.metrics import read_metrics
+from gpt2repro.model_card import model_card
 from gpt2repro.run import Run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -31,14 +35,30 @@ def finish(run: Run) -> int:
 
 
 def publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    from gpt2repro.export import export
     draw_loss_curve(run)
     model = GPT2ReproForCausalLM(checkpoint.innermost(run.model).config)
     model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
     model.tie_weights()
     print("Exporting, and checking the export in a fresh process ...", flush=True)
-    export(model.eval(), run.tokenizer, run.directory.final, figures=[run.directory.loss_curve])
-    summarize(run, read_metrics(run.directory.metrics))
+    metrics = read_metrics(run.directory.metrics)
+    card = model_card(
+        name=str(run.recipe.exp_name),
+        recipe=dataclasses.asdict(run.recipe),
+        num_parameters=model.num_parameters(),
+        environment=environment.describe(),
+        metrics=metrics,
+        command=shlex.join(["accelerate", "launch", "train_accelerate.py", *run.argv]),
+        num_processes=run.accelerator.num_processes,
+        loss_curve=run.directory.loss_curve.name,
+    )
+    export(
+        model.eval(),
+        run.tokenizer,
+        run.directory.final,
+        card=card,
+        figures=[run.directory.loss_curve],
+    )
+    summarize(run, metrics)
 
 
 def draw_loss_curve(run: Run) -> None:

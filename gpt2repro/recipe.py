@@ -434,28 +434,37 @@ def check_consistency(recipe: Recipe) -> None:
         )
 
 
-# What the weights and the optimizer's state depend on. The data's part is in the stream's identity.
-FIXED_BY_CHECKPOINT = ("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "optimizer")
+# What weights, optimizer state and rows depend on; the stream's identity guards the rest of the data.
+FIXED_BY_CHECKPOINT = (
+    "model_size",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "sequence_length",
+    "batch_tokens",
+    "optimizer",
+)
 
 
-def check_resumable(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
-    """The fields that changed since a checkpoint was made, as lines to show.
-
-    Raises:
-        UserError: one of them cannot change within a run.
-    """
-    changed = []
-    for key, now in dataclasses.asdict(recipe).items():
-        then = saved.get(key, now)
-        if then == now or key in ("resume", "output_dir"):
-            continue
+def refuse_changes(recipe: Recipe, saved: dict[str, Any]) -> None:
+    """Raise `UserError` for a field that cannot change within a run that `saved` began."""
+    for key, then, now in differences(recipe, saved):
         if key in FIXED_BY_CHECKPOINT:
             raise UserError(
                 f"{key} is {now} but the checkpoint was made with {then}: set it back, "
                 "or give another exp_name to start a new run"
             )
-        changed.append(f"{key} was {then} until here and is {now} now")
-    return changed
+
+
+def differences(recipe: Recipe, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """`(field, then, now)` of every field that decides the training and differs from `saved`."""
+    now = dataclasses.asdict(recipe)
+    ignored = ("resume", "output_dir", "exp_name")
+    return [
+        (key, saved[key], now[key])
+        for key in now
+        if key in saved and saved[key] != now[key] and key not in ignored
+    ]
 
 
 # --- Batch arithmetic ---------------------------------------------------------------------------

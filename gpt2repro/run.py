@@ -17,7 +17,7 @@ from gpt2repro.metrics import (
     peak_flops,
 )
 from gpt2repro.preemption import StopRequest
-from gpt2repro.recipe import Recipe, accumulation_steps, check_resumable
+from gpt2repro.recipe import Recipe, accumulation_steps, differences, load_recipe, refuse_changes
 from gpt2repro.run_directory import Resume, RunDirectory
 from gpt2repro.stream import TokenStream, ValidationSet, validation_set
 from gpt2repro.tokenizer import bulk_encoder
@@ -27,6 +27,7 @@ from gpt2repro.tokenizer import bulk_encoder
 class Run:
     """The parts of a run on this rank."""
 
+    argv: list[str]  # what the user typed
     recipe: Recipe  # resolved: nothing is left to decide
     accelerator: Accelerator
     directory: RunDirectory
@@ -85,15 +86,16 @@ class AlreadyFinished(Exception):
     """There is nothing to train; the message says what is there and what one may want."""
 
 
-def prepare(recipe: Recipe) -> Run:
-    """Check everything, build everything, load the checkpoint to go on from; then claim the directory.
+def prepare(argv: list[str]) -> Run:
+    """From the command line to a run that is ready to train, at its first step or where it stopped.
 
-    Nothing is written before the last input has been checked.
+    Everything is checked, built and loaded before the run directory is touched.
 
     Raises:
         UserError: something in the recipe, the files, the Hub or the launch must be mended.
         AlreadyFinished: the run has all its steps and its export.
     """
+    recipe = load_recipe(argv)
     accelerator = parts.start_engine(recipe)
     stop = StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device))
     directory = RunDirectory(recipe.run_dir)
@@ -105,6 +107,8 @@ def prepare(recipe: Recipe) -> Run:
             f"in {directory.final}. Nothing was changed. For another run give another --exp_name; "
             "to train this one on, a larger --num_steps."
         )
+
+    refuse_changes(recipe, saved)
 
     tokenizer = parts.open_tokenizer(recipe)
     encoder = bulk_encoder(tokenizer)
@@ -142,7 +146,6 @@ def prepare(recipe: Recipe) -> Run:
     accelerator.gradient_accumulation_steps = accumulation_steps(
         recipe, ranks.world_size(), recipe.micro_batch_size
     )
-    changes = check_resumable(recipe, saved)
     if resume.path is not None:
         checkpoint.load(resume.path, model=model, optimizer=optimizer)
         if resume.step > recipe.num_steps:
@@ -155,10 +158,15 @@ def prepare(recipe: Recipe) -> Run:
     main = accelerator.is_main_process
     if main:
         recipe.save(directory.recipe)
+        changes = [
+            f"{key} was {then} until here and is {now} now"
+            for key, then, now in differences(recipe, saved)
+        ]
         show_facts(recipe, accelerator, num_parameters, [resume.note, *changes])
     if recipe.report_to != "none":
         accelerator.init_trackers("gpt2repro", config=tracked(recipe))
     return Run(
+        argv=argv,
         recipe=recipe,
         accelerator=accelerator,
         directory=directory,

@@ -1,0 +1,323 @@
+"""The training script as a whole: what a run leaves, resumes, stops, incidents, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_run import assert_same_tensors, digests, metrics, tensors, train, write_inputs
+
+import train_accelerate
+from gpt2repro import UserError, incidents
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def no_export(request, monkeypatch):
+    """The export has tests of its own; here one test is enough to see it called."""
+    if "exports" not in request.keywords:
+        monkeypatch.setattr(train_accelerate, "finish", lambda run: 0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_accelerate, "finish", lambda run: 0)
+        assert train(recipe, directory) == 0
+    return directory
+
+
+def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal while the run is reporting `step`."""
+    report = train_accelerate.report
+
+    def report_and_stop(run, record, result, lr):
+        report(run, record, result, lr)
+        if record["step"] == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train_accelerate, "report", report_and_stop)
+
+
+# --- What a run leaves --------------------------------------------------------------------------
+
+
+def test_metrics_have_the_promised_fields(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [*range(13)]
+    promised = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"}
+    promised |= {"data_wait_fraction", "rows_digest"}
+    for line in lines[:-1]:
+        assert promised <= line.keys()
+        assert line["tokens"] == 256 * (line["step"] + 1)
+        assert len(line["rows_digest"]) == 16 and int(line["rows_digest"], 16) >= 0
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 5, 10, 12]
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    assert 0 < lines[-1]["val_bits_per_byte"] < lines[0]["val_bits_per_byte"]
+
+
+def test_the_resolved_recipe_reproduces_the_run(uninterrupted, tmp_path):
+    saved = yaml.safe_load((uninterrupted / "recipe.yaml").read_text())
+    assert None not in (saved["num_steps"], saved["output_dir"], saved["exp_name"])
+    assert train(uninterrupted / "recipe.yaml", tmp_path / "again") == 0
+    assert metrics(tmp_path / "again") == metrics(uninterrupted)
+
+
+@pytest.mark.exports
+def test_the_whole_path_to_a_model_that_writes(recipe, tmp_path, capsys):
+    assert train(recipe, tmp_path / "run", "--num_steps", "2", "--sample_prompt", "<1> of") == 0
+    final = tmp_path / "run" / "final"
+    names = {"model.safetensors", "config.json", "generation_config.json", "README.md"}
+    names |= {"modeling_gpt2repro.py", "configuration_gpt2repro.py", "tokenizer.json"}
+    assert names <= {path.name for path in final.iterdir()}
+    auto_map = json.loads((final / "config.json").read_text())["auto_map"]
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= auto_map.keys()
+    assert (tmp_path / "run" / "loss_curve.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert "Validation loss" in shown and str(final) in shown and "<1> of" in shown
+
+    assert train(recipe, tmp_path / "run", "--num_steps", "2") == 0
+    assert "is finished: 2 of 2 steps" in capsys.readouterr().out
+
+
+# --- Resumes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    recipe, uninterrupted, tmp_path, monkeypatch, number
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=6, number=number)
+        assert train(recipe, run) == train_accelerate.EXIT_PREEMPTED
+    assert (run / "checkpoints" / "step_00000007" / "COMPLETE").exists()
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+def test_a_signal_within_a_step_or_an_evaluation_loses_only_that(
+    recipe, uninterrupted, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        forward_step = train_accelerate.validate
+
+        def stop_in_evaluation(run_, step):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return forward_step(run_, step)
+
+        patch.setattr(train_accelerate, "validate", stop_in_evaluation)
+        assert train(recipe, run) == train_accelerate.EXIT_PREEMPTED
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+def test_a_crash_costs_the_steps_since_the_last_checkpoint(
+    recipe, uninterrupted, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        train_step = train_accelerate.train_step
+
+        def crash(run_, batch, lr):
+            if len(metrics(run)) == 7:
+                raise KeyboardInterrupt
+            return train_step(run_, batch, lr)
+
+        patch.setattr(train_accelerate, "train_step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, run)
+    (run / "metrics.jsonl").open("a").write('{"step": 7, "los')  # torn by the crash
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+def test_a_broken_checkpoint_is_passed_over(recipe, uninterrupted, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(recipe, run, "--num_steps", "8") == 0
+    newest = run / "checkpoints" / "step_00000008" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    capsys.readouterr()
+    assert train(recipe, run) == 0
+    shown = capsys.readouterr().out
+    assert "step_00000008 is incomplete" in shown and "going on from its step 4" in shown
+    assert digests(run) == digests(uninterrupted)
+
+
+def test_muon_resumes_bitwise(recipe, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(recipe, whole, "--optimizer", "muon") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=4)
+        assert train(recipe, parts, "--optimizer", "muon") == train_accelerate.EXIT_PREEMPTED
+    assert train(recipe, parts, "--optimizer", "muon") == 0
+    assert_same_tensors(tensors(parts, 12), tensors(whole, 12))
+
+
+def test_dropout_resumes_bitwise(recipe, tmp_path, monkeypatch):
+    """The random number generator is part of the state, and evaluations leave it alone."""
+    options = ("--dropout", "0.1", "--sample_every", "3")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(recipe, whole, *options) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=4)
+        assert train(recipe, parts, *options) == train_accelerate.EXIT_PREEMPTED
+    assert train(recipe, parts, *options) == 0
+    assert_same_tensors(tensors(parts, 12), tensors(whole, 12))
+
+
+def test_what_a_resume_may_not_change(recipe, tmp_path):
+    run = tmp_path / "run"
+    assert train(recipe, run, "--num_steps", "4") == 0
+    before = metrics(run)
+    for option, named in {
+        ("--optimizer", "muon"): "optimizer",
+        ("--n_embd", "64"): "n_embd",
+        ("--n_layer", "3"): "n_layer",
+        ("--sequence_length", "64"): "sequence_length",
+        ("--seed", "7"): "seed",
+        ("--num_lanes", "2"): "num_lanes",
+        ("--num_validation_units", "2"): "num_validation_units",
+    }.items():
+        with pytest.raises(UserError, match=named):
+            train(recipe, run, *option)
+    with pytest.raises(UserError, match="--resume never"):
+        train(recipe, run, "--resume", "never")
+    assert metrics(run) == before
+
+
+def test_a_resume_says_what_changed(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(recipe, run, "--num_steps", "4") == 0
+    capsys.readouterr()
+    assert train(recipe, run, "--max_lr", "5e-3") == 0
+    shown = capsys.readouterr().out
+    assert "max_lr was 0.01 until here and is 0.005 now" in shown
+    assert "num_steps was 4 until here and is 12 now" in shown
+
+
+# --- Equivalences -------------------------------------------------------------------------------
+
+
+def test_accumulation_is_the_large_batch(recipe, uninterrupted, tmp_path):
+    """`1 x 8` and `4 x 2` rows per step: the same rows and, up to float summation, losses."""
+    for size in (1, 8):
+        run = tmp_path / str(size)
+        assert train(recipe, run, "--micro_batch_size", str(size)) == 0
+        assert digests(run) == digests(uninterrupted)
+        ours = [line["loss"] for line in metrics(run)[:-1]]
+        theirs = [line["loss"] for line in metrics(uninterrupted)[:-1]]
+        # fp32 sums in another order, amplified by 12 steps at a high learning rate
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+def test_epochs_are_counted_in_steps(recipe, tmp_path):
+    run = tmp_path / "run"
+    assert train(recipe, run, "--num_epochs", "1", "--eval_every", "0") == 0
+    saved = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert saved["num_epochs"] is None and saved["num_steps"] == len(metrics(run)) - 1 > 12
+
+
+# --- Incidents ----------------------------------------------------------------------------------
+
+
+def break_steps(monkeypatch, broken: set[int]) -> None:
+    """Make the gradients of some steps infinite."""
+    train_step = train_accelerate.train_step
+    steps = iter(range(100))
+
+    def train_broken_step(run, batch, lr):
+        if next(steps) not in broken:
+            return train_step(run, batch, lr)
+        parameter = next(run.model.parameters())
+        handle = parameter.register_hook(lambda gradient: gradient * float("inf"))
+        try:
+            return train_step(run, batch, lr)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(train_accelerate, "train_step", train_broken_step)
+
+
+def test_a_non_finite_gradient_skips_the_update_and_keeps_the_rows(recipe, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    break_steps(monkeypatch, {3, 6})
+    assert train(recipe, run, "--save_every", "1", "--keep_last", "20") == 0
+    kept = sorted(path.name for path in (run / "incidents").iterdir())
+    assert kept == ["step_00000003_rank_0.json", "step_00000006_rank_0.json"]
+    incident = json.loads((run / "incidents" / kept[0]).read_text())
+    assert incident["rows_digest"] == digests(run)[3] and len(incident["texts"]) == 8
+    before, after = (
+        {k: v for k, v in tensors(run, step).items() if "rng" not in k} for step in (3, 4)
+    )
+    assert_same_tensors(before, after)
+    line = metrics(run)[3]
+    assert line["grad_norm"] is None  # JSON has no infinity
+
+
+def test_five_in_a_row_stop_the_run_with_advice(recipe, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    break_steps(monkeypatch, {5, 6, 7, 8, 9})
+    assert train(recipe, run) == train_accelerate.EXIT_DIVERGED
+    assert len(list((run / "incidents").iterdir())) == incidents.MAX_IN_A_ROW
+    assert "Lower max_lr" in capsys.readouterr().out
+    assert (run / "checkpoints" / "step_00000004" / "COMPLETE").exists()
+
+
+# --- Several processes --------------------------------------------------------------------------
+
+
+def launch(recipe: Path, output_dir: Path, *options: str, config: str = "cpu2.yaml"):
+    """`accelerate launch` as a user types it."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [*launcher, "--config_file", str(ROOT / "launch" / config)]
+    command += [str(ROOT / "train_accelerate.py"), "--recipe", str(recipe)]
+    command += ["--output_dir", str(output_dir), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.exports
+def test_two_processes_train_on_the_same_rows(recipe, uninterrupted, tmp_path):
+    """Two gloo processes, export included; then one goes on where two stopped."""
+    run = tmp_path / "run"
+    result = launch(recipe, run, "--num_steps", "8", "--sample_every", "4")
+    assert result.returncode == 0, result.stderr
+    assert digests(run) == {s: d for s, d in digests(uninterrupted).items() if s < 8}
+    assert (run / "final" / "model.safetensors").exists()
+
+    assert train(recipe, run, "--resume", str(run / "checkpoints" / "step_00000004")) == 0
+    assert digests(run) == digests(uninterrupted)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(recipe, tmp_path):
+    run = tmp_path / "run"
+    config = tmp_path / "blind.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n"
+        "num_machines: 1\nmixed_precision: 'no'\n"
+    )
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without GPUs")
+    result = launch(recipe, run, config=str(config))
+    assert result.returncode != 0
+    assert result.stderr.count("error: 2 processes were launched but each sees only itself") == 1
+    assert not run.exists()
