@@ -1,5 +1,6 @@
 """Figures with standard errors, computed by metrics in the manner of the `evaluate` library."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,5 +153,5 @@ class CorpusPerplexity(Metric):
         if any(num_words):
             found["word_perplexity"] = ratio(nats, num_words).exp()
         if any(num_bytes):
-            found["bits_per_byte"] = ratio(nats, num_bytes) * (1 / np.log(2))
+            found["bits_per_byte"] = ratio(nats, num_bytes) * (1 / math.log(2))
         return found

@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from gpt2repro import UserError, environment, ranks
 from gpt2repro.cli import OneLineParser
@@ -135,10 +136,12 @@ class Loaded:
     max_length: int
 
 
-def load(name: str, option: str, arguments: Namespace, device: torch.device) -> Loaded:
-    """Any causal model that transformers loads; refuses one whose weights are not all there."""
-    tokenizer = find_tokenizer(name, arguments.tokenizer)
+def load(name: str, option: str, arguments: Namespace) -> Loaded:
+    """Any causal model that transformers loads, on the CPU; refuses missing weights."""
     where = locate(name, option)
+    tokenizer = find_tokenizer(where, arguments.tokenizer)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, info = patiently(
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -153,10 +156,13 @@ def load(name: str, option: str, arguments: Namespace, device: torch.device) -> 
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"{option} {name}: {str(error)[:300]}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:  # transformers fills them with random numbers
         raise UserError(f"{option} {name}: the weights lack {len(missing)}, such as {missing[0]}")
-    return Loaded(name, model.to(device).eval(), tokenizer, _context(model, option, arguments))
+    return Loaded(name, model.eval(), tokenizer, _context(model, option, arguments))
 
 
 def _context(model: torch.nn.Module, option: str, arguments: Namespace) -> int:
@@ -172,60 +178,54 @@ def _context(model: torch.nn.Module, option: str, arguments: Namespace) -> int:
 # ---------------------------------------------------------------- tasks
 
 
-@dataclass
-class Data:
-    """The rows of each task, read once for all models."""
+def tasks_of(models: list[Loaded], arguments: Namespace) -> list[list[Task]]:
+    """Each model's tasks, in the same order; rows are read once for all models."""
+    rows = {
+        name: read_rows(name, getattr(arguments, f"{name}_file"), arguments.limit)
+        for name in arguments.tasks
+        if name != "val"
+    }
+    corpus = _open_corpus(arguments) if "val" in arguments.tasks else None
+    shortest = min(loaded.max_length for loaded in models)
+    sequence_length = arguments.sequence_length or shortest
+    stride = arguments.wikitext2_stride
+    if sequence_length > shortest:
+        raise UserError(f"--sequence_length: a model has {shortest} positions only")
+    if (stride or 0) > shortest:
+        raise UserError(f"--wikitext2_stride: a model has {shortest} positions only")
 
-    arguments: Namespace
-    rows: dict[str, list]
-    corpus: Corpus | None
-    sequence_length: int | None = None  # of val: set by the first model, kept for the second
-
-    @classmethod
-    def read(cls, arguments: Namespace) -> "Data":
-        rows = {
-            task: read_rows(task, getattr(arguments, f"{task}_file"), arguments.limit)
-            for task in arguments.tasks
-            if task != "val"
-        }
-        return cls(arguments, rows, _open_corpus(arguments) if "val" in arguments.tasks else None)
-
-    def tasks(self, loaded: Loaded) -> list[Task]:
+    def tasks(name: str, loaded: Loaded) -> list[Task]:
         how = {"tokenizer": loaded.tokenizer, "max_length": loaded.max_length}
-        tasks: list[Task] = []
-        for name in self.arguments.tasks:
-            if name == "val":
-                tasks.append(self._validation(loaded))
-            elif name == "hellaswag":
-                kinds = CONVENTIONS[self.arguments.hellaswag_convention]
-                tasks += [kind(self.rows[name], **how) for kind in kinds]
-            elif name == "lambada":
-                tasks.append(Lambada(self.rows[name], **how))
-            else:
-                tasks.append(WikiText2(self.rows[name], **how, stride=self._stride(loaded)))
-        return [checked(task) for task in tasks]
+        if name == "val":
+            assert corpus is not None
+            return [_validation(corpus, loaded, sequence_length, arguments)]
+        if name == "hellaswag":
+            kinds = CONVENTIONS[arguments.hellaswag_convention]
+            return [kind(rows[name], **how) for kind in kinds]
+        if name == "lambada":
+            return [Lambada(rows[name], **how)]
+        return [WikiText2(rows[name], **how, stride=stride)]
 
-    def _stride(self, loaded: Loaded) -> int:
-        stride = self.arguments.wikitext2_stride or loaded.max_length
-        if stride > loaded.max_length:
-            raise UserError(f"--wikitext2_stride: {loaded.name} has {loaded.max_length} positions")
-        return stride
+    return [
+        [checked(task) for name in arguments.tasks for task in tasks(name, loaded)]
+        for loaded in models
+    ]
 
-    def _validation(self, loaded: Loaded) -> Validation:
-        wanted = self.arguments.sequence_length or self.sequence_length or loaded.max_length
-        if wanted > loaded.max_length:
-            raise UserError(f"--sequence_length: {loaded.name} has {loaded.max_length} positions")
-        self.sequence_length = wanted
-        assert self.corpus is not None
-        held_out = validation_set(
-            self.corpus,
-            bulk_encoder(loaded.tokenizer),
-            sequence_length=wanted,
-            num_units=self.arguments.num_validation_units,
-            max_tokens=self.arguments.validation_tokens,
-        )
-        rows = held_out.rows[: self.arguments.limit]
-        return Validation(rows, bytes_per_token=held_out.num_bytes / held_out.num_tokens)
+
+def _validation(
+    corpus: Corpus, loaded: Loaded, sequence_length: int, arguments: Namespace
+) -> Validation:
+    held_out = validation_set(
+        corpus,
+        bulk_encoder(loaded.tokenizer),
+        sequence_length=sequence_length,
+        num_units=arguments.num_validation_units,
+        max_tokens=arguments.validation_tokens,
+    )
+    return Validation(
+        held_out.rows[: arguments.limit],
+        bytes_per_token=held_out.num_bytes / held_out.num_tokens,
+    )
 
 
 def _open_corpus(arguments: Namespace) -> Corpus:
@@ -395,18 +395,20 @@ def report(name: str, results: list[TaskResult]) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Evaluate, print the table, write the JSON. Several processes share the work."""
     arguments = parse_arguments(argv)
-    cpu = arguments.device == "cpu" or not torch.cuda.is_available()
-    state = PartialState(cpu=cpu)
+    _make_room(arguments.output)
+    state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     device = torch.device(arguments.device) if arguments.device else state.device
-    names = [arguments.model] + ([arguments.baseline] if arguments.baseline else [])
-    data = Data.read(arguments)
-    columns: list[list[TaskResult]] = []
-    for name, option in zip(names, ("--model", "--baseline"), strict=False):
-        loaded = load(name, option, arguments, device)
-        columns.append(score_all(loaded, data.tasks(loaded), arguments.batch_size))
-        del loaded  # before the next one is loaded
+    # All of it is opened before any of it runs: a mistake shows now, not after the first model.
+    named = {"--model": arguments.model, "--baseline": arguments.baseline}
+    models = [load(name, option, arguments) for option, name in named.items() if name]
+    columns = []
+    for loaded, tasks in zip(models, tasks_of(models, arguments), strict=True):
+        loaded.model.to(device)
+        columns.append(score_all(loaded, tasks, arguments.batch_size))
+        loaded.model.to("cpu")
     if not state.is_main_process:
         return 0
+    names = [loaded.name for loaded in models]
     difference = differences(*columns) if len(columns) == 2 else {}
     published = published_for(arguments)
     print(table(names, columns, difference, published))
@@ -415,6 +417,17 @@ def main(argv: list[str]) -> int:
     if arguments.output:
         _write(arguments, names, columns, difference, published)
     return 0
+
+
+def _make_room(output: str | None) -> None:
+    """Find out before the work whether the JSON file can be written."""
+    if output is None:
+        return
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UserError(f"--output {output}: {error}") from error
 
 
 def _write(arguments: Namespace, names, columns, difference, published) -> None:
@@ -432,9 +445,4 @@ def _write(arguments: Namespace, names, columns, difference, published) -> None:
     }
     content["settings"] = vars(arguments)
     content["environment"] = environment.describe()
-    path = Path(arguments.output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: {error}") from error
+    Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
