@@ -53,12 +53,16 @@ def load_causal_lm(
         UserError: not there, not reachable, not a GPT-2, or its tensors are not all there.
     """
     where = locate(name, option)
-    bars = logging.is_progress_bar_enabled()
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # one bar for every file that is opened
+    logging.set_verbosity_error()  # warnings about tensors, which are errors below
     try:
-        model = patiently(
+        model, info = patiently(
             lambda: model_class.from_pretrained(
-                where, dtype=dtype, **({"revision": revision} if revision else {})
+                where,
+                dtype=dtype,
+                output_loading_info=True,
+                **({"revision": revision} if revision else {}),
             ),
             f"load the model {where!r} ({option})",
             if_unreachable=OFFLINE_ADVICE,
@@ -72,6 +76,9 @@ def load_causal_lm(
     finally:
         if bars:
             logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+    if lacking := sorted(info["missing_keys"]):  # transformers would have made them up
+        raise UserError(f"{option} {name}: lacks {len(lacking)} tensors, among them {lacking[0]}")
     return model.eval()
 
 
