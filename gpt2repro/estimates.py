@@ -8,6 +8,7 @@ import evaluate
 import numpy as np
 from datasets import Features, Value
 from datasets import Sequence as SequenceOf
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Estimate:
         return Estimate(self.value - other.value, self.influence - other.influence)
 
 
-def mean(values: np.ndarray) -> Estimate:
+def mean(values: ArrayLike) -> Estimate:
     values = np.asarray(values, dtype=np.float64)
     return Estimate(float(values.mean()), values)
 
 
-def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
+def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     """Sum over sum, each example (a row, a document) a cluster: the usual ratio estimator."""
     numerators, denominators = np.asarray(numerators), np.asarray(denominators)
     value = float(numerators.sum() / denominators.sum())
@@ -82,13 +83,14 @@ class Metric(evaluate.Metric):
         super()._init_writer(timeout)
 
     def _compute(self, *, estimates: bool = False, **inputs) -> dict[str, Any]:
-        found = self._estimate(**inputs)
+        found = self._estimate(*(inputs[name] for name in self.inputs))
         if estimates:
             return found
         values = {name: estimate.value for name, estimate in found.items()}
         return values | {f"{name}_stderr": estimate.stderr for name, estimate in found.items()}
 
-    def _estimate(self, **inputs: list) -> dict[str, Estimate]:
+    def _estimate(self, *columns: Any) -> dict[str, Estimate]:
+        """Figures of `inputs`, in their order, each a list over the examples."""
         raise NotImplementedError
 
 
@@ -107,7 +109,8 @@ class MultipleChoiceAccuracy(Metric):
         }
     )
 
-    def _estimate(self, predictions, lengths, references) -> dict[str, Estimate]:
+    def _estimate(self, *columns: Any) -> dict[str, Estimate]:
+        predictions, lengths, references = columns
         rows = list(zip(predictions, lengths, references, strict=True))
         norm = [np.argmax(np.divide(scores, length)) == label for scores, length, label in rows]
         return {
@@ -125,7 +128,8 @@ class LastWordAccuracy(Metric):
 
     inputs = Features({"predictions": Value("float64"), "is_greedy": Value("bool")})
 
-    def _estimate(self, predictions, is_greedy) -> dict[str, Estimate]:
+    def _estimate(self, *columns: Any) -> dict[str, Estimate]:
+        predictions, is_greedy = columns
         return {"acc": mean(is_greedy), "perplexity": (mean(predictions) * -1).exp()}
 
 
@@ -146,7 +150,8 @@ class CorpusPerplexity(Metric):
         }
     )
 
-    def _estimate(self, predictions, num_tokens, num_words, num_bytes) -> dict[str, Estimate]:
+    def _estimate(self, *columns: Any) -> dict[str, Estimate]:
+        predictions, num_tokens, num_words, num_bytes = columns
         nats = -np.asarray(predictions)
         loss = ratio(nats, num_tokens)
         found = {"loss": loss, "token_perplexity": loss.exp()}

@@ -20,15 +20,13 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from gpt2repro import UserError, environment, ranks
 from gpt2repro.cli import OneLineParser
 from gpt2repro.corpus import Corpus, open_corpus
 from gpt2repro.estimates import Estimate
 from gpt2repro.evaluation import TaskResult, checked, read_rows, score_task
-from gpt2repro.pretrained import OFFLINE_ADVICE, find_tokenizer, locate
-from gpt2repro.retry import patiently
+from gpt2repro.pretrained import find_tokenizer, load_causal_lm
 from gpt2repro.stream import validation_set
 from gpt2repro.tasks import (
     CompletionHellaSwag,
@@ -41,8 +39,11 @@ from gpt2repro.tasks import (
 from gpt2repro.tokenizer import bulk_encoder
 
 TASKS = ("val", "hellaswag", "lambada", "wikitext2")
-CONVENTIONS = {"completion": [CompletionHellaSwag], "lm_eval": [LMEvalHellaSwag]}
-CONVENTIONS["both"] = CONVENTIONS["completion"] + CONVENTIONS["lm_eval"]
+CONVENTIONS: dict[str, list[type[Task]]] = {
+    "completion": [CompletionHellaSwag],
+    "lm_eval": [LMEvalHellaSwag],
+    "both": [CompletionHellaSwag, LMEvalHellaSwag],
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NUM_NAMED_ROWS = 5  # of the skipped, on the screen; all are in the JSON
 
@@ -137,42 +138,27 @@ class Loaded:
 
 
 def load(name: str, option: str, arguments: Namespace) -> Loaded:
-    """Any causal model that transformers loads, on the CPU; refuses missing weights."""
-    where = locate(name, option)
-    tokenizer = find_tokenizer(where, arguments.tokenizer)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, info = patiently(
-            lambda: AutoModelForCausalLM.from_pretrained(
-                where,
-                dtype=DTYPES[arguments.dtype],
-                trust_remote_code=arguments.trust_remote_code,
-                output_loading_info=True,
-            ),
-            f"load the model {where!r} ({option})",
-            if_unreachable=OFFLINE_ADVICE,
-            reaches_hub=False,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"{option} {name}: {str(error)[:300]}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers fills them with random numbers
-        raise UserError(f"{option} {name}: the weights lack {len(missing)}, such as {missing[0]}")
-    return Loaded(name, model.eval(), tokenizer, _context(model, option, arguments))
+    """Any causal model that transformers loads, on the CPU, and its tokenizer."""
+    model = load_causal_lm(
+        name,
+        option=option,
+        model_class=AutoModelForCausalLM,  # type: ignore[arg-type]
+        dtype=DTYPES[arguments.dtype],
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    tokenizer = find_tokenizer(name, arguments.tokenizer)
+    return Loaded(name, model, tokenizer, _context(model, option, arguments))
 
 
 def _context(model: torch.nn.Module, option: str, arguments: Namespace) -> int:
     fields = ("max_position_embeddings", "n_positions", "n_ctx")
-    positions = next((n for field in fields if (n := getattr(model.config, field, None))), None)
+    found = (getattr(model.config, field, None) for field in fields)
+    positions: int | None = next(filter(None, found), None)
     if positions is None and arguments.max_length is None:
         raise UserError(f"--max_length: the configuration of {option} does not tell its context")
     if positions and arguments.max_length and arguments.max_length > positions:
         raise UserError(f"--max_length: {option} has {positions} positions only")
-    return arguments.max_length or positions
+    return int(arguments.max_length or positions or 0)
 
 
 # ---------------------------------------------------------------- tasks

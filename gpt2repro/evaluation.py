@@ -73,7 +73,6 @@ def validation_loss(
     """
     rows = np.asarray(rows)
     assert rows.ndim == 2 and len(rows) > 0, "rows are (N, T+1), at least one"
-    assert world_size == 1 or reduce is not None, "several ranks need a reduce"
     device = next(model.parameters()).device
     batch_size = min(batch_size, len(rows))
     num_batches = -(-len(rows) // (batch_size * world_size)) * world_size
@@ -91,6 +90,7 @@ def validation_loss(
             if num_tokens:
                 sums += torch.tensor([nats, num_tokens], dtype=torch.float64)
     if world_size > 1:
+        assert reduce is not None, "several ranks need a reduce"
         sums = reduce(sums.to(device)).cpu()
     return ValidationResult(float(sums[0] / sums[1]), int(sums[1]))
 

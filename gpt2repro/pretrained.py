@@ -43,6 +43,7 @@ def load_causal_lm(
     model_class: type[PreTrainedModel] = GPT2ReproForCausalLM,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model at `name` (see `locate`) on the CPU, in evaluation mode.
 
@@ -62,6 +63,7 @@ def load_causal_lm(
                 where,
                 dtype=dtype,
                 output_loading_info=True,
+                trust_remote_code=trust_remote_code,
                 **({"revision": revision} if revision else {}),
             ),
             f"load the model {where!r} ({option})",

@@ -46,8 +46,11 @@ class Task:
     def __init__(self, rows: Iterable[Row | MalformedRow], tokenizer, *, max_length: int) -> None:
         self.max_length = max_length
         self.skipped: dict[int, str] = {}
-        self.rows, self.truncated = [], []
-        self.examples, self.requests, self.slices = [], [], []
+        self.rows: list[int] = []
+        self.truncated: list[int] = []
+        self.examples: list[Any] = []
+        self.requests: list[Request] = []
+        self.slices: list[slice] = []
         parsed: dict[int, Any] = {}
         for number, row in enumerate(rows, start=1):
             try:
@@ -92,7 +95,7 @@ class Task:
         found = self.score(scores)
         return {f"{self.prefix}{metric}": estimate for metric, estimate in found.items()}
 
-    def parse(self, row: Row | MalformedRow) -> Any:
+    def parse(self, row: Any) -> Any:
         """An example; raises MalformedRow with the reason where there is none."""
         raise NotImplementedError
 
@@ -103,7 +106,7 @@ class Task:
         raise NotImplementedError
 
 
-def _text(row: Row | MalformedRow, key: str) -> str:
+def _text(row: Any, key: str) -> str:
     """A field that must be text; it may be empty."""
     if isinstance(row, MalformedRow):
         raise row
@@ -128,7 +131,7 @@ class Choices:
     label: int
 
 
-def _endings(row: Row) -> list[str]:
+def _endings(row: Any) -> list[str]:
     endings = row.get("endings")
     if not isinstance(endings, list | tuple) or len(endings) < 2:
         raise MalformedRow("'endings' is not a list of at least two texts")
@@ -175,7 +178,7 @@ class CompletionHellaSwag(_HellaSwag):
 
     name, prefix = "hellaswag/completion", "hellaswag/completion_"
 
-    def parse(self, row: Row | MalformedRow) -> Choices:
+    def parse(self, row: Any) -> Choices:
         context = _text(row, "ctx")
         return _choices(context, _endings(row), row.get("label"))
 
@@ -211,7 +214,7 @@ class LMEvalHellaSwag(_HellaSwag):
 
     name, prefix = "hellaswag/lm_eval", "hellaswag/lm_eval_"
 
-    def parse(self, row: Row | MalformedRow) -> Choices:
+    def parse(self, row: Any) -> Choices:
         context = f"{_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
         context = clean_hellaswag(f"{_text(row, 'activity_label')}: {context}")
         endings = [clean_hellaswag(ending) for ending in _endings(row)]
@@ -234,7 +237,7 @@ class Lambada(Task):
 
     name, prefix, asked = "lambada", "lambada/", "last word"
 
-    def parse(self, row: Row | MalformedRow) -> tuple[str, str]:
+    def parse(self, row: Any) -> tuple[str, str]:
         context, _, word = _text(row, "text").rpartition(" ")
         if not word:
             raise MalformedRow("no last word after the last space")
@@ -333,7 +336,7 @@ class WikiText2(Task):
         assert 1 <= self.stride <= max_length
         super().__init__(rows, tokenizer, max_length=max_length)
 
-    def parse(self, row: Row | MalformedRow) -> Page:
+    def parse(self, row: Any) -> Page:
         page = _text(row, "page")
         if not page.strip():
             raise MalformedRow("the page is empty")
@@ -373,13 +376,13 @@ class Validation(Task):
     def __init__(self, rows: np.ndarray, *, bytes_per_token: float = 0.0) -> None:
         """`rows` (N, T+1) integers; `bytes_per_token` of the text behind them, 0 if unknown."""
         self.bytes_per_token = bytes_per_token
-        self._crc32 = zlib.crc32(np.ascontiguousarray(rows))
+        self._crc32 = zlib.crc32(np.ascontiguousarray(rows).data)
         super().__init__(rows, None, max_length=rows.shape[1] - 1)
 
     def identity(self) -> Any:
         return len(self.rows), self._crc32  # another tokenizer cuts the text elsewhere
 
-    def parse(self, row: np.ndarray) -> np.ndarray:
+    def parse(self, row: Any) -> np.ndarray:
         return row
 
     def encode(self, tokenizer, examples: list[np.ndarray]) -> list[list[Request]]:
