@@ -116,11 +116,12 @@ def draw_losses(
             ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label)
         x_val, val = series(metrics, "val_loss", x_key)
         if len(x_val):
-            marker = "o" if len(x_val) <= 40 else None
             label = f"{of}validation, {val[-1]:.3f} at the end"
-            ax.plot(
-                x_val, val, color=color, linewidth=2, marker=marker, markersize=4.5, label=label
-            )
+            if len(x_val) <= 40:  # between few evaluations a line would claim what nobody measured
+                ax.plot(x_val, val, color=color, linewidth=1, alpha=0.45)
+                ax.plot(x_val, val, "o", color=color, markersize=6, label=label)
+            else:
+                ax.plot(x_val, val, color=color, linewidth=2, label=label)
         curves += [(x, loss), (x_val, val)]
     if baseline:
         label, value = baseline
@@ -136,12 +137,12 @@ def draw_losses(
 def loss_finding(runs: Mapping[str, Metrics], baseline: tuple[str, float] | None) -> str:
     """What the loss plot shows, in a sentence."""
     if len(runs) > 1:
-        ends = [
-            f"{name} {val[-1]:.2f}"
-            for name, metrics in runs.items()
-            if len(val := series(metrics, "val_loss", "step")[1])
-        ]
-        return f"Validation loss at the end: {', '.join(ends) or 'none yet'} nats per token"
+        ends = []
+        for name, metrics in runs.items():
+            steps, val = series(metrics, "val_loss", "step")
+            if len(val):
+                ends.append(f"{name} {val[-1]:.2f} after {steps[-1]:,.0f} steps")
+        return f"Validation loss (nats per token): {', '.join(ends) or 'none yet'}"
     (metrics,) = runs.values()
     for key, name in (("val_loss", "Validation"), ("loss", "Training")):
         steps, values = series(metrics, key, "step")

@@ -37,7 +37,7 @@ def new_figure(
     """A figure of `width` x `height` inches titled by its finding, and its (rows, columns) axes."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    lines = textwrap.fill(title, int(width * 9.3))
+    lines = textwrap.fill(title, int(width * 9.3), break_on_hyphens=False)
     figure.suptitle(
         lines, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False
     )
@@ -102,7 +102,8 @@ def bare(ax: Axes) -> None:
 
 
 def colour_bar(figure: Figure, image: Any, axes: Any, label: str) -> None:
-    bar = figure.colorbar(image, ax=axes, shrink=0.85, pad=0.02, aspect=30)
+    shrink = min(0.85, 6 / figure.get_figheight())  # a tall figure needs no tall scale
+    bar = figure.colorbar(image, ax=axes, shrink=shrink, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     bar.set_label(label, fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8, length=0, labelcolor=INK)

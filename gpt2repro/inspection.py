@@ -122,17 +122,15 @@ def habits_finding(habits: dict[str, np.ndarray]) -> str:
     """How many heads have which main habit."""
     shares = np.stack(list(habits.values()))
     main = np.where(shares.max(0) > 0.5, shares.argmax(0), -1)
-    counts = [(int((main == i).sum()), name) for i, name in enumerate(habits)]
-    parts = [f"{count} look mostly at {name}" for count, name in sorted(counts)[::-1] if count]
-    mixed = int((main == -1).sum())
-    if not parts:
-        return f"None of the {main.size} heads has a main habit: all spread their attention"
-    rest = f"; {mixed} spread their attention" if mixed else ""
-    return f"Of {main.size} attention heads, {', '.join(parts)}{rest}"
+    counts = {name: int((main == i).sum()) for i, name in enumerate(habits)}
+    counts["no one place"] = int((main == -1).sum())
+    parts = [f"{name} {counts[name]}" for name in sorted(counts, key=counts.get, reverse=True)]
+    shown = [part for part in parts if not part.endswith(" 0")]
+    return f"Where {main.size} attention heads mostly look: {', '.join(shown)}"
 
 
 def typical_heads(habits: dict[str, np.ndarray]) -> list[tuple[int, int]]:
-    """For each main habit the (layer, head) that has it most; the most pronounced others fill up."""
+    """For each main habit the (layer, head) that has it most; the strongest others fill the row."""
     shares = np.stack(list(habits.values()))  # (habits, L, H)
     main, free = shares.argmax(0), np.ones(shares.shape[1:], dtype=bool)
     chosen: list[tuple[int, int]] = []
@@ -160,7 +158,8 @@ def draw_attention_heads(
     """The maps of chosen (layer, head) pairs, large, with the tokens written along both axes."""
     columns = min(HEADS_ABREAST, len(heads))
     rows = -(-len(heads) // columns)
-    side = max(2.6, 0.19 * len(labels) + 0.6)
+    side = max(2.6, min(6.0, 0.19 * len(labels) + 0.6))  # inches
+    size = min(8.0, 0.75 * 72 * side / len(labels))  # points: labels must not touch
     described = [_describe_head(habits, place) for place in heads]
     figure, axes = new_figure(
         f"Head {'; '.join(described[:3])}",
@@ -179,8 +178,8 @@ def draw_attention_heads(
         image = ax.imshow(weights, cmap=shades(), norm=PowerNorm(0.5, 0, 1))
         bare(ax)
         ax.set_title(text, fontsize=9.5, loc="left", color=INK)
-        ax.set_xticks(ticks, labels, rotation=90, fontsize=8, parse_math=False)
-        ax.set_yticks(ticks, labels, fontsize=8, parse_math=False)
+        ax.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
+        ax.set_yticks(ticks, labels, fontsize=size, parse_math=False)
     figure.supxlabel(
         "the token that is looked at (heads are named layer.head)", fontsize=10, color=INK
     )

@@ -33,7 +33,7 @@ __all__ = ["known_baseline", "loss_curve", "main"]  # the first two are what a r
 
 # Tokens repeat in it, so that heads that look for repetition have something to find.
 PROMPT = "The first argument is the name of the file, and the second argument is the name of the"
-MAX_PROMPT_TOKENS = 48  # as many labels as fit on an axis
+MAX_PROMPT_TOKENS = 40  # as many labels as fit on an axis
 LENS_POSITIONS = 12
 NEIGHBOUR_TOKENS = 10
 

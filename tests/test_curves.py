@@ -58,7 +58,9 @@ def test_two_runs_are_named_and_share_the_axes():
     runs = {"adamw": run_metrics(floor=5), "muon": run_metrics(floor=4)}
     figure = curves.draw_losses(runs)
 
-    assert finding(figure) == "Validation loss at the end: adamw 5.05, muon 4.07 nats per token"
+    assert finding(figure) == (
+        "Validation loss (nats per token): adamw 5.05 after 40 steps, muon 4.07 after 40 steps"
+    )
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert "adamw: validation, 5.055 at the end" in legend
     assert "muon: validation, 4.073 at the end" in legend

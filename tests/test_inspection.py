@@ -63,7 +63,7 @@ def test_without_repetition_there_are_no_habits_of_repetition():
 def test_habits_finding_counts_heads():
     habits = {"the previous token": np.array([[0.9, 0.1, 0.6]]), "itself": np.zeros((1, 3))}
     assert inspection.habits_finding(habits) == (
-        "Of 3 attention heads, 2 look mostly at the previous token; 1 spread their attention"
+        "Where 3 attention heads mostly look: the previous token 2, no one place 1"
     )
 
 
