@@ -62,7 +62,9 @@ def build_optimizer(
     for group in settings:
         if group["name"] in MuonAdamW.MATRICES:
             group |= {"lr_scale": muon_lr / max_lr, "weight_decay": muon_weight_decay}
-    return MuonAdamW(settings, lr=max_lr, betas=betas, eps=epsilon, momentum=muon_momentum)
+    optimizer = MuonAdamW(settings, lr=max_lr, betas=betas, eps=epsilon, momentum=muon_momentum)
+    set_lr(optimizer, max_lr)
+    return optimizer
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

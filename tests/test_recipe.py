@@ -1,0 +1,195 @@
+"""Recipes: layers, types, messages, batch arithmetic; every bad input is one line that names the knob."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from gpt2repro import UserError
+from gpt2repro.recipe import (
+    FIELDS,
+    Recipe,
+    accumulation_steps,
+    check_world_size,
+    differences,
+    find_recipe,
+    load_recipe,
+    read_recipe,
+    recipes_directory,
+    refuse_changes,
+)
+
+SHIPPED = sorted(path.stem for path in recipes_directory().glob("*.yaml"))
+
+
+def test_the_reproduction_states_every_field():
+    assert read_recipe(find_recipe("gpt2")).keys() == FIELDS.keys()
+
+
+def test_without_arguments_it_is_build_nanogpt_on_fineweb_edu():
+    recipe = load_recipe([])
+    assert recipe.exp_name == "gpt2" and recipe.model_size == "gpt2"
+    assert (recipe.dataset_name, recipe.dataset_config) == (
+        "HuggingFaceFW/fineweb-edu",
+        "sample-10BT",
+    )
+    assert recipe.tokenizer_name == "openai-community/gpt2"
+    assert (recipe.batch_tokens, recipe.num_steps, recipe.warmup_steps) == (524_288, 19_073, 715)
+    assert (recipe.max_lr, recipe.min_lr, recipe.weight_decay) == (6e-4, 6e-5, 0.1)
+    assert recipe.rows_per_step == 512
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_are_valid_and_can_be_named_three_ways(name):
+    recipe = load_recipe(["--recipe", name])
+    assert recipe.exp_name == name
+    assert load_recipe(["--recipe", f"{name}.yaml"]) == recipe
+    assert load_recipe(["--recipe", f"recipes/{name}.yaml"]) == recipe
+
+
+def test_layers_override_each_other(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("max_lr: 1e-3\nseed: 5\n")
+    recipe = load_recipe(["--recipe", str(path), "--seed", "6"])
+    assert (recipe.max_lr, recipe.seed, recipe.min_lr) == (1e-3, 6, 6e-5)
+    assert recipe.exp_name == "mine" and str(recipe.run_dir) == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--micro_batch_size", "8"], "micro_batch_size", 8),
+        (["--micro-batch-size", "8"], "micro_batch_size", 8),
+        (["--micro-batch-size=8"], "micro_batch_size", 8),
+        (["--micro_batch_size", "auto"], "micro_batch_size", "auto"),
+        (["--compile"], "compile", True),
+        (["--compile", "false"], "compile", False),
+        (["--compile=no"], "compile", False),
+        (["--max_lr", "1e-3"], "max_lr", 1e-3),
+        (["--num_steps", "1e3"], "num_steps", 1000),
+        (["--mixed_precision", "no"], "mixed_precision", "no"),
+        (["--dataset_config", "null"], "dataset_config", None),
+        (["--exp_name", "2024"], "exp_name", "2024"),
+        (["--data_files", "a.parquet,b.parquet"], "data_files", ["a.parquet", "b.parquet"]),
+        (["--data_files", "[a.parquet]"], "data_files", ["a.parquet"]),
+        (["--eval_tasks", "hellaswag"], "eval_tasks", ["hellaswag"]),
+        (["--eval_tasks", "[]"], "eval_tasks", []),
+        (["--sample_prompt", "yes: no"], "sample_prompt", "yes: no"),
+        (["--n_layer", "2"], "n_layer", 2),
+    ],
+)
+def test_spellings_on_the_command_line(argv, field, value):
+    assert getattr(load_recipe(argv), field) == value
+
+
+def test_epochs_and_steps_replace_each_other(tmp_path):
+    assert load_recipe(["--num_epochs", "2"]).num_steps is None
+    path = tmp_path / "epochs.yaml"
+    path.write_text("num_epochs: 2\n")
+    assert load_recipe(["--recipe", str(path)]).num_steps is None
+    recipe = load_recipe(["--recipe", str(path), "--num_steps", "7"])
+    assert (recipe.num_steps, recipe.num_epochs) == (7, None)
+
+
+def test_a_saved_recipe_reads_back(tmp_path):
+    recipe = load_recipe(["--recipe", "demo", "--max_lr", "1e-5"])
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(["--recipe", str(tmp_path / "recipe.yaml")]) == recipe
+    assert [*yaml.safe_load((tmp_path / "recipe.yaml").read_text())] == [*FIELDS]
+
+
+BAD_ARGUMENTS = [
+    (["--nmu_steps", "3"], "--nmu_steps: no such field; did you mean num_steps"),
+    (["--zzz", "3"], "--zzz: no such field; `train_accelerate.py --help` lists them"),
+    (["3"], "unexpected argument '3'"),
+    (["--seed"], "--seed needs a value: a whole number, at least 0"),
+    (["--recipe"], "--recipe needs a value"),
+    (["--seed", "1", "--seed", "2"], "--seed is given twice"),
+    (["--seed", "-1"], "--seed: -1 is not allowed; it takes a whole number, at least 0"),
+    (["--seed", "1.5"], "--seed: 1.5 is not allowed"),
+    (["--seed", "true"], "--seed: True is not allowed"),
+    (["--max_lr", "0"], "--max_lr: 0 is not allowed; it takes a number, above 0"),
+    (["--max_lr", "fast"], "--max_lr: 'fast' is not allowed"),
+    (["--max_lr", ".nan"], "--max_lr: nan is not allowed"),
+    (["--max_lr", ".inf"], "--max_lr: inf is not allowed"),
+    (["--num_steps", "0"], "--num_steps: 0 is not allowed"),
+    (["--micro_batch_size", "big"], "it takes a whole number or auto, at least 1"),
+    (["--compile", "perhaps"], "--compile: 'perhaps' is not allowed; it takes true or false"),
+    (["--optimizer", "sgd"], "it takes adamw or muon"),
+    (["--model_size", "gpt3"], "it takes gpt2 or gpt2-medium or gpt2-large or gpt2-xl"),
+    (["--mixed_precision", "fp16"], "it takes no or bf16"),
+    (["--dropout", "1"], "--dropout: 1 is not allowed"),
+    (["--adam_beta2", "1"], "--adam_beta2: 1 is not allowed"),
+    (["--eval_tasks", "mmlu"], "it takes a list of hellaswag"),
+    (["--report_to", "excel"], "--report_to: 'excel' is not allowed"),
+    (["--dataset_name", ""], "--dataset_name: '' is not allowed"),
+    (["--dataset_name="], "--dataset_name: '' is not allowed"),
+    (["--keep_last", "0"], "--keep_last: 0 is not allowed"),
+    (["--batch_tokens", "1000"], "the nearest that fits is 1024"),
+    (["--num_lanes", "7"], "num_lanes 7 does not divide the 512 rows of a step"),
+    (["--min_lr", "1"], "min_lr 1 is above max_lr 0.0006"),
+    (["--num_steps", "9", "--num_epochs", "1"], "set exactly one of num_steps and num_epochs"),
+    (["--num_steps", "null"], "set exactly one of num_steps and num_epochs"),
+    (["--push_to_hub"], "push_to_hub needs hub_model_id"),
+    (["--exp_name", "../up"], "must be a plain name; use output_dir for a path"),
+    (["--recipe", "gtp2"], "--recipe gtp2: no such file"),
+    (["--recipe", "/no/such.yaml"], "no such file"),
+]
+
+BAD_FILES = [
+    ("max_lrr: 1\n", "max_lrr: no such field; did you mean max_lr"),
+    ("max_lr: big\n", "max_lr: 'big' is not allowed; it takes a number, above 0"),
+    ("num_steps: [1]\n", "num_steps: [1] is not allowed"),
+    ("- 1\n", "a recipe is a mapping of fields to values, not a list"),
+    ("a: [\n", "not valid YAML"),
+    ("1: 2\n", "1: no such field"),
+    (b"\xff\xfe\x00", "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line(argv, message):
+    with pytest.raises(UserError) as error:
+        load_recipe(argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES)
+def test_bad_files_are_one_line(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        load_recipe(["--recipe", str(path)])
+    assert message in str(error.value) and "bad.yaml" in str(error.value)
+
+
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit) as leave:
+        load_recipe(["--help"])
+    assert leave.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name}\n" in shown for name in FIELDS)
+
+
+def test_accumulation_follows_from_the_batch():
+    recipe = load_recipe([])
+    assert accumulation_steps(recipe, world_size=1, micro_batch_size=64) == 8
+    assert accumulation_steps(recipe, world_size=8, micro_batch_size=64) == 1
+    with pytest.raises(UserError, match=r"these would: 1, 2, 4, 8, 16, 32, 64, 128, 256"):
+        accumulation_steps(recipe, world_size=2, micro_batch_size=48)
+    with pytest.raises(UserError, match=r"num_lanes 64 is not divisible by the 3 processes"):
+        check_world_size(recipe, 3)
+
+
+def test_what_may_change_within_a_run():
+    recipe = load_recipe([])
+    saved = dataclasses.asdict(recipe) | {"max_lr": 1e-3, "exp_name": "other"}
+    refuse_changes(recipe, saved)
+    assert differences(recipe, saved) == [("max_lr", 1e-3, 6e-4)]
+    with pytest.raises(UserError, match="n_layer is None but the checkpoint was made with 3"):
+        refuse_changes(recipe, saved | {"n_layer": 3})
+
+
+def test_every_field_says_what_it_means():
+    for field in dataclasses.fields(Recipe):
+        assert len(field.metadata["help"]) > 10, field.name
