@@ -42,7 +42,6 @@ def load_causal_lm(
     option: str = "--model",
     model_class: type[PreTrainedModel] = GPT2ReproForCausalLM,
     dtype: torch.dtype | str = "auto",
-    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model at `name` (see `locate`) on the CPU, in evaluation mode.
