@@ -1,16 +1,17 @@
-"""GPT-2: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), to be read.
+"""GPT-2, to be read: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 
-The model is a stack of L identical blocks around one residual stream of width C. A token's row of the
-stream starts as its embedding plus its position's embedding; every block adds to it twice, first
-what attention gathers from earlier tokens, then what an MLP makes of it; after a last LayerNorm the
-row is compared with every token's embedding, and the similarities are the logits of the next token.
+The model is a stack of L identical blocks around one residual stream of width C. A token's row of
+the stream starts as its embedding plus its position's embedding. Every block adds to it twice:
+first what attention gathers from earlier tokens, then what an MLP makes of it. After a last
+LayerNorm the row is compared with every token's embedding; the similarities are the logits of the
+token that comes next.
 
-    token ids (B, T) -> wte + wpe (B, T, C) -> L x [+ attn(ln_1), + mlp(ln_2)] -> ln_f -> logits (B, T, V)
+    ids (B, T) -> wte + wpe -> L x [+ attn(ln_1), + mlp(ln_2)] -> ln_f (B, T, C) -> logits (B, T, V)
 
-Shapes: B rows of a batch, T tokens of a row, S >= T keys (cached ones and these), C = n_embd,
-H heads of D = C / H, V = vocab_size. For the 124M model C, H, D, L, V = 768, 12, 64, 12, 50257.
+Shapes: B rows, T tokens in each, S >= T keys (the cached ones and these), C = n_embd, H heads of
+width D = C / H, V = vocab_size. For the 124M model C, H, D, L, V = 768, 12, 64, 12, 50257.
 
-Parameters have the official names and layouts, so official checkpoints load as they are and what is
+Parameters have the official names and layouts: official checkpoints load as they are, and what is
 saved here loads in every GPT-2 tool. This file travels with every checkpoint, beside
 `configuration_gpt2repro.py`, and imports torch and transformers only.
 """
@@ -19,6 +20,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -45,69 +47,72 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-try:  # as remote code in a checkpoint directory, and as an installed module
+try:  # as remote code in a checkpoint directory; else as an installed module
     from .configuration_gpt2repro import GPT2ReproConfig
 except ImportError:
     from configuration_gpt2repro import GPT2ReproConfig
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(Q K^T * scaling + mask) V, written out (Vaswani et al. 2017, equation 1).
+    """softmax(Q Kᵀ · scaling + mask) V, written out (Vaswani et al. 2017, equation 1).
 
-    query (B, H, T, D), key and value (B, H, S, D), additive mask (B, 1, T, S) or None; returns the
-    mixed values (B, T, H, D) and the weights (B, H, T, S). The other implementations never hold the
-    weights in memory; this one is for looking at them.
+    From query (B, H, T, D), key and value (B, H, S, D) and an additive mask (B, 1, T, S) or None to
+    the mixed values (B, T, H, D) and the weights (B, H, T, S). The other attention implementations
+    compute the same and never hold the weights; this one is for looking at them.
     """
     if module.upcast:
         query, key = query.float(), key.float()
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    weights = F.softmax(scores, dim=-1).to(value.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
 class GPT2ReproAttention(nn.Module):
     """Causal multi-head self-attention: each token looks back and takes what it needs.
 
-    A token asks a question (query), every earlier token offers an answer (value) under a label
-    (key), and the answers are averaged by how well their labels match the question: H times side by
-    side, in subspaces of width D.
+    A token asks a question (query), each token up to it offers an answer (value) under a label
+    (key), and the answers are averaged by how well their labels match the question; H times side
+    by side, in subspaces of width D.
     """
 
     def __init__(self, config: GPT2ReproConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.n_embd // config.n_head
         self.is_causal = True
+        self.head_dim = config.n_embd // config.n_head
         self.attn_pdrop = config.attn_pdrop
         self.upcast = config.reorder_and_upcast_attn
-        # Dot products of D unit-variance terms have variance D; the softmax wants about 1.
+        # A dot product of D terms of unit variance has variance D: bring the scores back to one.
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
 
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)  # weight (C, 3C): q, k, v in one
+        # Conv1D is OpenAI's name for a linear layer whose weight is stored (in, out).
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)  # q, k and v in one product
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor,  # (B, T, C)
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_shape = hidden_states.shape[:-1]  # (B, T)
-        query, key, value = (
-            part.view(*batch_shape, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D), no copy
+        rows = hidden_states.shape[:-1]  # (B, T)
+        query, key, value = (  # three views (B, H, T, D) of one (B, T, 3C)
+            part.view(*rows, -1, self.head_dim).transpose(1, 2)
             for part in self.c_attn(hidden_states).split(self.config.n_embd, dim=-1)
         )
-        if past_key_values is not None:  # append to the cache, attend to all of it: (B, H, S, D)
+        if past_key_values is not None:  # append to the cache; attend to all of it, (B, H, S, D)
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        # Without a mask, `sdpa` takes a flash kernel: causal for T > 1, unmasked for the one token
+        # of a decoding step, which may see everything.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
@@ -121,33 +126,33 @@ class GPT2ReproAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        mixed = mixed.reshape(*batch_shape, -1).contiguous()  # (B, T, H, D) -> (B, T, C)
+        mixed = mixed.reshape(*rows, -1).contiguous()  # (B, T, H, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(mixed)), weights
 
 
 class GPT2ReproMLP(nn.Module):
-    """Two layers with a GELU between them (Hendrycks & Gimpel 2016), for each token on its own."""
+    """Two linear layers with a GELU between them, for each token on its own."""
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Conv1D(n_inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, n_inner)
-        # OpenAI's GELU is the tanh approximation. transformers spells it out in seven operations;
-        # torch has the same function in one kernel (equal up to the rounding of those steps).
+        # OpenAI's `gelu_new` is the tanh approximation (Hendrycks & Gimpel 2016). transformers
+        # spells it out in seven kernels; torch has it as one, equal but for those steps' rounding.
         name = config.activation_function
         self.act = ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
         return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
-    """One block: look back, then think, each on a normalized copy and added to the stream.
+    """Look back, then think: each on a normalized copy of the stream, and added to it.
 
-    GPT-2 moved LayerNorm "to the input of each sub-block" (section 2.3): the stream itself is
-    never normalized, so the gradient reaches every layer through plain additions.
+    The transformer of 2017 normalized the sum; GPT-2 moved LayerNorm "to the input of each
+    sub-block" (section 2.3), so that the gradient reaches every layer through plain additions.
     """
 
     def __init__(self, config: GPT2ReproConfig, layer_idx: int):
@@ -163,7 +168,7 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
-    """What the classes below share: the initial weights, the loading, and what transformers asks."""
+    """What the classes below share: initial weights, loading, and what transformers must know."""
 
     config: GPT2ReproConfig
     base_model_prefix = "transformer"
@@ -180,15 +185,15 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         "hidden_states": GPT2ReproBlock,
         "attentions": GPT2ReproAttention,
     }
-    # OpenAI's files store the causal mask of every layer; here the attention function knows it.
+    # OpenAI's files hold every layer's causal mask; here the attention function knows it.
     _keys_to_ignore_on_load_unexpected = (r"attn\.bias", r"attn\.masked_bias")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02), zero biases, unit LayerNorms; and one exception.
+        """N(0, 0.02) for weights, zero for biases, LayerNorms as the identity; and one exception.
 
-        The stream is a sum of 2 L sub-layers, so the projections that write to it start smaller "by
-        a factor of 1 / sqrt(N), where N is the number of residual layers" (section 2.3).
+        The stream ends as a sum of 2 L sub-layers, so the projections that write to it start
+        smaller, "by a factor of 1/√N where N is the number of residual layers" (section 2.3).
         """
         super()._init_weights(module)
         std = self.config.initializer_range
@@ -196,18 +201,18 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
         if isinstance(module, GPT2ReproAttention | GPT2ReproMLP):
-            residual_std = std / math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.c_proj.weight, mean=0.0, std=residual_std)
+            std /= math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.c_proj.weight, mean=0.0, std=std)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a checkpoint; a tensor it lacks is an error, where transformers would make one up.
+        """Load a checkpoint; a tensor it lacks is an error, where transformers makes one up.
 
-        A task head that is not in the file starts fresh, as everywhere in transformers. Whoever asks
-        for `output_loading_info=True` gets the list of missing tensors instead of the error.
+        The head of a new task starts fresh, as everywhere in transformers. Who asks for
+        `output_loading_info=True` gets the list of missing tensors instead of the error.
 
         Raises:
-            ValueError: naming the tensors of the model that the checkpoint lacks.
+            ValueError: naming the model's tensors that are not in the checkpoint.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
@@ -215,20 +220,18 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         )
         if wants_info:
             return model, info
-        missing = sorted(
-            k for k in info["missing_keys"] if not k.startswith(("score", "qa_outputs"))
-        )
+        new_heads = ("score.", "qa_outputs.")
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith(new_heads))
         if missing and pretrained_model_name_or_path is not None:
-            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
-                f"{pretrained_model_name_or_path} is not a whole {cls.__name__}: "
-                f"it lacks {len(missing)} of the model's tensors ({shown})"
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of {cls.__name__}: "
+                + ", ".join(missing[:3] + ["..."] * (len(missing) > 3))
             )
         return model
 
 
 class GPT2ReproModel(GPT2ReproPreTrainedModel):
-    """The decoder: token ids to hidden states (B, T, C), ready for a head."""
+    """The decoder: token ids (B, T) to hidden states (B, T, C), ready for a head."""
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
@@ -253,14 +256,31 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, T) token ids; or `inputs_embeds`, (B, T, C), in their place.
+            attention_mask: (B, S), 0 where a token is padding; or (B, 1, T, S), used as it is.
+            position_ids: (B, T) or (1, T). By default a row counts from its first token that is
+                not padding. Without a mask and a cache, a position that does not follow its
+                predecessor starts a new document, which sees none of the earlier ones.
+            past_key_values: The keys and values of earlier calls, extended in place.
+            token_type_ids: (B, T) tokens whose embeddings mark segments.
+            use_cache: Return a cache, new if none was given.
+
+        Raises:
+            ValueError: if a token would stand beyond `n_positions`, naming both lengths.
+        """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        causal_mask = create_causal_mask(
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self.refuse_beyond_context(past_length + inputs_embeds.shape[1], position_ids)
+        causal_mask = create_causal_mask(  # None wherever the attention function can do without
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -268,10 +288,10 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             position_ids=position_ids,
         )
         if position_ids is None:
-            position_ids = self.positions(inputs_embeds, attention_mask, past_key_values)
+            position_ids = self.count_positions(inputs_embeds, attention_mask, past_length)
 
         hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
-        if token_type_ids is not None:  # segments are told apart by a token's embedding
+        if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
         for block in self.h:
@@ -288,19 +308,102 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             past_key_values=past_key_values if use_cache else None,
         )
 
-    def positions(self, inputs_embeds, attention_mask, past_key_values) -> torch.LongTensor:
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    @staticmethod
+    def count_positions(inputs_embeds, attention_mask, past_length) -> torch.LongTensor:
+        """0, 1, 2, ... for each row from its first token that is not padding: (B, T) or (1, T)."""
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
         if attention_mask is None or attention_mask.ndim != 2:
             return columns[None]
-        left_padding = (attention_mask.cumsum(dim=-1) == 0).sum(dim=-1, keepdim=True)
-        return (columns - left_padding.to(columns.device)).clamp(min=0)
+        padding = (attention_mask.cumsum(dim=-1) == 0).sum(dim=-1, keepdim=True)  # (B, 1)
+        return (columns - padding.to(columns.device)).clamp(min=0)
+
+    def refuse_beyond_context(self, length, position_ids) -> None:
+        """Positions are learned: there is no row of `wpe` beyond the last (and no index error)."""
+        limit = self.config.n_positions
+        # A compiler must not branch on values, and `torch.export` not even on a shape.
+        if torch.compiler.is_exporting() or (
+            torch.compiler.is_compiling() and isinstance(length, torch.Tensor)
+        ):
+            return
+        if length <= limit:  # so no position is looked at, which on a GPU would mean waiting
+            return
+        if position_ids is not None:  # packed or left-padded rows may well be longer
+            if torch.compiler.is_compiling():
+                return
+            length = position_ids.max() + 1
+        if length > limit:
+            raise ValueError(
+                f"a sequence of {int(length)} tokens does not fit: n_positions is {limit}"
+            )
+
+
+LOSS_CHUNK_TOKENS = 1024
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Σ -log softmax(hidden Wᵀ)[label], without ever holding the logits of all tokens.
+
+    At V = 50257 the logits are by far the largest activation, and a plain loss makes several
+    copies of them. Here some tokens at a time go from logits to loss and on to their gradient,
+    softmax - onehot, in place, and leave only its products with the weight and the hidden states:
+    the same three matrix products in all, and memory for one chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, ignore_index):
+        """hidden (N, C), weight (V, C), labels (N,) -> a scalar of at least float32."""
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        vocab_size = len(weight)
+        # Matrix units want rows of a multiple of 64: 50304. A padded row is 0, and so is its logit,
+        # and its gradient, which the products below therefore never see.
+        padded = F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 64))
+
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        for start in range(0, len(labels), LOSS_CHUNK_TOKENS):
+            chunk = slice(start, start + LOSS_CHUNK_TOKENS)
+            counted = (labels[chunk] != ignore_index)[:, None]
+            label = labels[chunk, None].where(counted, 0)
+            inputs = hidden[chunk].to(dtype)
+            logits = inputs @ padded.T
+            real = logits[:, :vocab_size]
+            probs = torch.softmax(real, dim=-1, dtype=wide)
+            # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
+            log_sum = real.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
+            loss = loss + (log_sum - real.gather(1, label)).where(counted, 0).sum()
+            if not needs_hidden and not needs_weight:
+                continue
+            at_label = probs.gather(1, label) - 1
+            real.copy_(probs).scatter_(1, label, at_label.to(dtype))  # the gradient of the logits
+            if needs_hidden:
+                hidden_grad[chunk] = (logits @ padded).where(counted, 0)
+            if needs_weight:
+                weight_grad += (logits.T @ inputs.where(counted, 0))[:vocab_size]
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * grad
+        if weight_grad is not None:
+            weight_grad = (weight_grad * grad).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
-    """The language model: the decoder, and logits over the next token."""
+    """The language model: the decoder, and logits for the next token."""
 
+    # "Using the output embedding to improve language models" (Press & Wolf 2017): one matrix.
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
@@ -321,8 +424,22 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
+        """Run the model; `GPT2ReproModel.forward` explains the arguments that are not here.
+
+        Args:
+            labels: (B, T) the token at each position, -100 to leave it out. They are shifted here:
+                position t learns label t + 1, and the last one learns nothing.
+            shift_labels: (B, T) the token *after* each position, so that all T learn. With rows of
+                T + 1 tokens, `model(rows[:, :-1], shift_labels=rows[:, 1:])`.
+            use_cache: By default the configuration's, but not in training, which has no use for it.
+            logits_to_keep: Only the last so many positions (0: all), or a tensor that selects them.
+            skip_logits: Return the loss alone, computed without the (B, T, V) logits.
+            kwargs: `num_items_in_batch`, to divide the summed loss by instead of by the labels
+                counted here; `ignore_index` for -100; whatever the attention implementation takes.
+        """
         if use_cache is None and self.training:
             use_cache = False
         outputs = self.transformer(
@@ -336,14 +453,17 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
-
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits, labels, self.config.vocab_size, shift_labels=shift_labels, **kwargs
-            )
+        if shift_labels is not None:
+            shift_labels = shift_labels.contiguous()  # rows[:, 1:] is a view
+        loss = logits = None
+        if skip_logits:
+            loss = self.loss_without_logits(hidden_states, labels, shift_labels, **kwargs)
+        else:
+            logits = self.lm_head(select_positions(hidden_states, logits_to_keep))
+            if labels is not None or shift_labels is not None:
+                loss = self.loss_function(
+                    logits, labels, self.config.vocab_size, shift_labels=shift_labels, **kwargs
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -352,11 +472,56 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor | None,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        ignore_index: int = -100,
+        **kwargs,
+    ) -> torch.Tensor:
+        """The mean cross-entropy of `loss_function`, in nats; see `SummedCrossEntropy`."""
+        if shift_labels is None:
+            if labels is None:
+                raise ValueError("skip_logits leaves only a loss: give labels or shift_labels")
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = shift_labels.reshape(-1).to(hidden_states.device)
+        summed = SummedCrossEntropy.apply(
+            hidden_states.flatten(0, -2), self.lm_head.weight, shift_labels, ignore_index
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != ignore_index).sum()
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(summed.device)
+        return summed / num_items_in_batch
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        """As inherited; and where a compiled step cannot refuse a token too many, this does."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        self.transformer.refuse_beyond_context(input_ids.shape[1], inputs.get("position_ids"))
+        return inputs
+
+
+def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The last `keep` positions (0: all) or those a tensor names, as in transformers.
+
+    A 1-D tensor of positions serves all rows; a 2-D one holds positions (B, K) of each row, or is
+    a boolean mask (B, T), which flattens what it selects to (K, C).
+    """
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:] if keep else hidden_states
+    if keep.ndim == 2 and keep.dtype == torch.bool:
+        return hidden_states[keep]
+    if keep.ndim == 2:
+        return hidden_states.take_along_dim(keep[..., None], dim=1)
+    return hidden_states[:, keep]
+
 
 class GPT2ReproForSequenceClassification(
     GenericForSequenceClassification, GPT2ReproPreTrainedModel
 ):
-    """One label for each row, read at its last token."""
+    """One label for each row, read at its last token that is not padding."""
 
     base_model_prefix = "transformer"
 
@@ -368,10 +533,10 @@ class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproPr
 
 
 class GPT2ReproForQuestionAnswering(GenericForQuestionAnswering, GPT2ReproPreTrainedModel):
-    """The first and the last token of an answer in the text."""
+    """Where an answer starts and where it ends."""
 
     base_model_prefix = "transformer"
-    get_input_embeddings = PreTrainedModel.get_input_embeddings
+    get_input_embeddings = PreTrainedModel.get_input_embeddings  # the generic ones ask for Llama's
     set_input_embeddings = PreTrainedModel.set_input_embeddings
 
 
