@@ -63,7 +63,6 @@ def load_causal_lm(
                 dtype=dtype,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
-                **({"revision": revision} if revision else {}),
             ),
             f"load the model {where!r} ({option})",
             if_unreachable=OFFLINE_ADVICE,
@@ -73,7 +72,7 @@ def load_causal_lm(
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{option} {name}: cannot be loaded as a GPT-2: {reason}") from error
+        raise UserError(f"{option} {name}: cannot be loaded: {reason}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
