@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 # Okabe & Ito 2008: eight colours that readers with any colour vision tell apart.
@@ -35,8 +36,8 @@ def new_figure(
     **options: Any,
 ) -> tuple[Figure, np.ndarray]:
     """A figure of `width` x `height` inches titled by its finding, and its (rows, columns) axes."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     lines = textwrap.fill(title, int(width * 9.3), break_on_hyphens=False)
     figure.suptitle(
         lines, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False
@@ -59,6 +60,8 @@ def style(ax: Axes) -> None:
 
 def logarithmic(ax: Axes) -> None:
     """Make the y axis of what is drawn logarithmic, with ticks that read 0.2, 0.5, 1."""
+    if not np.isfinite(ax.dataLim.minposy):
+        return  # nothing positive to show
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))

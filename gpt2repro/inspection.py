@@ -12,7 +12,6 @@ import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from torch import nn
 
 from gpt2repro.figures import (
     BLUE,
@@ -51,7 +50,7 @@ MARKS = {
 
 
 @torch.no_grad()
-def attention_maps(model: nn.Module, ids: torch.Tensor) -> np.ndarray:
+def attention_maps(model: Any, ids: torch.Tensor) -> np.ndarray:
     """Attention weights (L, H, T, T) of a text `ids` (T,): row t says where token t looks."""
     chosen = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the others never hold the weights
@@ -79,8 +78,8 @@ def attention_habits(attention: np.ndarray, ids: Sequence[int]) -> dict[str, np.
         "the first token": attention[..., min(2, length - 1) :, 0].mean(-1),
         "the token itself": diagonal[..., 1:].mean(-1),
     }
-    ids = np.asarray(ids)
-    copies = np.tril(ids[:, None] == ids[None, :], k=-1)  # (t, j): token j is an earlier copy of t
+    tokens = np.asarray(ids)
+    copies = np.tril(tokens[:, None] == tokens, k=-1)  # (t, j): token j is an earlier copy of t
     repeated = copies.any(-1)
     if repeated.any():
         followers = np.roll(copies, 1, axis=-1)  # j + 1 <= t, so nothing wraps
@@ -124,7 +123,9 @@ def habits_finding(habits: dict[str, np.ndarray]) -> str:
     main = np.where(shares.max(0) > 0.5, shares.argmax(0), -1)
     counts = {name: int((main == i).sum()) for i, name in enumerate(habits)}
     counts["no one place"] = int((main == -1).sum())
-    parts = [f"{name} {counts[name]}" for name in sorted(counts, key=counts.get, reverse=True)]
+    parts = [
+        f"{name} {counts[name]}" for name in sorted(counts, key=counts.__getitem__, reverse=True)
+    ]
     shown = [part for part in parts if not part.endswith(" 0")]
     return f"Where {main.size} attention heads mostly look: {', '.join(shown)}"
 
@@ -197,7 +198,7 @@ def _describe_head(habits: dict[str, np.ndarray], place: tuple[int, int]) -> str
 
 
 @torch.no_grad()
-def logit_lens(model: nn.Module, ids: torch.Tensor, positions: int) -> np.ndarray:
+def logit_lens(model: Any, ids: torch.Tensor, positions: int) -> np.ndarray:
     """Next-token probabilities (L + 1, positions, V) if the model stopped after each layer.
 
     Row 0 reads the embeddings, row L is the model's real prediction, for the last `positions`
@@ -254,7 +255,7 @@ def draw_logit_lens(lens: np.ndarray, labels: Sequence[str], tokenizer: Any) -> 
     colour_bar(figure, image, [ax, side], "probability of the first choice")
 
     leaders = np.argsort(-lens[-1, -1])[:5]
-    words = token_labels(tokenizer, leaders)
+    words = token_labels(tokenizer, leaders.tolist())
     for color, index, word in zip(PALETTE, leaders, words, strict=False):
         label = f"{word}  {percent(lens[-1, -1, index])}"
         side.plot(lens[:, -1, index], range(len(shown)), color=color, marker=".", label=label)
@@ -274,7 +275,7 @@ def lens_finding(
 ) -> str:
     final = lens[-1, -1].argmax()
     agrees = lens[:, -1].argmax(-1) == final
-    first = shown[len(agrees) - np.argmin(agrees[::-1])] if not agrees.all() else 0
+    first = shown[len(agrees) - int(np.argmin(agrees[::-1]))] if not agrees.all() else 0
     (word,) = token_labels(tokenizer, [final])
     since = f"after layer {first - 1}" if first else "at the embedding"
     return (
@@ -286,7 +287,7 @@ def lens_finding(
 # --- Gradients ----------------------------------------------------------------------------------
 
 
-def gradient_norms(model: nn.Module, ids: torch.Tensor) -> dict[str, float]:
+def gradient_norms(model: Any, ids: torch.Tensor) -> dict[str, float]:
     """L2 norm of each parameter's gradient of the loss on one text `ids` (T,), by name."""
     model.zero_grad()
     with torch.enable_grad():

@@ -33,7 +33,7 @@ SAMPLED_WEIGHTS = 100_000  # of a matrix; enough for the shape of its distributi
 
 
 @torch.no_grad()
-def position_similarity(model: nn.Module) -> np.ndarray:
+def position_similarity(model: Any) -> np.ndarray:
     """Cosine similarities (N, N) of the position embeddings."""
     unit = nn.functional.normalize(model.transformer.wpe.weight.float(), dim=-1)
     return (unit @ unit.T).numpy()
@@ -67,13 +67,13 @@ def draw_position_similarity(similarity: np.ndarray) -> Figure:
 
 @torch.no_grad()
 def token_neighbours(
-    model: nn.Module, ids: Sequence[int], count: int = 6
+    model: Any, ids: Sequence[int], count: int = 6
 ) -> list[list[tuple[int, float]]]:
     """For each token its `count` nearest others by cosine of the embeddings, as (id, cosine)."""
     unit = nn.functional.normalize(model.transformer.wte.weight.float(), dim=-1)
-    ids = torch.as_tensor(ids)
-    cosines = unit[ids] @ unit.T  # (len(ids), V)
-    cosines[torch.arange(len(ids)), ids] = -torch.inf
+    rows = torch.as_tensor(ids)
+    cosines = unit[rows] @ unit.T  # (len(ids), V)
+    cosines[torch.arange(len(rows)), rows] = -torch.inf
     values, indices = cosines.topk(min(count, unit.shape[0] - 1))
     return [
         list(zip(row.tolist(), values.tolist(), strict=True))
@@ -101,7 +101,7 @@ def neighbours_table(
 
 
 @torch.no_grad()
-def weight_samples(model: nn.Module) -> dict[str, list[np.ndarray]]:
+def weight_samples(model: Any) -> dict[str, list[np.ndarray]]:
     """Evenly spaced weights of the four matrices of every block: name -> one array a layer."""
     samples: dict[str, list[np.ndarray]] = {}
     for name in MATRICES:

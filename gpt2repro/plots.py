@@ -4,6 +4,7 @@ Every picture is written as PNG and as SVG, and its title says what there is to 
 """
 
 import argparse
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from matplotlib.figure import Figure
-from torch import nn
 
 from gpt2repro import UserError, checkpoint, inspection, parameters
 from gpt2repro.cli import OneLineParser
@@ -37,6 +37,8 @@ MAX_PROMPT_TOKENS = 40  # as many labels as fit on an axis
 LENS_POSITIONS = 12
 NEIGHBOUR_TOKENS = 10
 
+Heads = list[tuple[int, int]]  # (layer, head)
+
 
 def main(argv: list[str]) -> int:
     """`gpt2repro plots RUN_OR_MODEL [--compare RUN2]`: draw, and print each file's finding."""
@@ -44,11 +46,11 @@ def main(argv: list[str]) -> int:
     run = read_run(arguments.run_or_model)
     output = Path(arguments.output or default_output(arguments, run))
     if arguments.compare:
-        other = read_run(arguments.compare)
-        for option, found in ((arguments.run_or_model, run), (arguments.compare, other)):
-            if not found:
-                raise UserError(f"--compare overlays two runs, and {option} has no metrics.jsonl")
-        write(run_pictures([run, other]), output)
+        names = (arguments.run_or_model, arguments.compare)
+        runs = [found for found in map(read_run, names) if found]
+        if len(runs) < 2:
+            raise UserError(f"--compare overlays two runs; one of {names} holds no metrics.jsonl")
+        write(run_pictures(runs), output)
         return 0
     if run:
         write(run_pictures([run]), output)
@@ -74,15 +76,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def heads(text: str) -> list[tuple[int, int]]:
+def heads(text: str) -> Heads:
     """`0.3,5.1` -> [(0, 3), (5, 1)], for argparse."""
-    try:
-        pairs = [tuple(map(int, place.split("."))) for place in text.split(",")]
-    except ValueError:
-        pairs = [()]
-    if any(len(pair) != 2 for pair in pairs):
+    if not re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", text):
         raise argparse.ArgumentTypeError(f"heads are given as LAYER.HEAD,..., not {text!r}")
-    return pairs
+    places = (place.split(".") for place in text.split(","))
+    return [(int(layer), int(head)) for layer, head in places]
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,11 @@ class RunRecord:
     @property
     def name(self) -> str:
         return self.recipe.get("exp_name") or self.path.resolve().name
+
+    @property
+    def baseline(self) -> tuple[str, float] | None:
+        dataset, tokenizer = self.recipe.get("dataset_name"), self.recipe.get("tokenizer_name")
+        return known_baseline(dataset or "", tokenizer or "")
 
 
 def read_run(name: str) -> RunRecord | None:
@@ -127,13 +131,13 @@ def model_of(name: str) -> str | None:
 def run_pictures(runs: list[RunRecord]) -> Iterator[tuple[str, Figure]]:
     """File name and figure of each of the curves."""
     curves = {name: run.metrics for name, run in zip(distinct_names(runs), runs, strict=True)}
-    known = {
-        known_baseline(*map(run.recipe.get, ("dataset_name", "tokenizer_name"))) for run in runs
-    }
-    clips = {run.recipe.get("max_grad_norm") for run in runs}
-    baseline, clip = (values.pop() if len(values) == 1 else None for values in (known, clips))
+    # A line that holds for one of two runs only would be read as holding for both.
+    baselines = {run.baseline for run in runs}
+    baseline = baselines.pop() if len(baselines) == 1 else None
+    thresholds = {run.recipe.get("max_grad_norm") for run in runs}
+    threshold = thresholds.pop() if len(thresholds) == 1 else None
     yield "loss_curve", draw_losses(curves, baseline=baseline)
-    yield "learning_rate", draw_learning_rate_and_gradient_norm(curves, max_grad_norm=clip)
+    yield "learning_rate", draw_learning_rate_and_gradient_norm(curves, max_grad_norm=threshold)
     yield "throughput", draw_throughput(curves)
 
 
@@ -157,9 +161,7 @@ def write(pictures: Iterable[tuple[str, Figure]], output: Path) -> None:
         print(f"{png}  {finding(figure)}", flush=True)
 
 
-def draw_insides(
-    name: str, output: Path, *, prompt: str, heads: list[tuple[int, int]] | None
-) -> None:
+def draw_insides(name: str, output: Path, *, prompt: str, heads: Heads | None) -> None:
     """Everything that one forward and one backward pass over `prompt` show."""
     model = load_causal_lm(name, option="RUN_OR_MODEL", dtype=torch.float32)
     tokenizer = find_tokenizer(name)
@@ -177,7 +179,7 @@ def draw_insides(
     print(f"{path}  Nearest token embeddings, by cosine similarity\n\n{table}", end="")
 
 
-def check_heads(heads: list[tuple[int, int]] | None, n_layer: int, n_head: int) -> None:
+def check_heads(heads: Heads | None, n_layer: int, n_head: int) -> None:
     for layer, head in heads or []:
         if not (0 <= layer < n_layer and 0 <= head < n_head):
             raise UserError(
@@ -187,12 +189,12 @@ def check_heads(heads: list[tuple[int, int]] | None, n_layer: int, n_head: int) 
 
 
 def model_pictures(
-    model: nn.Module, tokenizer: Any, ids: torch.Tensor, heads: list[tuple[int, int]] | None
+    model: Any, tokenizer: Any, ids: torch.Tensor, heads: Heads | None
 ) -> Iterator[tuple[str, Figure]]:
     """File name and figure of each look inside, as it is drawn."""
-    labels = token_labels(tokenizer, ids)
+    labels = token_labels(tokenizer, ids.tolist())
     attention = inspection.attention_maps(model, ids)
-    habits = inspection.attention_habits(attention, ids)
+    habits = inspection.attention_habits(attention, ids.tolist())
     yield "attention_maps", inspection.draw_attention_maps(attention, habits)
     heads = heads or inspection.typical_heads(habits)
     yield (
