@@ -86,8 +86,10 @@ def export(
             if figure.is_file():
                 shutil.copy(figure, partial / figure.name)
         write_sums(partial)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         remove(partial)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{output} could not be written: {error}") from None
     try:
         verification = verify(partial, model, tokenizer)
