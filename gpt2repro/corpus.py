@@ -414,7 +414,11 @@ def _commit(name: str, revision: str | None) -> str:
     )
 
     try:
-        commit = HfApi().dataset_info(name, revision=revision, expand=["sha"]).sha
+        commit = (
+            HfApi()
+            .dataset_info(name, revision=revision, expand=["sha"], timeout=REQUEST_TIMEOUT_SECONDS)
+            .sha
+        )
     except GatedRepoError as error:
         raise UserError(
             f"dataset_name: {name} is gated: accept its terms on the Hub and set HF_TOKEN"
@@ -478,7 +482,8 @@ def _open_files(
             _hub_sources([match.groupdict() for match in matches]), text_column, identity
         )
     identity["files"] = _digest(files)
-    return StreamedCorpus(builder.as_streaming_dataset(split=split), text_column, identity)
+    dataset = patiently(lambda: builder.as_streaming_dataset(split=split), f"open {files[0]}")
+    return StreamedCorpus(dataset, text_column, identity)
 
 
 def _local_source(path: Path) -> LocalSource:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
+from huggingface_hub import get_session
+
 from gpt2repro import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ PASSING_ERRNO = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH}
 )
 
+LONGEST_SILENCE_SECONDS = 100.0  # of a request that sets no limit of its own
+
 Result = TypeVar("Result")
 
 
@@ -44,7 +48,7 @@ class PassingFault(Exception):
 class Diagnosis:
     """What an exception says about the next attempt.
 
-    `attempts`: how often such a fault is tolerated (None: as long as there is time; 0: final).
+    `attempts`: at which such fault of a call to stop (None: when time is up; 0: at once).
     `answered`: some server was reached. `retry_after`: the seconds that it asked for.
     """
 
@@ -55,13 +59,18 @@ class Diagnosis:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what it was raised from, the outermost first: libraries wrap network errors."""
+    """`error` and what it was raised from, the outermost first: libraries wrap network errors.
+
+    Without an explicit cause only an OSError counts as a wrapper of what was being handled: a
+    KeyError raised while a 404 was being handled is a bug, not a 404.
+    """
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or current.__context__
+        handled = current.__context__ if isinstance(current, OSError) else None
+        current = current.__cause__ or handled
 
 
 def _is_a(error: BaseException, name: str, package: str) -> bool:
@@ -108,7 +117,8 @@ def _diagnose_one(error: BaseException) -> Diagnosis | None:
     if response is not None and hasattr(response, "status_code"):
         return _diagnose_status(response, reason)
     if _is_a(error, "TransportError", "httpx") or _is_a(error, "ConnectionError", "requests"):
-        unreachable = _is_a(error, "ConnectError", "httpx") or _is_a(error, "ConnectTimeout", "")
+        names = ("ConnectError", "ConnectTimeout", "ProxyError")
+        unreachable = any(_is_a(error, name, "") for name in names)
         return Diagnosis(reason, None, answered=not unreachable)
     if isinstance(error, ConnectionError | TimeoutError):
         # `datasets` raises a bare ConnectionError when the Hub does not answer at all.
@@ -163,6 +173,26 @@ class _Outages:
 _outages = _Outages()
 
 
+def _end_silence(request) -> None:
+    """A request hook: no request may wait for ever, as some of the Hub client's listings would."""
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        step: LONGEST_SILENCE_SECONDS if limits.get(step) is None else limits[step]
+        for step in ("connect", "read", "write", "pool")
+    }
+
+
+def _prepare_hub_client() -> None:
+    """Limit the silence of the shared client, and let `patiently` alone speak of retries.
+
+    Before every attempt: `huggingface_hub` makes a new client after some errors.
+    """
+    hooks = get_session().event_hooks["request"]
+    if _end_silence not in hooks:
+        hooks.append(_end_silence)
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+
+
 def _delay_seconds(attempt: int, retry_after: float) -> float:
     """Exponential backoff with jitter, so that the ranks of a run do not knock all at once."""
     longest = LONGEST_DELAY_SECONDS if _outages.hub_answered else OFFLINE_AFTER_SECONDS / 4
@@ -174,7 +204,7 @@ def patiently(
     call: Callable[[], Result],
     what: str,
     *,
-    give_up_after_seconds: float = GIVE_UP_AFTER_SECONDS,
+    give_up_after_seconds: float | None = None,
     if_unreachable: str = "",
     reaches_hub: bool = True,
 ) -> Result:
@@ -185,15 +215,19 @@ def patiently(
     `reaches_hub=False` is for calls that can succeed from a local cache: they prove nothing.
 
     Raises `UserError` at once for what time does not mend (401, 404, gated), after
-    `OFFLINE_AFTER_SECONDS` if no server has ever answered, after `give_up_after_seconds` otherwise.
+    `OFFLINE_AFTER_SECONDS` if no server has ever answered, and otherwise after
+    `give_up_after_seconds` (half an hour).
     Exceptions that have nothing to do with the network pass through untouched.
     """
+    if give_up_after_seconds is None:
+        give_up_after_seconds = GIVE_UP_AFTER_SECONDS
     began = time.monotonic()
-    attempt = 0
+    num_failures = num_doubtful = 0
     recovered = False
     try:
         while True:
             try:
+                _prepare_hub_client()
                 result = call()
                 recovered = True
                 _outages.hub_answered |= reaches_hub
@@ -205,23 +239,20 @@ def patiently(
                 if verdict is None:
                     raise
                 _outages.hub_answered |= verdict.answered
+                num_doubtful += verdict.attempts is not None
                 waited = time.monotonic() - began
-                final = verdict.attempts is not None and attempt + 1 >= verdict.attempts
-                if final:
+                delay = _delay_seconds(num_failures, verdict.retry_after)
+                if verdict.attempts is not None and num_doubtful >= verdict.attempts:
                     raise UserError(f"cannot {what}: {verdict.reason}") from error
                 if not _outages.hub_answered and waited >= OFFLINE_AFTER_SECONDS:
-                    raise UserError(
-                        f"cannot {what}: the Hub cannot be reached ({verdict.reason})"
-                        + if_unreachable
-                    ) from error
-                delay = _delay_seconds(attempt, verdict.retry_after)
+                    reason = f"the Hub cannot be reached ({verdict.reason}){if_unreachable}"
+                    raise UserError(f"cannot {what}: {reason}") from error
                 if waited + delay > give_up_after_seconds:
-                    raise UserError(
-                        f"cannot {what}: gave up after {waited:.0f} s ({verdict.reason})"
-                    ) from error
-                _outages.fault(what, verdict.reason, first=attempt == 0)
-                attempt += 1
+                    reason = f"gave up after {waited:.0f} s ({verdict.reason})"
+                    raise UserError(f"cannot {what}: {reason}") from error
+                _outages.fault(what, verdict.reason, first=num_failures == 0)
+                num_failures += 1
             time.sleep(delay)
     finally:
-        if attempt:
+        if num_failures:
             _outages.over(what, recovered=recovered)

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
 from gpt2repro.retry import patiently
+
+REQUEST_TIMEOUT_SECONDS = 20.0
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -174,17 +177,36 @@ def load_tokenizer(
     name = str(name_or_directory)
     where = f"load the tokenizer {name!r} (tokenizer_name)"
     try:
-        tokenizer = patiently(
-            lambda: AutoTokenizer.from_pretrained(name),
-            where,
-            if_unreachable=if_unreachable,
-            reaches_hub=False,  # it may have come from the cache
-        )
+        if Path(name).is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        else:
+            tokenizer = patiently(
+                lambda: _from_hub(name),
+                where,
+                if_unreachable=if_unreachable,
+                reaches_hub=False,  # it may have come from the cache
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot {where}: {' '.join(str(error).split())[:300]}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer_name: {name!r} has no fast tokenizer")
     return tokenizer
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerFast:
+    """The Hub's tokenizer, or the cached one if the Hub does not answer one quick question.
+
+    `from_pretrained` itself would spend most of a minute on finding out that there is no network.
+    """
+    try:
+        HfApi().model_info(name, expand=["sha"], timeout=REQUEST_TIMEOUT_SECONDS)
+    except Exception:
+        try:
+            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except Exception:
+            pass  # the Hub's answer is the one to tell
+        raise
+    return AutoTokenizer.from_pretrained(name)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

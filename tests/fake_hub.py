@@ -205,6 +205,10 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.closing.wait(60)
             self.close_connection = True
             return
+        if self.fault and self.fault.kind == "reset" and self.command == "HEAD":
+            self.record(0, 0)
+            self.reset()
+            return
         if self.fault and self.fault.kind.startswith("status:"):
             headers = {"Retry-After": self.fault.retry_after} if self.fault.retry_after else {}
             self.answer(int(self.fault.kind.removeprefix("status:")), b"out of order", headers)
@@ -341,10 +345,14 @@ class Handler(BaseHTTPRequestHandler):
         self.record(status, len(body) if self.command != "HEAD" else 0)
         if kind == "reset":
             self.wfile.flush()
-            linger = struct.pack("ii", 1, 0)  # close with a RST
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.connection.shutdown(socket.SHUT_RD)
-            self.close_connection = True
+            self.reset()
+
+    def reset(self) -> None:
+        """Hang up with a RST instead of a FIN."""
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.connection.shutdown(socket.SHUT_RD)
+        self.close_connection = True
 
     def record(self, status: int, num_bytes: int) -> None:
         asked = self.headers.get("Range")

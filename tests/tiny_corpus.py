@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from gpt2repro.corpus import Corpus
 
-WORDS = "the of and to in is was for on that by with as at from his it an are which".split()
+WORDS = ["the", "of", "and", "to", "in", "a", "is", "was", "which", "on", "that", "by", "with"]
 
 
 def documents(num_documents: int, *, seed: int = 0, max_words: int = 60) -> list[str]:
