@@ -10,8 +10,8 @@ A checkpoint is a directory `step_00000500/` that holds
 
 It is written under a temporary name beside its place, flushed to disk and renamed, so that a
 directory with a matching marker is whole whatever happened meanwhile. Parameters are stored whole
-and by name: any number of processes, sharded or not, can read them back. No file is a pickle. Rank 0
-alone touches the disk.
+and by name: any number of processes, sharded or not, can read them back. No file is a pickle.
+Rank 0 alone touches the disk.
 """
 
 import json
@@ -94,7 +94,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Whole optimizer state on the CPU, as `<parameter name>/<state name>`; every rank must call."""
+    """Whole optimizer state on the CPU as `<parameter>/<state>`; every rank must call."""
     return {
         f"{name}/{key}": whole(value)
         for name, parameter in innermost(model).named_parameters()
@@ -181,8 +181,8 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume {path}: no such checkpoint directory")
     if not is_valid(path):
         raise UserError(
-            f"--resume {path}: incomplete (its {MARKER} marker is missing or a file has another size); "
-            "--resume auto takes the newest valid checkpoint"
+            f"--resume {path}: incomplete (no {MARKER} marker, or a file has another size than it "
+            "lists); --resume auto takes the newest valid checkpoint"
         )
     return json.loads((path / "state.json").read_text())
 
@@ -223,7 +223,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def fill(target: Tensor, source: Tensor | None) -> Tensor:
-    """Copy rank 0's whole `source` into `target`, sharded or not, on every rank; return `target`."""
+    """Copy rank 0's whole `source` into every rank's `target`, sharded or not; return it."""
     full = torch.empty(target.shape, dtype=target.dtype, device=target.device)
     if source is not None:
         full.copy_(source)
@@ -239,11 +239,12 @@ def mismatch(tensors: dict[str, Tensor], model: nn.Module) -> str | None:
     expected = {name: p.shape for name, p in model.named_parameters()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
-            return f"another architecture: {name} is only in {'the model' if name in expected else 'the checkpoint'}"
+            place = "the model" if name in expected else "the checkpoint"
+            return f"another architecture: {name} is only in {place}"
         if tensors[name].shape != expected[name]:
+            ours, theirs = tuple(expected[name]), tuple(tensors[name].shape)
             return (
-                f"another architecture: {name} is {tuple(tensors[name].shape)} in the checkpoint and "
-                f"{tuple(expected[name])} in the model"
+                f"another architecture: {name} is {theirs} in the checkpoint, {ours} in the model"
             )
     return None
 

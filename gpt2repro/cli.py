@@ -10,7 +10,7 @@ from typing import NoReturn
 from gpt2repro import UserError
 
 EXIT_USAGE = 2
-RANK_0_SPEAKS_FIRST_SECONDS = 3.0
+RANK_0_SPEAKS_FIRST_SECONDS = 5.0
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -42,9 +42,12 @@ def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Call `main(argv)` and return its exit status; a `UserError` becomes one line and status 2."""
     try:
         return main(argv)
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) > 0:
-            # Usually every rank has the same to say: rank 0 speaks, and the launcher ends the others.
+            # Usually all have the same to say: rank 0 speaks, and the launcher ends the others.
             time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE

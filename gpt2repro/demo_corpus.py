@@ -1,9 +1,9 @@
 """The offline demo's corpus: English prose that every Python carries.
 
 The language reference (`pydoc_data.topics`) and the docstrings of the standard library, about two
-million characters, are written once to Parquet in FineWeb-Edu's column schema, together with a small
-byte-level BPE trained on them. From there on the demo is an ordinary run: the same reader, the same
-loop. Nothing is downloaded and nothing is committed.
+million characters, are written once to Parquet in FineWeb-Edu's column schema, together with a
+small byte-level BPE trained on them. From there on the demo is an ordinary run: the same reader,
+the same loop. Nothing is downloaded and nothing is committed.
 """
 
 import ast
@@ -67,7 +67,7 @@ def default_directory() -> Path:
 
 
 def read_documents() -> Iterator[tuple[str, str]]:
-    """Yield `(source, text)` pairs, each text once, in an order that is arbitrary but always the same.
+    """Yield `(source, text)` pairs, each text once, in an arbitrary order that is always the same.
 
     Ordering by hash mixes reference pages with docstrings, so that the validation units, which are
     the first ones, are a fair sample.

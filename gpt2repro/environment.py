@@ -6,7 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "tiktoken")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "tiktoken",
+)
 
 
 def describe() -> dict[str, str]:
@@ -34,7 +42,9 @@ def hardware() -> str:
 def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()

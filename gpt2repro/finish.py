@@ -15,9 +15,6 @@ from gpt2repro.model_card import model_card
 from gpt2repro.run import Run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-# What OpenAI's own weights score on the text that a FineWeb-Edu run holds out.
-FINEWEB_BASELINE = ("OpenAI GPT-2 124M (build-nanogpt)", 3.2924)
-
 
 def finish(run: Run) -> int:
     """Export the trained model to `final/`, verified by a fresh process, and sum the run up.
@@ -59,15 +56,21 @@ def publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
         figures=[run.directory.loss_curve],
     )
     summarize(run, metrics)
+    if run.push is not None:
+        run.push.submit(run.directory.final, "The trained model")
+        print(f"Waiting for the push to {run.recipe.hub_model_id} ...", flush=True)
+        for problem in run.push.finish():
+            print(f"push: {problem}")
+        if run.push.url:
+            print(f"Published       {run.push.url}")
 
 
 def draw_loss_curve(run: Run) -> None:
     if run.accelerator.is_main_process:
-        on_fineweb = run.recipe.dataset_name == "HuggingFaceFW/fineweb-edu"
         plots.loss_curve(
             read_metrics(run.directory.metrics),
             run.directory.loss_curve,
-            baseline=FINEWEB_BASELINE if on_fineweb else None,
+            baseline=plots.known_baseline(run.recipe.dataset_name, run.recipe.tokenizer_name),
         )
 
 
@@ -78,16 +81,14 @@ def summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
     print()
     if losses:
         first, last = losses[0], losses[-1]
-        print(
-            f"Validation loss {first:.4f} -> {last:.4f} nats per token ({last / first:.0%} of its start)"
-        )
+        share = f"{last / first:.0%} of its start"
+        print(f"Validation loss {first:.4f} -> {last:.4f} nats per token ({share})")
     print(f"Model           {directory.final}")
     print(f"Loss curve      {directory.loss_curve}")
     print(f"Metrics         {directory.metrics}")
     print(f"\n{paragraph(run)}\n")
-    print(
-        f"More of it: gpt2repro generate --model {directory.final} --prompt '{run.recipe.sample_prompt}'"
-    )
+    prompt = shlex.quote(run.recipe.sample_prompt)
+    print(f"More of it: gpt2repro generate --model {directory.final} --prompt {prompt}")
 
 
 def paragraph(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 import time
 from collections import deque
@@ -38,9 +39,9 @@ def flops_per_token(num_parameters: int, n_layer: int, n_embd: int, sequence_len
     """FLOPs of one training token, forward and backward: `6 N + 12 L d T`.
 
     N counts the parameters that multiply an activation: all but the position table (the token
-    table counts, as it is the output projection too). `12 L d T` are the attention products, counted
-    whole although causal attention needs half. Recomputation is not counted. This is the convention
-    of PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT, so that MFU figures compare.
+    table counts, as it is the output projection too). `12 L d T` are the attention products,
+    counted whole although causal attention needs half. Recomputation is not counted. This is the
+    convention of PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT, so that MFU figures compare.
     """
     return 6 * num_parameters + 12 * n_layer * n_embd * sequence_length
 
@@ -83,14 +84,28 @@ class Throughput:
         mfu = rate * self.flops_per_token / (self.num_devices * self.peak) if self.peak else None
         waited = min(1.0, self.waited / self.seconds) if self.seconds else 0.0
         self.restart()
-        return {"tokens_per_second": rate, "mfu": mfu, "data_wait_fraction": waited}
+        return {
+            "tokens_per_second": rate,
+            "mfu": mfu,
+            "data_wait_fraction": waited,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Highest use so far, in GiB: of this process's GPU, or of main memory where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kilobytes_per_unit = 1 if sys.platform == "linux" else 1 / 1024  # macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * kilobytes_per_unit / 2**20
 
 
 class MetricsLog:
     """`metrics.jsonl`: one JSON object per logged step, on the main process.
 
-    Each line is flushed as it is written, so the file can be watched and a killed run loses nothing.
-    A run that resumes at step s first removes the lines of s and later steps: they will come again.
+    Each line is flushed as it is written: the file can be watched, and a killed run loses nothing.
+    A run that resumes at step s first removes the lines of s and later steps, which come again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,7 +167,7 @@ class SpikeDetector:
 
 
 class Progress:
-    """The progress bar of the main process: step, loss, tokens/s and time left; notes go above it."""
+    """The main process's progress bar: step, loss, tokens/s and time left; notes go above it."""
 
     def __init__(self, *, first_step: int, num_steps: int, enabled: bool) -> None:
         self.enabled = enabled

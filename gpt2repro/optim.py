@@ -70,9 +70,9 @@ def build_optimizer(
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trainable parameters by kind: `qkv`, `matrices`, `embeddings`, `vectors`.
 
-    `qkv` are the fused query, key and value projections, `matrices` the other weights of the blocks,
-    `vectors` the biases and layer norms. A tied output head is the token embedding and appears once;
-    an untied one counts as an embedding.
+    `qkv` are the fused query, key and value projections, `matrices` the other weights of the
+    blocks, `vectors` the biases and layer norms. A tied output head is the token embedding and
+    appears once; an untied one counts as an embedding.
     """
     embedded = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()

@@ -1,4 +1,4 @@
-"""From the recipe to the parts of a run: the one module besides the entry points that reads recipes.
+"""From the recipe to the parts of a run.
 
 The training script and the verbs that speak of a recipe (`doctor`, `stream-stats`) build the same
 parts through it, so what the doctor checks is what the run will use.
@@ -14,13 +14,14 @@ from torch import nn
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError, demo_corpus, ranks
 from gpt2repro.corpus import Corpus, open_corpus
+from gpt2repro.evaluation import hellaswag_tasks
 from gpt2repro.micro_batch import largest_that_fits
 from gpt2repro.optim import build_optimizer
 from gpt2repro.recipe import Recipe, check_world_size, divisors
 from gpt2repro.stream import TokenStream, count_epoch_tokens
+from gpt2repro.tasks import Task
 from gpt2repro.tokenizer import load_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
-
 
 
 def start_engine(recipe: Recipe) -> Accelerator:
@@ -98,12 +99,27 @@ def open_stream(recipe: Recipe, corpus: Corpus, encoder, rank: int, world_size: 
     )
 
 
+def open_hellaswag(recipe: Recipe, tokenizer) -> list[Task]:
+    """The benchmark in both conventions, if the recipe scores it during training."""
+    if "hellaswag" not in recipe.eval_tasks:
+        return []
+    return hellaswag_tasks(
+        tokenizer, max_length=recipe.sequence_length, hellaswag_file=recipe.hellaswag_file
+    )
+
+
 def steps_of_epochs(recipe: Recipe, corpus: Corpus, encoder) -> int:
-    """`num_epochs` in optimizer steps, rounded down: rank 0 counts the tokens of one epoch."""
-    tokens = 0
-    if ranks.rank() == 0:
-        tokens = count_epoch_tokens(corpus, encoder, recipe.num_validation_units)
-    steps = ranks.broadcast(tokens) * recipe.num_epochs // recipe.batch_tokens
+    """`num_epochs` in optimizer steps, rounded down; the ranks share the counting."""
+    counted = count_epoch_tokens(
+        corpus,
+        encoder,
+        recipe.num_validation_units,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+        num_reader_threads=recipe.num_reader_threads,
+        token_cache_dir=recipe.token_cache_dir,
+    )
+    steps = sum(ranks.gather(counted)) * recipe.num_epochs // recipe.batch_tokens
     if steps == 0:
         raise UserError("num_epochs is less than one step: lower batch_tokens or raise num_epochs")
     return steps
@@ -155,7 +171,7 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
         raise UserError(f"init_from {recipe.init_from}: {error}") from None
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"tokenizer_name has {len(tokenizer)} tokens and init_from only {model.config.vocab_size}"
+            f"tokenizer_name has {len(tokenizer)} tokens, init_from only {model.config.vocab_size}"
         )
     if recipe.sequence_length > model.config.n_positions:
         raise UserError(

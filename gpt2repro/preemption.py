@@ -1,8 +1,8 @@
 """Stopping in good order: signals become a request that all ranks agree on and the loop polls.
 
 SIGTERM (schedulers), SIGUSR1 (Slurm's `--signal`) and SIGINT (Ctrl-C) all ask for the same: save,
-say how to resume, leave. A second Ctrl-C leaves at once. When the launcher dies, its processes get a
-SIGTERM from the kernel, so that signalling the launcher works too (Linux).
+say how to resume, leave. A second Ctrl-C leaves at once. When the launcher dies, its processes get
+a SIGTERM from the kernel, so that signalling the launcher works too (Linux).
 """
 
 import ctypes
@@ -44,7 +44,7 @@ class StopRequest:
             self.signal, self.received_at = signal.Signals(number), now
 
     def poll(self) -> bool:
-        """Whether any rank was asked to stop. Collective: every rank must call at the same point."""
+        """Whether any rank was asked to stop. Every rank must call at the same point."""
         self.agreed = self.agreed or self.any_rank(self.signal is not None)
         return self.agreed
 

@@ -41,7 +41,8 @@ class Recipe:
     output_dir: str | None = knob("where the run lives; null is runs/<exp_name>")
     seed: int = knob("seeds the weights and the order of the data", least=0)
     resume: str = knob(
-        "auto: go on from the newest valid checkpoint; never: refuse a run that exists; or a checkpoint directory"
+        "auto goes on from the newest valid checkpoint, never refuses a run that exists; or the "
+        "directory of a checkpoint"
     )
     init_from: str | None = knob(
         "start from these weights (Hub id or directory) instead of random ones"
@@ -56,7 +57,9 @@ class Recipe:
     dataset_revision: str | None = knob(
         "branch, tag or commit; pinned to the commit when the run starts"
     )
-    data_files: list[str] | None = knob("files or glob patterns, for datasets given as files")
+    data_files: list[str] | None = knob(  # noqa: RUF009
+        "files or glob patterns, if the dataset is given as files"
+    )
     text_column: str = knob("the column that holds the text")
     tokenizer_name: str = knob(
         "Hub id or directory of the tokenizer; python-docs is the offline demo's"
@@ -124,7 +127,9 @@ class Recipe:
     )
     sample_every: int = knob("steps between sampled continuations; 0 is never", least=0)
     sample_prompt: str = knob("what the samples continue")
-    eval_tasks: list[Literal["hellaswag"]] = knob("benchmarks scored during training")
+    eval_tasks: list[Literal["hellaswag"]] = knob(  # noqa: RUF009
+        "benchmarks scored during training"
+    )
     hellaswag_every: int = knob(
         "steps between HellaSwag evaluations; 0 is at the end only", least=0
     )
@@ -168,7 +173,7 @@ TYPES = get_type_hints(Recipe)
 
 
 def load_recipe(argv: list[str]) -> Recipe:
-    """The recipe that a command line asks for: `--recipe NAME_OR_FILE` and `--FIELD VALUE` overrides.
+    """The recipe that a command line asks for: `--recipe NAME_OR_FILE` and `--FIELD VALUE` ...
 
     Raises:
         UserError: an unknown field, a value of the wrong type or out of range, an unreadable file.
@@ -225,7 +230,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(
-            f"--recipe {path}: a recipe is a mapping of fields to values, not a {type(values).__name__}"
+            f"--recipe {path}: a recipe is a mapping of fields to values, "
+            f"not a {type(values).__name__}"
         )
     return {key: checked(str(key), value, f"{path}: {key}") for key, value in values.items()}
 
@@ -280,10 +286,10 @@ def parse_value(text: str) -> Any:
 
 def help_text() -> str:
     lines = [
-        "usage: accelerate launch [LAUNCH OPTIONS] train_accelerate.py [--recipe FILE] [--FIELD VALUE ...]",
+        "usage: accelerate launch [...] train_accelerate.py [--recipe FILE] [--FIELD VALUE ...]",
         "",
         "  --recipe FILE",
-        f"      a YAML file or the name of a shipped recipe (default {DEFAULT_RECIPE}, the reproduction)",
+        f"      a YAML file, or the name of a shipped recipe (default {DEFAULT_RECIPE})",
     ]
     for key, definition in FIELDS.items():
         lines += [f"  --{key}", f"      {definition.metadata['help']} [{allowed(key)}]"]
@@ -421,8 +427,8 @@ def check_consistency(recipe: Recipe) -> None:
     if recipe.rows_per_step % recipe.num_lanes:
         fits = [n for n in divisors(recipe.rows_per_step) if n <= 2 * recipe.num_lanes]
         raise UserError(
-            f"num_lanes {recipe.num_lanes} does not divide the {recipe.rows_per_step} rows of a step "
-            f"(batch_tokens / sequence_length); these would: {', '.join(map(str, fits))}"
+            f"num_lanes {recipe.num_lanes} does not divide the {recipe.rows_per_step} rows of a "
+            f"step (batch_tokens / sequence_length); these would: {', '.join(map(str, fits))}"
         )
     if recipe.min_lr > recipe.max_lr:
         raise UserError(f"min_lr {recipe.min_lr:g} is above max_lr {recipe.max_lr:g}")
@@ -434,7 +440,7 @@ def check_consistency(recipe: Recipe) -> None:
         )
 
 
-# What weights, optimizer state and rows depend on; the stream's identity guards the rest of the data.
+# What weights, optimizer state and rows depend on. The stream guards what else decides the data.
 FIXED_BY_CHECKPOINT = (
     "model_size",
     "n_layer",
@@ -481,7 +487,8 @@ def accumulation_steps(recipe: Recipe, world_size: int, micro_batch_size: int) -
     if rows % micro_batch_size:
         raise UserError(
             f"micro_batch_size {micro_batch_size} does not divide the {rows} rows that each of "
-            f"{world_size} processes has per step; these would: {', '.join(map(str, divisors(rows)))}"
+            f"{world_size} processes has per step; these would: "
+            f"{', '.join(map(str, divisors(rows)))}"
         )
     return rows // micro_batch_size
 
@@ -490,8 +497,9 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
     """Refuse a number of processes among which the lanes cannot be dealt evenly."""
     if recipe.num_lanes % world_size:
         raise UserError(
-            f"num_lanes {recipe.num_lanes} is not divisible by the {world_size} processes of this launch; "
-            f"launch {', '.join(map(str, divisors(recipe.num_lanes)))} processes or change num_lanes"
+            f"num_lanes {recipe.num_lanes} is not divisible by the {world_size} processes of this "
+            f"launch; launch {', '.join(map(str, divisors(recipe.num_lanes)))} processes, "
+            "or change num_lanes"
         )
 
 

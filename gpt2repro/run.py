@@ -17,9 +17,11 @@ from gpt2repro.metrics import (
     peak_flops,
 )
 from gpt2repro.preemption import StopRequest
+from gpt2repro.push import BackgroundPush, check_hub_rights
 from gpt2repro.recipe import Recipe, accumulation_steps, differences, load_recipe, refuse_changes
 from gpt2repro.run_directory import Resume, RunDirectory
 from gpt2repro.stream import TokenStream, ValidationSet, validation_set
+from gpt2repro.tasks import Task
 from gpt2repro.tokenizer import bulk_encoder
 
 
@@ -36,9 +38,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     stream: TokenStream
     validation: ValidationSet | None
+    hellaswag: list[Task]  # to be scored during training; none unless the recipe asks
     stop: StopRequest
     progress: Progress
     log: MetricsLog | None  # on the main process
+    push: BackgroundPush | None  # on the main process, if the recipe asks
     throughput: Throughput
     spikes: SpikeDetector
     first_step: int
@@ -103,9 +107,9 @@ def prepare(argv: list[str]) -> Run:
     saved = resume.state.get("recipe", {})
     if resume.step == recipe.num_steps and ranks.on_rank_0(directory.final.is_dir):
         raise AlreadyFinished(
-            f"{recipe.run_dir} is finished: {resume.step} of {recipe.num_steps} steps, and the model is "
-            f"in {directory.final}. Nothing was changed. For another run give another --exp_name; "
-            "to train this one on, a larger --num_steps."
+            f"{recipe.run_dir} is finished: {resume.step} of {recipe.num_steps} steps, and the "
+            f"model is in {directory.final}. Nothing was changed. For another run give another "
+            "--exp_name; to train this one on, a larger --num_steps."
         )
 
     refuse_changes(recipe, saved)
@@ -135,6 +139,10 @@ def prepare(argv: list[str]) -> Run:
             num_reader_threads=recipe.num_reader_threads,
             token_cache_dir=recipe.token_cache_dir,
         )
+
+    hellaswag = parts.open_hellaswag(recipe, tokenizer)
+    if recipe.push_to_hub:
+        ranks.on_rank_0(lambda: check_hub_rights(recipe.hub_model_id, private=recipe.hub_private))
 
     model = parts.build_model(recipe, tokenizer)
     num_parameters = model.num_parameters(exclude_embeddings=False)
@@ -175,9 +183,13 @@ def prepare(argv: list[str]) -> Run:
         optimizer=optimizer,
         stream=stream,
         validation=validation,
+        hellaswag=hellaswag,
         stop=stop,
         progress=Progress(first_step=resume.step, num_steps=recipe.num_steps, enabled=main),
         log=MetricsLog(directory.metrics) if main else None,
+        push=BackgroundPush(recipe.hub_model_id, private=recipe.hub_private)
+        if main and recipe.push_to_hub
+        else None,
         throughput=Throughput(
             flops_per_token(
                 num_parameters - config.n_positions * config.n_embd,

@@ -35,6 +35,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.incidents = path / "incidents"
         self.final = path / "final"
+        self.preempted = path / "PREEMPTED"
 
     def decide(self, resume: str) -> Resume:
         """Find the checkpoint to go on from; nothing is written.
@@ -43,14 +44,14 @@ class RunDirectory:
             resume: `auto`, `never` or a checkpoint directory.
 
         Raises:
-            UserError: the directory is not a run's; `never` and there is a run; no valid checkpoint.
+            UserError: the directory is not a run's; `never` and there is one; no such checkpoint.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file; give a directory")
         exists = self.path.is_dir() and any(self.path.iterdir())
         if exists and not self.recipe.exists():
             raise UserError(
-                f"output_dir {self.path} holds other files and no run; give a new or empty directory"
+                f"output_dir {self.path} holds files of something else; give a new or empty one"
             )
         if resume == "never" and exists:
             raise UserError(
@@ -80,6 +81,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = (self.path / ".lock").open("w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it at exit
+            self.preempted.unlink(missing_ok=True)
             return rewind_metrics(self.metrics, first_step)
         except BlockingIOError:
             raise UserError(

@@ -9,9 +9,9 @@ from gpt2repro.checkpoint import innermost
 def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, seed: int) -> str:
     """Continue `prompt` by `num_tokens` sampled tokens and return both as text.
 
-    Every rank must call: a sharded model gathers its parameters from all of them. The length is fixed
-    so that all ranks run the same number of forward passes. The compiled code is left alone (lengths
-    vary), and so is the state of the random number generators.
+    Every rank must call: a sharded model gathers its parameters from all of them. The length is
+    fixed so that all ranks run the same number of forward passes. The compiled code is left alone
+    (lengths vary), and so is the state of the random number generators.
     """
     model = innermost(model)
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Recipes: layers, types, messages, batch arithmetic; every bad input is one line that names the knob."""
+"""Recipes: layers, types, batch arithmetic; a bad input is one line that names the knob."""
 
 import dataclasses
 

@@ -15,11 +15,11 @@ from gpt2repro.preemption import SIGNALS
 from gpt2repro.tokenizer import train_bpe
 
 # Fields of metrics.jsonl that say how fast this machine was, not what was computed.
-TIMINGS = {"tokens_per_second", "data_wait_fraction", "mfu"}
+TIMINGS = {"tokens_per_second", "data_wait_fraction", "mfu", "peak_memory_gib"}
 
 
 def write_inputs(directory: Path) -> Path:
-    """Write a corpus of 8 units, a tokenizer and `recipe.yaml` below `directory`; return the recipe."""
+    """Write a corpus of 8 units, a tokenizer and a recipe below `directory`; return the recipe."""
     texts = documents(240, max_words=40)
     (directory / "corpus").mkdir()
     (directory / "corpus" / "0.parquet").write_bytes(parquet_bytes(texts, 30))

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Train under Slurm, on one or several machines, through any number of preemptions and time limits:
+#
+#     sbatch launch/slurm.sh --recipe gpt2 --output_dir /shared/runs/gpt2
+#
+# Slurm sends SIGUSR1 two minutes before it ends the job. The run saves and leaves a file PREEMPTED in
+# its directory; this script then puts the job back into the queue, and the same command goes on.
+#SBATCH --job-name=gpt2repro
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+run_dir=$(python - "$@" <<'PYTHON'
+import sys
+from gpt2repro.recipe import load_recipe
+print(load_recipe(sys.argv[1:]).run_dir)
+PYTHON
+)
+rm -f "$run_dir/PREEMPTED"
+export MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
+
+# One launcher per machine. `srun` passes the signals of Slurm on to it, and it to the processes.
+srun --kill-on-bad-exit=1 bash -c '
+    exec accelerate launch --config_file launch/multi_node.yaml \
+        --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS_PER_NODE)) \
+        --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_HOST" --main_process_port 29500 \
+        train_accelerate.py "$@"
+' launch "$@" || status=$?
+
+if [ -e "$run_dir/PREEMPTED" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+exit "${status:-0}"
