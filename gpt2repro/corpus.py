@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
+from gpt2repro.daemon_pool import DaemonPool
 from gpt2repro.retry import PassingFault, patiently
 
 DOCUMENTS_PER_UNIT = 1000  # of local formats that have no row groups
@@ -193,8 +193,11 @@ class ParquetCorpus(Corpus):
     def __init__(self, sources: list[Source], text_column: str, identity: dict[str, Any]) -> None:
         self._sources = sources
         self._text_column = text_column
-        with ThreadPoolExecutor(min(NUM_FOOTER_THREADS, max(1, len(sources)))) as pool:
-            self._metadata = list(pool.map(_read_footer, sources))
+        pool = DaemonPool(min(NUM_FOOTER_THREADS, len(sources)), "footer-reader")
+        try:
+            self._metadata: list[pq.FileMetaData] = pool.map(_read_footer, sources)
+        finally:
+            pool.close(0)
         self._units = [
             row_group
             for index, (source, metadata) in enumerate(zip(sources, self._metadata, strict=True))
@@ -222,10 +225,13 @@ class ParquetCorpus(Corpus):
     def _decode(self, source: Source, row_group: _RowGroup) -> pa.LargeStringArray:
         chunk = _OneChunk(source, row_group.start, row_group.length)
         metadata = self._metadata[row_group.file]
-        with pq.ParquetFile(chunk, metadata=metadata, pre_buffer=False) as file:
-            table = file.read_row_group(
-                row_group.number, columns=[self._text_column], use_threads=False
-            )
+        try:
+            with pq.ParquetFile(chunk, metadata=metadata, pre_buffer=False) as file:
+                table = file.read_row_group(
+                    row_group.number, columns=[self._text_column], use_threads=False
+                )
+        except OSError as error:  # what pyarrow makes of a broken page header
+            raise pa.ArrowInvalid(str(error)) from error
         return _large_strings(table.column(self._text_column))
 
     def num_documents(self, unit: int) -> int:
@@ -251,8 +257,9 @@ def _read_footer(source: Source) -> pq.FileMetaData:
         tail = source.read(end - length, length - guess) + tail
     try:
         return pq.read_metadata(pa.BufferReader(tail[-length:]))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"dataset_name: {source.name} has a broken footer: {error}") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).strip()
+        raise UserError(f"dataset_name: {source.name} has a broken footer: {reason}") from error
 
 
 def _row_groups(
@@ -473,8 +480,7 @@ def _open_files(
             sources = [_local_source(Path(file)) for file in files]
             return ParquetCorpus(sources, text_column, identity)
         identity["files"] = _digest([_fingerprint(Path(file)) for file in files])
-        builder.download_and_prepare()
-        return ArrowCorpus(builder.as_dataset(split=split), text_column, identity)
+        return ArrowCorpus(_prepare(builder, split, files), text_column, identity)
     pattern = re.compile(r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
     matches = [pattern.fullmatch(file) for file in files]
     if is_parquet and all(matches):
@@ -484,6 +490,21 @@ def _open_files(
     identity["files"] = _digest(files)
     dataset = patiently(lambda: builder.as_streaming_dataset(split=split), f"open {files[0]}")
     return StreamedCorpus(dataset, text_column, identity)
+
+
+def _prepare(builder, split: str, files: list[str]):
+    """Local files that are not parquet as a memory-mapped dataset, made once and cached."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+    except (StopIteration, ValueError, DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise UserError(
+            f"dataset_name: no documents can be read from {Path(files[0]).name}: "
+            f"{type(reason).__name__} {reason}".rstrip()
+        ) from error
 
 
 def _local_source(path: Path) -> LocalSource:

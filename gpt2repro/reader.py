@@ -1,7 +1,6 @@
 """Units read, and if wanted encoded and kept on disk, by a few background threads.
 
-Threads are enough: the network, parquet and both encoders release the GIL. They are daemons, so
-that a read that waits out an outage never holds up the end of the process.
+Threads are enough: the network, parquet and both encoders release the GIL.
 """
 
 import hashlib
@@ -9,29 +8,24 @@ import io
 import json
 import logging
 import os
-import queue
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from gpt2repro import UserError
 from gpt2repro.corpus import Corpus, text_at
+from gpt2repro.daemon_pool import DaemonPool
 from gpt2repro.tokenizer import BulkEncoder
 
 logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
-
-
-class ReaderClosed(Exception):
-    """The unit was asked of a reader that has been closed meanwhile."""
 
 
 class TextUnit:
@@ -130,64 +124,6 @@ class TokenCache:
                 logger.warning("token_cache_dir: cannot write (%s); going on without", error)
 
 
-class DaemonPool:
-    """A few daemon threads that serve calls in order. (An executor's threads would be joined.)"""
-
-    def __init__(self, num_threads: int, name: str) -> None:
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        self._pending: set[Future] = set()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"{name}-{index}", daemon=True)
-            for index in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
-        future: Future = Future()
-        with self._lock:
-            if self._closed:
-                raise ReaderClosed
-            self._pending.add(future)
-        self._calls.put((future, call, arguments))
-        return future
-
-    def _serve(self) -> None:
-        while (item := self._calls.get()) is not None:
-            future, call, arguments = item
-            try:
-                if not future.done():
-                    future.set_result(call(*arguments))
-            except InvalidStateError:
-                pass  # closed meanwhile
-            except BaseException as error:
-                if not future.done():
-                    future.set_exception(error)
-            with self._lock:
-                self._pending.discard(future)
-            del item, future, call, arguments  # or an idle thread would keep a unit alive
-
-    def close(self) -> None:
-        """Fail what is pending and let the threads end; does not wait for a read under way."""
-        with self._lock:
-            self._closed = True
-            pending, self._pending = self._pending, set()
-        for future in pending:
-            try:
-                future.set_exception(ReaderClosed())
-            except InvalidStateError:
-                continue
-        for _ in self._threads:
-            self._calls.put(None)
-
-    def join(self, timeout_seconds: float) -> None:
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout_seconds)
-
-
 class UnitReader:
     """Reads units ahead of need. A unit that someone still holds is not read twice."""
 
@@ -215,9 +151,8 @@ class UnitReader:
     def submit(self, unit: int) -> "Future[TextUnit | TokenUnit]":
         return self._pool.submit(self._get, unit)
 
-    def close(self, timeout_seconds: float = 1.0) -> None:
+    def close(self) -> None:
         self._pool.close()
-        self._pool.join(timeout_seconds)
 
     def _get(self, number: int) -> TextUnit | TokenUnit:
         with self._lock:

@@ -35,13 +35,26 @@ import torch
 
 from gpt2repro import UserError
 from gpt2repro.corpus import Corpus
-from gpt2repro.reader import ReaderClosed, TextUnit, TokenUnit, UnitReader
+from gpt2repro.daemon_pool import PoolClosed
+from gpt2repro.reader import TextUnit, TokenUnit, UnitReader
 from gpt2repro.tokenizer import BulkEncoder
 
 NUM_STEPS_AHEAD = 4
 DOCUMENTS_PER_ENCODE = 8  # encoded at a time, so that the first step does not wait for whole units
 MAX_EMPTY_EPOCHS = 100
+TOKENS_WORTH_READING_AHEAD = 2**20  # about a unit of FineWeb-Edu
 STATE_VERSION = 1
+
+# The recipe's name of what an identity holds, where the two differ.
+FIELD_OF = {
+    "dataset": "dataset_name",
+    "config": "dataset_config",
+    "split": "dataset_split",
+    "revision": "dataset_revision",
+    "files": "the digest of the data files",
+    "tokenizer": "tokenizer_name's fingerprint",
+    "rows_per_step": "rows_per_step (batch_tokens / sequence_length)",
+}
 
 
 class Position(NamedTuple):
@@ -255,7 +268,7 @@ class _Producer:
             lanes = self._make_lanes()
             while not self._stop.is_set():
                 self._put(_step(lanes))
-        except ReaderClosed:
+        except PoolClosed:
             pass
         except BaseException as error:  # the consumer's to handle, whatever it is
             self._put(error)
@@ -399,9 +412,10 @@ class TokenStream:
         if state.get("version") != STATE_VERSION:
             raise UserError(f"the checkpoint's stream state has version {state.get('version')!r}")
         saved = state["identity"]
-        for field in sorted(saved.keys() | self.identity.keys()):
-            then, now = saved.get(field), self.identity.get(field)
+        for name in [*self.identity, *saved]:
+            then, now = saved.get(name), self.identity.get(name)
             if then != now:
+                field = FIELD_OF.get(name, name)
                 raise UserError(
                     f"cannot resume the data stream: {field} was {then!r} in the checkpoint and is "
                     f"{now!r} now"
@@ -493,17 +507,19 @@ def validation_set(
         raise UserError(
             f"num_validation_units: {num_units} of the dataset's {corpus.num_units} units"
         )
+    num_ahead = num_reader_threads
+    if max_tokens is not None:
+        num_ahead = min(num_ahead, 1 + max_tokens // TOKENS_WORTH_READING_AHEAD)
     reader = UnitReader(
         corpus,
         encoder,
         num_threads=num_reader_threads,
         token_cache_dir=token_cache_dir,
-        encode_whole_units=max_tokens is None,
+        encode_whole_units=num_ahead > 1,
     )
     end_of_text = np.array([encoder.eot_id], dtype=encoder.dtype)
     held, num_tokens, num_bytes = [], 0, 0
     try:
-        num_ahead = num_reader_threads if max_tokens is None else 1
         for documents, size in _documents_in_order(reader, range(num_units), num_ahead):
             held += [part for ids in documents for part in (end_of_text, ids)]
             num_tokens += len(documents) + sum(map(len, documents))

@@ -12,6 +12,7 @@ listing and ranged reads. `ROUTES` maps a method and a path to a handler method:
 """
 
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -103,6 +104,7 @@ class FakeHub:
         self.log: list[Request] = []
         self.signed_links = signed_links
         self.links: dict[str, str] = {}
+        self.link_numbers = itertools.count()
         self.closing = threading.Event()
         self.lock = threading.Lock()
 
@@ -274,7 +276,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{oid(content)}"'}
         if self.hub.signed_links and is_large(path):
             with self.hub.lock:
-                link = str(len(self.hub.links))
+                link = str(next(self.hub.link_numbers))
                 self.hub.links[link] = self.decoded_path
             headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": headers["ETag"]}
             self.answer(302, b"", headers | {"Location": f"{self.hub.url}/signed/{link}"})

@@ -175,10 +175,11 @@ def test_permutations_are_fixed_for_ever():
 
 
 def test_the_stream_is_fixed_for_ever():
-    [stream] = streams()
+    texts = [f"document {number} " + "word " * (7 * number % 41) for number in range(300)]
+    [stream] = streams(source=corpus(texts))
     digests = [next(stream).digest for _ in range(3)]
     stream.close()
-    assert digests == [13834675409604248812, 16932021568100880641, 2377593445968173341]
+    assert digests == [6898002224932357292, 3346672184704291190, 8943150677258474528]
 
 
 def test_epochs_and_seeds_differ():
@@ -192,11 +193,14 @@ def test_epochs_and_seeds_differ():
     ("change", "named"),
     [
         ({"sequence_length": 16}, "sequence_length was 32 .* is 16"),
-        ({"rows_per_step": 32}, "rows_per_step was 16 .* is 32"),
+        ({"rows_per_step": 32}, r"rows_per_step \(batch_tokens .* was 16 .* is 32"),
         ({"num_lanes": 4}, "num_lanes was 8 .* is 4"),
         ({"num_validation_units": 1}, "num_validation_units was 2 .* is 1"),
         ({"seed": 1}, "seed was 7 .* is 1"),
-        ({"source": MemoryCorpus(in_units(TEXTS, 10), "other")}, "dataset was 'memory' .* 'other'"),
+        (
+            {"source": MemoryCorpus(in_units(TEXTS, 10), "other")},
+            "dataset_name was 'memory' .* 'other'",
+        ),
     ],
 )
 def test_resuming_another_stream_is_refused_by_the_field_that_differs(change, named):
@@ -210,7 +214,7 @@ def test_another_tokenizer_is_refused():
     encoder = ByteEncoder()
     encoder.fingerprint = "else"
     stream = TokenStream(corpus(), encoder, **OPTIONS)
-    with pytest.raises(UserError, match="tokenizer was 'bytes'"):
+    with pytest.raises(UserError, match="tokenizer_name's fingerprint was 'bytes'"):
         stream.load_state_dict(state)
 
 

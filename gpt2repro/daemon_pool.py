@@ -1,0 +1,76 @@
+"""A few daemon threads that serve calls in order.
+
+An executor of the standard library joins its threads when the interpreter exits. One that waits out
+an outage of the network would keep a crashed or interrupted process alive for half an hour.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+
+class PoolClosed(Exception):
+    """The call was pending when the pool was closed, or came after."""
+
+
+class DaemonPool:
+    """Like `concurrent.futures.ThreadPoolExecutor`, of daemon threads."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        self._pending: set[Future] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"{name}-{index}", daemon=True)
+            for index in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
+        future: Future = Future()
+        with self._lock:
+            if self._closed:
+                raise PoolClosed
+            self._pending.add(future)
+        self._calls.put((future, call, arguments))
+        return future
+
+    def map(self, call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """`[call(item) for item in items]`, several at a time; the first error is raised."""
+        futures = [self.submit(call, item) for item in items]
+        return [future.result() for future in futures]
+
+    def _serve(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, call, arguments = item
+            try:
+                if not future.done():
+                    future.set_result(call(*arguments))
+            except InvalidStateError:
+                pass  # closed meanwhile
+            except BaseException as error:
+                if not future.done():
+                    future.set_exception(error)
+            with self._lock:
+                self._pending.discard(future)
+            del item, future, call, arguments  # or an idle thread would keep a result alive
+
+    def close(self, timeout_seconds: float = 1.0) -> None:
+        """Fail what is pending and end the threads; not waiting long for a call under way."""
+        with self._lock:
+            self._closed = True
+            pending, self._pending = self._pending, set()
+        for future in pending:
+            try:
+                future.set_exception(PoolClosed())
+            except InvalidStateError:
+                continue
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # garbage is collected anywhere
+                thread.join(timeout_seconds)
