@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-LOADING, VERIFICATION = "How to load it", "Verification"
+LOADING, VERIFICATION, BENCHMARKS = "How to load it", "Verification", "Benchmarks"
 
 # What the metadata may say about training data without having been told.
 KNOWN_DATASETS = {
@@ -24,7 +24,7 @@ KNOWN_DATASETS = {
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # First part of a result's name in `gpt2repro evaluate` -> the dataset on the Hub and its title.
-BENCHMARKS = {
+DATASETS = {
     "hellaswag": ("Rowan/hellaswag", "HellaSwag"),
     "lambada": ("EleutherAI/lambada_openai", "LAMBADA (OpenAI's version)"),
     "wikitext2": ("Salesforce/wikitext", "WikiText-2"),
@@ -52,6 +52,7 @@ def model_card(
     command: str | None = None,
     num_processes: int | None = None,
     loss_curve: str | None = None,
+    published_loss: tuple[str, float] | None = None,
     license: str = "mit",
 ) -> str:
     """The whole card, with YAML metadata that the Hub accepts.
@@ -64,22 +65,24 @@ def model_card(
         evaluation: the JSON of `gpt2repro evaluate --output`.
         command: the command line that trained the model.
         loss_curve: name of the picture beside the card.
+        published_loss: whose validation loss others published for the same held-out text, and the
+            loss in nats per token.
         license: of the weights.
     """
     recipe = recipe or {}
-    title = f"# {name}"
     parts = [
-        f"---\n{metadata(name, recipe, metrics, evaluation, license)}\n---",
-        title,
+        f"---\n{metadata(name, recipe, metrics, license)}\n---",
+        f"# {name}",
         introduction(recipe, num_parameters),
         f"## {LOADING}",
         training_section(recipe, metrics, environment or {}, command, num_processes),
         f"![Training and validation loss]({loss_curve})" if loss_curve else "",
-        evaluation_section(metrics, evaluation),
+        validation_section(metrics, published_loss),
         f"## {VERIFICATION}",
         limitations(recipe),
     ]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    card = "\n\n".join(filter(None, parts)) + "\n"
+    return with_evaluation(card, evaluation, name) if evaluation else card
 
 
 def completed(card: str, *, where: str, format: str, verification: Sequence[str]) -> str:
@@ -90,12 +93,26 @@ def completed(card: str, *, where: str, format: str, verification: Sequence[str]
     return with_section(card, VERIFICATION, found)
 
 
-def with_section(card: str, title: str, text: str) -> str:
-    """Replace the text of the section `title`, or append the section."""
+def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
+    """`card` with table and metadata of `gpt2repro evaluate --output`; earlier ones are replaced."""
+    card = with_section(card, BENCHMARKS, benchmark_table(evaluation), before=VERIFICATION)
+    parsed = ModelCard(card)
+    results = eval_results(evaluation)
+    names = {each.metric_name for each in results}
+    kept = [e for e in parsed.data.eval_results or [] if e.metric_name not in names]
+    parsed.data.eval_results = kept + results or None
+    parsed.data.model_name = parsed.data.model_name or name
+    return str(parsed)
+
+
+def with_section(card: str, title: str, text: str, before: str | None = None) -> str:
+    """Replace the text of the section `title`, or insert it `before` another or at the end."""
     section = f"## {title}\n\n{text}\n\n"
     pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     if pattern.search(card):
         card = pattern.sub(lambda _: section, card, count=1)
+    elif before and f"\n## {before}\n" in card:
+        card = card.replace(f"\n## {before}\n", f"\n{section}## {before}\n", 1)
     else:
         card = f"{card.rstrip()}\n\n{section}"
     return card.rstrip() + "\n"
@@ -104,21 +121,23 @@ def with_section(card: str, title: str, text: str) -> str:
 # --- Metadata -----------------------------------------------------------------------------------
 
 
-def metadata(
-    name: str, recipe: Mapping, metrics: Metrics, evaluation: Mapping | None, license: str
-) -> str:
-    """The YAML that the Hub reads: licence, library, task, data and measured results."""
+def metadata(name: str, recipe: Mapping, metrics: Metrics, license: str) -> str:
+    """The YAML that the Hub reads: licence, library, task, data and the validation loss."""
     dataset = recipe.get("dataset_name")
-    on_hub = dataset if is_hub_id(dataset) else None
-    results = eval_results(recipe, metrics, evaluation)
+    start = recipe.get("init_from")
+    results = [
+        result(dataset, f"{dataset} (held out)", key, METRIC_TYPES[key], value)
+        for key, value in last_validation(metrics).items()
+        if dataset
+    ]
     data = ModelCardData(
         license=license,
         language=KNOWN_DATASETS.get(dataset, {}).get("language"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"],
-        datasets=[on_hub] if on_hub else None,
-        base_model=recipe.get("init_from") if is_hub_id(recipe.get("init_from")) else None,
+        datasets=[dataset] if is_hub_id(dataset) else None,
+        base_model=start if is_hub_id(start) else None,
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -129,18 +148,14 @@ def is_hub_id(name: str | None) -> bool:
     return bool(name and HUB_ID.fullmatch(name) and not Path(name).exists())
 
 
-def eval_results(recipe: Mapping, metrics: Metrics, evaluation: Mapping | None) -> list[EvalResult]:
+def eval_results(evaluation: Mapping) -> list[EvalResult]:
     """What was computed for this model; figures published by others are not among them."""
     found = []
-    dataset = recipe.get("dataset_name")
-    for key, value in last_validation(metrics).items():
-        if dataset:
-            found.append(result(dataset, f"{dataset} (held out)", key, METRIC_TYPES[key], value))
-    for key, estimate in (evaluation or {}).get("results", {}).items():
+    for key, estimate in evaluation.get("results", {}).items():
         task, _, metric = key.partition("/")
         kind = next((kind for end, kind in METRIC_TYPES.items() if end in metric), None)
-        if task in BENCHMARKS and kind and estimate["value"] is not None:
-            found.append(result(*BENCHMARKS[task], key, kind, estimate["value"]))
+        if task in DATASETS and kind and estimate["value"] is not None:
+            found.append(result(*DATASETS[task], key, kind, estimate["value"]))
     return found
 
 
@@ -307,27 +322,21 @@ def speed_rows(metrics: Metrics, num_processes: int | None) -> dict[str, str | N
     }
 
 
-def evaluation_section(metrics: Metrics, evaluation: Mapping | None) -> str:
-    parts = [validation_table(metrics), benchmark_table(evaluation or {})]
-    return "\n\n".join(["## Evaluation", *filter(None, parts)]) if any(parts) else ""
-
-
-def validation_table(metrics: Metrics) -> str:
+def validation_section(metrics: Metrics, published_loss: tuple[str, float] | None) -> str:
+    """The first and the last validation, and a figure that others published for the same text."""
     evaluated = [r for r in metrics if is_number(r.get("val_loss"))]
     if not evaluated:
         return ""
-    chosen = [evaluated[0], *evaluated[1:][-1:]]
     rows = []
-    for record in chosen:
+    for record in [evaluated[0], *evaluated[1:][-1:]]:
         bits = record.get("val_bits_per_byte")
-        rows.append(
-            [
-                f"{record['step']:,}",
-                f"{record['val_loss']:.4f}",
-                f"{bits:.4f}" if is_number(bits) else "",
-            ]
-        )
-    return markdown_table(["Step", "Validation loss (nats per token)", "Bits per byte"], rows)
+        bits = f"{bits:.4f}" if is_number(bits) else ""
+        rows.append([f"step {record['step']:,}", f"{record['val_loss']:.4f}", bits])
+    if published_loss:
+        whose, loss = published_loss
+        rows.append([f"{whose}, published, not computed here", f"{loss:g}", ""])
+    header = ["", "Validation loss (nats per token)", "Bits per byte"]
+    return f"## Validation\n\n{markdown_table(header, rows)}"
 
 
 def benchmark_table(evaluation: Mapping) -> str:

@@ -301,6 +301,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--private", action="store_true", help="create the repository private")
     parser.add_argument("--revision", help="branch to commit to, created if absent (default main)")
     parser.add_argument("--message", default="Upload model", help="of the commit")
+    parser.add_argument(
+        "--evaluation", type=Path, help="JSON of `gpt2repro evaluate --output`, for the card"
+    )
     return parser
 
 
@@ -317,6 +320,8 @@ def main(argv: list[str]) -> int:
         )
     for line in verify(directory).lines():
         print(f"  {line}")
+    if options.evaluation:
+        add_evaluation(directory / "README.md", options.evaluation, options.repo)
     existed = check_hub_rights(options.repo, private=options.private, option="--repo")
     files = to_publish(directory)
     size = sum(path.stat().st_size for path in files) / 1e6
@@ -340,3 +345,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{error}; {again}") from error
     print(url)
     return 0
+
+
+def add_evaluation(card: Path, evaluation: Path, repo_id: str) -> None:
+    """Put the results of an evaluation into the card on disk."""
+    results = read_json(evaluation)
+    if "results" not in results:
+        raise UserError(f"--evaluation {evaluation}: not what `gpt2repro evaluate --output` writes")
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    name = repo_id.partition("/")[2]
+    card.write_text(model_card.with_evaluation(text, results, name), encoding="utf-8")

@@ -175,6 +175,22 @@ def test_private_and_revision(hub, exported, verified):
         push.main(["--model", str(exported), "--repo", "me/open", "--private"])
 
 
+def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path):
+    results = {"results": {"hellaswag/completion_acc_norm": {"value": 0.25, "stderr": 0.01}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    before = (exported / "README.md").read_text()
+    command = ["--model", str(exported), "--repo", "me/name", "--evaluation"]
+    try:
+        assert push.main([*command, str(tmp_path / "results.json")]) == 0
+        card = hub.files("me/name")["README.md"].decode()
+        assert "0.2500 ± 0.0100" in card and "Rowan/hellaswag" in card
+        (tmp_path / "other.json").write_text("{}")
+        with pytest.raises(UserError, match="--evaluation .*not what `gpt2repro evaluate"):
+            push.main([*command, str(tmp_path / "other.json")])
+    finally:
+        (exported / "README.md").write_text(before)
+
+
 @pytest.mark.parametrize(
     ("token", "repo", "said"),
     [
