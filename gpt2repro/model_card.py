@@ -94,7 +94,7 @@ def completed(card: str, *, where: str, format: str, verification: Sequence[str]
 
 
 def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
-    """`card` with table and metadata of `gpt2repro evaluate --output`; earlier ones are replaced."""
+    """`card` with table and metadata of `gpt2repro evaluate --output`, earlier ones replaced."""
     card = with_section(card, BENCHMARKS, benchmark_table(evaluation), before=VERIFICATION)
     parsed = ModelCard(card)
     results = eval_results(evaluation)

@@ -185,7 +185,7 @@ def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path):
         card = hub.files("me/name")["README.md"].decode()
         assert "0.2500 ± 0.0100" in card and "Rowan/hellaswag" in card
         (tmp_path / "other.json").write_text("{}")
-        with pytest.raises(UserError, match="--evaluation .*not what `gpt2repro evaluate"):
+        with pytest.raises(UserError, match=r"--evaluation .*not what `gpt2repro evaluate"):
             push.main([*command, str(tmp_path / "other.json")])
     finally:
         (exported / "README.md").write_text(before)
