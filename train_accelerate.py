@@ -20,6 +20,7 @@ from gpt2repro.stream import StepRows
 
 EXIT_DIVERGED = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
+LOOK_UP_SECONDS = 1.0  # how often a run that waits for data looks for signals
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +41,7 @@ def train(run: Run) -> int:
 
         watch.lap()
         waited = run.stream.wait_seconds
-        batch = next(run.stream)
+        batch = next_rows(run)
         lr = lr_at(
             step,
             max_lr=recipe.max_lr,
@@ -48,7 +49,7 @@ def train(run: Run) -> int:
             warmup_steps=recipe.warmup_steps,
             num_steps=recipe.num_steps,
         )
-        result = train_step(run, batch, lr)
+        result = train_step(run, batch, lr) if batch is not None else None
         if result is None:
             return leave(run, step)
         run.lanes = batch.lanes
@@ -62,8 +63,6 @@ def train(run: Run) -> int:
             run.progress.note(incidents.advice(run.directory.incidents))
             return EXIT_DIVERGED
         done = step + 1
-        if run.stop.agreed:
-            return leave(run, done)
         if done == recipe.num_steps or due(recipe.save_every, done):
             save(run, done)
 
@@ -72,6 +71,18 @@ def train(run: Run) -> int:
         return leave(run, recipe.num_steps)
     report_end(run, figures)
     return 0
+
+
+def next_rows(run: Run) -> StepRows | None:
+    """This rank's rows of the next step, once all ranks have theirs; None if a stop was agreed on.
+
+    Waiting together keeps every rank reachable by signals while one of them sits out an outage.
+    """
+    device = run.accelerator.device
+    while not run.stop.poll():
+        if ranks.all_ranks(run.stream.wait(LOOK_UP_SECONDS), device):
+            return next(run.stream)
+    return None
 
 
 def train_step(run: Run, batch: StepRows, lr: float) -> Result | None:
@@ -87,7 +98,7 @@ def train_step(run: Run, batch: StepRows, lr: float) -> Result | None:
     micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
     loss = torch.zeros((), device=accelerator.device)
     for input_ids, shift_labels in micro_batches:
-        if run.stop.agreed or (run.looks_for_signals_within_steps and run.stop.poll()):
+        if run.looks_for_signals_within_steps and run.stop.poll():
             optimizer.zero_grad()
             return None
         with accelerator.accumulate(model):  # gradients sync on the last micro-batch only
@@ -104,7 +115,6 @@ def train_step(run: Run, batch: StepRows, lr: float) -> Result | None:
     if result.finite:
         optimizer.step()
     optimizer.zero_grad()
-    run.stop.poll()
     return result
 
 

@@ -48,6 +48,11 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_ranks(flag: bool, device: torch.device) -> bool:
+    """True on every rank if `flag` is true on all."""
+    return not any_rank(not flag, device)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if `flag` is true on one."""
     if world_size() == 1:

@@ -25,6 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -236,15 +237,26 @@ class _Producer:
     def __init__(self, make_lanes: Callable[[], dict[int, Iterator]], reader: UnitReader) -> None:
         self._make_lanes, self._reader = make_lanes, reader
         self._steps: queue.Queue = queue.Queue(maxsize=NUM_STEPS_AHEAD)
+        self._next: StepRows | BaseException | None = None  # taken from the queue by `wait`
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="token-stream", daemon=True)
         self._thread.start()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether `get` will answer at once; waits up to `seconds` for that."""
+        if self._next is None:
+            try:
+                self._next = self._steps.get(timeout=seconds)
+            except queue.Empty:
+                return False
+        return True
+
     def get(self) -> StepRows:
-        item = self._steps.get()
+        item = self._steps.get() if self._next is None else self._next
         if isinstance(item, BaseException):
-            self._put(item)  # whoever asks again is told again
+            self._next = item  # whoever asks again is told again
             raise item
+        self._next = None
         return item
 
     def close(self) -> None:
@@ -353,15 +365,28 @@ class TokenStream:
         return self
 
     def __next__(self) -> StepRows:
+        with self._waiting() as producer:
+            step = producer.get()
+        self._positions = step.lanes
+        return step
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the next step is at hand; waits up to `seconds` for it.
+
+        For a caller that has something else to look at during an outage, such as signals.
+        """
+        with self._waiting() as producer:
+            return producer.wait(seconds)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[_Producer]:
         began = time.perf_counter()
         if self._producer is None:
             self._start()
         try:
-            step = self._producer.get()
+            yield self._producer
         finally:
             self.wait_seconds += time.perf_counter() - began
-        self._positions = step.lanes
-        return step
 
     def _start(self) -> None:
         reader = UnitReader(self._corpus, self._encoder, **self._reader_options)
