@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +43,9 @@ def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Call `main(argv)` and return its exit status; a `UserError` becomes one line and status 2."""
     try:
         return main(argv)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -101,7 +101,6 @@ def prepare(argv: list[str]) -> Run:
     """
     recipe = load_recipe(argv)
     accelerator = parts.start_engine(recipe)
-    stop = StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device))
     directory = RunDirectory(recipe.run_dir)
     resume: Resume = ranks.on_rank_0(lambda: directory.decide(recipe.resume))
     saved = resume.state.get("recipe", {})
@@ -184,7 +183,8 @@ def prepare(argv: list[str]) -> Run:
         stream=stream,
         validation=validation,
         hellaswag=hellaswag,
-        stop=stop,
+        # Until here there is nothing to save, and signals end the process as they always do.
+        stop=StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device)),
         progress=Progress(first_step=resume.step, num_steps=recipe.num_steps, enabled=main),
         log=MetricsLog(directory.metrics) if main else None,
         push=BackgroundPush(recipe.hub_model_id, private=recipe.hub_private)
