@@ -22,7 +22,10 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
+from transformers import PreTrainedTokenizerFast
 
+import configuration_gpt2repro
+import modeling_gpt2repro
 from gpt2repro import UserError, checkpoint, model_card
 from gpt2repro.cli import OneLineParser
 from gpt2repro.pretrained import locate
@@ -190,7 +193,8 @@ class BackgroundPush:
         for problem in push.finish(600): print(problem)
 
     A submission is held by hard links, so that pruning or replacing the directory does no harm. One
-    that waits is superseded by the next: after an outage the newest is uploaded, not all of them.
+    that waits is superseded by the next: after an outage the newest is uploaded, not all of them. A
+    checkpoint is completed by the model's code and the `tokenizer`, so that it loads from the Hub.
     """
 
     def __init__(
@@ -199,9 +203,11 @@ class BackgroundPush:
         *,
         private: bool = False,
         revision: str | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
         give_up_after_seconds: float = GIVE_UP_AFTER_SECONDS,
     ) -> None:
         self.repo_id = repo_id
+        self.tokenizer = tokenizer
         self.url: str | None = None  # of the last upload that succeeded
         self._settings = {
             "private": private,
@@ -222,8 +228,10 @@ class BackgroundPush:
         with self._changed:
             in_use = [each.snapshot for each in (self._current, self._waiting) if each]
             try:
-                submission = Submission(directory, snapshot(directory, in_use), message)
-            except OSError as error:
+                held = snapshot(directory, in_use)
+                complete(held, self.tokenizer)
+                submission = Submission(directory, held, message)
+            except Exception as error:  # whatever it is, the training goes on
                 self._problems.append(f"{directory} could not be prepared for the push: {error}")
                 return
             if self._waiting:
@@ -289,6 +297,16 @@ def snapshot(directory: Path, in_use: list[Path]) -> Path:
         except OSError:  # a file system without hard links
             shutil.copy(path, place / path.name)
     return place
+
+
+def complete(directory: Path, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Add what `from_pretrained` needs and a training checkpoint lacks."""
+    if read_json(directory / "config.json").get("model_type") == "gpt2repro":
+        for module in (configuration_gpt2repro, modeling_gpt2repro):
+            if not (directory / Path(module.__file__).name).exists():
+                shutil.copy(module.__file__, directory)
+    if tokenizer is not None and not (directory / "tokenizer.json").exists():
+        tokenizer.save_pretrained(directory)
 
 
 # --- The verb -----------------------------------------------------------------------------------

@@ -252,7 +252,8 @@ def checkpoints(root: Path, number: int) -> Path:
     """A checkpoint's directory, as training leaves it."""
     directory = root / f"step_{number}"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"step": number}))
+    config = {"step": number, "model_type": "gpt2repro"}
+    (directory / "config.json").write_text(json.dumps(config))
     for name in ("model.safetensors", "optimizer.safetensors"):
         save_file({"x": torch.full((1000,), float(number))}, directory / name)
     for name in ("state.json", "COMPLETE"):
@@ -271,7 +272,7 @@ def test_background_push_never_blocks_and_newest_supersedes(hub, tmp_path):
 
     push.upload, background = slow, None
     try:
-        background = push.BackgroundPush("me/name")
+        background = push.BackgroundPush("me/name", tokenizer=tiny_tokenizer())
         for number in range(1, 5):
             directory = checkpoints(tmp_path, number)
             began = time.monotonic()
@@ -290,8 +291,10 @@ def test_background_push_never_blocks_and_newest_supersedes(hub, tmp_path):
     assert problems == [] and background.url == f"{hub.url}/me/name"
     assert hub.messages == ["Step 1", "Step 4"]
     files = hub.files("me/name")
-    assert files.keys() == {".gitattributes", "config.json", "model.safetensors"}
-    assert json.loads(files["config.json"]) == {"step": 4}
+    assert json.loads(files["config.json"])["step"] == 4
+    loadable = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    loadable |= {"configuration_gpt2repro.py", "modeling_gpt2repro.py"}
+    assert files.keys() == loadable | {".gitattributes"}  # and no optimizer state
     assert list(tmp_path.iterdir()) == []  # no snapshot is left
 
 
