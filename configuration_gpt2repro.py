@@ -1,9 +1,9 @@
 """GPT-2's configuration: the architecture, and nothing about how it is trained.
 
-The field names are those of the official `config.json` (Radford et al. 2019), so a GPT-2 checkpoint's
-configuration is read as it lies on the Hub, and one written here means the same to every GPT-2 tool.
+The field names are those of the official `config.json` (Radford et al. 2019): a GPT-2 checkpoint's
+configuration is read as it lies on the Hub, and one written here means the same to GPT-2 tools.
 
-This file travels with every checkpoint, beside `modeling_gpt2repro.py`, and imports transformers only.
+This file travels with every checkpoint, beside `modeling_gpt2repro.py`.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -60,9 +60,10 @@ class GPT2ReproConfig(PreTrainedConfig):
         tie_word_embeddings: The output projection is the token embedding (Press & Wolf 2017).
 
     Raises:
-        ValueError: naming the field, if a size is not positive, `n_embd` is not a multiple of
-            `n_head`, a probability is outside [0, 1] or the activation is unknown. A value of the
-            wrong type is refused as well, by name (`StrictDataclassFieldValidationError`).
+        StrictDataclassClassValidationError: naming the field, if a size is not positive, `n_embd`
+            is not a multiple of `n_head`, a probability is not in [0, 1] or the activation is
+            unknown. It wraps the `ValueError`s below, now and again before saving.
+        StrictDataclassFieldValidationError: naming the field, if a value has the wrong type.
     """
 
     model_type = "gpt2repro"
@@ -72,6 +73,13 @@ class GPT2ReproConfig(PreTrainedConfig):
         "max_position_embeddings": "n_positions",
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
+    }
+    # FSDP2 frees a block's weights after use. There is no tensor-parallel plan: transformers shards
+    # `nn.Linear` alone, and the official layout is `Conv1D`'s.
+    base_model_fsdp_plan = {  # noqa: RUF012
+        "wte": "free_full_weight",
+        "h.*": "free_full_weight",
+        "ln_f": "keep_full_weight",
     }
 
     vocab_size: int = 50257
@@ -103,7 +111,7 @@ class GPT2ReproConfig(PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "GPT2ReproConfig":
-        """One of the paper's four models by its Hub name, e.g. `from_size("gpt2-xl", n_layer=2)`."""
+        """One of the paper's models by its Hub name, e.g. `from_size("gpt2-xl", n_layer=2)`."""
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
         return cls(**{**SIZES[size], **overrides})

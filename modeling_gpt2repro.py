@@ -94,6 +94,7 @@ class GPT2ReproAttention(nn.Module):
         # Conv1D is OpenAI's name for a linear layer whose weight is stored (in, out).
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)  # q, k and v in one product
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj.writes_to_stream = True  # for the initial weights
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -138,6 +139,7 @@ class GPT2ReproMLP(nn.Module):
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Conv1D(n_inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, n_inner)
+        self.c_proj.writes_to_stream = True
         # OpenAI's `gelu_new` is the tanh approximation (Hendrycks & Gimpel 2016). transformers
         # spells it out in seven kernels; torch has it as one, equal but for those steps' rounding.
         name = config.activation_function
@@ -196,13 +198,12 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         smaller, "by a factor of 1/√N where N is the number of residual layers" (section 2.3).
         """
         super()._init_weights(module)
-        std = self.config.initializer_range
         if isinstance(module, Conv1D):
+            std = self.config.initializer_range
+            if getattr(module, "writes_to_stream", False):
+                std /= math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
-        if isinstance(module, GPT2ReproAttention | GPT2ReproMLP):
-            std /= math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.c_proj.weight, mean=0.0, std=std)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
