@@ -4,6 +4,10 @@ Only the data differ from what `lm_eval --tasks hellaswag,lambada_openai,wikitex
 files include the harness' own and read the fixtures instead of the Hub.
 """
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.evaluation import read_jsonl
+from gpt2repro.evaluation import read_jsonl, score_task
 from gpt2repro.loglikelihood import loglikelihoods
 from gpt2repro.tasks import Lambada, LMEvalHellaSwag, WikiText2
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -157,3 +161,29 @@ def test_the_comparison_can_tell_rows_apart(harness):
     _, results, _ = harness
     assert 0 < results["ours_hellaswag"]["acc_norm,none"] < 1
     assert 0 < results["ours_lambada"]["acc,none"] < 1
+
+
+def test_its_command_line_takes_our_checkpoint(task_files, tmp_path):
+    """As docs/evaluation.md says: the code comes from the directory, in a process without ours."""
+    directory = tmp_path / "checkpoint"
+    model = half_trained(512)
+    save(model, directory)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    command = [
+        *(sys.executable, "-m", "lm_eval", "--model", "hf"),
+        *("--model_args", f"pretrained={directory},trust_remote_code=True"),
+        *("--tasks", "ours_hellaswag", "--include_path", str(task_files)),
+        *("--device", "cpu", "--batch_size", "4", "--output_path", str(tmp_path / "results")),
+    ]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (output,) = (tmp_path / "results").rglob("*.json")
+    theirs = json.loads(output.read_text())["results"]["ours_hellaswag"]
+    task = LMEvalHellaSwag(read(HELLASWAG), tiny_tokenizer(), max_length=512)
+    for name, ours in score_task(model, task, batch_size=8).estimates.items():
+        metric = name.removeprefix(task.prefix)
+        assert ours.value == theirs[f"{metric},none"]
+        assert ours.stderr == pytest.approx(theirs[f"{metric}_stderr,none"])
+    assert list((tmp_path / "modules").rglob("modeling_gpt2repro.py")), "remote code was used"
