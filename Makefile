@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file launch/cpu.yaml train_accelerate.py --recipe recipes/demo.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
