@@ -148,6 +148,16 @@ def prune(directory: Path, keep_last: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def supersede(directory: Path, step: int) -> None:
+    """Set aside what is newer than `step`: a run that goes back there starts another line."""
+    for path in directory.glob("step_*"):
+        if path.name > checkpoint_path(directory, step).name:
+            place = directory / "superseded" / path.name
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            path.rename(place)
+
+
 # --- Finding ------------------------------------------------------------------------------------
 
 
@@ -184,7 +194,10 @@ def read_state(path: Path) -> dict[str, Any]:
             f"--resume {path}: incomplete (no {MARKER} marker, or a file has another size than it "
             "lists); --resume auto takes the newest valid checkpoint"
         )
-    return json.loads((path / "state.json").read_text())
+    try:
+        return json.loads((path / "state.json").read_text())
+    except ValueError as error:
+        raise UserError(f"--resume {path}: state.json cannot be read: {error}") from None
 
 
 # --- Loading ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ def finish(run: Run) -> int:
     """Export the trained model to `final/`, verified by a fresh process, and sum the run up.
 
     Every rank calls, since sharded weights are gathered; rank 0 does the rest. Returns 0.
+    Signals end the process: all is saved, and the same command exports again.
 
     Raises:
         UserError: the export failed a check. The last checkpoint stands, and the same command tries
@@ -27,7 +28,14 @@ def finish(run: Run) -> int:
     """
     tensors = checkpoint.model_tensors(run.model)
     run.progress.close()
-    ranks.on_rank_0(lambda: publish(run, tensors))
+    if run.accelerator.is_main_process:
+        run.directory.preempted.touch()  # until it is done, a scheduler should come back
+    run.stop.close()
+    try:
+        ranks.on_rank_0(lambda: publish(run, tensors))
+    finally:
+        if run.accelerator.is_main_process:
+            run.directory.preempted.unlink(missing_ok=True)
     return 0
 
 

@@ -5,10 +5,12 @@ parts through it, so what the doctor checks is what the run will use.
 """
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
@@ -18,10 +20,13 @@ from gpt2repro.evaluation import hellaswag_tasks
 from gpt2repro.micro_batch import largest_that_fits
 from gpt2repro.optim import build_optimizer
 from gpt2repro.recipe import Recipe, check_world_size, divisors
+from gpt2repro.retry import GIVE_UP_AFTER_SECONDS
 from gpt2repro.stream import TokenStream, count_epoch_tokens
 from gpt2repro.tasks import Task
 from gpt2repro.tokenizer import load_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
+
+LONGEST_WAIT_SECONDS = 2 * GIVE_UP_AFTER_SECONDS
 
 
 def start_engine(recipe: Recipe) -> Accelerator:
@@ -30,12 +35,15 @@ def start_engine(recipe: Recipe) -> Accelerator:
     Raises:
         UserError: the processes of this launch do not see each other, or cannot share the lanes.
     """
+    check_tracker(recipe.report_to)
     accelerator = Accelerator(
         cpu=cpu_is_asked_for(),
         mixed_precision=recipe.mixed_precision,
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.run_dir,
         step_scheduler_with_optimizer=False,
+        # While one rank sits out an outage of its data, or publishes, the others wait for it.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=LONGEST_WAIT_SECONDS))],
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
@@ -48,6 +56,15 @@ def start_engine(recipe: Recipe) -> Accelerator:
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     return accelerator
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker whose package is missing; accelerate would go on without a word."""
+    if name != "none" and name not in get_available_trackers():
+        raise UserError(
+            f"report_to {name}: its package is not installed; `pip install {name}`, or set "
+            "report_to to none (metrics.jsonl has every figure)"
+        )
 
 
 def cpu_is_asked_for() -> bool:

@@ -3,6 +3,9 @@
 SIGTERM (schedulers), SIGUSR1 (Slurm's `--signal`) and SIGINT (Ctrl-C) all ask for the same: save,
 say how to resume, leave. A second Ctrl-C leaves at once. When the launcher dies, its processes get
 a SIGTERM from the kernel, so that signalling the launcher works too (Linux).
+
+Before the first step and after the last there is nothing to save: signals then end the process as
+they do any other.
 """
 
 import ctypes
@@ -13,6 +16,11 @@ import time
 from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+# Read on import: by the time the kernel is asked to watch it, it may be gone.
+PARENT = os.getppid()
+# What `accelerate launch` and `torchrun` leave in the environment.
+LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 # Ctrl-C reaches a rank from the terminal and once more from its launcher: that is one request.
 SAME_REQUEST_SECONDS = 1.0
@@ -30,9 +38,14 @@ class StopRequest:
         self.signal: signal.Signals | None = None  # what this process got
         self.agreed = False  # what all ranks know
         self.received_at = 0.0
-        for number in SIGNALS:
-            signal.signal(number, self.receive)
-        signal_with_parent(signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
+
+    def close(self) -> None:
+        """Let signals do again what they did before; one that nobody has polled comes again."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.signal is not None and not self.agreed:
+            signal.raise_signal(self.signal)
 
     def receive(self, number: int, frame: object) -> None:
         now = time.monotonic()
@@ -49,9 +62,14 @@ class StopRequest:
         return self.agreed
 
 
-def signal_with_parent(number: signal.Signals) -> None:
-    """Ask the kernel to send `number` to this process when its parent dies (Linux `prctl(2)`)."""
-    if sys.platform != "linux":
+def end_with_launcher(parent: int = PARENT) -> None:
+    """Have the kernel send this process SIGTERM when its launcher dies (Linux, `prctl(2)`).
+
+    A process that was started by hand outlives its shell, as `nohup` users expect.
+    """
+    if sys.platform != "linux" or not any(name in os.environ for name in LAUNCHER_VARIABLES):
         return
     set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, int(number))
+    ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
+    if os.getppid() != parent:  # it died before the kernel was asked
+        signal.raise_signal(signal.SIGTERM)

@@ -16,7 +16,7 @@ from gpt2repro.metrics import (
     flops_per_token,
     peak_flops,
 )
-from gpt2repro.preemption import StopRequest
+from gpt2repro.preemption import StopRequest, end_with_launcher
 from gpt2repro.push import BackgroundPush, check_hub_rights
 from gpt2repro.recipe import Recipe, accumulation_steps, differences, load_recipe, refuse_changes
 from gpt2repro.run_directory import Resume, RunDirectory
@@ -100,6 +100,7 @@ def prepare(argv: list[str]) -> Run:
         AlreadyFinished: the run has all its steps and its export.
     """
     recipe = load_recipe(argv)
+    end_with_launcher()
     accelerator = parts.start_engine(recipe)
     directory = RunDirectory(recipe.run_dir)
     resume: Resume = ranks.on_rank_0(lambda: directory.decide(recipe.resume))
@@ -160,11 +161,10 @@ def prepare(argv: list[str]) -> Run:
                 f"num_steps {recipe.num_steps} is behind the checkpoint's {resume.step}"
             )
 
-    history = ranks.on_rank_0(lambda: directory.open(resume.step))
+    history = ranks.on_rank_0(lambda: directory.open(resume.step, recipe.save))
     spikes = SpikeDetector(line["loss"] for line in history if line.get("loss") is not None)
     main = accelerator.is_main_process
     if main:
-        recipe.save(directory.recipe)
         changes = [
             f"{key} was {then} until here and is {now} now"
             for key, then, now in differences(recipe, saved)
@@ -183,7 +183,6 @@ def prepare(argv: list[str]) -> Run:
         stream=stream,
         validation=validation,
         hellaswag=hellaswag,
-        # Until here there is nothing to save, and signals end the process as they always do.
         stop=StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device)),
         progress=Progress(first_step=resume.step, num_steps=recipe.num_steps, enabled=main),
         log=MetricsLog(directory.metrics) if main else None,

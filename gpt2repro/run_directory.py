@@ -5,12 +5,15 @@ runs/<exp_name>/
 """
 
 import fcntl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError, checkpoint
 from gpt2repro.metrics import rewind_metrics
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Resume:
     @property
     def step(self) -> int:
         return self.state.get("step", 0)
+
+
+def made_with(path: Path | None) -> str | None:
+    """The `resume` field of the launch that saved the checkpoint at `path`."""
+    return checkpoint.read_state(path).get("recipe", {}).get("resume") if path else None
 
 
 class RunDirectory:
@@ -48,7 +56,11 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file; give a directory")
-        exists = self.path.is_dir() and any(self.path.iterdir())
+        try:
+            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        except OSError as error:
+            raise UserError(f"output_dir {self.path} cannot be read: {error}") from None
+        exists = bool(names - {LOCK})  # a launch may have been killed between its first two files
         if exists and not self.recipe.exists():
             raise UserError(
                 f"output_dir {self.path} holds files of something else; give a new or empty one"
@@ -58,10 +70,10 @@ class RunDirectory:
                 f"{self.path} holds a run and --resume never forbids to touch it; "
                 "give another exp_name, or --resume auto to go on"
             )
-        if resume not in ("auto", "never"):
+        path, broken = checkpoint.find_latest(self.checkpoints)
+        if resume not in ("auto", "never") and resume != made_with(path):
             path = Path(resume)
             return Resume(path, checkpoint.read_state(path), f"Resuming from {path}.")
-        path, broken = checkpoint.find_latest(self.checkpoints)
         notes = [f"{each.name} is incomplete and is passed over." for each in broken]
         if path is None:
             if exists:
@@ -71,17 +83,22 @@ class RunDirectory:
         notes.append(f"{self.path} exists: going on from its step {state['step']}.")
         return Resume(path, state, " ".join(notes))
 
-    def open(self, first_step: int) -> list[dict[str, Any]]:
+    def open(self, first_step: int, save_recipe: Callable[[Path], None]) -> list[dict[str, Any]]:
         """Create or claim the directory and return the metrics before `first_step`.
+
+        Later steps that it knows of are of a line that is left here: their metrics are cut off,
+        their checkpoints set aside in `checkpoints/superseded/`.
 
         Raises:
             UserError: another process writes this run, or the directory cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.path / ".lock").open("w")
+            self.lock = (self.path / LOCK).open("w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it at exit
+            save_recipe(self.recipe)
             self.preempted.unlink(missing_ok=True)
+            checkpoint.supersede(self.checkpoints, first_step)
             return rewind_metrics(self.metrics, first_step)
         except BlockingIOError:
             raise UserError(
