@@ -157,17 +157,28 @@ def score_hellaswag(
 ) -> dict[str, float] | None:
     """The figures of `hellaswag_tasks` by name, with their `_stderr`; alike on all ranks.
 
-    A compiled model sees `batch_size` rows in at most `loglikelihood.NUM_SHAPES` lengths of each
-    task. None when `should_stop` says so (see `validation_loss`).
+    One pass for all tasks: a compiled model sees `batch_size` rows in at most
+    `loglikelihood.NUM_SHAPES` lengths. None when `should_stop` says so (see `validation_loss`).
     """
+    scores = loglikelihoods(
+        model,
+        [request for task in tasks for request in task.requests],
+        max_length=tasks[0].max_length,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        reduce=reduce,
+        should_stop=should_stop,
+    )
+    if scores is None:
+        return None
     figures: dict[str, float] = {}
-    how = {"rank": rank, "world_size": world_size, "reduce": reduce, "should_stop": should_stop}
+    begin = 0
     for task in tasks:
-        result = score_task(model, task, batch_size=batch_size, **how)
-        if result is None:
-            return None
-        for name, estimate in result.estimates.items():
+        end = begin + len(task.requests)
+        for name, estimate in task.estimates(scores[begin:end]).items():
             figures |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
+        begin = end
     return figures
 
 

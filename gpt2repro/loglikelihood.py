@@ -41,6 +41,9 @@ class Scores:
     is_greedy: np.ndarray  # (N,) bool: every scored token was the most likely one
     padding_waste: float  # share of the computed positions that belonged to no request
 
+    def __getitem__(self, at: slice) -> "Scores":
+        return Scores(self.log_likelihood[at], self.is_greedy[at], self.padding_waste)
+
 
 def prefix_token(tokenizer) -> int:
     """What stands before a text without context: BOS, else EOS (GPT-2 has one token for both)."""

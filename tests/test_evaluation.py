@@ -33,6 +33,7 @@ from gpt2repro.evaluation import (
     score_hellaswag,
     validation_loss,
 )
+from gpt2repro.loglikelihood import NUM_SHAPES
 from gpt2repro.tasks import MalformedRow
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -150,6 +151,25 @@ def test_hellaswag_gives_both_conventions_with_errors():
     assert set(found) == {*names, *(f"{name}_stderr" for name in names)}
     assert all(0 <= found[name] <= 1 for name in names)
     assert found == score_hellaswag(random_gpt2(), tasks, batch_size=3)
+
+
+def test_hellaswag_between_compiled_training_steps_compiles_once():
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    model = random_gpt2().train()
+    model.compile(backend=counter)  # in place and with dynamo's defaults, as in training
+    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
+    graphs = []
+    for _ in range(2):
+        model(input_ids=torch.zeros(4, T, dtype=torch.int64)).logits.sum().backward()
+        graphs.append(counter.frame_count)
+        found = score_hellaswag(model, tasks, batch_size=4)
+        graphs.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert graphs[0] == 1
+    assert graphs[1] <= 1 + NUM_SHAPES
+    assert graphs[1:] == [graphs[1]] * 3, "nothing is compiled again"
+    assert found == score_hellaswag(random_gpt2(), tasks, batch_size=4)
 
 
 def test_hellaswag_stops():
