@@ -61,7 +61,7 @@ class Corpus(ABC):
     def read_unit(self, unit: int) -> list[str]:
         """The unit's documents in order; a null is an empty document."""
         documents = self.read_arrow(unit)
-        return [text_at(documents, index) for index in range(len(documents))]
+        return [as_text(document) for document in documents]
 
     def num_documents(self, unit: int) -> int | None:
         """How many documents the unit has; None where only reading it would tell."""
@@ -72,10 +72,15 @@ class Corpus(ABC):
         return None
 
 
-def text_at(documents: pa.LargeStringArray, index: int) -> str:
-    """One document as `str`; a null is empty, bytes that are no UTF-8 become U+FFFD."""
-    buffer = documents[index].as_buffer()
-    return "" if buffer is None else buffer.to_pybytes().decode("utf-8", "replace")
+def as_bytes(document: pa.LargeStringScalar) -> bytes:
+    """A document's UTF-8; a null is empty."""
+    buffer = document.as_buffer()
+    return b"" if buffer is None else buffer.to_pybytes()
+
+
+def as_text(document: pa.LargeStringScalar) -> str:
+    """A document as `str`; bytes that are no UTF-8 become U+FFFD."""
+    return as_bytes(document).decode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------- parquet

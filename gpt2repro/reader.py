@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpt2repro import UserError
-from gpt2repro.corpus import Corpus, text_at
+from gpt2repro.corpus import Corpus, as_bytes
 from gpt2repro.daemon_pool import DaemonPool
 from gpt2repro.tokenizer import BulkEncoder
 
@@ -40,9 +40,9 @@ class TextUnit:
 
     def encode(self, documents: Sequence[int]) -> tuple[list[np.ndarray], int]:
         """The documents' token ids, without the end-of-text token, and their UTF-8 bytes in all."""
-        texts = [text_at(self._documents, int(document)) for document in documents]
-        num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-        return self._encoder.encode(texts), num_bytes
+        contents = [as_bytes(self._documents[int(document)]) for document in documents]
+        texts = [content.decode("utf-8", "replace") for content in contents]
+        return self._encoder.encode(texts), sum(map(len, contents))
 
 
 class TokenUnit:

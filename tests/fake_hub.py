@@ -332,21 +332,20 @@ class Handler(BaseHTTPRequestHandler):
         kind = self.fault.kind if self.fault else ""
         if kind == "short":
             body = body[: len(body) // 2]
+        sent = body[: len(body) // 2] if kind == "reset" else body
+        sent = b"" if self.command == "HEAD" else sent
+        self.record(status, len(sent))  # before the client can have it, and look at the log
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if kind == "reset":
-            body = body[: len(body) // 2]
-        if self.command != "HEAD":
-            try:
-                self.wfile.write(body)
-            except OSError:  # the client hung up: a range ignored, a thread closed
-                self.close_connection = True
-        self.record(status, len(body) if self.command != "HEAD" else 0)
-        if kind == "reset":
+        try:
+            self.wfile.write(sent)
             self.wfile.flush()
+        except OSError:  # the client hung up: a range ignored, a thread closed
+            self.close_connection = True
+        if kind == "reset":
             self.reset()
 
     def reset(self) -> None:
