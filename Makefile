@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint clean
@@ -19,7 +20,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/accelerate launch --config_file launch/cpu.yaml train_accelerate.py --recipe recipes/demo.yaml
+	$(BIN)/accelerate launch --config_file launch/cpu.yaml --num_cpu_threads_per_process $(CORES) \
+		train_accelerate.py --recipe recipes/demo.yaml
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
