@@ -8,7 +8,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from gpt2repro import UserError, demo_corpus
+from gpt2repro import UserError, checkpoint, demo_corpus
 from gpt2repro.retry import patiently
 from gpt2repro.tokenizer import load_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -20,15 +20,17 @@ OFFLINE_ADVICE = "; give a local directory, or run where the Hub answers"
 def locate(name: str, option: str = "--model") -> str:
     """The directory that `name` means, or `name` itself if it can only be a Hub id.
 
-    A run's directory means its `final/`.
+    A run's directory means its `final/` or, before the run has ended, its newest checkpoint; the
+    run's `checkpoints/` always means the latter.
 
     Raises:
         UserError: neither a directory with a `config.json` nor spelled like a Hub id.
     """
     path = Path(name)
     if path.is_dir():
-        for candidate in (path, path / "final"):
-            if (candidate / "config.json").is_file():
+        checkpoints = (checkpoint.find_latest(place)[0] for place in (path / "checkpoints", path))
+        for candidate in (path, path / "final", *checkpoints):
+            if candidate and (candidate / "config.json").is_file():
                 return str(candidate)
         raise UserError(f"{option} {name}: a directory without a config.json")
     if path.exists() or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):

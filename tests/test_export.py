@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 from torch.optim import AdamW
 
-from gpt2repro import UserError, checkpoint, export, verification
+from gpt2repro import UserError, checkpoint, export, pretrained, verification
 from gpt2repro.__main__ import VERBS
 
 NATIVE_FILES = {
@@ -337,7 +337,8 @@ def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_ve
         export.main(["--model", str(step), "--output", str(tmp_path / "out")])
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     official = save_official(model, tmp_path / "official")
-    for source in (step, official):
+    assert pretrained.locate(str(tmp_path / "run")) == str(step)  # no final/ yet
+    for source in (step, official, step.parent):
         output = tmp_path / f"of-{source.name}"
         arguments = ["--model", str(source), "--tokenizer", str(tmp_path / "tokenizer")]
         arguments += ["--output", str(output), "--format", "gpt2", "--max-shard-size", "1GB"]
