@@ -191,8 +191,9 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume {path}: no such checkpoint directory")
     if not is_valid(path):
         raise UserError(
-            f"--resume {path}: incomplete (no {MARKER} marker, or a file has another size than it "
-            "lists); --resume auto takes the newest valid checkpoint"
+            f"--resume {path}: no complete checkpoint (no {MARKER} marker, or a file has another "
+            "size than it lists); a run's are in its checkpoints/, and --resume auto takes the "
+            "newest valid one"
         )
     try:
         return json.loads((path / "state.json").read_text())

@@ -415,7 +415,7 @@ def _local_arguments(name: str, data_files: Any) -> dict[str, Any] | None:
         if not data_files:
             raise UserError(f"data_files: say which files the {name!r} reader is to read")
         return {"path": name, "data_files": data_files}
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"dataset_name: {name} is neither a local directory nor a Hub name")
     return None
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
@@ -19,6 +20,7 @@ from gpt2repro.corpus import Corpus, open_corpus
 from gpt2repro.evaluation import hellaswag_tasks
 from gpt2repro.micro_batch import largest_that_fits
 from gpt2repro.optim import build_optimizer
+from gpt2repro.pretrained import load_causal_lm
 from gpt2repro.recipe import Recipe, check_world_size, divisors
 from gpt2repro.retry import GIVE_UP_AFTER_SECONDS
 from gpt2repro.stream import TokenStream, count_epoch_tokens
@@ -26,7 +28,9 @@ from gpt2repro.tasks import Task
 from gpt2repro.tokenizer import load_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-LONGEST_WAIT_SECONDS = 2 * GIVE_UP_AFTER_SECONDS
+LONGEST_WAIT = 2 * GIVE_UP_AFTER_SECONDS
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+OFFLINE_ADVICE = "; --recipe recipes/demo.yaml trains without a network"
 
 
 def start_engine(recipe: Recipe) -> Accelerator:
@@ -36,16 +40,22 @@ def start_engine(recipe: Recipe) -> Accelerator:
         UserError: the processes of this launch do not see each other, or cannot share the lanes.
     """
     check_tracker(recipe.report_to)
-    accelerator = Accelerator(
-        cpu=cpu_is_asked_for(),
-        mixed_precision=recipe.mixed_precision,
-        log_with=None if recipe.report_to == "none" else recipe.report_to,
-        project_dir=recipe.run_dir,
-        step_scheduler_with_optimizer=False,
-        # While one rank sits out an outage of its data, or publishes, the others wait for it.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=LONGEST_WAIT_SECONDS))],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        accelerator = Accelerator(
+            cpu=cpu_is_asked_for(),
+            mixed_precision=recipe.mixed_precision,
+            log_with=None if recipe.report_to == "none" else recipe.report_to,
+            project_dir=recipe.run_dir,
+            step_scheduler_with_optimizer=False,
+            # While one rank sits out an outage of its data, or publishes, the others wait for it.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=LONGEST_WAIT))],
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the engine cannot start: {error} (mixed_precision {recipe.mixed_precision}; the "
+            f"launcher sets {', '.join(f'{v} {os.environ.get(v)}' for v in LAUNCH_VARIABLES)})"
+        ) from None
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched but each sees only itself, for want of a GPU: all "
@@ -82,7 +92,7 @@ def open_tokenizer(recipe: Recipe):
     name = recipe.tokenizer_name
     if name == demo_corpus.NAME:
         name = str(demo_corpus.prepare() / "tokenizer")
-    return load_tokenizer(name)
+    return load_tokenizer(name, if_unreachable=OFFLINE_ADVICE)
 
 
 def open_dataset(recipe: Recipe, revision: str | None = None) -> Corpus:
@@ -97,6 +107,7 @@ def open_dataset(recipe: Recipe, revision: str | None = None) -> Corpus:
         revision=recipe.dataset_revision or revision,
         data_files=recipe.data_files,
         text_column=recipe.text_column,
+        if_unreachable=OFFLINE_ADVICE,
     )
 
 
@@ -157,35 +168,29 @@ def model_config(recipe: Recipe, tokenizer) -> GPT2ReproConfig:
             recipe.model_size,
             vocab_size=len(tokenizer),
             n_positions=recipe.sequence_length,
-            resid_pdrop=recipe.dropout,
-            embd_pdrop=recipe.dropout,
-            attn_pdrop=recipe.dropout,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             **overrides,
         )
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(str(error.__cause__ or error)) from None
 
 
 def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
     """Random weights by the seed, or those of `init_from`, in fp32 on the CPU."""
     torch.manual_seed(recipe.seed)
+    start = None
+    if recipe.init_from is not None:
+        start = load_causal_lm(recipe.init_from, option="init_from", dtype=torch.float32)
+    config = start.config if start else model_config(recipe, tokenizer)
+    config.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout))
     attention = recipe.attn_implementation
     try:
-        if recipe.init_from is None:
-            config = model_config(recipe, tokenizer)
-            model = GPT2ReproForCausalLM._from_config(config, attn_implementation=attention)
-        else:
-            model = GPT2ReproForCausalLM.from_pretrained(
-                recipe.init_from, dtype=torch.float32, attn_implementation=attention
-            )
+        model = GPT2ReproForCausalLM._from_config(config, attn_implementation=attention)
     except ImportError as error:
         raise UserError(f"attn_implementation {attention}: {error}") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        if recipe.init_from is None:
-            raise
-        raise UserError(f"init_from {recipe.init_from}: {error}") from None
+    if start:
+        model.load_state_dict(start.state_dict())
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"tokenizer_name has {len(tokenizer)} tokens, init_from only {model.config.vocab_size}"

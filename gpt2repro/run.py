@@ -125,7 +125,13 @@ def prepare(argv: list[str]) -> Run:
     recipe = recipe.replace(
         output_dir=str(recipe.run_dir), dataset_revision=corpus.identity.get("revision")
     )
+    if resume.step > recipe.num_steps:
+        raise UserError(
+            f"num_steps {recipe.num_steps} is behind the checkpoint's {resume.step}: raise it, or "
+            "give another exp_name to start a new run"
+        )
     stream = parts.open_stream(recipe, corpus, encoder, ranks.rank(), ranks.world_size())
+    check_same_data(ranks.gather(stream.identity))
     if resume.path is not None:
         stream.load_state_dict(resume.state["stream"])
     validation = None
@@ -156,10 +162,6 @@ def prepare(argv: list[str]) -> Run:
     )
     if resume.path is not None:
         checkpoint.load(resume.path, model=model, optimizer=optimizer)
-        if resume.step > recipe.num_steps:
-            raise UserError(
-                f"num_steps {recipe.num_steps} is behind the checkpoint's {resume.step}"
-            )
 
     history = ranks.on_rank_0(lambda: directory.open(resume.step, recipe.save))
     spikes = SpikeDetector(line["loss"] for line in history if line.get("loss") is not None)
@@ -205,6 +207,16 @@ def prepare(argv: list[str]) -> Run:
         num_epochs=num_epochs,
         lanes=stream.lanes,
     )
+
+
+def check_same_data(identities: list[dict[str, Any]]) -> None:
+    """Refuse processes that opened other data than rank 0: machines with files of their own."""
+    first = identities[0]
+    if differing := {key for each in identities for key in first if each.get(key) != first[key]}:
+        raise UserError(
+            f"the processes of this launch see different data ({', '.join(sorted(differing))}): "
+            "every machine needs the same files and tokenizer, or a dataset_revision that stays"
+        )
 
 
 def show_facts(

@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -346,7 +346,7 @@ class TokenStream:
             num_validation_units=num_validation_units,
             seed=seed,
         )
-        self._reader_options = {
+        self._reader_options: dict[str, Any] = {
             "num_threads": num_reader_threads,
             "token_cache_dir": token_cache_dir,
         }
@@ -383,6 +383,7 @@ class TokenStream:
         began = time.perf_counter()
         if self._producer is None:
             self._start()
+        assert self._producer is not None
         try:
             yield self._producer
         finally:
@@ -414,13 +415,14 @@ class TokenStream:
             self._finalizer()
         self._producer = self._finalizer = None
 
-    def state_dict(self, lanes: dict[int, Sequence[int]] | None = None) -> dict[str, Any]:
+    def state_dict(self, lanes: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
         """The stream's state as plain JSON values.
 
         `lanes`: `StepRows.lanes` of the last consumed step, of all processes; by default this
         process's own, which is everything if it is the only one.
         """
-        lanes = self._positions if lanes is None else lanes
+        if lanes is None:
+            lanes = self._positions
         num_lanes = self.identity["num_lanes"]
         assert sorted(lanes) == list(range(num_lanes)), "the state needs the lanes of every process"
         return {
@@ -443,7 +445,7 @@ class TokenStream:
                 field = FIELD_OF.get(name, name)
                 raise UserError(
                     f"cannot resume the data stream: {field} was {then!r} in the checkpoint and is "
-                    f"{now!r} now"
+                    f"{now!r} now: set it back, or give another exp_name to start a new run"
                 )
         self.close()
         self._positions = {lane: Position(*state["lanes"][lane]) for lane in self._positions}
@@ -474,10 +476,14 @@ def _check_units(corpus: Corpus, num_lanes: int, num_validation_units: int) -> N
         )
     if num_training_units >= num_lanes:
         return
-    counts = [corpus.num_documents(u) for u in range(num_validation_units, corpus.num_units)]
-    if None not in counts and sum(counts) < num_lanes:
+    num_documents = 0
+    for unit in range(num_validation_units, corpus.num_units):
+        if (count := corpus.num_documents(unit)) is None:
+            return  # a lane without documents is told when it is read
+        num_documents += count
+    if num_documents < num_lanes:
         raise UserError(
-            f"num_lanes: {num_lanes} lanes are more than the {sum(counts)} documents to train on"
+            f"num_lanes: {num_lanes} lanes are more than the {num_documents} documents to train on"
         )
 
 
@@ -553,6 +559,8 @@ def validation_set(
                 break
     finally:
         reader.close()
+    if num_bytes == 0:
+        raise UserError("text_column: the validation units hold no text, only empty documents")
     usable = num_tokens - 1 if max_tokens is None else min(num_tokens - 1, max_tokens)
     num_rows = usable // sequence_length
     if num_rows < 1:

@@ -8,6 +8,7 @@ text: only the stream puts the real one between documents.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from gpt2repro.retry import patiently
 REQUEST_TIMEOUT_SECONDS = 20.0
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one will do
 
 # Radford et al. 2019's pre-tokenizer in tiktoken's possessive spelling, which never backtracks into
 # a run of letters: the same pieces, faster.
@@ -176,8 +178,13 @@ def load_tokenizer(
     """
     name = str(name_or_directory)
     where = f"load the tokenizer {name!r} (tokenizer_name)"
+    directory = Path(name)
+    if directory.is_dir() and not any((directory / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(f"tokenizer_name: {name} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
+    if not directory.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise UserError(f"tokenizer_name: {name} is neither a local directory nor a Hub name")
     try:
-        if Path(name).is_dir():
+        if directory.is_dir():
             tokenizer = AutoTokenizer.from_pretrained(name)
         else:
             tokenizer = patiently(

@@ -62,8 +62,13 @@ def train(recipe: Path, output_dir: Path, *options: str) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """Let the next run in this process set up its own engine."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
