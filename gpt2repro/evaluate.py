@@ -311,13 +311,15 @@ def table(
     values = [figures(results) for results in columns]
     rows = [["", *names]]
     rows += [
-        [key, *(f"{v[key].value:.4f} ± {v[key].stderr:.4f}" for v in values)] for key in values[0]
+        [key, *(f"{_digits(v[key].value)} ± {_digits(v[key].stderr)}" for v in values)]
+        for key in values[0]
     ]
     if difference:
         rows[0].append("difference")
         for row in rows[1:]:
             d = difference[row[0]]
-            row.append(f"{d.value:+.4f} ± {d.stderr:.4f}{'' if d.paired else ' unpaired'}")
+            mark = "" if d.paired else " unpaired"
+            row.append(f"{_digits(d.value, '+')} ± {_digits(d.stderr)}{mark}")
     shown = {key: source for key, source in published.items() if key in values[0]}
     if shown:
         rows[0].append("published, not computed")
@@ -330,6 +332,11 @@ def table(
     ]
     sources = sorted({source for _, source in shown.values()})
     return "\n".join([*lines, *(f"published by: {source}" for source in sources)])
+
+
+def _digits(value: float, sign: str = "") -> str:
+    """Four decimals; of an untrained model's huge perplexity five digits are enough."""
+    return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign}.5g}"
 
 
 def notes(name: str, results: list[TaskResult]) -> list[str]:

@@ -52,8 +52,8 @@ def test_all_benchmarks(model, tmp_path, capsys):
     assert found["tasks"]["lambada"]["num_scored"] == found["tasks"]["lambada"]["num_rows"] == 12
     assert found["environment"]["torch"]
     table, notes = capsys.readouterr()
-    line = next(line for line in table.splitlines() if line.startswith("lambada/perplexity"))
-    value = found["results"]["lambada/perplexity"]
+    line = next(line for line in table.splitlines() if line.startswith("wikitext2/bits"))
+    value = found["results"]["wikitext2/bits_per_byte"]
     assert f"{value['value']:.4f} ± {value['stderr']:.4f}" in line
     assert "hellaswag/lm_eval: 10 of 10 rows scored" in notes
     assert "wikitext2: 2 of 2 rows scored" in notes and "stride 512" in notes
