@@ -16,6 +16,7 @@ saved here loads in every GPT-2 tool. This file travels with every checkpoint, b
 `configuration_gpt2repro.py`, and imports torch and transformers only.
 """
 
+import functools
 import math
 
 import torch
@@ -497,6 +498,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             num_items_in_batch = num_items_in_batch.to(summed.device)
         return summed / num_items_in_batch
 
+    @functools.wraps(
+        GenerationMixin.prepare_inputs_for_generation
+    )  # `generate` reads its signature
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         """As inherited; and where a compiled step cannot refuse a token too many, this does."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)

@@ -1,0 +1,89 @@
+"""One graph in training and in inference, no recompilation between them, and exported programs."""
+
+import pytest
+import torch
+from ours_and_theirs import ours_and_theirs, random_ids
+from torch._dynamo.utils import counters
+
+# Fused kernels round at other places than one kernel after another; logits are of order 10.
+FUSED = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize(
+    ("skip_logits", "backend"), [(True, "inductor"), (True, "aot_eager"), (False, "aot_eager")]
+)
+def test_a_compiled_training_step_is_one_graph_with_the_same_gradients(skip_logits, backend):
+    ours, _ = ours_and_theirs(n_layer=1)
+    ours.train()
+    rows = random_ids(2, 17)
+    step = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:], "skip_logits": skip_logits}
+    ours(**step).loss.backward()
+    expected = [p.grad.clone() for p in ours.parameters()]
+    # Inductor's kernels are slow to compile: once is enough, and tracing is the same without.
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    for _ in range(2):
+        ours.zero_grad()
+        compiled(**step).loss.backward()
+        for parameter, gradient in zip(ours.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, **FUSED)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_training_under_autocast_and_checkpointing_compiles():
+    ours, _ = ours_and_theirs(n_layer=1)
+    ours.train().gradient_checkpointing_enable({"use_reentrant": False})
+    rows = random_ids(2, 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        loss = compiled(rows[:, :-1], shift_labels=rows[:, 1:], skip_logits=True).loss
+    loss.backward()
+    assert ours.transformer.wte.weight.grad.isfinite().all()
+
+
+def test_compiling_in_place_leaves_names_and_generation_alone():
+    ours, _ = ours_and_theirs(n_layer=1)
+    names = list(ours.state_dict())
+    ids = random_ids(2, 9)
+    greedy = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    logits, tokens = ours(ids).logits, ours.generate(ids, **greedy)
+    ours.compile(fullgraph=True, backend="aot_eager")
+    assert list(ours.state_dict()) == names
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, logits, **FUSED)
+    assert torch.equal(ours.generate(ids, **greedy), tokens)
+
+
+def test_the_context_is_guarded_in_compiled_code_too():
+    ours, _ = ours_and_theirs(n_layer=1)
+    with pytest.raises(ValueError, match="49 tokens does not fit: n_positions is 48"):
+        torch.compile(ours, backend="eager")(random_ids(1, 49))
+
+
+def test_dynamic_lengths_compile_once():
+    ours, _ = ours_and_theirs(n_layer=1)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for length in (9, 14, 30):
+            ids = random_ids(2, length)
+            torch.testing.assert_close(compiled(ids).logits, ours(ids).logits, **FUSED)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("length", [torch.export.Dim("T"), torch.export.Dim("T", min=2, max=48)])
+def test_an_exported_program_takes_any_length(length):
+    ours, _ = ours_and_theirs(n_layer=1)
+    program = torch.export.export(
+        ours,
+        (random_ids(2, 9),),
+        {"use_cache": False},
+        dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+    )
+    ids = random_ids(2, 31)
+    exported = program.module()(ids, use_cache=False).logits
+    torch.testing.assert_close(exported, ours(ids).logits, **FUSED)

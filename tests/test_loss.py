@@ -1,0 +1,166 @@
+"""The loss in all its forms: theirs where there is one, and the one without logits equal to it."""
+
+import pytest
+import torch
+from ours_and_theirs import SHAPE, ours_and_theirs, random_ids
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+import modeling_gpt2repro
+from modeling_gpt2repro import SummedCrossEntropy
+
+# The same sums in float32, cut into chunks: a few units in the last place of gradients of order 1.
+REORDERED = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(modeling_gpt2repro, "LOSS_CHUNK_TOKENS", 7)
+
+
+def rows_and_labels():
+    rows = random_ids(2, 21)
+    ids, labels = rows[:, :-1], rows[:, 1:].clone()
+    labels[0, 3:6] = -100
+    labels[1, 0] = -100
+    return ids, labels
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_labels_are_shifted_and_shift_labels_are_not():
+    ours, _ = ours_and_theirs()
+    rows = random_ids(2, 21)
+    logits = ours(rows[:, :-1]).logits
+    every = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert torch.equal(ours(rows[:, :-1], shift_labels=rows[:, 1:]).loss, every)
+    shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:-1].flatten())
+    labelled = ours(rows[:, :-1], labels=rows[:, :-1]).loss
+    torch.testing.assert_close(labelled, shifted, **REORDERED)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_items_in_batch": 77},
+        {"num_items_in_batch": torch.tensor(77)},
+        {"ignore_index": 5},
+    ],
+)
+@pytest.mark.parametrize("form", ["labels", "shift_labels"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_and_its_gradients_are_theirs_with_and_without_logits(form, options, tied):
+    ours, theirs = ours_and_theirs(tie_word_embeddings=tied)
+    ids, labels = rows_and_labels()
+    if "ignore_index" in options:
+        labels = labels.clamp(min=5)
+    inputs = {"input_ids": ids, form: labels, **options}
+    loss, gradients = loss_and_gradients(ours, **inputs)
+    # Theirs computes a loss from shift_labels only if it is given labels as well.
+    their_loss, their_gradients = loss_and_gradients(theirs, **{"labels": labels, **inputs})
+    assert torch.equal(loss, their_loss)
+    assert all(map(torch.equal, gradients, their_gradients))
+    bare_loss, bare_gradients = loss_and_gradients(ours, **inputs, skip_logits=True)
+    torch.testing.assert_close(bare_loss, loss, **REORDERED)
+    for bare, gradient in zip(bare_gradients, gradients, strict=True):
+        torch.testing.assert_close(bare, gradient, **REORDERED)
+
+
+def test_there_are_no_logits_and_there_must_be_labels():
+    ours, _ = ours_and_theirs()
+    ids, labels = rows_and_labels()
+    outputs = ours(ids, labels=labels, skip_logits=True)
+    assert outputs.logits is None and outputs.loss.shape == ()
+    with pytest.raises(ValueError, match="labels or shift_labels"):
+        ours(ids, skip_logits=True)
+
+
+def test_the_gradient_is_the_derivative():
+    """Against finite differences, in float64; every chunk of the seven rows but one is short."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels = torch.tensor([0, 10, -100, 3, 3, 7, -100, 1, 2])
+    torch.autograd.gradcheck(
+        lambda h, w: SummedCrossEntropy.apply(h, w, labels, -100), (hidden, weight)
+    )
+
+
+def test_logits_far_apart_neither_overflow_nor_vanish():
+    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
+    labels = torch.tensor([2, 2])
+    loss = SummedCrossEntropy.apply(hidden, weight, labels, -100)
+    assert loss.item() == 600.0  # and 0: right with certainty
+    loss.backward()
+    assert torch.equal(hidden.grad, torch.tensor([[2.0], [0.0]]))
+
+
+def test_without_gradients_there_is_the_same_value():
+    ours, _ = ours_and_theirs()
+    ids, labels = rows_and_labels()
+    with torch.no_grad():
+        bare = ours(ids, labels=labels, skip_logits=True).loss
+        torch.testing.assert_close(bare, ours(ids, labels=labels).loss, **REORDERED)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_rest_the_same():
+    ours, _ = ours_and_theirs(tie_word_embeddings=False)
+    ours.lm_head.requires_grad_(False)
+    ids, labels = rows_and_labels()
+    _, expected = loss_and_gradients(ours, input_ids=ids, labels=labels)
+    _, gradients = loss_and_gradients(ours, input_ids=ids, labels=labels, skip_logits=True)
+    assert ours.lm_head.weight.grad is None
+    for gradient, plain in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, plain, **REORDERED)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_is_as_close_to_the_truth_as_the_plain_loss_is(autocast):
+    ours, _ = ours_and_theirs(initializer_range=0.02)
+    ids, labels = rows_and_labels()
+    inputs = {"input_ids": ids, "shift_labels": labels}
+    truth, true_gradients = loss_and_gradients(ours, **inputs)
+    if not autocast:
+        ours.bfloat16()
+    errors = {}
+    for skip_logits in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, gradients = loss_and_gradients(ours, **inputs, skip_logits=skip_logits)
+        # bfloat16 has 8 bits: logits of order 1 are known to 2^-8, and their mean no worse.
+        torch.testing.assert_close(loss.float(), truth, rtol=0, atol=2**-8)
+        pairs = zip(gradients, true_gradients, strict=True)
+        errors[skip_logits] = max(((g - t).norm() / t.norm()).item() for g, t in pairs)
+    assert errors[True] < 1.2 * errors[False]
+
+
+def test_all_labels_ignored_is_nan_as_in_torch():
+    ours, theirs = ours_and_theirs()
+    ids = random_ids(1, 5)
+    labels = torch.full_like(ids, -100)
+    assert ours(ids, labels=labels, skip_logits=True).loss.isnan()
+    assert theirs(ids, labels=labels).loss.isnan()
+
+
+def test_adapters_on_the_attention_train_and_nothing_else_does():
+    ours, _ = ours_and_theirs()
+    adapted = get_peft_model(
+        ours, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    ids, labels = rows_and_labels()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for skip_logits in (False, True, True):
+        loss, gradients = loss_and_gradients(
+            adapted, input_ids=ids, labels=labels, skip_logits=skip_logits
+        )
+        assert len(gradients) == 2 * SHAPE["n_layer"]  # A and B of every layer
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]

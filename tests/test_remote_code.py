@@ -1,0 +1,137 @@
+"""A saved directory carries its own code: it loads where nothing of this repository exists."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ours_and_theirs import SHAPE, ours_and_theirs, random_ids
+from safetensors.torch import load_file
+
+from configuration_gpt2repro import AUTO_MAP, GPT2ReproConfig
+from modeling_gpt2repro import (
+    GPT2ReproForQuestionAnswering,
+    GPT2ReproForSequenceClassification,
+    GPT2ReproForTokenClassification,
+    GPT2ReproModel,
+)
+
+# The editable install would make a broken import look sound: this process must not find us.
+PREAMBLE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"configuration_gpt2repro", "modeling_gpt2repro", "gpt2repro"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+)
+directory, = sys.argv[1:]
+"""
+
+
+def run_elsewhere(script: str, directory: Path, tmp_path: Path) -> str:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + script, str(directory)],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_language_model_loads_by_every_auto_class_and_generates(tmp_path):
+    ours, _ = ours_and_theirs(pad_token_id=97)
+    ours.save_pretrained(tmp_path / "saved")
+    ids = random_ids(2, 9)
+    torch.save({"ids": ids, "logits": ours(ids).logits.detach()}, tmp_path / "saved" / "expected")
+    script = """
+here = torch.load(directory + "/expected")
+config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+assert config.model_type == "gpt2repro", config
+lm, report = AutoModelForCausalLM.from_pretrained(
+    directory, trust_remote_code=True, output_loading_info=True
+)
+assert not any(report.values()), report
+assert type(lm).__module__.startswith("transformers_modules."), type(lm)
+assert torch.equal(lm(here["ids"]).logits, here["logits"])
+assert lm.lm_head.weight is lm.transformer.wte.weight
+print(lm.generate(here["ids"], attention_mask=torch.ones_like(here["ids"]),
+                  max_new_tokens=5, do_sample=False).tolist())
+base = AutoModel.from_pretrained(directory, trust_remote_code=True)
+assert type(base).__name__ == "GPT2ReproModel", type(base)
+kin = AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=True)
+assert kin(here["ids"]).logits.shape == (2, 2)
+lm.save_pretrained(directory + "/again")
+"""
+    printed = run_elsewhere(script, tmp_path / "saved", tmp_path)
+    greedy = ours.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5)
+    assert json.loads(printed.splitlines()[-1]) == greedy.tolist()
+
+    # Saved again by a stranger: the same tensors, the same code, and it loads once more.
+    again = tmp_path / "saved" / "again"
+    mine, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "saved", again))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    for name in ("configuration_gpt2repro.py", "modeling_gpt2repro.py"):
+        source = (Path(__file__).parents[1] / name).read_bytes()
+        assert (tmp_path / "saved" / name).read_bytes() == source
+        assert (again / name).read_bytes() == source
+    assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
+    script = "AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)"
+    run_elsewhere(script, again, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        GPT2ReproModel,
+        GPT2ReproForSequenceClassification,
+        GPT2ReproForTokenClassification,
+        GPT2ReproForQuestionAnswering,
+    ],
+)
+def test_whatever_class_is_saved_the_directory_answers_to_all(tmp_path, kind):
+    kind(GPT2ReproConfig(**SHAPE)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert {path.name for path in tmp_path.glob("*.py")} == {
+        "configuration_gpt2repro.py",
+        "modeling_gpt2repro.py",
+    }
+
+
+def test_a_decoder_s_directory_loads_as_a_language_model(tmp_path):
+    ours, _ = ours_and_theirs()
+    ours.transformer.save_pretrained(tmp_path / "saved")
+    script = """
+lm, report = AutoModelForCausalLM.from_pretrained(
+    directory, trust_remote_code=True, output_loading_info=True
+)
+assert not any(report.values()), report
+"""
+    run_elsewhere(script, tmp_path / "saved", tmp_path)
+
+
+def test_the_files_import_torch_and_transformers_only():
+    root = Path(__file__).parents[1]
+    allowed = {"torch", "transformers", "huggingface_hub", "math", "functools"}
+    for name in ("configuration_gpt2repro.py", "modeling_gpt2repro.py"):
+        lines = (root / name).read_text().splitlines()
+        imports = {
+            line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))
+        }
+        assert imports <= allowed, name
