@@ -27,12 +27,18 @@ rm -f "$run_dir/PREEMPTED"
 export MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
 
-# One launcher per machine. `srun` passes the signals of Slurm on to it, and it to the processes.
+# One launcher per machine. It would die of SIGUSR1 before its processes have saved, and Slurm would end
+# them with it: so it ignores the signal, they get it, and it ends when they have.
 srun --kill-on-bad-exit=1 bash -c '
-    exec accelerate launch --config_file launch/multi_node.yaml \
+    trap "" USR1
+    accelerate launch --config_file launch/multi_node.yaml \
         --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS_PER_NODE)) \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_HOST" --main_process_port 29500 \
-        train_accelerate.py "$@"
+        train_accelerate.py "$@" &
+    launcher=$!
+    trap "pkill -USR1 -P $launcher" USR1
+    while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; status=$?; done
+    exit "$status"
 ' launch "$@" || status=$?
 
 if [ -e "$run_dir/PREEMPTED" ]; then
