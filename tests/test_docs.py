@@ -23,9 +23,8 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from accelerate.state import AcceleratorState, GradientState
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
-from tiny_run import write_inputs
+from tiny_run import reset_accelerate, write_inputs
 
 import train_accelerate
 from gpt2repro import cli, doctor, finish, recipe, verification
@@ -146,8 +145,7 @@ def train(arguments: list[str]) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
 
 
 def call_launcher(words: list[str], monkeypatch, run: bool) -> None:
