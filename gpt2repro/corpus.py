@@ -15,8 +15,9 @@ import json
 import re
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
@@ -89,8 +90,11 @@ def as_text(document: pa.LargeStringScalar) -> str:
 class Source(Protocol):
     """A file that is read by ranges."""
 
-    name: str
-    size: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
 
     def read(self, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start`."""
@@ -129,11 +133,12 @@ class HubSource:
         from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.repository, self.name, repo_type="dataset", revision=self.revision)
-        headers = build_hf_headers() | {
+        headers = {
+            **build_hf_headers(),
             "Range": f"bytes={start}-{start + length - 1}",
             "Accept-Encoding": "identity",
         }
-        request = {"headers": headers, "timeout": REQUEST_TIMEOUT_SECONDS}
+        request: dict[str, Any] = {"headers": headers, "timeout": REQUEST_TIMEOUT_SECONDS}
         # Streamed, so that a server that ignores the range is hung up on before it sends gigabytes.
         with get_session().stream("GET", url, **request) as response:
             if response.status_code >= 400:
@@ -200,7 +205,9 @@ class _Unit(NamedTuple):
 class ParquetCorpus(Corpus):
     """Units are row groups, numbered through the files in dataset order."""
 
-    def __init__(self, sources: list[Source], text_column: str, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, sources: Sequence[Source], text_column: str, identity: dict[str, Any]
+    ) -> None:
         self._sources = sources
         self._text_column = text_column
         pool = DaemonPool(min(NUM_FOOTER_THREADS, len(sources)), "footer-reader")
@@ -391,6 +398,7 @@ def open_corpus(
         arguments = {"path": name, "data_files": data_files, "revision": revision}
         identity["dataset"] = name
         identity["revision"] = revision
+    assert arguments is not None
     builder = _load_builder(arguments | {"name": config}, name, on_hub, if_unreachable)
     identity["config"] = builder.config.name if on_hub else config
     files = _files_of_split(builder, split, name)
@@ -491,11 +499,9 @@ def _open_files(
         identity["files"] = _digest([_fingerprint(Path(file)) for file in files])
         return ArrowCorpus(_prepare(builder, split, files), text_column, identity)
     pattern = re.compile(r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
-    matches = [pattern.fullmatch(file) for file in files]
-    if is_parquet and all(matches):
-        return ParquetCorpus(
-            _hub_sources([match.groupdict() for match in matches]), text_column, identity
-        )
+    places = [match.groupdict() for file in files if (match := pattern.fullmatch(file))]
+    if is_parquet and len(places) == len(files):
+        return ParquetCorpus(_hub_sources(places), text_column, identity)
     identity["files"] = _digest(files)
     dataset = patiently(lambda: builder.as_streaming_dataset(split=split), f"open {files[0]}")
     return StreamedCorpus(dataset, text_column, identity)
@@ -522,8 +528,6 @@ def _local_source(path: Path) -> LocalSource:
 
 def _hub_sources(files: list[dict[str, str]]) -> list[HubSource]:
     """The files with their sizes, which a directory listing tells."""
-    from huggingface_hub import HfApi
-
     sizes: dict[tuple[str, str], int] = {}
     parents = {
         (f["repository"], f["revision"], str(PurePosixPath(f["path"]).parent)) for f in files
@@ -531,9 +535,7 @@ def _hub_sources(files: list[dict[str, str]]) -> list[HubSource]:
     for repository, revision, parent in sorted(parents):
         folder = None if parent == "." else parent
         listing = patiently(
-            lambda r=repository, v=revision, p=folder: list(
-                HfApi().list_repo_tree(r, p, revision=v, repo_type="dataset")
-            ),
+            partial(_list_folder, repository, folder, revision),
             f"list the files of {repository}",
         )
         sizes |= {(repository, entry.path): getattr(entry, "size", 0) for entry in listing}
@@ -541,6 +543,12 @@ def _hub_sources(files: list[dict[str, str]]) -> list[HubSource]:
         HubSource(f["path"], f["repository"], f["revision"], sizes[f["repository"], f["path"]])
         for f in files
     ]
+
+
+def _list_folder(repository: str, folder: str | None, revision: str) -> list[Any]:
+    from huggingface_hub import HfApi
+
+    return list(HfApi().list_repo_tree(repository, folder, revision=revision, repo_type="dataset"))
 
 
 def _fingerprint(path: Path) -> tuple[str, int, str]:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
 
+Documents = Sequence[int] | np.ndarray  # numbers of documents within a unit
+
 
 class TextUnit:
     """A unit as text; documents are encoded when asked for."""
@@ -38,7 +40,7 @@ class TextUnit:
     def __len__(self) -> int:
         return len(self._documents)
 
-    def encode(self, documents: Sequence[int]) -> tuple[list[np.ndarray], int]:
+    def encode(self, documents: Documents) -> tuple[list[np.ndarray], int]:
         """The documents' token ids, without the end-of-text token, and their UTF-8 bytes in all."""
         contents = [as_bytes(self._documents[int(document)]) for document in documents]
         texts = [content.decode("utf-8", "replace") for content in contents]
@@ -65,7 +67,7 @@ class TokenUnit:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def encode(self, documents: Sequence[int]) -> tuple[list[np.ndarray], int]:
+    def encode(self, documents: Documents) -> tuple[list[np.ndarray], int]:
         begins = np.concatenate([[0], self.ends[:-1]])
         ids = [self.tokens[begins[index] : self.ends[index]] for index in documents]
         return ids, int(sum(self.num_bytes[index] for index in documents))

@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
 from gpt2repro.retry import patiently
@@ -81,6 +82,8 @@ class BulkEncoder:
         return [self._encode_one(text) for text in texts]
 
     def _encode_one(self, text: str) -> np.ndarray:
+        assert self._tiktoken is not None
+        ids: np.ndarray | list[int]
         try:
             ids = self._tiktoken.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
@@ -179,6 +182,7 @@ def load_tokenizer(
     name = str(name_or_directory)
     where = f"load the tokenizer {name!r} (tokenizer_name)"
     directory = Path(name)
+    tokenizer: Any
     if directory.is_dir() and not any((directory / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"tokenizer_name: {name} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     if not directory.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -200,7 +204,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _from_hub(name: str) -> PreTrainedTokenizerFast:
+def _from_hub(name: str) -> Any:
     """The Hub's tokenizer, or the cached one if the Hub does not answer one quick question.
 
     `from_pretrained` itself would spend most of a minute on finding out that there is no network.
@@ -235,6 +239,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
     # GPT-2's own class, whose bos, eos and unk are all <|endoftext|>: every GPT-2 tool knows it.
-    return GPT2TokenizerFast(vocab=model["vocab"], merges=merges)
+    return GPT2Tokenizer(vocab=model["vocab"], merges=merges)
