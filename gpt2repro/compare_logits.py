@@ -10,6 +10,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -111,9 +112,7 @@ MODES = {"prefill": prefill, "cached decode": cached_decode, "left-padded batch"
 
 
 @torch.inference_mode()
-def compare(
-    ours: PreTrainedModel, theirs: PreTrainedModel, dtype: torch.dtype, length: int
-) -> dict[str, Agreement]:
+def compare(ours: Any, theirs: Any, dtype: torch.dtype, length: int) -> dict[str, Agreement]:
     """Both fp32 models in `dtype`, in every mode. They are left in `dtype`."""
     ids = probe_ids(theirs, length)
     exact = {name: mode(theirs, ids).float() for name, mode in MODES.items()}

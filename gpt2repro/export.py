@@ -7,6 +7,7 @@ files as remote code. `gpt2` has a stock configuration instead, for tools that r
 import argparse
 import contextlib
 import copy
+import inspect
 import json
 import os
 import shutil
@@ -152,10 +153,10 @@ def write_configs(
         fields = {key: value for key, value in config.to_dict().items() if hasattr(GPT2Config, key)}
         fields.pop("model_type")
         # n_ctx is n_positions' second name in the official files; llama.cpp's converter reads it.
-        config = GPT2Config(**fields, n_ctx=config.n_positions)
+        config = GPT2Config(**fields | {"n_ctx": config.n_positions})
     else:
         for module in (configuration_gpt2repro, modeling_gpt2repro):
-            shutil.copy(module.__file__, directory)
+            shutil.copy(inspect.getfile(module), directory)
     config.architectures = [CLASSES[format]]
     config.dtype = dtype
     config.use_cache = True  # training turns it off

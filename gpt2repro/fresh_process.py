@@ -11,6 +11,7 @@ import json
 import sys
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from typing import Any
 
 BLOCKED = ("gpt2repro", "modeling_gpt2repro", "configuration_gpt2repro", "train_accelerate")
 
@@ -81,9 +82,10 @@ def run(request: dict, expected: dict) -> dict:
     if request["tokenizer"]:
         check_tokenizer(directory, trust, request["tokenizer"])
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=trust, attn_implementation="sdpa", output_loading_info=True
     )
+    model, info = loaded
     check_loading("AutoModelForCausalLM", info)
     name = type(model).__name__
     check(name == request["class"], f"AutoModelForCausalLM gives a {name}")
@@ -121,10 +123,11 @@ def run(request: dict, expected: dict) -> dict:
     check(same, "greedy generate() gives other tokens than the live model")
 
     untied_head = () if tied else ("lm_head.weight",)
-    del model
-    base, info = AutoModel.from_pretrained(
+    del model, loaded
+    loaded_base: Any = AutoModel.from_pretrained(
         directory, trust_remote_code=trust, attn_implementation="sdpa", output_loading_info=True
     )
+    base, info = loaded_base
     check_loading("AutoModel", info, untied_head)
     with torch.inference_mode():
         base_hidden = base.eval().float()(input_ids=ids).last_hidden_state

@@ -5,6 +5,7 @@ gpt2repro generate --model runs/demo/final --prompt "This function returns"
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from transformers import TextStreamer, set_seed
@@ -64,7 +65,8 @@ def main(argv: list[str]) -> int:
     options = build_parser().parse_args(argv)
     check(options)
     device = find_device(options.device)
-    model = load_causal_lm(options.model, dtype=options.dtype).to(device)
+    model: Any = load_causal_lm(options.model, dtype=options.dtype)
+    model.to(device)
     tokenizer = find_tokenizer(options.model, options.tokenizer)
     inputs = encode(tokenizer, read_prompt(options.prompt), device)
     room = model.config.n_positions - inputs["input_ids"].shape[1]

@@ -97,11 +97,12 @@ def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
     """`card` with table and metadata of `gpt2repro evaluate --output`, earlier ones replaced."""
     card = with_section(card, BENCHMARKS, benchmark_table(evaluation), before=VERIFICATION)
     parsed = ModelCard(card)
+    data: Any = parsed.data
     results = eval_results(evaluation)
     names = {each.metric_name for each in results}
-    kept = [e for e in parsed.data.eval_results or [] if e.metric_name not in names]
-    parsed.data.eval_results = kept + results or None
-    parsed.data.model_name = parsed.data.model_name or name
+    kept = [each for each in data.eval_results or [] if each.metric_name not in names]
+    data.eval_results = kept + results or None
+    data.model_name = data.model_name or name
     return str(parsed)
 
 
@@ -123,8 +124,7 @@ def with_section(card: str, title: str, text: str, before: str | None = None) ->
 
 def metadata(name: str, recipe: Mapping, metrics: Metrics, license: str) -> str:
     """The YAML that the Hub reads: licence, library, task, data and the validation loss."""
-    dataset = recipe.get("dataset_name")
-    start = recipe.get("init_from")
+    dataset, start = str(recipe.get("dataset_name", "")), recipe.get("init_from")
     results = [
         result(dataset, f"{dataset} (held out)", key, METRIC_TYPES[key], value)
         for key, value in last_validation(metrics).items()
@@ -263,7 +263,7 @@ def training_section(
     rows = {key: value for key, value in rows.items() if value not in (None, "")}
     if not rows and not command:
         return ""
-    note = KNOWN_DATASETS.get(recipe.get("dataset_name"), {}).get("note", "")
+    note = KNOWN_DATASETS.get(recipe.get("dataset_name", ""), {}).get("note", "")
     said = f"The exact command:\n\n```\n{command}\n```" if command else ""
     table = markdown_table(["", ""], [[k, str(v)] for k, v in rows.items()]) if rows else ""
     return "\n\n".join(filter(None, ["## Training", table, note, said]))
@@ -307,7 +307,7 @@ def recipe_rows(recipe: Mapping) -> dict[str, str | None]:
         "Learning rate": f"{get('max_lr')} to {get('min_lr')}, cosine" if get("max_lr") else None,
         "Optimizer": optimizer if get("optimizer") else None,
         "Gradient clipping": str(get("max_grad_norm")) if get("max_grad_norm") else None,
-        "Precision": PRECISIONS.get(get("mixed_precision")),
+        "Precision": PRECISIONS.get(get("mixed_precision", "")),
         "Dropout, seed": f"{get('dropout')}, {get('seed')}" if get("seed") is not None else None,
         "Started from": get("init_from"),
     }  # fmt: skip

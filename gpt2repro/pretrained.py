@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -59,7 +60,7 @@ def load_causal_lm(
     logging.disable_progress_bar()  # one bar for every file that is opened
     logging.set_verbosity_error()  # warnings about tensors, which are errors below
     try:
-        model, info = patiently(
+        loaded: Any = patiently(
             lambda: model_class.from_pretrained(
                 where,
                 dtype=dtype,
@@ -79,6 +80,7 @@ def load_causal_lm(
         if bars:
             logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
+    model, info = loaded
     if lacking := sorted(info["missing_keys"]):  # transformers would have made them up
         raise UserError(f"{option} {name}: lacks {len(lacking)} tensors, among them {lacking[0]}")
     return model.eval()

@@ -5,6 +5,8 @@ An interrupted upload is taken up by running it again: the Hub says which whole 
 """
 
 import argparse
+import functools
+import inspect
 import os
 import re
 import shutil
@@ -209,11 +211,13 @@ class BackgroundPush:
         self.repo_id = repo_id
         self.tokenizer = tokenizer
         self.url: str | None = None  # of the last upload that succeeded
-        self._settings = {
-            "private": private,
-            "revision": revision,
-            "give_up_after_seconds": give_up_after_seconds,
-        }
+        self._upload = functools.partial(
+            upload,
+            repo_id=repo_id,
+            private=private,
+            revision=revision,
+            give_up_after_seconds=give_up_after_seconds,
+        )
         self._problems: list[str] = []
         self._waiting: Submission | None = None
         self._current: Submission | None = None
@@ -266,9 +270,7 @@ class BackgroundPush:
     def _push(self, submission: Submission) -> str | None:
         """Upload one submission; returns the problem, if there was one."""
         try:
-            self.url = upload(
-                submission.snapshot, self.repo_id, message=submission.message, **self._settings
-            )
+            self.url = self._upload(submission.snapshot, message=submission.message)
         except Exception as error:  # a push must never end a run
             reason = " ".join(str(error).split())[:300]
             return advice(submission, self.repo_id, f"failed: {reason}")
@@ -303,8 +305,9 @@ def complete(directory: Path, tokenizer: PreTrainedTokenizerFast | None) -> None
     """Add what `from_pretrained` needs and a training checkpoint lacks."""
     if read_json(directory / "config.json").get("model_type") == "gpt2repro":
         for module in (configuration_gpt2repro, modeling_gpt2repro):
-            if not (directory / Path(module.__file__).name).exists():
-                shutil.copy(module.__file__, directory)
+            source = Path(inspect.getfile(module))
+            if not (directory / source.name).exists():
+                shutil.copy(source, directory)
     if tokenizer is not None and not (directory / "tokenizer.json").exists():
         tokenizer.save_pretrained(directory)
 

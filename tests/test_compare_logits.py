@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 
@@ -122,3 +123,11 @@ def test_offline_without_weights_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="openai-community/gpt2") as error:
         compare_logits.main(["--reference", "openai-community/gpt2"])
     assert "--reference" in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_reference_on_the_hub(reference, tmp_path, monkeypatch):
+    files = {path.name: path.read_bytes() for path in reference.iterdir()}
+    with FakeHub() as hub:
+        hub.use_in_process(monkeypatch)
+        hub.add("models", "openai-community/gpt2", files)
+        assert run(tmp_path, "--reference", "openai-community/gpt2")[0] == 0
