@@ -67,7 +67,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2repro"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012 (transformers' own convention)
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -423,7 +423,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
@@ -434,14 +433,17 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T) the token at each position, -100 to leave it out. They are shifted here:
                 position t learns label t + 1, and the last one learns nothing.
-            shift_labels: (B, T) the token *after* each position, so that all T learn. With rows of
-                T + 1 tokens, `model(rows[:, :-1], shift_labels=rows[:, 1:])`.
             use_cache: By default the configuration's, but not in training, which has no use for it.
             logits_to_keep: Only the last so many positions (0: all), or a tensor that selects them.
             skip_logits: Return the loss alone, computed without the (B, T, V) logits.
-            kwargs: `num_items_in_batch`, to divide the summed loss by instead of by the labels
-                counted here; `ignore_index` for -100; whatever the attention implementation takes.
+            shift_labels: (B, T) the token *after* each position, so that all T learn. With rows of
+                T + 1 tokens, `model(rows[:, :-1], shift_labels=rows[:, 1:])`.
+            num_items_in_batch: What the summed loss is divided by, instead of the labels it counts.
+            ignore_index: Another label to leave out than -100.
+            kwargs: Whatever the attention implementation takes.
         """
+        # Not in the signature: Trainer would take it for a label that every batch must have.
+        shift_labels = kwargs.pop("shift_labels", None)
         if use_cache is None and self.training:
             use_cache = False
         outputs = self.transformer(

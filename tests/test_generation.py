@@ -9,7 +9,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import Cache, QuantizedLayer
-from transformers.generation import CompileConfig
+from transformers.generation import CompileConfig, ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
@@ -204,10 +204,13 @@ def test_compiled_static_decoding_has_no_graph_break_and_no_recompilation():
 def test_continuous_batching_gives_the_greedy_tokens():
     ours, _ = ours_and_theirs()
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (3, 7, 5)]
-    config = GenerationConfig(
-        max_new_tokens=6, do_sample=False, eos_token_id=-1, num_blocks=16, block_size=8
+    batched = ours.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1),
+        # By default it makes room in proportion to the machine's memory.
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32),
+        progress_bar=False,
     )
-    batched = ours.generate_batch(prompts, generation_config=config, progress_bar=False)
     ours.set_attn_implementation("sdpa")
     greedy = {**GREEDY, "max_new_tokens": 6}
     for tokens, result in zip(prompts, batched.values(), strict=True):

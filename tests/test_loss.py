@@ -5,6 +5,7 @@ import torch
 from ours_and_theirs import SHAPE, ours_and_theirs, random_ids
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
 
 import modeling_gpt2repro
 from modeling_gpt2repro import SummedCrossEntropy
@@ -146,6 +147,36 @@ def test_all_labels_ignored_is_nan_as_in_torch():
     labels = torch.full_like(ids, -100)
     assert ours(ids, labels=labels, skip_logits=True).loss.isnan()
     assert theirs(ids, labels=labels).loss.isnan()
+
+
+def test_the_trainer_trains_it_as_it_trains_theirs(tmp_path):
+    """Trainer counts the labels of all micro-batches and passes `num_items_in_batch`."""
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(8, 13)]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    models = ours_and_theirs()
+    # Known by its class name in ours. Without it Trainer counts the first label of each row, which
+    # no position predicts, and theirs learns by a loss that is (T - 1) / T too small.
+    models[1].loss_type = models[0].loss_type
+    before = models[0].transformer.wte.weight.detach().clone()
+    losses, eval_losses = [], []
+    for model in models:
+        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+        losses.append(trainer.train().training_loss)
+        eval_losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1] and eval_losses[0] == eval_losses[1]
+    ours, theirs = (model.state_dict() for model in models)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not torch.equal(ours["transformer.wte.weight"], before)
 
 
 def test_adapters_on_the_attention_train_and_nothing_else_does():
