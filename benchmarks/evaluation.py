@@ -4,7 +4,7 @@
 
 A randomly initialized 124M GPT-2 scores rows as long as HellaSwag's: a subset of them is timed, in
 `rounds` rounds that alternate between our batches and build-nanogpt's (the four endings of a row,
-padded to the longest of them). The padding is that of all `--num_rows` rows and needs no model;
+padded to the longest of them, with the logits of every position). The padding is that of all `--num_rows` rows and needs no model;
 the time for all of them is extrapolated from the subset and labelled so.
 
 Without `--hellaswag_file` the lengths are drawn: a third of the rows like video captions (contexts
