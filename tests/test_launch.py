@@ -1,0 +1,206 @@
+"""`accelerate launch` for real, on a Hub: the same rows under 1, 2 and 1 + 1 processes; signals.
+
+One run lives through five launches, each ended in another way, and is then compared with a run that
+was never stopped. Every launch costs seconds, so each shows several things.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from fake_hub import FakeHub
+from tiny_run import digests, metrics, train, write_inputs
+
+import train_accelerate
+from gpt2repro import checkpoint
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_SECONDS = 180  # for a busy machine; on a quiet one every wait is a few seconds
+NUM_EXPECTED = 160  # steps; about twice as many as the launches do together
+CARD = b"""---
+configs:
+- config_name: tiny
+  data_files: tiny/*
+---
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with FakeHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def recipe(hub, tmp_path_factory) -> Path:
+    """The tiny run with dataset and tokenizer on the Hub, and more steps than any launch does."""
+    directory = tmp_path_factory.mktemp("inputs")
+    path = write_inputs(directory)
+    texts = (directory / "corpus" / "0.parquet").read_bytes()
+    hub.add("datasets", "someone/texts", {"README.md": CARD, "tiny/0.parquet": texts})
+    tokenizer = {file.name: file.read_bytes() for file in (directory / "tokenizer").iterdir()}
+    hub.add("models", "someone/tokenizer", tokenizer)
+    values = yaml.safe_load(path.read_text())
+    values |= {"dataset_name": "someone/texts", "dataset_config": "tiny"}
+    values |= {"tokenizer_name": "someone/tokenizer", "num_steps": 2000}
+    # Slow training, so that rounding (sums over other numbers of processes) stays rounding.
+    values |= {"max_lr": 1e-3, "eval_every": 40, "save_every": 8}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(hub, recipe, tmp_path_factory) -> Path:
+    """The first steps of the run by one process that is never stopped before."""
+    directory = tmp_path_factory.mktemp("expected") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        hub.use_in_process(patch)
+        report = train_accelerate.report
+
+        def report_and_stop(run, step, *rest):
+            report(run, step, *rest)
+            if step == NUM_EXPECTED - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(train_accelerate, "report", report_and_stop)
+        assert train(recipe, directory) == train_accelerate.EXIT_PREEMPTED
+    return directory
+
+
+class Launch:
+    """`accelerate launch` of the run in `output`, as a user types it."""
+
+    def __init__(self, hub: FakeHub, recipe: Path, output: Path, *options: str) -> None:
+        self.output = output
+        self.workers: list[psutil.Process] = []
+        self.log = output.with_name(f"launch_{time.monotonic_ns()}.log")
+        command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+        command += [str(ROOT / "train_accelerate.py"), "--recipe", str(recipe)]
+        command += ["--output_dir", str(output)]
+        environment = os.environ | hub.env | {"OMP_NUM_THREADS": "1"}
+        with self.log.open("w") as log:
+            self.process = psutil.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in (*self.workers, self.process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what}:\n{self.log.read_text()}"
+            time.sleep(0.02)
+
+    def train_to(self, step: int) -> dict[int, psutil.Process]:
+        """The training processes by rank, once `step` has been logged."""
+
+        def there() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return last_step(self.output) >= step
+
+        self.wait_for(there, f"step {step}")
+        self.workers = self.process.children(recursive=True)
+        return {int(worker.environ().get("RANK", 0)): worker for worker in self.workers}
+
+    def ended(self) -> int:
+        """The launcher's exit status, once it and its processes are gone."""
+        self.wait_for(lambda: self.process.poll() is not None, "end of the launcher")
+        gone = lambda: not any(worker.is_running() for worker in self.workers)  # noqa: E731
+        self.wait_for(gone, "end of the processes")
+        return self.process.poll()
+
+
+def last_step(output: Path) -> int:
+    file = output / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else -1
+
+
+def assert_saved_at_once(launch: Launch) -> None:
+    """The stop cost nothing: the newest checkpoint is where the metrics end."""
+    output = launch.output
+    path, broken = checkpoint.find_latest(output / "checkpoints")
+    assert path and not broken
+    assert checkpoint.read_state(path)["step"] == last_step(output) + 1
+    assert (output / "PREEMPTED").exists()
+    said = launch.log.read_text()
+    assert said.count("Stopped at step") == 1 and "The same command goes on" in said
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_run_through_launches_of_every_kind(hub, recipe, expected, tmp_path):
+    run = tmp_path / "run"
+    one = ("--config_file", str(ROOT / "launch" / "cpu.yaml"))
+    two = ("--config_file", str(ROOT / "launch" / "cpu2.yaml"))
+
+    # Two processes; one is killed. The other cannot go on, and the launcher ends it.
+    with Launch(hub, recipe, run, *two) as launch:
+        ranks = launch.train_to(10)
+        ranks[1].kill()
+        assert launch.ended() != 0
+    path, _ = checkpoint.find_latest(run / "checkpoints")
+    assert path and checkpoint.read_state(path)["world_size"] == 2
+
+    # One process goes on; the launcher gets a SIGTERM and dies, the process gets to know and saves.
+    with Launch(hub, recipe, run, *one) as launch:
+        launch.train_to(last_step(run) + 5)
+        launch.process.send_signal(signal.SIGTERM)
+        assert launch.ended() == -signal.SIGTERM
+        assert_saved_at_once(launch)
+
+    # Two again; SIGUSR1, which the launcher does not handle.
+    with Launch(hub, recipe, run, *two) as launch:
+        launch.train_to(last_step(run) + 5)
+        launch.process.send_signal(signal.SIGUSR1)
+        assert launch.ended() == -signal.SIGUSR1
+        assert_saved_at_once(launch)
+
+    # Two; one rank of them is told to stop, and both agree.
+    with Launch(hub, recipe, run, *two) as launch:
+        ranks = launch.train_to(last_step(run) + 5)
+        ranks[1].send_signal(signal.SIGTERM)
+        assert launch.ended() != 0
+        assert_saved_at_once(launch)
+        assert f"exitcode  : {train_accelerate.EXIT_PREEMPTED}" in launch.log.read_text()
+
+    # Two machines; the launcher of the second is told to stop, which it passes on.
+    machines = (*two, "--num_machines", "2", "--num_processes", "2")
+    machines += ("--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()))
+    with (
+        Launch(hub, recipe, run, *machines, "--machine_rank", "0") as first,
+        Launch(hub, recipe, run, *machines, "--machine_rank", "1") as second,
+    ):
+        ranks = first.train_to(last_step(run) + 5) | second.train_to(0)
+        assert ranks.keys() == {0, 1}
+        second.process.send_signal(signal.SIGTERM)
+        assert second.ended() != 0 and first.ended() != 0
+        assert_saved_at_once(first)
+
+    reached = last_step(run)
+    assert 10 + 4 * 5 <= reached < NUM_EXPECTED
+    steps = range(reached + 1)
+    theirs = digests(expected)
+    assert digests(run) == {step: theirs[step] for step in steps}
+    ours = [line["loss"] for line in metrics(run)]
+    undisturbed = [line["loss"] for line in metrics(expected)[: len(ours)]]
+    # fp32 sums in another order, over a few hundred steps
+    torch.testing.assert_close(ours, undisturbed, rtol=1e-3, atol=0)
