@@ -137,7 +137,7 @@ class LaneDocuments:
         self, plan: Plan, reader: UnitReader, encoder: BulkEncoder, lane: int, start: Position
     ) -> None:
         self._plan, self._reader, self._lane = plan, reader, lane
-        self._end_of_text = np.array([encoder.eot_id], dtype=encoder.dtype)
+        self._end_of_text = encoder.eot_id
         self._start = start
         self._pieces = self._from(start.epoch, start.piece)
         self._next = self._read_ahead()
@@ -177,9 +177,10 @@ class LaneDocuments:
                 self._next, asked = self._read_ahead(), True
             encoded, _ = unit.encode(order[begin : begin + DOCUMENTS_PER_ENCODE])
             for document, ids in enumerate(encoded, begin):
-                tokens = np.concatenate([self._end_of_text, ids])
+                tokens = np.empty(len(ids) + 1, ids.dtype)
+                tokens[0], tokens[1:] = self._end_of_text, ids
                 offset = start.offset if document == start.document else 0
-                position = start._replace(document=document, offset=offset)
+                position = Position(start.epoch, start.piece, document, offset)
                 yield Segment(position, tokens[offset:])
         if not asked:
             self._next = self._read_ahead()
