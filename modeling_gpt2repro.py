@@ -320,18 +320,17 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         return (columns - padding.to(columns.device)).clamp(min=0)
 
     def refuse_beyond_context(self, length, position_ids) -> None:
-        """Positions are learned: there is no row of `wpe` beyond the last (and no index error)."""
+        """Positions are learned: `wpe` has no row beyond its last, and an index error says little.
+
+        Given positions are looked at only where the sequence is too long by its shape (packed or
+        padded, it may still fit): on a GPU, looking means waiting. Compiled code looks at no value,
+        and an exported program must take any length.
+        """
+        unknown = isinstance(length, torch.Tensor) or position_ids is not None
+        if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and unknown):
+            return
         limit = self.config.n_positions
-        # A compiler must not branch on values, and `torch.export` not even on a shape.
-        if torch.compiler.is_exporting() or (
-            torch.compiler.is_compiling() and isinstance(length, torch.Tensor)
-        ):
-            return
-        if length <= limit:  # so no position is looked at, which on a GPU would mean waiting
-            return
-        if position_ids is not None:  # packed or left-padded rows may well be longer
-            if torch.compiler.is_compiling():
-                return
+        if length > limit and position_ids is not None:
             length = position_ids.max() + 1
         if length > limit:
             raise ValueError(
@@ -339,6 +338,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             )
 
 
+# Enough rows for a fast product; 1024 x 50304 probabilities are 206 MB.
 LOSS_CHUNK_TOKENS = 1024
 
 
@@ -459,18 +459,23 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         if shift_labels is not None:
             shift_labels = shift_labels.contiguous()  # rows[:, 1:] is a view
+        supervised = labels is not None or shift_labels is not None
+        if skip_logits and not supervised:
+            raise ValueError("skip_logits leaves nothing but the loss: give labels or shift_labels")
+
         loss = logits = None
-        if skip_logits:
+        # An adapter on the head, or a shard of it, has a forward of its own.
+        if skip_logits and type(self.lm_head) is nn.Linear:
             loss = self.loss_without_logits(hidden_states, labels, shift_labels, **kwargs)
         else:
             logits = self.lm_head(select_positions(hidden_states, logits_to_keep))
-            if labels is not None or shift_labels is not None:
+            if supervised:
                 loss = self.loss_function(
                     logits, labels, self.config.vocab_size, shift_labels=shift_labels, **kwargs
                 )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -487,8 +492,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """The mean cross-entropy of `loss_function`, in nats; see `SummedCrossEntropy`."""
         if shift_labels is None:
-            if labels is None:
-                raise ValueError("skip_logits leaves only a loss: give labels or shift_labels")
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = shift_labels.reshape(-1).to(hidden_states.device)
         summed = SummedCrossEntropy.apply(

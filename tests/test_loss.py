@@ -141,6 +141,15 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_plain_loss_is(autocast):
     assert errors[True] < 1.2 * errors[False]
 
 
+def test_an_adapter_on_the_head_is_not_passed_over():
+    ours, _ = ours_and_theirs(tie_word_embeddings=False)
+    adapted = get_peft_model(ours, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    ids, labels = rows_and_labels()
+    plain = adapted(input_ids=ids, labels=labels)
+    bare = adapted(input_ids=ids, labels=labels, skip_logits=True)
+    assert bare.logits is None and torch.equal(bare.loss, plain.loss)
+
+
 def test_all_labels_ignored_is_nan_as_in_torch():
     ours, theirs = ours_and_theirs()
     ids = random_ids(1, 5)
