@@ -42,6 +42,8 @@ def train(run: Run) -> int:
         watch.lap()
         waited = run.stream.wait_seconds
         batch = next_rows(run)
+        if batch is None:
+            return leave(run, step)
         lr = lr_at(
             step,
             max_lr=recipe.max_lr,
@@ -49,7 +51,7 @@ def train(run: Run) -> int:
             warmup_steps=recipe.warmup_steps,
             num_steps=recipe.num_steps,
         )
-        result = train_step(run, batch, lr) if batch is not None else None
+        result = train_step(run, batch, lr)
         if result is None:
             return leave(run, step)
         run.lanes = batch.lanes

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from gpt2repro import UserError
 from gpt2repro.ranks import agree_on, broadcast, gather, rank, world_size
@@ -172,7 +173,7 @@ def is_valid(path: Path) -> bool:
 
 def find_latest(directory: Path) -> tuple[Path | None, list[Path]]:
     """The newest valid checkpoint under `directory`, and the newer ones that are not valid."""
-    broken = []
+    broken: list[Path] = []
     for path in sorted(directory.glob("step_*"), reverse=True):
         if PATTERN.fullmatch(path.name):
             if is_valid(path):
@@ -266,9 +267,11 @@ def mismatch(tensors: dict[str, Tensor], model: nn.Module) -> str | None:
 # --- Ranks --------------------------------------------------------------------------------------
 
 
-def innermost(model: nn.Module) -> nn.Module:
+def innermost(model: nn.Module) -> PreTrainedModel:
     """The model inside a DDP wrapper; FSDP2 and in-place compilation do not wrap."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
 
 
 def gather_rng_states() -> dict[str, Tensor]:

@@ -8,14 +8,17 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from gpt2repro import UserError, environment, parts
+from gpt2repro.corpus import Corpus
 from gpt2repro.metrics import flops_per_token, peak_flops
 from gpt2repro.push import check_hub_rights
 from gpt2repro.recipe import Recipe, accumulation_steps, check_world_size, load_recipe
 from gpt2repro.tokenizer import bulk_encoder
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 OK, WARNING, FAILURE = "ok", "warning", "FAIL"
 STREAM_SECONDS = 5.0  # how long the data stream is timed
@@ -61,7 +64,9 @@ class Examination:
         self.recipe = recipe
         self.num_processes = num_processes
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = self.corpus = self.model = None
+        self.tokenizer: Any = None
+        self.corpus: Corpus | None = None
+        self.model: GPT2ReproForCausalLM | None = None
         self.data_rate: float | None = None  # tokens/s of one process
         self.need: float | None = None  # tokens/s that training takes, all processes
 
@@ -140,7 +145,7 @@ class Examination:
         if self.device.type == "cpu" and model.num_parameters() > LARGEST_ON_CPU:
             return WARNING, "not timed: the model is too large for this CPU"
         rows = 1 if self.recipe.micro_batch_size == "auto" else self.recipe.micro_batch_size
-        rate = training_rate(model.to(self.device).train(), self.recipe, rows)
+        rate = training_rate(model, self.recipe, rows, self.device)
         self.need = rate * self.num_processes
         per_token = flops_per_token(
             model.num_parameters() - config.n_positions * config.n_embd,
@@ -192,7 +197,7 @@ class Examination:
         return FAILURE, f"{text}: set output_dir or lower keep_last"
 
     def hub(self) -> Finding:
-        if not self.recipe.push_to_hub:
+        if not self.recipe.push_to_hub or self.recipe.hub_model_id is None:
             return OK, "not pushing"
         check_hub_rights(self.recipe.hub_model_id, private=self.recipe.hub_private)
         return OK, f"may write to {self.recipe.hub_model_id}"
@@ -206,9 +211,9 @@ class Examination:
         return OK, f"about {spoken} for {tokens / 1e6:,.1f} M tokens (an estimate)"
 
 
-def training_rate(model: torch.nn.Module, recipe: Recipe, rows: int) -> float:
-    """Tokens/s of uncompiled forward and backward passes of `rows` rows, on the model's device."""
-    device = next(model.parameters()).device
+def training_rate(model: torch.nn.Module, recipe: Recipe, rows: int, device: torch.device) -> float:
+    """Tokens/s of uncompiled forward and backward passes of `rows` rows on `device`."""
+    model.to(device).train()
     ids = torch.zeros((rows, recipe.sequence_length), dtype=torch.long, device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
 

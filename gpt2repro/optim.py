@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class MuonAdamW(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> Any:
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
             (self.muon_step if group["name"] in self.MATRICES else self.adamw_step)(group)

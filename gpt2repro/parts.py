@@ -26,7 +26,7 @@ from gpt2repro.retry import GIVE_UP_AFTER_SECONDS
 from gpt2repro.stream import TokenStream, count_epoch_tokens
 from gpt2repro.tasks import Task
 from gpt2repro.tokenizer import load_tokenizer
-from modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro import GPT2ReproBlock, GPT2ReproForCausalLM
 
 LONGEST_WAIT = 2 * GIVE_UP_AFTER_SECONDS
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -138,6 +138,7 @@ def open_hellaswag(recipe: Recipe, tokenizer) -> list[Task]:
 
 def steps_of_epochs(recipe: Recipe, corpus: Corpus, encoder) -> int:
     """`num_epochs` in optimizer steps, rounded down; the ranks share the counting."""
+    assert recipe.num_epochs is not None
     counted = count_epoch_tokens(
         corpus,
         encoder,
@@ -210,7 +211,8 @@ def place(recipe: Recipe, accelerator: Accelerator, model: nn.Module):
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if recipe.compile:
         # FSDP gathers parameters block by block, between the compiled regions.
-        for module in model.transformer.h if sharded else [model]:
+        blocks = [m for m in model.modules() if isinstance(m, GPT2ReproBlock)]
+        for module in blocks if sharded else [model]:
             module.compile()
     optimizer = build_optimizer(
         model.to(accelerator.device),
@@ -226,10 +228,8 @@ def place(recipe: Recipe, accelerator: Accelerator, model: nn.Module):
     return accelerator.prepare(model, optimizer)
 
 
-def micro_batch_size(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> int:
-    """The recipe's, or the largest divisor of a process's rows that fits its device."""
-    if recipe.micro_batch_size != "auto":
-        return recipe.micro_batch_size
+def largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> int:
+    """The largest divisor of a process's rows that fits its device."""
 
     def forward_backward(num_rows: int) -> None:
         shape = (num_rows, recipe.sequence_length)

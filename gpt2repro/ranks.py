@@ -76,4 +76,4 @@ def sum_uint64(number: int, device: torch.device) -> int:
     """The sum of every rank's 64-bit unsigned `number`, modulo 2**64."""
     signed = number - 2**64 if number >= 2**63 else number
     total = reduce_sum(torch.tensor(signed, dtype=torch.int64, device=device))
-    return total.item() % 2**64
+    return int(total.item()) % 2**64

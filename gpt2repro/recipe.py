@@ -155,14 +155,23 @@ class Recipe:
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.exp_name}")
 
-    def replace(self, **changes: Any) -> "Recipe":
-        return dataclasses.replace(self, **changes)
+    def resolved(self, **decided: Any) -> "ResolvedRecipe":
+        """This recipe with everything decided; a length in epochs has become one in steps."""
+        return ResolvedRecipe(**(dataclasses.asdict(self) | {"num_epochs": None} | decided))
 
     def save(self, path: Path) -> None:
         """Write every field as YAML, in the order of this class."""
         path.write_text(
             yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRecipe(Recipe):
+    """A recipe in which nothing is left to decide: what a run is made of and what it saves."""
+
+    num_steps: int
+    micro_batch_size: int
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
@@ -382,7 +391,7 @@ def allowed(key: str) -> str:
         bool: "true or false",
         NoneType: "null",
     }
-    words = []
+    words: list[str] = []
     for kind in alternatives(TYPES[key]):
         if get_origin(kind) is Literal:
             words += get_args(kind)

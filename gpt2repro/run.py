@@ -18,9 +18,16 @@ from gpt2repro.metrics import (
 )
 from gpt2repro.preemption import StopRequest, end_with_launcher
 from gpt2repro.push import BackgroundPush, check_hub_rights
-from gpt2repro.recipe import Recipe, accumulation_steps, differences, load_recipe, refuse_changes
+from gpt2repro.recipe import (
+    Recipe,
+    ResolvedRecipe,
+    accumulation_steps,
+    differences,
+    load_recipe,
+    refuse_changes,
+)
 from gpt2repro.run_directory import Resume, RunDirectory
-from gpt2repro.stream import TokenStream, ValidationSet, validation_set
+from gpt2repro.stream import Position, TokenStream, ValidationSet, validation_set
 from gpt2repro.tasks import Task
 from gpt2repro.tokenizer import bulk_encoder
 
@@ -30,7 +37,7 @@ class Run:
     """The parts of a run on this rank."""
 
     argv: list[str]  # what the user typed
-    recipe: Recipe  # resolved: nothing is left to decide
+    recipe: ResolvedRecipe
     accelerator: Accelerator
     directory: RunDirectory
     tokenizer: Any
@@ -48,7 +55,7 @@ class Run:
     first_step: int
     saved_step: int  # the step of the newest checkpoint
     num_epochs: int | None  # as the recipe asked, before it was counted in steps
-    lanes: dict[int, tuple]  # where this rank's lanes go on after its last step
+    lanes: dict[int, Position]  # where this rank's lanes go on after its last step
 
     def __enter__(self) -> "Run":
         return self
@@ -117,17 +124,14 @@ def prepare(argv: list[str]) -> Run:
     tokenizer = parts.open_tokenizer(recipe)
     encoder = bulk_encoder(tokenizer)
     corpus = parts.open_dataset(recipe, saved.get("dataset_revision"))
-    num_epochs = recipe.num_epochs
-    if num_epochs is not None:
-        counted = saved.get("num_steps") if resume.state.get("num_epochs") == num_epochs else None
-        steps = counted or parts.steps_of_epochs(recipe, corpus, encoder)
-        recipe = recipe.replace(num_steps=steps, num_epochs=None)
-    recipe = recipe.replace(
-        output_dir=str(recipe.run_dir), dataset_revision=corpus.identity.get("revision")
-    )
-    if resume.step > recipe.num_steps:
+    num_steps = recipe.num_steps
+    if num_steps is None and recipe.num_epochs == resume.state.get("num_epochs"):
+        num_steps = saved["num_steps"]  # counted when the run began
+    if num_steps is None:
+        num_steps = parts.steps_of_epochs(recipe, corpus, encoder)
+    if resume.step > num_steps:
         raise UserError(
-            f"num_steps {recipe.num_steps} is behind the checkpoint's {resume.step}: raise it, or "
+            f"num_steps {num_steps} is behind the checkpoint's {resume.step}: raise it, or "
             "give another exp_name to start a new run"
         )
     stream = parts.open_stream(recipe, corpus, encoder, ranks.rank(), ranks.world_size())
@@ -147,36 +151,45 @@ def prepare(argv: list[str]) -> Run:
         )
 
     hellaswag = parts.open_hellaswag(recipe, tokenizer)
-    if recipe.push_to_hub:
-        ranks.on_rank_0(lambda: check_hub_rights(recipe.hub_model_id, private=recipe.hub_private))
+    hub_model_id = recipe.hub_model_id if recipe.push_to_hub else None
+    if hub_model_id is not None:
+        ranks.on_rank_0(lambda: check_hub_rights(hub_model_id, private=recipe.hub_private))
 
     model = parts.build_model(recipe, tokenizer)
     num_parameters = model.num_parameters(exclude_embeddings=False)
     config = model.config
     model, optimizer = parts.place(recipe, accelerator, model)
-    if recipe.micro_batch_size == "auto" and resume.state.get("world_size") == ranks.world_size():
-        recipe = recipe.replace(micro_batch_size=saved["micro_batch_size"])
-    recipe = recipe.replace(micro_batch_size=parts.micro_batch_size(recipe, accelerator, model))
+    micro_batch_size = recipe.micro_batch_size
+    if micro_batch_size == "auto" and resume.state.get("world_size") == ranks.world_size():
+        micro_batch_size = int(saved["micro_batch_size"])
+    if micro_batch_size == "auto":
+        micro_batch_size = parts.largest_micro_batch(recipe, accelerator, model)
     accelerator.gradient_accumulation_steps = accumulation_steps(
-        recipe, ranks.world_size(), recipe.micro_batch_size
+        recipe, ranks.world_size(), micro_batch_size
+    )
+    resolved = recipe.resolved(
+        num_steps=num_steps,
+        micro_batch_size=micro_batch_size,
+        output_dir=str(recipe.run_dir),
+        dataset_revision=corpus.identity.get("revision"),
     )
     if resume.path is not None:
         checkpoint.load(resume.path, model=model, optimizer=optimizer)
 
-    history = ranks.on_rank_0(lambda: directory.open(resume.step, recipe.save))
+    history = ranks.on_rank_0(lambda: directory.open(resume.step, resolved.save))
     spikes = SpikeDetector(line["loss"] for line in history if line.get("loss") is not None)
     main = accelerator.is_main_process
     if main:
         changes = [
             f"{key} was {then} until here and is {now} now"
-            for key, then, now in differences(recipe, saved)
+            for key, then, now in differences(resolved, saved)
         ]
-        show_facts(recipe, accelerator, num_parameters, [resume.note, *changes])
+        show_facts(resolved, accelerator, num_parameters, [resume.note, *changes])
     if recipe.report_to != "none":
-        accelerator.init_trackers("gpt2repro", config=tracked(recipe))
+        accelerator.init_trackers("gpt2repro", config=tracked(resolved))
     return Run(
         argv=argv,
-        recipe=recipe,
+        recipe=resolved,
         accelerator=accelerator,
         directory=directory,
         tokenizer=tokenizer,
@@ -186,10 +199,10 @@ def prepare(argv: list[str]) -> Run:
         validation=validation,
         hellaswag=hellaswag,
         stop=StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device)),
-        progress=Progress(first_step=resume.step, num_steps=recipe.num_steps, enabled=main),
+        progress=Progress(first_step=resume.step, num_steps=num_steps, enabled=main),
         log=MetricsLog(directory.metrics) if main else None,
-        push=BackgroundPush(recipe.hub_model_id, private=recipe.hub_private)
-        if main and recipe.push_to_hub
+        push=BackgroundPush(hub_model_id, private=recipe.hub_private)
+        if main and hub_model_id is not None
         else None,
         throughput=Throughput(
             flops_per_token(
@@ -204,7 +217,7 @@ def prepare(argv: list[str]) -> Run:
         spikes=spikes,
         first_step=resume.step,
         saved_step=resume.step,
-        num_epochs=num_epochs,
+        num_epochs=recipe.num_epochs,
         lanes=stream.lanes,
     )
 
@@ -220,7 +233,7 @@ def check_same_data(identities: list[dict[str, Any]]) -> None:
 
 
 def show_facts(
-    recipe: Recipe, accelerator: Accelerator, num_parameters: int, notes: list[str]
+    recipe: ResolvedRecipe, accelerator: Accelerator, num_parameters: int, notes: list[str]
 ) -> None:
     """The first lines on the screen: what this run is, before hours are spent on it."""
     processes, rows = accelerator.num_processes, recipe.micro_batch_size

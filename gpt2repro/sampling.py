@@ -1,5 +1,7 @@
 """A sampled continuation during training, on any engine, that leaves no trace in the run."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,19 +15,19 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
     fixed so that all ranks run the same number of forward passes. The compiled code is left alone
     (lengths vary), and so is the state of the random number generators.
     """
-    model = innermost(model)
-    device = next(model.parameters()).device
+    inner: Any = innermost(model)
+    device = next(inner.parameters()).device
     prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-    room = model.config.n_positions - prompt_ids.shape[1]
+    room = inner.config.n_positions - prompt_ids.shape[1]
     num_tokens = min(num_tokens, room)
     if num_tokens < 1:
         return prompt
-    was_training = model.training
-    model.eval()
+    was_training = inner.training
+    inner.eval()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
-        ids = model.generate(
+        ids = inner.generate(
             prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
             do_sample=True,
@@ -34,5 +36,5 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
             max_new_tokens=num_tokens,
             pad_token_id=tokenizer.eos_token_id,
         )
-    model.train(was_training)
+    inner.train(was_training)
     return tokenizer.decode(ids[0])
