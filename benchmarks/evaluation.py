@@ -4,8 +4,8 @@
 
 A randomly initialized 124M GPT-2 scores rows as long as HellaSwag's: a subset of them is timed, in
 `rounds` rounds that alternate between our batches and build-nanogpt's (the four endings of a row,
-padded to the longest of them, with the logits of every position). The padding is that of all `--num_rows` rows and needs no model;
-the time for all of them is extrapolated from the subset and labelled so.
+padded to the longest of them, with the logits of every position). The padding is that of all
+`--num_rows` rows and needs no model; the time for all of them is extrapolated and labelled so.
 
 Without `--hellaswag_file` the lengths are drawn: a third of the rows like video captions (contexts
 of 20-60 tokens, endings of 5-25), two thirds like how-to articles (50-110 and 15-50). That is an

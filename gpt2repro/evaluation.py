@@ -4,7 +4,6 @@ A loop calls `validation_loss` and `score_hellaswag` on all ranks; the verb `eva
 tasks through `score_task`. Rows come from local JSONL files or from the Hub.
 """
 
-import inspect
 import json
 import math
 import time
@@ -30,6 +29,7 @@ from gpt2repro.tasks import (
     Task,
     wikitext_pages,
 )
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,8 +65,8 @@ def validation_loss(
     The same for any batch size, world size and engine, up to float summation: batches of
     consecutive rows are dealt to the ranks in turn, sums and counts are reduced once, and divided
     once. Every forward has the same shape and every rank runs as many: what is missing is filled
-    with rows that do not count. A model whose `forward` takes `shift_labels` computes its own loss,
-    as in training; of any other one the (B, T, V) logits are taken.
+    with rows that do not count. Our model computes its own loss, as in training; of any other one
+    the (B, T, V) logits are taken.
 
     `reduce` sums a tensor over the ranks. `should_stop` is polled before each batch and must answer
     alike on all ranks; None is returned when it says so.
@@ -100,7 +100,7 @@ def _summed_loss(
 ) -> float:
     """Nats, summed over the `num_tokens` targets (B, T) that are not IGNORED."""
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
-    if "shift_labels" in inspect.signature(type(bare).forward).parameters:
+    if isinstance(bare, GPT2ReproForCausalLM):  # stock GPT-2 would swallow `shift_labels`
         return model(input_ids=inputs, shift_labels=targets).loss.item() * num_tokens
     logits, targets = model(input_ids=inputs).logits.flatten(0, 1), targets.flatten()
     chunks = zip(logits.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)

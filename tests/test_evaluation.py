@@ -1,6 +1,5 @@
 """In a training loop: the same figures on any engine, and the rows it reads."""
 
-import inspect
 import json
 import math
 import multiprocessing
@@ -50,7 +49,7 @@ def mean_loss(model, rows: np.ndarray) -> float:
 
 
 def ours() -> GPT2ReproForCausalLM:
-    """Our class on the weights of `random_gpt2`: its forward takes `shift_labels`."""
+    """Our class on the weights of `random_gpt2`."""
     theirs = random_gpt2()
     config = GPT2ReproConfig(
         vocab_size=VOCAB_SIZE, n_positions=512, n_embd=16, n_layer=2, n_head=2, bos_token_id=0
@@ -73,11 +72,15 @@ def test_the_loss_does_not_depend_on_the_batch(make, batch_size):
     assert result.num_tokens == 11 * T
 
 
-def test_only_our_forward_computes_the_loss_itself():
-    """Stock GPT-2 swallows `shift_labels` and returns no loss: it goes by its logits."""
-    takes = "shift_labels" in inspect.signature(GPT2ReproForCausalLM.forward).parameters
-    assert takes
-    assert "shift_labels" not in inspect.signature(type(random_gpt2()).forward).parameters
+def test_our_model_computes_its_own_loss():
+    """As in training, so that a batch that fits there fits here; stock GPT-2 goes by its logits."""
+    asked = []
+    for model in (ours(), random_gpt2()):
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: asked.append("shift_labels" in kwargs), with_kwargs=True
+        )
+        validation_loss(model, ROWS, batch_size=11)
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize("make", [random_gpt2, ours])

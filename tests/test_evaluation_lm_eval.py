@@ -65,13 +65,15 @@ def half_trained(positions: int) -> GPT2ReproForCausalLM:
     rows = [torch.tensor(request.ids[-positions - 1 :]) for request in right]
     inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
     targets = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(1000):
         loss = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+        if loss < 0.2:  # known by heart
+            return model.eval()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.eval()
+    raise AssertionError("the tiny model does not learn")
 
 
 def save(model, directory: Path) -> str:
