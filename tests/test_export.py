@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 from torch.optim import AdamW
 
-from gpt2repro import UserError, checkpoint, export, pretrained, verification
+from gpt2repro import UserError, checkpoint, export, fresh_process, pretrained, verification
 from gpt2repro.__main__ import VERBS
 
 NATIVE_FILES = {
@@ -207,19 +207,12 @@ def with_code_that_needs_our_package(directory):
     path.write_text("import gpt2repro\n" + path.read_text())
 
 
-def with_another_tokenizer(directory):
-    content = read(directory / "tokenizer.json")
-    content["model"]["merges"] = content["model"]["merges"][:5]
-    (directory / "tokenizer.json").write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (without_modeling_file, "modeling_gpt2repro"),
         (with_other_heads, "logits differ"),
         (with_code_that_needs_our_package, "in a fresh process .*gpt2repro"),
-        (with_another_tokenizer, "encodes the probe text to other ids"),
     ],
 )
 def test_a_failed_check_keeps_the_export_out(exported, tmp_path, monkeypatch, spoil, said):
@@ -233,6 +226,27 @@ def test_a_failed_check_keeps_the_export_out(exported, tmp_path, monkeypatch, sp
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert (tmp_path / "final.rejected" / "config.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"final", "final.rejected"}
+
+
+def test_another_tokenizer_is_refused(copy):
+    want = verification.tokenizer_answers(tiny_tokenizer())
+    fresh_process.check_tokenizer(str(copy), True, want)
+    for token in ("eos", "bos", "pad"):
+        with pytest.raises(fresh_process.CheckFailed, match=f"tokenizer's {token}_token_id is"):
+            fresh_process.check_tokenizer(str(copy), True, want | {token: 5})
+    content = read(copy / "tokenizer.json")
+    content["model"]["merges"] = content["model"]["merges"][:5]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(fresh_process.CheckFailed, match="encodes the probe text to other ids"):
+        fresh_process.check_tokenizer(str(copy), True, want)
+
+
+def test_greedy_tokens_may_part_only_where_the_noise_decides():
+    same = fresh_process.same_greedy_tokens
+    assert same([1, 2, 3], [1, 2, 3], [1.0, 1.0, 1.0], 0.1)
+    assert same([1, 9, 8], [1, 2, 3], [1.0, 0.15, 1.0], 0.1)  # a tie within twice the noise
+    assert not same([1, 9, 8], [1, 2, 3], [1.0, 0.25, 1.0], 0.1)
+    assert not same([1, 2], [1, 2, 3], [1.0, 1.0, 1.0], 0.1)
 
 
 def test_a_tampered_file_is_refused(copy):
@@ -307,7 +321,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_live_model_is_left_as_it_was(tmp_path):
+def test_the_live_model_is_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
     model = tiny_model(attn_pdrop=0.5)
     model.set_attn_implementation("eager")
     model.config.use_cache = False
