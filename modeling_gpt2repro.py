@@ -503,9 +503,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             num_items_in_batch = num_items_in_batch.to(summed.device)
         return summed / num_items_in_batch
 
-    @functools.wraps(
-        GenerationMixin.prepare_inputs_for_generation
-    )  # `generate` reads its signature
+    # Wrapped, because `generate` reads the signature to learn what it may pass.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         """As inherited; and where a compiled step cannot refuse a token too many, this does."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
