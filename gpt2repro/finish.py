@@ -55,6 +55,7 @@ def publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
         command=shlex.join(["accelerate", "launch", "train_accelerate.py", *run.argv]),
         num_processes=run.accelerator.num_processes,
         loss_curve=run.directory.loss_curve.name,
+        published_loss=plots.known_baseline(run.recipe.dataset_name, run.recipe.tokenizer_name),
     )
     export(
         model.eval(),
