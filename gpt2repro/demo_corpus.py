@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from sysconfig import get_path
 
+from gpt2repro import UserError
 from gpt2repro.tokenizer import train_bpe
 
 NAME = "python-docs"  # what a recipe's dataset_name and tokenizer_name call it
@@ -41,24 +42,36 @@ def prepare(directory: Path | None = None) -> Path:
     The directory holds `train.parquet` and `tokenizer/`. By default it lies in the user's cache,
     named after the Python version, because the text differs between versions. The directory appears
     complete or not at all: it is built beside its place and renamed, so concurrent calls are safe.
+
+    Raises:
+        UserError: it cannot be written.
     """
     directory = directory or default_directory()
     if directory.exists():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        build = Path(scratch) / directory.name
-        build.mkdir()
-        documents = list(read_documents())
-        tokenizer = train_bpe((text for _, text in documents), VOCAB_SIZE)
-        tokenizer.save_pretrained(build / "tokenizer")
-        write_parquet(documents, tokenizer, build / "train.parquet")
-        try:
-            build.rename(directory)
-        except OSError:  # another process was faster, and its result is the same
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+            build = Path(scratch) / directory.name
+            write(build)
             if not directory.exists():
-                raise
+                build.rename(directory)
+    except OSError as error:
+        if not directory.exists():  # else another process was faster, and its result is the same
+            raise UserError(
+                f"the demo's corpus cannot be written to {directory} ({error}); XDG_CACHE_HOME "
+                "names another place"
+            ) from error
     return directory
+
+
+def write(directory: Path) -> None:
+    """Make `directory` with the corpus and a tokenizer trained on it."""
+    directory.mkdir()
+    documents = list(read_documents())
+    tokenizer = train_bpe((text for _, text in documents), VOCAB_SIZE)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    write_parquet(documents, tokenizer, directory / "train.parquet")
 
 
 def default_directory() -> Path:

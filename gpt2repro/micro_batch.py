@@ -1,9 +1,11 @@
 """`micro_batch_size: auto`: the largest micro-batch that fits the device."""
 
+import math
 from collections.abc import Callable
 
 import torch
 
+from gpt2repro import UserError
 from gpt2repro.ranks import gather
 
 CPU_ROWS = 16  # on a CPU memory is rarely the limit, and larger batches gain nothing
@@ -26,12 +28,20 @@ def largest_that_fits(
         candidates: sizes to choose from.
         forward_backward: runs a batch of that many rows and drops its gradients.
         reserve_bytes: what will be allocated later, such as the optimizer's state.
+
+    Raises:
+        UserError: not even one row fits.
     """
     candidates = sorted(candidates)
     if device.type != "cuda":
         return max(size for size in candidates if size <= max(CPU_ROWS, candidates[0]))
-    small = peak_bytes(forward_backward, 1, device)
-    per_row = peak_bytes(forward_backward, 2, device) - small
+    small, double = (peak_bytes(forward_backward, size, device) for size in (1, 2))
+    if math.inf in gather(small):
+        raise UserError(
+            "micro_batch_size auto: not even one row fits the device; set gradient_checkpointing, "
+            "a shorter sequence_length or a smaller model, or shard it (launch/fsdp2.yaml)"
+        )
+    per_row = double - small
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     budget = HEADROOM * (free - reserve_bytes) + torch.cuda.memory_allocated(device)
@@ -43,10 +53,10 @@ def largest_that_fits(
     return size
 
 
-def peak_bytes(forward_backward: Callable[[int], None], size: int, device: torch.device) -> int:
+def peak_bytes(forward_backward: Callable[[int], None], size: int, device: torch.device) -> float:
+    """Bytes in use at the height of a batch of `size` rows; infinite if it does not fit."""
     torch.cuda.reset_peak_memory_stats(device)
-    forward_backward(size)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if runs(forward_backward, size) else math.inf
 
 
 def runs(forward_backward: Callable[[int], None], size: int) -> bool:

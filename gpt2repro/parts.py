@@ -202,7 +202,10 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
             "positions of init_from"
         )
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The second name goes with transformers 6; versions that we support lack the first.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
     return model
 
 

@@ -53,7 +53,7 @@ class Run:
     throughput: Throughput
     spikes: SpikeDetector
     first_step: int
-    saved_step: int  # the step of the newest checkpoint
+    saved_step: int  # the step of the newest checkpoint, -1 without one
     num_epochs: int | None  # as the recipe asked, before it was counted in steps
     lanes: dict[int, Position]  # where this rank's lanes go on after its last step
 
@@ -201,7 +201,7 @@ def prepare(argv: list[str]) -> Run:
         stop=StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device)),
         progress=Progress(first_step=resume.step, num_steps=num_steps, enabled=main),
         log=MetricsLog(directory.metrics) if main else None,
-        push=BackgroundPush(hub_model_id, private=recipe.hub_private)
+        push=BackgroundPush(hub_model_id, private=recipe.hub_private, tokenizer=tokenizer)
         if main and hub_model_id is not None
         else None,
         throughput=Throughput(
@@ -216,7 +216,7 @@ def prepare(argv: list[str]) -> Run:
         ),
         spikes=spikes,
         first_step=resume.step,
-        saved_step=resume.step,
+        saved_step=resume.step if resume.path else -1,
         num_epochs=recipe.num_epochs,
         lanes=stream.lanes,
     )

@@ -119,9 +119,13 @@ class Launch:
     def ended(self) -> int:
         """The launcher's exit status, once it and its processes are gone."""
         self.wait_for(lambda: self.process.poll() is not None, "end of the launcher")
-        gone = lambda: not any(worker.is_running() for worker in self.workers)  # noqa: E731
-        self.wait_for(gone, "end of the processes")
+        self.wait_for(lambda: all(map(has_ended, self.workers)), "end of the processes")
         return self.process.poll()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also if nobody is there to reap it."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def last_step(output: Path) -> int:

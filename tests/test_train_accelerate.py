@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_language_models import HELLASWAG
 from tiny_run import assert_same_tensors, digests, metrics, tensors, train, write_inputs
 
 import train_accelerate
-from gpt2repro import UserError, incidents, observation
+from gpt2repro import UserError, checkpoint, incidents, observation
+from gpt2repro.stream import TokenStream
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,6 +131,35 @@ def test_a_signal_within_a_step_or_an_evaluation_loses_only_that(
     assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
 
 
+def test_a_signal_while_saving_waits_for_the_checkpoint(
+    recipe, uninterrupted, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        commit = checkpoint.commit
+
+        def stop_in_commit(scratch, path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            commit(scratch, path)
+
+        patch.setattr(checkpoint, "commit", stop_in_commit)
+        assert train(recipe, run) == train_accelerate.EXIT_PREEMPTED
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000004"]
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+
+
+def test_a_signal_while_data_is_late(recipe, uninterrupted, tmp_path, monkeypatch):
+    """An outage of the data does not keep a run from stopping."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStream, "wait", lambda self, seconds: os.kill(os.getpid(), 15))
+        assert train(recipe, run) == train_accelerate.EXIT_PREEMPTED
+    assert (run / "checkpoints" / "step_00000000" / "COMPLETE").exists()
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+
+
 def test_a_crash_costs_the_steps_since_the_last_checkpoint(
     recipe, uninterrupted, tmp_path, monkeypatch
 ):
@@ -184,6 +215,36 @@ def test_dropout_resumes_bitwise(recipe, tmp_path, monkeypatch):
     assert_same_tensors(tensors(parts, 12), tensors(whole, 12))
 
 
+def test_the_same_command_goes_on_when_it_names_a_checkpoint(
+    recipe, uninterrupted, tmp_path, monkeypatch
+):
+    """Back to step 4 by path, which leaves a line; interrupted, and the same command again."""
+    run = tmp_path / "run"
+    assert train(recipe, run, "--keep_last", "9") == 0
+    back = ("--resume", str(run / "checkpoints" / "step_00000004"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=5)
+        assert train(recipe, run, *back) == train_accelerate.EXIT_PREEMPTED
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000006", "superseded"]
+    assert train(recipe, run, *back) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+def test_other_weights_to_start_from(recipe, uninterrupted, tmp_path):
+    """A new run on them: their loss at step 0, and the recipe's dropout, whatever their own was."""
+    weights = str(uninterrupted / "checkpoints" / "step_00000012")
+    run = tmp_path / "run"
+    assert train(recipe, run, "--init_from", weights, "--dropout", "0.5", "--num_steps", "2") == 0
+    first, second = metrics(run)[:2]
+    assert first["val_loss"] == metrics(uninterrupted)[-1]["val_loss"]
+    assert first["loss"] > metrics(uninterrupted)[11]["loss"]  # dropped out
+    config = json.loads((run / "checkpoints" / "step_00000002" / "config.json").read_text())
+    assert config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0.5
+    assert second["rows_digest"] == digests(uninterrupted)[1]
+
+
 def test_what_a_resume_may_not_change(recipe, tmp_path):
     run = tmp_path / "run"
     assert train(recipe, run, "--num_steps", "4") == 0
@@ -227,6 +288,44 @@ def test_accumulation_is_the_large_batch(recipe, uninterrupted, tmp_path):
         theirs = [line["loss"] for line in metrics(uninterrupted)[:-1]]
         # fp32 sums in another order, amplified by 12 steps at a high learning rate
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+def test_recomputing_activations_changes_nothing(recipe, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    assert train(recipe, run, "--gradient_checkpointing") == 0
+    assert metrics(run) == metrics(uninterrupted)
+
+
+def test_hellaswag_in_the_loop_leaves_training_alone(recipe, tmp_path, capsys):
+    long = ("--sequence_length", "64", "--batch_tokens", "512", "--num_steps", "6")
+    tasks = ("--eval_tasks", "hellaswag", "--hellaswag_file", str(HELLASWAG))
+    plain, scored = tmp_path / "plain", tmp_path / "scored"
+    assert train(recipe, plain, *long) == 0
+    assert train(recipe, scored, *long, *tasks, "--hellaswag_every", "4") == 0
+    assert_same_tensors(tensors(scored, 6), tensors(plain, 6))
+    figures = {m["step"]: m for m in metrics(scored) if any("hellaswag" in key for key in m)}
+    assert [*figures] == [4, 6]
+    for name in ("completion_acc", "completion_acc_norm", "lm_eval_acc", "lm_eval_acc_norm"):
+        assert 0 <= figures[6][f"hellaswag/{name}"] <= 1
+        assert figures[6][f"hellaswag/{name}_stderr"] >= 0
+    assert "step 4: hellaswag/completion_acc" in capsys.readouterr().out
+
+
+def test_compiled_training_evaluates_and_samples(recipe, tmp_path, capsys):
+    """Everything a run does besides training, on a compiled model."""
+    options = ("--eval_every", "2", "--sample_every", "2", "--num_steps", "4", "--n_layer", "1")
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    assert train(recipe, eager, *options) == 0
+    capsys.readouterr()
+    assert train(recipe, compiled, *options, "--compile") == 0
+    ours, theirs = metrics(compiled), metrics(eager)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for name in ("loss", "val_loss"):  # fused kernels round at other places
+        ours_, theirs_ = ([m[name] for m in each if name in m] for each in (ours, theirs))
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-3, atol=0)
+    prompt = yaml.safe_load((compiled / "recipe.yaml").read_text())["sample_prompt"]
+    assert f"step 2: {prompt}" in capsys.readouterr().out
+    assert tensors(compiled, 4).keys() == tensors(eager, 4).keys()  # no prefix of the compiler's
 
 
 def test_epochs_are_counted_in_steps(recipe, tmp_path):
