@@ -124,7 +124,7 @@ class Kill:
 
 
 def snapshot(directory: Path) -> Path:
-    """The code as it is now: an edit during the minutes that follow is no difference of the runs."""
+    """The code as it is now: an edit during the next minutes is no difference of the runs."""
     for name in ("train_accelerate.py", "configuration_gpt2repro.py", "modeling_gpt2repro.py"):
         directory.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, directory / name)

@@ -25,20 +25,25 @@ PYTHON
 )
 rm -f "$run_dir/PREEMPTED"
 export MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MAIN_PORT=${MAIN_PORT:-29500}
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
 
-# One launcher per machine. It would die of SIGUSR1 before its processes have saved, and Slurm would end
-# them with it: so it ignores the signal, they get it, and it ends when they have.
+# One launcher per machine. It would die of a SIGUSR1, and with the end of this shell Slurm kills what
+# still runs: so the launcher is made deaf to it, and the shell passes it on and waits for the save.
 srun --kill-on-bad-exit=1 bash -c '
-    trap "" USR1
-    accelerate launch --config_file launch/multi_node.yaml \
-        --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS_PER_NODE)) \
-        --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_HOST" --main_process_port 29500 \
-        train_accelerate.py "$@" &
+    (
+        trap "" USR1
+        exec accelerate launch --config_file launch/multi_node.yaml \
+            --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS_PER_NODE)) \
+            --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_HOST" \
+            --main_process_port "$MAIN_PORT" train_accelerate.py "$@"
+    ) &
     launcher=$!
-    trap "pkill -USR1 -P $launcher" USR1
-    while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; status=$?; done
-    exit "$status"
+    trap "pkill -USR1 --parent $launcher" USR1
+    while true; do
+        wait "$launcher" && status=0 || status=$?
+        kill -0 "$launcher" 2>/dev/null || exit "$status"  # else a signal ended the waiting
+    done
 ' launch "$@" || status=$?
 
 if [ -e "$run_dir/PREEMPTED" ]; then

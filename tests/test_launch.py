@@ -80,16 +80,20 @@ def expected(hub, recipe, tmp_path_factory) -> Path:
 class Launch:
     """`accelerate launch` of the run in `output`, as a user types it."""
 
-    def __init__(self, hub: FakeHub, recipe: Path, output: Path, *options: str) -> None:
+    def __init__(
+        self, hub: FakeHub, recipe: Path, output: Path, *options: str, **environment: str
+    ) -> None:
         self.output = output
         self.workers: list[psutil.Process] = []
         self.log = output.with_name(f"launch_{time.monotonic_ns()}.log")
-        command = [sys.executable, "-m", "accelerate.commands.launch", *options]
-        command += [str(ROOT / "train_accelerate.py"), "--recipe", str(recipe)]
-        command += ["--output_dir", str(output)]
-        environment = os.environ | hub.env | {"OMP_NUM_THREADS": "1"}
+        command = [*self.launcher(*options), "--recipe", str(recipe), "--output_dir", str(output)]
+        environment = os.environ | hub.env | {"OMP_NUM_THREADS": "1"} | environment
         with self.log.open("w") as log:
-            self.process = psutil.Popen(command, env=environment, stdout=log, stderr=log)
+            self.process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def launcher(self, *options: str) -> list[str]:
+        command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+        return [*command, str(ROOT / "train_accelerate.py")]
 
     def __enter__(self) -> "Launch":
         return self
@@ -208,3 +212,43 @@ def test_a_run_through_launches_of_every_kind(hub, recipe, expected, tmp_path):
     undisturbed = [line["loss"] for line in metrics(expected)[: len(ours)]]
     # fp32 sums in another order, over a few hundred steps
     torch.testing.assert_close(ours, undisturbed, rtol=1e-3, atol=0)
+
+
+# --- Slurm --------------------------------------------------------------------------------------
+
+
+class SlurmJob(Launch):
+    """launch/slurm.sh, where `srun` and `scontrol` are scripts of ours."""
+
+    def launcher(self, *options: str) -> list[str]:
+        return ["bash", str(ROOT / "launch" / "slurm.sh"), *options]
+
+
+def test_slurm_puts_a_run_that_was_stopped_back_into_the_queue(hub, recipe, tmp_path):
+    """SIGUSR1 goes to every process of the step, as Slurm sends it: shell, launcher and ranks."""
+    programs, run = tmp_path / "bin", tmp_path / "run"
+    programs.mkdir()
+    for name, line in {
+        "srun": 'shift; exec "$@"',
+        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" > {tmp_path}/queue',
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{line}\n")
+        (programs / name).chmod(0o755)
+    environment = {
+        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "ACCELERATE_USE_CPU": "true",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "this",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_GPUS_ON_NODE": "2",
+        "MAIN_PORT": str(free_port()),
+    }
+    with SlurmJob(hub, recipe, run, **environment) as job:
+        job.train_to(5)
+        for process in job.workers:
+            process.send_signal(signal.SIGUSR1)
+        assert job.ended() == 0, job.log.read_text()
+        assert_saved_at_once(job)
+        assert (tmp_path / "queue").read_text() == "requeue 7\n"
+        assert f"exitcode  : {train_accelerate.EXIT_PREEMPTED}" in job.log.read_text()
