@@ -1,0 +1,66 @@
+"""kill -9 while a checkpoint is written, in an evaluation, in the export: bitwise as undisturbed.
+
+The benchmark of this name does twenty kills in every phase; its record is in benchmarks/results.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def kill_resume(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kill_resume
+
+    return kill_resume
+
+
+def test_three_kills_change_nothing(kill_resume, tmp_path, monkeypatch):
+    monkeypatch.setattr(kill_resume, "PHASES", ("checkpoint", "evaluation", "export"))
+    result = kill_resume.measure(3, 1, tmp_path, print)
+    assert result["bitwise_equal"], result["differences"]
+    assert (
+        result["num_hits"] >= 2
+    )  # a moment in the export can come late on a machine that wakes up
+    met = {kill["phase"]: kill for kill in result["kills"]}
+    assert met["checkpoint"]["resumed_from"] == 0 < met["evaluation"]["last_step"]
+    assert met["export"]["last_step"] == result["recipe"]["num_steps"]
+
+
+def test_a_difference_would_be_seen(kill_resume, tmp_path):
+    """The comparison itself: two runs that differ in one number each."""
+    runs = []
+    for name, loss, weights, lane in (("a", 1.0, b"w", 0), ("b", 2.0, b"v", 1)):
+        saved = tmp_path / name / "checkpoints" / "step_00000004"
+        saved.mkdir(parents=True)
+        state = json.dumps({"step": 4, "stream": {"version": 1, "lanes": [lane]}})
+        files = {"state.json": state.encode(), "model.safetensors": weights}
+        for file, content in files.items():
+            (saved / file).write_bytes(content)
+        sizes = {file: len(content) for file, content in files.items()}
+        (saved / "COMPLETE").write_text(json.dumps(sizes))
+        (tmp_path / name / "final").mkdir()
+        (tmp_path / name / "final" / "model.safetensors").write_bytes(weights)
+        lines = [{"step": 0, "loss": 3.0}, {"step": 1, "loss": loss, "tokens_per_second": loss}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+        runs.append(tmp_path / name)
+    assert kill_resume.differences(*runs, step=4) == {
+        "checkpoint": ["model.safetensors"],
+        "stream state": ["lanes"],
+        "metrics": ["step 1"],
+        "final": ["model.safetensors"],
+    }
+    same = kill_resume.differences(runs[0], runs[0], step=4)
+    assert not any(same.values())
+
+
+def test_the_record_says_twenty_kills_and_no_difference():
+    record = json.loads((ROOT / "benchmarks" / "results" / "kill_resume.json").read_text())
+    assert record["bitwise_equal"] and not any(record["differences"].values())
+    assert record["num_kills"] == len(record["kills"]) == 20
+    assert all(record["hits_by_phase"].values()) and record["environment"]["torch"]
