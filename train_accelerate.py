@@ -105,7 +105,9 @@ def train_step(run: Run, batch: StepRows, lr: float) -> Result | None:
             return None
         with accelerator.accumulate(model):  # gradients sync on the last micro-batch only
             # Rows all have T targets, so a mean over micro-batches and ranks is one over tokens.
-            micro_loss = model(input_ids=input_ids, shift_labels=shift_labels).loss
+            micro_loss = model(
+                input_ids=input_ids, shift_labels=shift_labels, skip_logits=True
+            ).loss
             accelerator.backward(micro_loss)
         loss += micro_loss.detach() / len(micro_batches)
     grad_norm = checkpoint.whole(

@@ -219,7 +219,7 @@ def training_rate(model: torch.nn.Module, recipe: Recipe, rows: int, device: tor
 
     def forward_backward() -> None:
         with autocast:
-            loss = model(input_ids=ids, shift_labels=ids).loss
+            loss = model(input_ids=ids, shift_labels=ids, skip_logits=True).loss
         loss.backward()
         model.zero_grad()
         if device.type == "cuda":

@@ -101,7 +101,8 @@ def _summed_loss(
     """Nats, summed over the `num_tokens` targets (B, T) that are not IGNORED."""
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(bare, GPT2ReproForCausalLM):  # stock GPT-2 would swallow `shift_labels`
-        return model(input_ids=inputs, shift_labels=targets).loss.item() * num_tokens
+        loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True).loss
+        return loss.item() * num_tokens
     logits, targets = model(input_ids=inputs).logits.flatten(0, 1), targets.flatten()
     chunks = zip(logits.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
     parts = [

@@ -238,7 +238,7 @@ def largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Modu
         shape = (num_rows, recipe.sequence_length)
         rows = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
         with torch.compiler.set_stance("force_eager"):  # needs at least as much as compiled code
-            accelerator.backward(model(input_ids=rows, shift_labels=rows).loss)
+            accelerator.backward(model(input_ids=rows, shift_labels=rows, skip_logits=True).loss)
         model.zero_grad()
 
     return largest_that_fits(
