@@ -1,6 +1,7 @@
 """What every command line here shares: errors are one line on stderr, and the exit status is 2."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import NoReturn
 from gpt2repro import UserError
 
 EXIT_USAGE = 2
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 RANK_0_SPEAKS_FIRST_SECONDS = 5.0
 
 
@@ -40,7 +42,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Call `main(argv)` and return its exit status; a `UserError` becomes one line and status 2."""
+    """Call `main(argv)` and return its exit status.
+
+    A `UserError`, and a disk that takes nothing more, become one line and status 2.
+    """
     try:
         return main(argv)
     except KeyboardInterrupt:
@@ -49,7 +54,9 @@ def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL_DISK:
+            raise
         if int(os.environ.get("RANK", 0)) > 0:
             # Usually all have the same to say: rank 0 speaks, and the launcher ends the others.
             time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)

@@ -185,8 +185,7 @@ def prepare(argv: list[str]) -> Run:
             for key, then, now in differences(resolved, saved)
         ]
         show_facts(resolved, accelerator, num_parameters, [resume.note, *changes])
-    if recipe.report_to != "none":
-        accelerator.init_trackers("gpt2repro", config=tracked(resolved))
+    start_tracker(resolved, accelerator)
     return Run(
         argv=argv,
         recipe=resolved,
@@ -255,6 +254,16 @@ def show_facts(
     for note in filter(None, notes):
         print(f"{'note':>10}  {note}")
     print(flush=True)
+
+
+def start_tracker(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Log in to the recipe's tracker, if it names one."""
+    if recipe.report_to == "none":
+        return
+    try:
+        accelerator.init_trackers("gpt2repro", config=tracked(recipe))
+    except Exception as error:  # each has its own: no login, no network, a version
+        raise UserError(f"report_to {recipe.report_to}: {error}; or set it to none") from error
 
 
 def tracked(recipe: Recipe) -> dict[str, Any]:

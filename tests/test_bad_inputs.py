@@ -19,6 +19,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+from accelerate import Accelerator
 from fake_hub import FakeHub
 from tiny_corpus import documents, parquet_bytes
 from tiny_run import reset_accelerate, train, write_inputs
@@ -26,7 +27,7 @@ from transformers import BertConfig, BertModel
 
 import train_accelerate
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import cli, push, retry
+from gpt2repro import cli, parts, push, retry
 from gpt2repro.tokenizer import train_bpe
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -265,6 +266,23 @@ def test_a_run_that_another_process_writes(place, capsys):
 def test_a_run_of_another_model(place, capsys):
     copy_of_the_run(place)
     assert_refused(place, capsys, ["--n_layer", "3"], "n_layer is 3", "made with 2", "exp_name")
+
+
+def test_a_tracker_without_a_login(place, capsys, monkeypatch):
+    """What can only be known once the run has begun leaves a run, which the same command goes on."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("api_key not configured\n(no-tty)")
+
+    monkeypatch.setattr(parts, "check_tracker", lambda name: None)
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    argv = ["--recipe", str(place.inputs / "recipe.yaml"), "--output_dir", str(place.output)]
+    status = cli.run("train_accelerate.py", train_accelerate.main, [*argv, "--report_to", "wandb"])
+    reset_accelerate()
+    said = capsys.readouterr().err
+    assert status == 2 and said.count("\n") == 1
+    assert "report_to wandb: api_key not configured (no-tty); or set it to none" in said
+    assert train(Path(argv[1]), place.output, "--num_steps", "1") == 0
 
 
 def test_a_directory_of_somebody_else(place, capsys):

@@ -1,6 +1,8 @@
 """Command lines: one line for a mistake, documented exit statuses, hyphens or underscores."""
 
+import errno
 import importlib
+import os
 import subprocess
 import sys
 
@@ -20,6 +22,16 @@ def raising(error: BaseException):
 def test_a_mistake_is_one_line_and_status_2(capsys):
     assert cli.run("prog", raising(UserError("first\n   second   third")), []) == 2
     assert capsys.readouterr().err == "prog: error: first second third\n"
+
+
+@pytest.mark.parametrize("number", cli.FULL_DISK)
+def test_a_full_disk_is_no_bug_of_ours(number, capsys):
+    error = OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+    assert cli.run("prog", raising(error), []) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "metrics.jsonl" in said
+    with pytest.raises(FileNotFoundError):
+        cli.run("prog", raising(FileNotFoundError(errno.ENOENT, "no such file")), [])
 
 
 def test_what_a_verb_returns_is_the_status():
