@@ -57,7 +57,7 @@ def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in FULL_DISK:
             raise
-        if int(os.environ.get("RANK", 0)) > 0:
+        if os.environ.get("RANK", "0") != "0":
             # Usually all have the same to say: rank 0 speaks, and the launcher ends the others.
             time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)

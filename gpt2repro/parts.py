@@ -4,6 +4,7 @@ The training script and the verbs that speak of a recipe (`doctor`, `stream-stat
 parts through it, so what the doctor checks is what the run will use.
 """
 
+import contextlib
 import os
 from datetime import timedelta
 
@@ -237,7 +238,10 @@ def largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Modu
     def forward_backward(num_rows: int) -> None:
         shape = (num_rows, recipe.sequence_length)
         rows = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
-        with torch.compiler.set_stance("force_eager"):  # needs at least as much as compiled code
+        # Eager code needs at least as much memory as compiled code. DDP does not sum gradients here:
+        # it would wait for a rank that has run out of memory.
+        alone = getattr(model, "no_sync", contextlib.nullcontext)
+        with torch.compiler.set_stance("force_eager"), alone():
             accelerator.backward(model(input_ids=rows, shift_labels=rows, skip_logits=True).loss)
         model.zero_grad()
 

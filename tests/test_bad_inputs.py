@@ -269,7 +269,7 @@ def test_a_run_of_another_model(place, capsys):
 
 
 def test_a_tracker_without_a_login(place, capsys, monkeypatch):
-    """What can only be known once the run has begun leaves a run, which the same command goes on."""
+    """What is known only once the run has begun leaves a run, and the same command goes on."""
 
     def refuse(*_, **__):
         raise RuntimeError("api_key not configured\n(no-tty)")
