@@ -238,7 +238,7 @@ def largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Modu
     def forward_backward(num_rows: int) -> None:
         shape = (num_rows, recipe.sequence_length)
         rows = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
-        # Eager code needs at least as much memory as compiled code. DDP does not sum gradients here:
+        # Eager code needs at least as much memory as compiled code. DDP must not sum gradients:
         # it would wait for a rank that has run out of memory.
         alone = getattr(model, "no_sync", contextlib.nullcontext)
         with torch.compiler.set_stance("force_eager"), alone():
