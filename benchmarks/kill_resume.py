@@ -302,9 +302,7 @@ def differences(ours: Path, theirs: Path, step: int) -> dict[str, list[str]]:
     return {
         # state.json names the output_dir, and COMPLETE its size: the stream's state is compared
         "checkpoint": differing_files(*saved, left_out=("state.json", checkpoint.MARKER)),
-        "stream state": [
-            k for k in states[0]["stream"] if states[0]["stream"] != states[1]["stream"]
-        ],
+        "stream state": [k for k, v in states[0]["stream"].items() if states[1]["stream"][k] != v],
         "metrics": [f"{len(mine)} and {len(others)} lines"] * (len(mine) != len(others))
         + [f"step {a['step']}" for a, b in zip(mine, others, strict=False) if a != b],
         # the card and the curve tell throughput; SHA256SUMS leaves both out

@@ -98,6 +98,7 @@ def place(inputs, tmp_path, monkeypatch) -> Place:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(retry, "OFFLINE_AFTER_SECONDS", 0)
+    monkeypatch.setattr(retry, "_outages", retry._Outages())  # no Hub has answered yet
     monkeypatch.setattr(push, "get_token", lambda: None)
     return Place(inputs, tmp_path)
 

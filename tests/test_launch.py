@@ -1,7 +1,7 @@
 """`accelerate launch` for real, on a Hub: the same rows under 1, 2 and 1 + 1 processes; signals.
 
-One run lives through five launches, each ended in another way, and is then compared with a run that
-was never stopped. Every launch costs seconds, so each shows several things.
+One run lives through several launches, each ended in another way, and is then compared with a run
+that was never stopped. Every launch costs seconds, so each shows several things.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from gpt2repro import checkpoint
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 180  # for a busy machine; on a quiet one every wait is a few seconds
-NUM_EXPECTED = 160  # steps; about twice as many as the launches do together
+NUM_EXPECTED = 120  # steps; about twice as many as the launches do together
 CARD = b"""---
 configs:
 - config_name: tiny
@@ -168,29 +168,21 @@ def test_a_run_through_launches_of_every_kind(hub, recipe, expected, tmp_path):
     path, _ = checkpoint.find_latest(run / "checkpoints")
     assert path and checkpoint.read_state(path)["world_size"] == 2
 
-    # One process goes on; the launcher gets a SIGTERM and dies, the process gets to know and saves.
+    # One process goes on; the launcher dies of a signal, the process gets to know and saves.
     with Launch(hub, recipe, run, *one) as launch:
-        launch.train_to(last_step(run) + 5)
-        launch.process.send_signal(signal.SIGTERM)
-        assert launch.ended() == -signal.SIGTERM
-        assert_saved_at_once(launch)
-
-    # Two again; SIGUSR1, which the launcher does not handle.
-    with Launch(hub, recipe, run, *two) as launch:
         launch.train_to(last_step(run) + 5)
         launch.process.send_signal(signal.SIGUSR1)
         assert launch.ended() == -signal.SIGUSR1
         assert_saved_at_once(launch)
 
-    # Two; one rank of them is told to stop, and both agree.
+    # Two again; the launcher passes SIGTERM on.
     with Launch(hub, recipe, run, *two) as launch:
-        ranks = launch.train_to(last_step(run) + 5)
-        ranks[1].send_signal(signal.SIGTERM)
+        launch.train_to(last_step(run) + 5)
+        launch.process.send_signal(signal.SIGTERM)
         assert launch.ended() != 0
         assert_saved_at_once(launch)
-        assert f"exitcode  : {train_accelerate.EXIT_PREEMPTED}" in launch.log.read_text()
 
-    # Two machines; the launcher of the second is told to stop, which it passes on.
+    # Two machines; a process of the second is told to stop, and both agree.
     machines = (*two, "--num_machines", "2", "--num_processes", "2")
     machines += ("--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()))
     with (
@@ -199,12 +191,14 @@ def test_a_run_through_launches_of_every_kind(hub, recipe, expected, tmp_path):
     ):
         ranks = first.train_to(last_step(run) + 5) | second.train_to(0)
         assert ranks.keys() == {0, 1}
-        second.process.send_signal(signal.SIGTERM)
-        assert second.ended() != 0 and first.ended() != 0
+        ranks[1].send_signal(signal.SIGTERM)
+        assert first.ended() != 0 and second.ended() != 0
         assert_saved_at_once(first)
+        for launch in (first, second):
+            assert f"exitcode  : {train_accelerate.EXIT_PREEMPTED}" in launch.log.read_text()
 
     reached = last_step(run)
-    assert 10 + 4 * 5 <= reached < NUM_EXPECTED
+    assert 10 + 3 * 5 <= reached < NUM_EXPECTED
     steps = range(reached + 1)
     theirs = digests(expected)
     assert digests(run) == {step: theirs[step] for step in steps}
