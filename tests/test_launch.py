@@ -158,7 +158,7 @@ def free_port() -> int:
 def test_a_run_through_launches_of_every_kind(hub, recipe, expected, tmp_path):
     run = tmp_path / "run"
     one = ("--config_file", str(ROOT / "launch" / "cpu.yaml"))
-    two = ("--config_file", str(ROOT / "launch" / "cpu2.yaml"))
+    two = ("--config_file", str(ROOT / "launch" / "cpu2.yaml"), "--main_process_port", "0")
 
     # Two processes; one is killed. The other cannot go on, and the launcher ends it.
     with Launch(hub, recipe, run, *two) as launch:

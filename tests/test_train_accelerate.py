@@ -388,6 +388,7 @@ def launch(recipe: Path, output_dir: Path, *options: str, config: str = "cpu2.ya
     """`accelerate launch` as a user types it."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     command = [*launcher, "--config_file", str(ROOT / "launch" / config)]
+    command += ["--main_process_port", "0"]  # a free one: others may be launching here too
     command += [str(ROOT / "train_accelerate.py"), "--recipe", str(recipe)]
     command += ["--output_dir", str(output_dir), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
