@@ -25,12 +25,14 @@ LOOK_UP_SECONDS = 1.0  # how often a run that waits for data looks for signals
 
 def main(argv: list[str]) -> int:
     try:
-        run = prepare(argv)
+        with prepare(argv) as run:
+            return train(run) or finish(run)
     except AlreadyFinished as finished:
-        print(finished)
+        if ranks.rank() == 0:
+            print(finished)
         return 0
-    with run:
-        return train(run) or finish(run)
+    finally:
+        ranks.leave_group()
 
 
 def train(run: Run) -> int:

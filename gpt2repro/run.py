@@ -66,7 +66,8 @@ class Run:
         self.stream.close()
         if self.log is not None:
             self.log.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     @property
     def looks_for_signals_within_steps(self) -> bool:
