@@ -382,6 +382,7 @@ class SummedCrossEntropy(torch.autograd.Function):
                 continue
             at_label = probs.gather(1, label) - 1
             real.copy_(probs).scatter_(1, label, at_label.to(dtype))  # the gradient of the logits
+            del probs  # the largest tensor: the products need not find it beside theirs
             if needs_hidden:
                 hidden_grad[chunk] = (logits @ padded).where(counted, 0)
             if needs_weight:

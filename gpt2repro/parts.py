@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import UserError, demo_corpus, ranks
+from gpt2repro import UserError, cpu_attention, demo_corpus, ranks
 from gpt2repro.corpus import Corpus, open_corpus
 from gpt2repro.evaluation import hellaswag_tasks
 from gpt2repro.micro_batch import largest_that_fits
@@ -210,9 +210,12 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
     return model
 
 
-def place(recipe: Recipe, accelerator: Accelerator, model: nn.Module):
+def place(recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM):
     """Compile in place, build the optimizer, and hand both to the engine."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
+        cpu_attention.use_in(model)
     if recipe.compile:
         # FSDP gathers parameters block by block, between the compiled regions.
         blocks = [m for m in model.modules() if isinstance(m, GPT2ReproBlock)]

@@ -1,0 +1,147 @@
+"""A training step of GPT-2: ours against transformers' `GPT2LMHeadModel`, in alternation.
+
+    python benchmarks/train_step.py --mode eager --output benchmarks/results/train_step_eager.json
+
+A step is forward and backward of one micro-batch under autocast, gradients dropped at its end; the
+optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs it: the loss
+without logits, and on a CPU in bfloat16 the attention of gpt2repro/cpu_attention.py. Theirs gets
+the same rows, no dropout, no cache.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from pairing import (
+    Contestant,
+    Turn,
+    alternate,
+    circumstances,
+    paired_ratio,
+    ratio_text,
+    spread,
+    table,
+    write_json,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro import cpu_attention
+from gpt2repro.cli import OneLineParser, run
+from gpt2repro.metrics import flops_per_token, peak_flops
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def build(
+    who: str, mode: str, dtype: str, device: str, num_rows: int, sequence_length: int, shape: dict
+) -> Turn:
+    """A contestant: its model, compiled in place if asked, and a step on fixed random rows."""
+    torch.manual_seed(0)
+    shape = {"n_positions": sequence_length, **shape}
+    if who == "theirs":
+        model = GPT2LMHeadModel(GPT2Config(**shape, **NO_DROPOUT, bos_token_id=0, eos_token_id=0))
+    else:
+        model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
+        if device == "cpu" and dtype == "bf16":
+            cpu_attention.use_in(model)
+    model.to(device).train()
+    if mode == "compiled":
+        model.compile()
+    rows = torch.randint(0, model.config.vocab_size, (num_rows, sequence_length + 1), device=device)
+    inputs = {"input_ids": rows[:, :-1].contiguous(), "shift_labels": rows[:, 1:].contiguous()}
+    if who == "theirs":  # computes a loss from shift_labels only if it is given labels as well
+        inputs |= {"labels": inputs["shift_labels"], "use_cache": False}
+    else:
+        inputs |= {"skip_logits": True}
+
+    def step() -> dict[str, float]:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
+            loss = model(**inputs).loss
+        loss.backward()
+        model.zero_grad()
+        return {"loss": loss.item()}
+
+    return step
+
+
+def measure(arguments) -> dict[str, Any]:
+    shape = {"n_layer": arguments.n_layer, "n_head": arguments.n_head, "n_embd": arguments.n_embd}
+    settings = {
+        "mode": arguments.mode,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "num_rows": arguments.num_rows,
+        "sequence_length": arguments.sequence_length,
+        "shape": shape | {"vocab_size": arguments.vocab_size},
+    }
+    contestants = [Contestant(who, build, who=who, **settings) for who in ("theirs", "ours")]
+    turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=arguments.warmups)
+    memory = {c.name: c.ask("peak_memory") for c in contestants}
+    for contestant in contestants:
+        contestant.close()
+    seconds = {who: [turn["seconds"] for turn in turns[who]] for who in turns}
+    tokens = arguments.num_rows * arguments.sequence_length
+    return {
+        "seconds": seconds,
+        "loss": {who: turns[who][-1]["loss"] for who in turns},
+        "tokens_per_second": {who: tokens / spread(s)["median"] for who, s in seconds.items()},
+        "speed_ratio": paired_ratio(seconds["theirs"], seconds["ours"]),
+        "peak_memory_bytes": memory,
+        "memory_ratio": memory["ours"] / memory["theirs"],
+    }
+
+
+def mfu(arguments, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilization; None where no peak is published, as for CPUs."""
+    peak = peak_flops(torch.device(arguments.device))
+    if peak is None:
+        return None
+    width, layers = arguments.n_embd, arguments.n_layer
+    multiplied = arguments.vocab_size * width + layers * 12 * width**2
+    return (
+        tokens_per_second
+        * flops_per_token(multiplied, layers, width, arguments.sequence_length)
+        / peak
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = OneLineParser(prog="benchmarks/train_step.py", description=__doc__.split("\n")[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--mode", choices=("eager", "compiled"), default="compiled")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--num_rows", type=int, default=16 if cuda else 2, help="micro-batch")
+    parser.add_argument("--sequence_length", type=int, default=1024)
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_head", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--vocab_size", type=int, default=50257)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--output", help="JSON")
+    arguments = parser.parse_args(argv)
+
+    around = circumstances(vars(arguments))
+    found = measure(arguments)
+    found["mfu"] = {who: mfu(arguments, rate) for who, rate in found["tokens_per_second"].items()}
+    rows = [
+        [
+            who,
+            f"{found['tokens_per_second'][who]:,.0f}",
+            f"{found['peak_memory_bytes'][who] / 2**20:,.0f}",
+            "-" if found["mfu"][who] is None else f"{found['mfu'][who]:.1%}",
+        ]
+        for who in ("theirs", "ours")
+    ]
+    print(table(["", "tokens/s", "peak MiB", "MFU"], rows))
+    print(f"ours is {ratio_text(found['speed_ratio'])} times as fast (median, quartiles)")
+    print(f"and needs {found['memory_ratio']:.3f} of the memory")
+    write_json(arguments.output, {"benchmark": "train_step", **around, **found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("benchmarks/train_step.py", main, sys.argv[1:]))

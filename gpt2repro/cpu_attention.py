@@ -1,0 +1,117 @@
+"""Causal self-attention for bfloat16 training on CPUs, about twice as fast as torch's kernel there.
+
+The idea is FlashAttention's (Dao et al. 2022): never hold the (T, T) weights of all queries, and
+compute them again in the backward pass. Queries are taken in blocks; a block sees the keys up to
+its own end, so what causality forbids is mostly not computed at all. Each step is a batched matrix
+product, for which oneDNN has good bfloat16 kernels. As in any attention in bfloat16 that is not
+fused, scores are rounded to bfloat16 before the softmax, which itself is computed in float32.
+
+The two passes are custom operators, because a compiler that looks into them recognizes the
+recomputed weights and keeps them instead, 31 MB a layer at B = 2 and T = 1024.
+"""
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "cpu_blocks"
+BLOCK_QUERIES = 256  # measured: 128 is as fast, 512 is slower
+
+
+def use_in(model: PreTrainedModel) -> None:
+    """Make it the model's attention, with torch's `sdpa` for whatever it cannot do."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """transformers' attention interface: (B, H, T, D) three times -> (B, T, H, D), no weights."""
+    whole_rows = attention_mask is None and query.shape[2] == key.shape[2] > 1
+    if whole_rows and query.dtype == torch.bfloat16 and query.is_cpu and dropout == 0.0:
+        return causal_attention(query, key, value, scaling), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+def blocks(length: int) -> list[tuple[int, int]]:
+    return [(a, min(a + BLOCK_QUERIES, length)) for a in range(0, length, BLOCK_QUERIES)]
+
+
+def weights_of_block(query: Tensor, key: Tensor, start: int, end: int) -> Tensor:
+    """Of scaled queries start:end, for the keys before `end`: (B, H, end - start, end)."""
+    scores = query[:, :, start:end] @ key[:, :, :end].transpose(-1, -2)
+    size = end - start
+    scores[..., start:] += scores.new_full((size, size), -torch.inf).triu(1)
+    return scores.softmax(-1)
+
+
+@torch.library.custom_op("gpt2repro::causal_attention", mutates_args=(), device_types="cpu")
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """softmax(Q Kᵀ · scaling, causal) V: (B, H, T, D) three times -> (B, T, H, D)."""
+    mixed = empty_rows(query)
+    query, key, value = query * scaling, key.contiguous(), value.contiguous()
+    query = query.contiguous()
+    for start, end in blocks(query.shape[2]):
+        weights = weights_of_block(query, key, start, end)
+        mixed[:, start:end] = (weights @ value[:, :, :end]).transpose(1, 2)
+    return mixed
+
+
+@torch.library.custom_op(
+    "gpt2repro::causal_attention_backward", mutates_args=(), device_types="cpu"
+)
+def causal_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, each (B, H, T, D), laid out as (B, T, H, D)."""
+    query, key, value = (query * scaling).contiguous(), key.contiguous(), value.contiguous()
+    grad = grad.transpose(1, 2).contiguous()
+    query_grad = empty_rows(query).transpose(1, 2)
+    # Keys and values are met by several blocks: their gradients are summed in float32.
+    key_grad = torch.zeros_like(key, dtype=torch.float32)
+    value_grad = torch.zeros_like(value, dtype=torch.float32)
+    for start, end in blocks(query.shape[2]):
+        grad_here = grad[:, :, start:end]
+        weights = weights_of_block(query, key, start, end)
+        value_grad[:, :, :end] += weights.transpose(-1, -2) @ grad_here
+        weights_grad = grad_here @ value[:, :, :end].transpose(-1, -2)
+        scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
+        query_grad[:, :, start:end] = (scores_grad @ key[:, :, :end]) * scaling
+        key_grad[:, :, :end] += scores_grad.transpose(-1, -2) @ query[:, :, start:end]
+    return query_grad, as_rows(key_grad, key), as_rows(value_grad, value)
+
+
+def as_rows(grad: Tensor, part: Tensor) -> Tensor:
+    """`grad` in the type of `part` and laid out as (B, T, H, D)."""
+    return empty_rows(part).transpose(1, 2).copy_(grad)
+
+
+def empty_rows(part: Tensor) -> Tensor:
+    """(B, T, H, D), contiguous, for a `part` of (B, H, T, D)."""
+    return part.new_empty(part.shape[0], part.shape[2], part.shape[1], part.shape[3])
+
+
+@causal_attention.register_fake
+def _(query, key, value, scaling):
+    return empty_rows(query)
+
+
+@causal_attention_backward.register_fake
+def _(grad, query, key, value, scaling):
+    return tuple(empty_rows(part).transpose(1, 2) for part in (query, key, value))
+
+
+def setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors)  # views of one (B, T, 3C): nothing is kept twice
+
+
+def backward(ctx, grad):
+    return *causal_attention_backward(grad, *ctx.saved_tensors, ctx.scaling), None
+
+
+causal_attention.register_autograd(backward, setup_context=setup_context)
