@@ -4,8 +4,9 @@
 
 A step is forward and backward of one micro-batch under autocast, gradients dropped at its end; the
 optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs it: the loss
-without logits, and on a CPU in bfloat16 the attention of gpt2repro/cpu_attention.py. Theirs gets
-the same rows, no dropout, no cache.
+without logits, and on a CPU freed memory is kept (gpt2repro/cpu_memory.py) and bfloat16 has an
+attention of its own (gpt2repro/cpu_attention.py). Theirs gets the same rows, no dropout, no cache.
+With `--same_allocator` theirs keeps freed memory too: what is left is the model's.
 """
 
 import sys
@@ -26,7 +27,7 @@ from pairing import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import cpu_attention
+from gpt2repro import cpu_attention, cpu_memory
 from gpt2repro.cli import OneLineParser, run
 from gpt2repro.metrics import flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -35,9 +36,18 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def build(
-    who: str, mode: str, dtype: str, device: str, num_rows: int, sequence_length: int, shape: dict
+    who: str,
+    keeps_memory: bool,
+    mode: str,
+    dtype: str,
+    device: str,
+    num_rows: int,
+    sequence_length: int,
+    shape: dict,
 ) -> Turn:
     """A contestant: its model, compiled in place if asked, and a step on fixed random rows."""
+    if keeps_memory and device == "cpu":
+        cpu_memory.keep_freed_memory()
     torch.manual_seed(0)
     shape = {"n_positions": sequence_length, **shape}
     if who == "theirs":
@@ -76,7 +86,11 @@ def measure(arguments) -> dict[str, Any]:
         "sequence_length": arguments.sequence_length,
         "shape": shape | {"vocab_size": arguments.vocab_size},
     }
-    contestants = [Contestant(who, build, who=who, **settings) for who in ("theirs", "ours")]
+    keeping = {"theirs": arguments.same_allocator, "ours": True}
+    contestants = [
+        Contestant(who, build, who=who, keeps_memory=keeps, **settings)
+        for who, keeps in keeping.items()
+    ]
     turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=arguments.warmups)
     memory = {c.name: c.ask("peak_memory") for c in contestants}
     for contestant in contestants:
@@ -121,6 +135,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--vocab_size", type=int, default=50257)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--same_allocator", action="store_true", help="theirs keeps memory too")
     parser.add_argument("--output", help="JSON")
     arguments = parser.parse_args(argv)
 

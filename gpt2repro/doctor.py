@@ -106,6 +106,8 @@ class Examination:
             including_emulation=False
         ):
             return FAILURE, "this GPU has no bf16: set mixed_precision to no"
+        if self.device.type == "cpu" and not multiplies_bf16_faster():
+            return WARNING, "this CPU emulates bf16, many times slower: set mixed_precision to no"
         return OK, "bf16"
 
     def open_tokenizer(self) -> Finding:
@@ -209,6 +211,19 @@ class Examination:
         hours = tokens / self.need / 3600
         spoken = f"{hours:,.1f} hours" if hours >= 1 else f"{math.ceil(hours * 60)} minutes"
         return OK, f"about {spoken} for {tokens / 1e6:,.1f} M tokens (an estimate)"
+
+
+def multiplies_bf16_faster() -> bool:
+    """Whether this CPU multiplies matrices in bf16 at least as fast as in fp32: tried, not asked."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(512, 512, dtype=dtype)
+        matrix @ matrix  # the first product builds its kernel
+        began = time.perf_counter()
+        matrix @ matrix
+        return time.perf_counter() - began
+
+    return seconds(torch.bfloat16) <= seconds(torch.float32)
 
 
 def training_rate(model: torch.nn.Module, recipe: Recipe, rows: int, device: torch.device) -> float:

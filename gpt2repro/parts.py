@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import UserError, cpu_attention, demo_corpus, ranks
+from gpt2repro import UserError, cpu_attention, cpu_memory, demo_corpus, ranks
 from gpt2repro.corpus import Corpus, open_corpus
 from gpt2repro.evaluation import hellaswag_tasks
 from gpt2repro.micro_batch import largest_that_fits
@@ -66,6 +66,8 @@ def start_engine(recipe: Recipe) -> Accelerator:
     check_world_size(recipe, accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    if accelerator.device.type == "cpu":
+        cpu_memory.keep_freed_memory()
     return accelerator
 
 

@@ -85,6 +85,14 @@ def test_data_that_cannot_keep_up(recipe, capsys, monkeypatch):
     assert "num_reader_threads" in said["data"][1] and "token_cache_dir" in said["data"][1]
 
 
+def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch):
+    for fast, verdict in ((True, doctor.OK), (False, doctor.WARNING)):
+        monkeypatch.setattr(doctor, "multiplies_bf16_faster", lambda fast=fast: fast)
+        status, said = examine(capsys, recipe, "--mixed_precision", "bf16")
+        assert status == 0 and said["precision"][0] == verdict
+    assert "mixed_precision to no" in said["precision"][1]
+
+
 def test_epochs_have_no_estimate(recipe, capsys):
     status, said = examine(capsys, recipe, "--num_epochs", "1")
     assert status == 0 and said["time"][0] == doctor.WARNING
