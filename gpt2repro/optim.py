@@ -131,21 +131,28 @@ class MuonAdamW(Optimizer):
             (self.muon_step if group["name"] in self.MATRICES else self.adamw_step)(group)
 
     def muon_step(self, group: dict) -> None:
+        """One update; all layers' maps of one shape are orthogonalized at once."""
+        maps = 3 if group["name"] == "qkv" else 1
+        by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            ahead = parameter.grad.lerp(momentum, group["momentum"])  # as Nesterov looks ahead
-
-            maps = 3 if group["name"] == "qkv" else 1
-            update = orthogonalize(ahead.T.unflatten(0, (maps, -1)))  # (maps, out, in)
+            if parameter.grad is not None:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+        for parameters in by_shape.values():
+            ahead = [self.look_ahead(p, group["momentum"]) for p in parameters]
+            updates = orthogonalize(torch.cat([a.T.unflatten(0, (maps, -1)) for a in ahead]))
             # A tall map has more outputs than directions to fill them from: keep their size.
-            rows_per_column = max(1.0, update.shape[1] / update.shape[2])
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.sub_(update.flatten(0, 1).T, alpha=group["lr"] * rows_per_column**0.5)
+            rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
+            for parameter, update in zip(parameters, updates.split(maps), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(update.flatten(0, 1).T, alpha=group["lr"] * rows_per_column**0.5)
+
+    def look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The mean of past gradients, a step further along the present one, as Nesterov does."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(mean, momentum)
 
     def adamw_step(self, group: dict) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
