@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 from datetime import date
 from pathlib import Path

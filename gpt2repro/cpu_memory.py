@@ -23,4 +23,4 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: GROW_BY_BYTES}
-    return all([mallopt(parameter, value) for parameter, value in settings.items()])
+    return [mallopt(parameter, value) for parameter, value in settings.items()] == [1, 1, 1]

@@ -214,7 +214,7 @@ class Examination:
 
 
 def multiplies_bf16_faster() -> bool:
-    """Whether this CPU multiplies matrices in bf16 at least as fast as in fp32: tried, not asked."""
+    """Whether this CPU is no slower in bf16 than in fp32: tried, not asked."""
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype)
