@@ -366,7 +366,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        weight_grad = None
         for start in range(0, len(labels), LOSS_CHUNK_TOKENS):
             chunk = slice(start, start + LOSS_CHUNK_TOKENS)
             counted = (labels[chunk] != ignore_index)[:, None]
@@ -386,7 +386,8 @@ class SummedCrossEntropy(torch.autograd.Function):
             if needs_hidden:
                 hidden_grad[chunk] = (logits @ padded).where(counted, 0)
             if needs_weight:
-                weight_grad += (logits.T @ inputs.where(counted, 0))[:vocab_size]
+                product = (logits.T @ inputs.where(counted, 0))[:vocab_size]
+                weight_grad = product.to(wide) if weight_grad is None else weight_grad.add_(product)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return loss
