@@ -35,7 +35,7 @@ TUNING_SEED = 0
 
 
 def final_loss(options: argparse.Namespace, **fields) -> float:
-    """Validation loss at the end of a run of the demo recipe with these fields, if not yet known."""
+    """Validation loss at the end of a run with these fields; trained only if not yet known."""
     known = json.loads(options.kept.read_text()) if options.kept.exists() else {}
     run_key = json.dumps(fields, sort_keys=True)
     if run_key not in known:
