@@ -338,8 +338,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             )
 
 
-# Enough rows for fast products: few on a CPU (512 x 50304 probabilities are 103 MB); on a GPU so many
-# that adding up the weight's gradient, once a chunk, takes little beside them.
+# Enough rows for fast products: few on a CPU (512 x 50304 probabilities are 103 MB); on a GPU so
+# many that adding up the weight's gradient, once a chunk, takes little beside them.
 LOSS_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
 
 

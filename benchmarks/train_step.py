@@ -4,8 +4,8 @@
 
 A step is forward and backward of one micro-batch under autocast, gradients dropped at its end; the
 optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs it: the loss
-without logits, and on a CPU eager code keeps freed memory (gpt2repro/cpu_memory.py) and bfloat16 has
-an attention of its own (gpt2repro/cpu_attention.py). Theirs gets the same rows, no dropout, no
+without logits, and on a CPU eager code keeps freed memory (gpt2repro/cpu_memory.py) and bfloat16
+has an attention of its own (gpt2repro/cpu_attention.py). Theirs gets the same rows, no dropout, no
 cache. With `--same_allocator` theirs keeps freed memory too: what is left is the model's.
 """
 
