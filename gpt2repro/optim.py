@@ -148,11 +148,12 @@ class MuonAdamW(Optimizer):
 
     def look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
         """The mean of past gradients, a step further along the present one, as Nesterov does."""
-        state = self.state[parameter]
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(mean, momentum)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(mean, momentum)
 
     def adamw_step(self, group: dict) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
