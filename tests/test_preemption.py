@@ -39,7 +39,7 @@ def python(code: str, **environment: str) -> subprocess.Popen:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_a_request_that_is_agreed_on_when_polled(stop, number):
     assert not stop.poll()
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)  # to this thread, so it is here when the call returns
     assert stop.signal == number and not stop.agreed
     assert stop.poll() and stop.agreed
 
@@ -57,7 +57,7 @@ def test_another_ranks_signal_is_mine_too():
 def test_closing_gives_signals_back(stop):
     """And one that came too late to be polled is not lost."""
     assert signal.getsignal(signal.SIGINT) == stop.receive
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         stop.close()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
