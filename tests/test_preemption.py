@@ -18,9 +18,7 @@ SLEEP = "import time; print('ready', flush=True); time.sleep(60)"
 @pytest.fixture
 def stop():
     # What a process in a shell's foreground starts with; one in the background ignores Ctrl-C.
-    usual = {number: signal.SIG_DFL for number in SIGNALS} | {
-        signal.SIGINT: signal.default_int_handler
-    }
+    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
     found = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield StopRequest(lambda mine: mine)
     for number, handler in found.items():
