@@ -4,9 +4,9 @@
 
 A step is forward and backward of one micro-batch under autocast, gradients dropped at its end; the
 optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs it: the loss
-without logits, and on a CPU eager code keeps freed memory (gpt2repro/cpu_memory.py) and bfloat16
-has an attention of its own (gpt2repro/cpu_attention.py). Theirs gets the same rows, no dropout, no
-cache. With `--same_allocator` theirs keeps freed memory too: what is left is the model's.
+without logits, and on a CPU freed memory is kept (gpt2repro/cpu_memory.py) and bfloat16 has an
+attention of its own (gpt2repro/cpu_attention.py). Theirs gets the same rows, no dropout, no cache.
+With `--same_allocator` theirs keeps freed memory too: what is left is the model's.
 """
 
 import sys
@@ -86,8 +86,7 @@ def measure(arguments) -> dict[str, Any]:
         "sequence_length": arguments.sequence_length,
         "shape": shape | {"vocab_size": arguments.vocab_size},
     }
-    eager = arguments.mode == "eager"
-    keeping = {"theirs": eager and arguments.same_allocator, "ours": eager}
+    keeping = {"theirs": arguments.same_allocator, "ours": True}
     contestants = [
         Contestant(who, build, who=who, keeps_memory=keeps, **settings)
         for who, keeps in keeping.items()

@@ -216,7 +216,7 @@ def place(recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM)
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
         cpu_attention.use_in(model)
-    if on_cpu and not recipe.compile:  # compiled code plans its memory by itself
+    if on_cpu:
         cpu_memory.keep_freed_memory()
     if recipe.compile:
         # FSDP gathers parameters block by block, between the compiled regions.
