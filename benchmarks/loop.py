@@ -33,7 +33,6 @@ from pairing import (
 
 from gpt2repro.cli import OneLineParser, run
 from gpt2repro.metrics import Progress
-from gpt2repro.optim import lr_at, set_lr
 from gpt2repro.run import Run, prepare
 from train_accelerate import train
 
@@ -59,9 +58,8 @@ class Gate(Progress):
 
 def build(who: str, arguments: list[str], num_steps: int) -> Turn:
     """A contestant: `num_steps` steps a turn of the script's own loop, or of a bare one."""
-    directory = tempfile.mkdtemp()
     never = ["--eval_every", "0", "--num_validation_units", "0", "--sample_every", "0"]
-    never += ["--save_every", "0", "--num_steps", str(ENDLESS), "--output_dir", f"{directory}/run"]
+    never += ["--save_every", "0", "--num_steps", str(ENDLESS)]
     prepared = prepare([*arguments, *never])
     if who == "script":
         gate = prepared.progress = Gate()
@@ -83,17 +81,7 @@ def build(who: str, arguments: list[str], num_steps: int) -> Turn:
 def bare_steps(run: Run, rows: torch.Tensor, num_steps: int) -> None:
     """What a training loop cannot do without."""
     recipe, model, optimizer, accelerator = run.recipe, run.model, run.optimizer, run.accelerator
-    for step in range(num_steps):
-        set_lr(
-            optimizer,
-            lr_at(
-                step,
-                max_lr=recipe.max_lr,
-                min_lr=recipe.min_lr,
-                warmup_steps=recipe.warmup_steps,
-                num_steps=recipe.num_steps,
-            ),
-        )
+    for _ in range(num_steps):
         for micro_batch in rows.split(recipe.micro_batch_size):
             inputs, targets = micro_batch[:, :-1].contiguous(), micro_batch[:, 1:].contiguous()
             with accelerator.accumulate(model):
@@ -135,14 +123,15 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     around = circumstances(vars(arguments))
-    contestants = [
-        Contestant(who, build, who=who, arguments=["--recipe", arguments.recipe],
-                   num_steps=arguments.steps)
-        for who in ("bare", "script")
-    ]  # fmt: skip
-    turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=1)
-    for contestant in contestants:
-        contestant.close()
+    with tempfile.TemporaryDirectory() as directory:
+        contestants = []
+        for who in ("bare", "script"):
+            recipe = ["--recipe", arguments.recipe, "--output_dir", f"{directory}/{who}"]
+            settings = {"who": who, "arguments": recipe, "num_steps": arguments.steps}
+            contestants.append(Contestant(who, build, **settings))
+        turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=1)
+        for contestant in contestants:
+            contestant.close()
     seconds = {who: [turn["seconds"] for turn in turns[who]] for who in turns}
     ratio = paired_ratio(seconds["script"], seconds["bare"])
     first_steps = [seconds_to_first_step() for _ in range(arguments.launches)]

@@ -36,18 +36,19 @@ TUNING_SEED = 0
 
 def final_loss(options: argparse.Namespace, **fields) -> float:
     """Validation loss at the end of a run with these fields; trained only if not yet known."""
+    if options.dataset_name:
+        fields |= {"dataset_name": options.dataset_name}
     known = json.loads(options.kept.read_text()) if options.kept.exists() else {}
     run_key = json.dumps(fields, sort_keys=True)
     if run_key not in known:
-        known[run_key] = trained_loss(options, **fields)
+        known[run_key] = trained_loss(**fields)
         options.kept.parent.mkdir(parents=True, exist_ok=True)
         options.kept.write_text(json.dumps(known, indent=2))
     return known[run_key]
 
 
-def trained_loss(options: argparse.Namespace, **fields) -> float:
-    if options.dataset_name:
-        fields |= {"dataset_name": options.dataset_name}
+def trained_loss(**fields) -> float:
+    """Train the demo recipe with these fields, from nothing."""
     fixed = {"eval_every": 0, "save_every": 0, "sample_every": 0, "min_lr": 0.0}
     with tempfile.TemporaryDirectory() as directory:
         argv = ["--recipe", "demo", "--output_dir", f"{directory}/run"]

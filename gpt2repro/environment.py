@@ -1,5 +1,6 @@
 """The machine and the versions behind a number: every recorded result carries them."""
 
+import functools
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -45,18 +46,22 @@ def hardware() -> str:
 
 
 def vector_instructions() -> str:
-    """Such as AVX2, AVX512 or AVX512 with AMX, which multiplies bfloat16."""
-    amx = "amx_bf16" in cpuinfo("flags").split()
-    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if amx else "")
+    """Such as AVX2, or AVX512 with bfloat16 where the processor has products of it."""
+    flags = first_core().get("flags", "").split()
+    bfloat16 = " with bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else ""
+    return torch.backends.cpu.get_cpu_capability() + bfloat16
 
 
 def processor() -> str:
-    return cpuinfo("model name") or platform.processor() or platform.machine()
+    return first_core().get("model name") or platform.processor() or platform.machine()
 
 
-def cpuinfo(key: str) -> str:
-    """What Linux says of the first core under `key`; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    values = (line.partition(":")[2].strip() for line in lines if line.startswith(key))
-    return next(values, "")
+@functools.cache  # with many cores Linux takes its time, and every checkpoint asks
+def first_core() -> dict[str, str]:
+    """What Linux says of the first core in /proc/cpuinfo; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    fields = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in fields}

@@ -102,11 +102,11 @@ class MuonAdamW(Optimizer):
     One optimizer rather than two keeps clipping, checkpoints, FSDP and the learning rate free of
     special cases. The updates are those of `torch.optim.Muon` and `torch.optim.AdamW`; of the first
     this has a form of its own, because torch's multiplies in bfloat16 everywhere, which most CPUs
-    emulate: an update of the small demo took 10 seconds on one.
+    emulate: an update of a model of 4 x 256 took 10 seconds on one.
 
     GPT-2 stores a projection as (in, out), and the query, key and value projections side by side in
     one (n_embd, 3 n_embd) matrix. Muon orthogonalizes a map, so it is handed each of the three maps
-    on its own, transposed to (out, in), the layout its step size is defined for: views, no copies.
+    on its own, transposed to (out, in), the layout its step size is defined for.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """

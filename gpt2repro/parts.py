@@ -211,7 +211,7 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
 
 
 def place(recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM):
-    """Compile in place, build the optimizer, and hand both to the engine."""
+    """Suit the model to its device, compile it in place, and hand it and an optimizer over."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
