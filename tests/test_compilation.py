@@ -87,3 +87,23 @@ def test_an_exported_program_takes_any_length(length):
     ids = random_ids(2, 31)
     exported = program.module()(ids, use_cache=False).logits
     torch.testing.assert_close(exported, ours(ids).logits, **FUSED)
+
+
+class DoublingHead(torch.nn.Linear):
+    """Stands for an adapter: a head with a forward of its own."""
+
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+@pytest.mark.parametrize("ids", [random_ids(1, 1), random_ids(1, 5), random_ids(3, 1)], ids=str)
+@pytest.mark.parametrize("head_class", [torch.nn.Linear, DoublingHead])
+def test_compiled_logits_of_one_row_and_of_several(ids, head_class):
+    ours, _ = ours_and_theirs(n_layer=1)
+    ours.lm_head.__class__ = head_class
+    with torch.no_grad():
+        expected = ours(ids, use_cache=False).logits
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        logits = compiled(ids, use_cache=False).logits
+    assert logits.shape == expected.shape
+    torch.testing.assert_close(logits, expected, **FUSED)
