@@ -338,18 +338,79 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             )
 
 
-# Enough rows for a fast product; 1024 x 50304 probabilities are 206 MB. A CPU is as fast with half.
-LOSS_CHUNK_TOKENS = {"cpu": 512, "cuda": 1024}
+# Tokens whose logits exist at once (enough for a fast product; 1024 x 50304 in bfloat16 are 103 MB)
+# and tokens whose probabilities do (a CPU's cache wants few, a GPU few kernels).
+LOSS_TOKENS = {"cpu": (512, 64)}
+LOSS_TOKENS_ON_GPUS = (1024, 1024)
 
 
-class SummedCrossEntropy(torch.autograd.Function):
-    """Σ -log softmax(hidden Wᵀ)[label], without ever holding the logits of all tokens.
+@torch.library.custom_op("gpt2repro::cross_entropy_and_gradients", mutates_args=())
+def cross_entropy_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Σ -log softmax(hidden Wᵀ)[label] and its gradients, without the logits of all tokens.
 
     At V = 50257 the logits are by far the largest activation, and a plain loss makes several
     copies of them. Here some tokens at a time go from logits to loss and on to their gradient,
     softmax - onehot, in place, and leave only its products with the weight and the hidden states:
-    the same three matrix products in all, and memory for one chunk.
+    the same three matrix products in all, and memory for one chunk. An operator, because a compiler
+    that looks into it keeps the logits of all chunks until the backward pass.
+
+    From hidden (N, C), weight (V, C) and labels (N,), multiplied in `dtype`, to a scalar of at
+    least float32, (N, C) and (V, C); gradients that nobody needs are empty.
     """
+    wide = torch.promote_types(dtype, torch.float32)
+    vocab_size = len(weight)
+    # Matrix units want rows of a multiple of 64: 50304. A padded row is 0, and so is its logit,
+    # and its gradient, which the products below therefore never see.
+    padded = F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 64))
+    loss = hidden.new_zeros((), dtype=wide)
+    hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
+    weight_grad = weight.new_zeros(padded.shape if needs_weight else 0, dtype=wide)
+    chunk_tokens, block_tokens = LOSS_TOKENS.get(hidden.device.type, LOSS_TOKENS_ON_GPUS)
+    for start in range(0, len(labels), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        counted = (labels[chunk] != ignore_index)[:, None]
+        label = labels[chunk, None].where(counted, 0)
+        inputs = hidden[chunk].to(dtype)
+        logits = inputs @ padded.T
+        losses = []
+        real = logits[:, :vocab_size]
+        for block, wanted in zip(real.split(block_tokens), label.split(block_tokens), strict=True):
+            probs = torch.softmax(block, dim=-1, dtype=wide)
+            # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
+            largest, at = block.max(dim=-1, keepdim=True)
+            losses.append(largest - probs.gather(1, at).log() - block.gather(1, wanted))
+            at_label = probs.gather(1, wanted) - 1
+            block.copy_(probs).scatter_(1, wanted, at_label.to(dtype))  # the logits' gradient
+        loss += torch.cat(losses).where(counted, 0).sum()
+        if needs_hidden:
+            hidden_grad[chunk] = (logits @ padded).where(counted, 0)
+        if needs_weight and dtype == wide:
+            weight_grad.addmm_(logits.T, inputs.where(counted, 0))
+        elif needs_weight:
+            weight_grad += logits.T @ inputs.where(counted, 0)
+    return loss, hidden_grad, weight_grad[:vocab_size]
+
+
+@cross_entropy_and_gradients.register_fake
+def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight):
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0, dtype=wide),
+    )
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """`cross_entropy_and_gradients` as a loss, in the type that autocast asks for."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, ignore_index):
@@ -357,51 +418,23 @@ class SummedCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        vocab_size = len(weight)
-        # Matrix units want rows of a multiple of 64: 50304. A padded row is 0, and so is its logit,
-        # and its gradient, which the products below therefore never see.
-        padded = F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 64))
-
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        weight_grad = None
-        chunk_tokens = LOSS_CHUNK_TOKENS.get(device, 1024)
-        for start in range(0, len(labels), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            counted = (labels[chunk] != ignore_index)[:, None]
-            label = labels[chunk, None].where(counted, 0)
-            inputs = hidden[chunk].to(dtype)
-            logits = inputs @ padded.T
-            real = logits[:, :vocab_size]
-            probs = torch.softmax(real, dim=-1, dtype=wide)
-            # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
-            largest, at = real.max(dim=-1, keepdim=True)
-            log_sum = largest - probs.gather(1, at).log()
-            loss = loss + (log_sum - real.gather(1, label)).where(counted, 0).sum()
-            if not needs_hidden and not needs_weight:
-                continue
-            at_label = probs.gather(1, label) - 1
-            real.copy_(probs).scatter_(1, label, at_label.to(dtype))  # the gradient of the logits
-            del probs  # the largest tensor: the products need not find it beside theirs
-            if needs_hidden:
-                hidden_grad[chunk] = (logits @ padded).where(counted, 0)
-            if needs_weight:
-                product = (logits.T @ inputs.where(counted, 0))[:vocab_size]
-                weight_grad = product.to(wide) if weight_grad is None else weight_grad.add_(product)
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        loss, *gradients = cross_entropy_and_gradients(
+            hidden, weight, labels, ignore_index, dtype, *ctx.needs_input_grad[:2]
+        )
+        ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         hidden_grad, weight_grad = ctx.saved_tensors
-        if hidden_grad is not None:
-            hidden_grad = hidden_grad * grad
-        if weight_grad is not None:
-            weight_grad = (weight_grad * grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        return (
+            hidden_grad * grad if needs_hidden else None,
+            (weight_grad * grad).to(ctx.weight_dtype) if needs_weight else None,
+            None,
+            None,
+        )
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):

@@ -16,7 +16,7 @@ REORDERED = {"rtol": 1e-5, "atol": 1e-6}
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(modeling_gpt2repro, "LOSS_CHUNK_TOKENS", {"cpu": 7})
+    monkeypatch.setattr(modeling_gpt2repro, "LOSS_TOKENS", {"cpu": (7, 3)})
 
 
 def rows_and_labels():
