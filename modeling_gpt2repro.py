@@ -342,6 +342,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 # and tokens whose probabilities do (a CPU's cache wants few, a GPU few kernels).
 LOSS_TOKENS = {"cpu": (512, 64)}
 LOSS_TOKENS_ON_GPUS = (1024, 1024)
+LOSS_VOCABULARY = 16384  # tokens of the vocabulary whose product for the weight exists at once
 
 
 @torch.library.custom_op("gpt2repro::cross_entropy_and_gradients", mutates_args=())
@@ -392,10 +393,13 @@ def cross_entropy_and_gradients(
         loss += torch.cat(losses).where(counted, 0).sum()
         if needs_hidden:
             hidden_grad[chunk] = (logits @ padded).where(counted, 0)
-        if needs_weight and dtype == wide:
-            weight_grad.addmm_(logits.T, inputs.where(counted, 0))
-        elif needs_weight:
-            weight_grad += logits.T @ inputs.where(counted, 0)
+        if needs_weight:
+            inputs = inputs.where(counted, 0)
+            logit_grads = logits.split(LOSS_VOCABULARY, dim=1)
+            for piece, logit_grad in zip(
+                weight_grad.split(LOSS_VOCABULARY), logit_grads, strict=True
+            ):
+                piece += logit_grad.T @ inputs
     return loss, hidden_grad, weight_grad[:vocab_size]
 
 

@@ -7,9 +7,13 @@ optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs
 without logits, and on a CPU freed memory is kept (gpt2repro/cpu_memory.py) and bfloat16 has an
 attention of its own (gpt2repro/cpu_attention.py). Theirs gets the same rows, no dropout, no cache.
 With `--same_allocator` theirs keeps freed memory too: what is left is the model's.
+With `--nanogpt PATH/TO/model.py`, a copy of nanoGPT's file, a third takes part: bias, and its own
+vocabulary of 50,304.
 """
 
+import importlib.util
 import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +31,7 @@ from pairing import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import cpu_attention, cpu_memory
+from gpt2repro import UserError, compilation, cpu_attention, cpu_memory
 from gpt2repro.cli import OneLineParser, run
 from gpt2repro.metrics import flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -44,6 +48,7 @@ def build(
     num_rows: int,
     sequence_length: int,
     shape: dict,
+    nanogpt: str | None,
 ) -> Turn:
     """A contestant: its model, compiled in place if asked, and a step on fixed random rows."""
     if keeps_memory and device == "cpu":
@@ -52,28 +57,47 @@ def build(
     shape = {"n_positions": sequence_length, **shape}
     if who == "theirs":
         model = GPT2LMHeadModel(GPT2Config(**shape, **NO_DROPOUT, bos_token_id=0, eos_token_id=0))
+    elif who == "nanogpt":
+        code = module_at(nanogpt)
+        layers = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
+        vocab_size = shape["vocab_size"] + -shape["vocab_size"] % 64
+        config = code.GPTConfig(block_size=sequence_length, vocab_size=vocab_size, **layers)
+        config.dropout, config.bias = 0.0, True
+        model = code.GPT(config)
     else:
         model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
         if device == "cpu" and dtype == "bf16":
             cpu_attention.use_in(model)
     model.to(device).train()
     if mode == "compiled":
-        model.compile()
-    rows = torch.randint(0, model.config.vocab_size, (num_rows, sequence_length + 1), device=device)
-    inputs = {"input_ids": rows[:, :-1].contiguous(), "shift_labels": rows[:, 1:].contiguous()}
-    if who == "theirs":  # computes a loss from shift_labels only if it is given labels as well
-        inputs |= {"labels": inputs["shift_labels"], "use_cache": False}
-    else:
-        inputs |= {"skip_logits": True}
+        compilation.compile_in_place(model) if who == "ours" else model.compile()
+    rows = torch.randint(0, shape["vocab_size"], (num_rows, sequence_length + 1), device=device)
+    ids, wanted = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def loss_of_rows() -> torch.Tensor:
+        if who == "nanogpt":
+            return model(ids, wanted)[1]
+        if who == "theirs":  # takes shift_labels only if it is given labels as well
+            return model(ids, labels=wanted, shift_labels=wanted, use_cache=False).loss
+        return model(ids, shift_labels=wanted, skip_logits=True).loss
 
     def step() -> dict[str, float]:
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = model(**inputs).loss
+            loss = loss_of_rows()
         loss.backward()
         model.zero_grad()
         return {"loss": loss.item()}
 
     return step
+
+
+def module_at(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nanogpt", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--nanogpt: {path} is not a Python file")
+    sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def measure(arguments) -> dict[str, Any]:
@@ -85,8 +109,12 @@ def measure(arguments) -> dict[str, Any]:
         "num_rows": arguments.num_rows,
         "sequence_length": arguments.sequence_length,
         "shape": shape | {"vocab_size": arguments.vocab_size},
+        "nanogpt": arguments.nanogpt,
     }
-    keeping = {"theirs": arguments.same_allocator, "ours": True}
+    keeping = {"theirs": arguments.same_allocator}
+    if arguments.nanogpt:
+        keeping["nanogpt"] = arguments.same_allocator
+    keeping["ours"] = True
     contestants = [
         Contestant(who, build, who=who, keeps_memory=keeps, **settings)
         for who, keeps in keeping.items()
@@ -101,9 +129,11 @@ def measure(arguments) -> dict[str, Any]:
         "seconds": seconds,
         "loss": {who: turns[who][-1]["loss"] for who in turns},
         "tokens_per_second": {who: tokens / spread(s)["median"] for who, s in seconds.items()},
-        "speed_ratio": paired_ratio(seconds["theirs"], seconds["ours"]),
         "peak_memory_bytes": memory,
-        "memory_ratio": memory["ours"] / memory["theirs"],
+        "speed_ratio": {
+            who: paired_ratio(seconds[who], seconds["ours"]) for who in memory if who != "ours"
+        },
+        "memory_ratio": {who: memory["ours"] / memory[who] for who in memory if who != "ours"},
     }
 
 
@@ -136,10 +166,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--same_allocator", action="store_true", help="theirs keeps memory too")
+    parser.add_argument("--nanogpt", metavar="PATH", help="nanoGPT's model.py takes part too")
     parser.add_argument("--output", help="JSON")
     arguments = parser.parse_args(argv)
 
-    around = circumstances(vars(arguments))
+    around = circumstances(vars(arguments) | {"nanogpt": bool(arguments.nanogpt)})
     found = measure(arguments)
     found["mfu"] = {who: mfu(arguments, rate) for who, rate in found["tokens_per_second"].items()}
     rows = [
@@ -149,11 +180,12 @@ def main(argv: list[str]) -> int:
             f"{found['peak_memory_bytes'][who] / 2**20:,.0f}",
             "-" if found["mfu"][who] is None else f"{found['mfu'][who]:.1%}",
         ]
-        for who in ("theirs", "ours")
+        for who in found["seconds"]
     ]
     print(table(["", "tokens/s", "peak MiB", "MFU"], rows))
-    print(f"ours is {ratio_text(found['speed_ratio'])} times as fast (median, quartiles)")
-    print(f"and needs {found['memory_ratio']:.3f} of the memory")
+    for who, ratio in found["speed_ratio"].items():
+        print(f"ours is {ratio_text(ratio)} times as fast as {who} (median, quartiles)")
+        print(f"and needs {found['memory_ratio'][who]:.3f} of the memory")
     write_json(arguments.output, {"benchmark": "train_step", **around, **found})
     return 0
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError, cpu_attention, cpu_memory, demo_corpus, ranks
+from gpt2repro.compilation import compile_in_place
 from gpt2repro.corpus import Corpus, open_corpus
 from gpt2repro.evaluation import hellaswag_tasks
 from gpt2repro.micro_batch import largest_that_fits
@@ -222,7 +223,7 @@ def place(recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM)
         # FSDP gathers parameters block by block, between the compiled regions.
         blocks = [m for m in model.modules() if isinstance(m, GPT2ReproBlock)]
         for module in blocks if sharded else [model]:
-            module.compile()
+            compile_in_place(module)
     optimizer = build_optimizer(
         model.to(accelerator.device),
         name=recipe.optimizer,

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch._functorch.config
 from ours_and_theirs import ours_and_theirs, random_ids
 from torch._dynamo.utils import counters
+
+from gpt2repro.compilation import compile_in_place
 
 # Fused kernels round at other places than one kernel after another; logits are of order 10.
 FUSED = {"rtol": 1e-4, "atol": 1e-4}
@@ -107,3 +110,37 @@ def test_compiled_logits_of_one_row_and_of_several(ids, head_class):
         logits = compiled(ids, use_cache=False).logits
     assert logits.shape == expected.shape
     torch.testing.assert_close(logits, expected, **FUSED)
+
+
+def test_training_keeps_less_when_compiled_in_place(monkeypatch):
+    """No output of a GELU, no normalized row, no logits; and the gradients are the same."""
+    for rule in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
+        monkeypatch.setattr(torch._functorch.config, f"ban_recompute_{rule}", True)
+    rows = random_ids(4, 17)
+    inputs = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:], "skip_logits": True}
+
+    def step(compile_model):
+        torch._dynamo.reset()
+        model, _ = ours_and_theirs()
+        model.train()
+        compile_model(model)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**inputs).loss
+        loss.backward()
+        activations = sum(size for at, size in kept.items() if at not in weights)
+        return activations, [parameter.grad for parameter in model.parameters()]
+
+    backend = "aot_eager_decomp_partition"  # the compiler's partition of the step, without its code
+    plain, expected = step(lambda model: model.compile(backend=backend))
+    little, gradients = step(lambda model: compile_in_place(model, backend=backend))
+    assert little < 0.8 * plain
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

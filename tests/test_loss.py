@@ -17,6 +17,7 @@ REORDERED = {"rtol": 1e-5, "atol": 1e-6}
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     monkeypatch.setattr(modeling_gpt2repro, "LOSS_TOKENS", {"cpu": (7, 3)})
+    monkeypatch.setattr(modeling_gpt2repro, "LOSS_VOCABULARY", 29)
 
 
 def rows_and_labels():
@@ -204,3 +205,15 @@ def test_adapters_on_the_attention_train_and_nothing_else_does():
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, False)])
+def test_the_operator_says_rightly_what_it_returns(needs):
+    """torch's own check: its schema, and the shapes and types that a compiler is told."""
+    hidden, weight = torch.randn(20, 8), torch.randn(61, 8)
+    labels = torch.arange(20)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(
+            modeling_gpt2repro.cross_entropy_and_gradients,
+            (hidden, weight, labels, -100, dtype, *needs),
+        )
