@@ -112,10 +112,13 @@ def test_compiled_logits_of_one_row_and_of_several(ids, head_class):
     torch.testing.assert_close(logits, expected, **FUSED)
 
 
-def test_training_keeps_less_when_compiled_in_place(monkeypatch):
+@torch._functorch.config.patch(  # undone afterwards, with what the function sets
+    ban_recompute_used_far_apart=True,
+    ban_recompute_long_fusible_chains=True,
+    ban_recompute_materialized_backward=True,
+)
+def test_training_keeps_less_when_compiled_in_place():
     """No output of a GELU, no normalized row, no logits; and the gradients are the same."""
-    for rule in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
-        monkeypatch.setattr(torch._functorch.config, f"ban_recompute_{rule}", True)
     rows = random_ids(4, 17)
     inputs = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:], "skip_logits": True}
 
