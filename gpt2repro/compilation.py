@@ -13,7 +13,8 @@ def compile_in_place(module: nn.Module, **options) -> None:
     the 124M model a third less to keep, at the same speed. `options` are torch.compile's.
     """
     config = torch._functorch.config
-    config.ban_recompute_used_far_apart = False
-    config.ban_recompute_long_fusible_chains = False
-    config.ban_recompute_materialized_backward = False
+    for rule in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
+        name = f"ban_recompute_{rule}"
+        if hasattr(config, name):  # not a public name: a torch without it compiles as by default
+            setattr(config, name, False)
     module.compile(**options)
