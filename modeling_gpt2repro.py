@@ -388,8 +388,10 @@ def cross_entropy_and_gradients(
             # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
             largest, at = block.max(dim=-1, keepdim=True)
             losses.append(largest - probs.gather(1, at).log() - block.gather(1, wanted))
-            at_label = probs.gather(1, wanted) - 1
-            block.copy_(probs).scatter_(1, wanted, at_label.to(dtype))  # the logits' gradient
+            if needs_hidden or needs_weight:
+                at_label = probs.gather(1, wanted) - 1
+                block.copy_(probs).scatter_(1, wanted, at_label.to(dtype))  # the logits' gradient
+        del probs  # on a GPU the largest tensor: the products need not find it beside theirs
         loss += torch.cat(losses).where(counted, 0).sum()
         if needs_hidden:
             hidden_grad[chunk] = (logits @ padded).where(counted, 0)

@@ -13,6 +13,7 @@ vocabulary of 50,304.
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -93,8 +94,6 @@ def build(
 
 def module_at(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("nanogpt", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--nanogpt: {path} is not a Python file")
     sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -169,6 +168,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nanogpt", metavar="PATH", help="nanoGPT's model.py takes part too")
     parser.add_argument("--output", help="JSON")
     arguments = parser.parse_args(argv)
+    if arguments.nanogpt and not (
+        arguments.nanogpt.endswith(".py") and Path(arguments.nanogpt).is_file()
+    ):
+        raise UserError(
+            f"--nanogpt: {arguments.nanogpt} is not a Python file: give nanoGPT's model.py"
+        )
 
     around = circumstances(vars(arguments) | {"nanogpt": bool(arguments.nanogpt)})
     found = measure(arguments)

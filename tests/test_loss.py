@@ -207,7 +207,7 @@ def test_adapters_on_the_attention_train_and_nothing_else_does():
     assert losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
 def test_the_operator_says_rightly_what_it_returns(needs):
     """torch's own check: its schema, and the shapes and types that a compiler is told."""
     hidden, weight = torch.randn(20, 8), torch.randn(61, 8)
