@@ -22,6 +22,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -52,6 +53,8 @@ try:  # as remote code in a checkpoint directory; else as an installed module
     from .configuration_gpt2repro import GPT2ReproConfig
 except ImportError:
     from configuration_gpt2repro import GPT2ReproConfig
+
+LOSS_TOKENS = 1024  # whose logits exist at once: 206 MB in float32
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -338,109 +341,22 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             )
 
 
-# Tokens whose logits exist at once (enough for a fast product; 1024 x 50304 in bfloat16 are 103 MB)
-# and tokens whose probabilities do (a CPU's cache wants few, a GPU few kernels).
-LOSS_TOKENS = {"cpu": (512, 64)}
-LOSS_TOKENS_ON_GPUS = (1024, 1024)
-LOSS_VOCABULARY = 16384  # tokens of the vocabulary whose product for the weight exists at once
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Σ -log softmax(hidden Wᵀ)[label] in nats, without the logits of all tokens.
 
-
-@torch.library.custom_op("gpt2repro::cross_entropy_and_gradients", mutates_args=())
-def cross_entropy_and_gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Σ -log softmax(hidden Wᵀ)[label] and its gradients, without the logits of all tokens.
-
-    At V = 50257 the logits are by far the largest activation, and a plain loss makes several
-    copies of them. Here some tokens at a time go from logits to loss and on to their gradient,
-    softmax - onehot, in place, and leave only its products with the weight and the hidden states:
-    the same three matrix products in all, and memory for one chunk. An operator, because a compiler
-    that looks into it keeps the logits of all chunks until the backward pass.
-
-    From hidden (N, C), weight (V, C) and labels (N,), multiplied in `dtype`, to a scalar of at
-    least float32, (N, C) and (V, C); gradients that nobody needs are empty.
+    At V = 50257 the logits are by far the largest activation, and a plain loss makes several copies
+    of them. Here they exist for some tokens at a time, and once more in the backward pass.
+    From hidden (N, C), weight (V, C) and labels (N,) to a scalar.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    vocab_size = len(weight)
-    # Matrix units want rows of a multiple of 64: 50304. A padded row is 0, and so is its logit,
-    # and its gradient, which the products below therefore never see.
-    padded = F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 64))
-    loss = hidden.new_zeros((), dtype=wide)
-    hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    weight_grad = weight.new_zeros(padded.shape if needs_weight else 0, dtype=wide)
-    chunk_tokens, block_tokens = LOSS_TOKENS.get(hidden.device.type, LOSS_TOKENS_ON_GPUS)
-    for start in range(0, len(labels), chunk_tokens):
-        chunk = slice(start, start + chunk_tokens)
-        counted = (labels[chunk] != ignore_index)[:, None]
-        label = labels[chunk, None].where(counted, 0)
-        inputs = hidden[chunk].to(dtype)
-        logits = inputs @ padded.T
-        losses = []
-        real = logits[:, :vocab_size]
-        for block, wanted in zip(real.split(block_tokens), label.split(block_tokens), strict=True):
-            probs = torch.softmax(block, dim=-1, dtype=wide)
-            # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
-            largest, at = block.max(dim=-1, keepdim=True)
-            losses.append(largest - probs.gather(1, at).log() - block.gather(1, wanted))
-            if needs_hidden or needs_weight:
-                at_label = probs.gather(1, wanted) - 1
-                block.copy_(probs).scatter_(1, wanted, at_label.to(dtype))  # the logits' gradient
-        del probs  # on a GPU the largest tensor: the products need not find it beside theirs
-        loss += torch.cat(losses).where(counted, 0).sum()
-        if needs_hidden:
-            hidden_grad[chunk] = (logits @ padded).where(counted, 0)
-        if needs_weight:
-            inputs = inputs.where(counted, 0)
-            logit_grads = logits.split(LOSS_VOCABULARY, dim=1)
-            for piece, logit_grad in zip(
-                weight_grad.split(LOSS_VOCABULARY), logit_grads, strict=True
-            ):
-                piece += logit_grad.T @ inputs
-    return loss, hidden_grad, weight_grad[:vocab_size]
 
+    def of_chunk(hidden, labels):
+        logits = F.linear(hidden, weight).float()
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
 
-@cross_entropy_and_gradients.register_fake
-def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight):
-    wide = torch.promote_types(dtype, torch.float32)
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(hidden.shape if needs_hidden else 0),
-        weight.new_empty(weight.shape if needs_weight else 0, dtype=wide),
-    )
-
-
-class SummedCrossEntropy(torch.autograd.Function):
-    """`cross_entropy_and_gradients` as a loss, in the type that autocast asks for."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, ignore_index):
-        """hidden (N, C), weight (V, C), labels (N,) -> a scalar of at least float32."""
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        loss, *gradients = cross_entropy_and_gradients(
-            hidden, weight, labels, ignore_index, dtype, *ctx.needs_input_grad[:2]
-        )
-        ctx.save_for_backward(*gradients)
-        ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        return (
-            hidden_grad * grad if needs_hidden else None,
-            (weight_grad * grad).to(ctx.weight_dtype) if needs_weight else None,
-            None,
-            None,
-        )
+    chunks = zip(hidden.split(LOSS_TOKENS), labels.split(LOSS_TOKENS), strict=True)
+    return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
@@ -449,6 +365,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     # "Using the output embedding to improve language models" (Press & Wolf 2017): one matrix.
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    # The training loop puts a faster one in its place (gpt2repro/linear_cross_entropy.py).
+    linear_cross_entropy = staticmethod(linear_cross_entropy)
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
@@ -553,11 +471,11 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         ignore_index: int = -100,
         **kwargs,
     ) -> torch.Tensor:
-        """The mean cross-entropy of `loss_function`, in nats; see `SummedCrossEntropy`."""
+        """The mean cross-entropy of `loss_function`, in nats; see `linear_cross_entropy`."""
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = shift_labels.reshape(-1).to(hidden_states.device)
-        summed = SummedCrossEntropy.apply(
+        summed = self.linear_cross_entropy(
             hidden_states.flatten(0, -2), self.lm_head.weight, shift_labels, ignore_index
         )
         if num_items_in_batch is None:

@@ -32,7 +32,7 @@ from pairing import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import UserError, compilation, cpu_attention, cpu_memory
+from gpt2repro import UserError, compilation, cpu_attention, cpu_memory, linear_cross_entropy
 from gpt2repro.cli import OneLineParser, run
 from gpt2repro.metrics import flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -67,6 +67,7 @@ def build(
         model = code.GPT(config)
     else:
         model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
+        linear_cross_entropy.use_in(model)
         if device == "cpu" and dtype == "bf16":
             cpu_attention.use_in(model)
     model.to(device).train()

@@ -1,7 +1,13 @@
 """torch.compile for training: the fast code, and less memory than by default."""
 
+from typing import Any
+
 import torch._functorch.config
-from torch import nn
+import torch._inductor.config
+from torch import fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+aten = torch.ops.aten
 
 
 def compile_in_place(module: nn.Module, **options) -> None:
@@ -17,4 +23,46 @@ def compile_in_place(module: nn.Module, **options) -> None:
         name = f"ban_recompute_{rule}"
         if hasattr(config, name):  # not a public name: a torch without it compiles as by default
             setattr(config, name, False)
+    torch._inductor.config.post_grad_custom_pre_pass = ScatterIntoSum()
     module.compile(**options)
+
+
+class ScatterIntoSum(CustomGraphPass):
+    """Write sum + scatter(zeros, rows) as scatter(sum, rows).
+
+    That is the gradient of a tied weight: the head's, and the embedding's, which is zero but for
+    the rows of the tokens that occur. The compiler fills a matrix of the vocabulary's size (154 MB
+    for GPT-2) with zeros, adds those rows, and then adds all of it to the head's.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        scatter = aten._unsafe_masked_index_put_accumulate.default  # (into, mask, indices, values)
+        for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+            for scattered, other in (add.args, add.args[::-1]):
+                if (
+                    isinstance(scattered, fx.Node)
+                    and isinstance(other, fx.Node)
+                    and scattered.target is scatter
+                    and len(scattered.users) == 1
+                    and is_zeros_like(scattered.args[0], other)
+                    and not add.kwargs
+                ):
+                    with graph.inserting_before(add):
+                        into = graph.call_function(scatter, (other, *scattered.args[1:]))
+                    into.meta.update(add.meta)
+                    add.replace_all_uses_with(into)
+                    graph.erase_node(add)
+                    graph.erase_node(scattered)
+                    break
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,))
+
+
+def is_zeros_like(node: fx.Node, other: fx.Node) -> bool:
+    zeros, value = node.meta["val"], other.meta["val"]
+    return (
+        node.target is aten.full.default
+        and node.args[1] == 0
+        and (zeros.shape, zeros.dtype) == (value.shape, value.dtype)
+    )

@@ -16,7 +16,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import UserError, cpu_attention, cpu_memory, demo_corpus, ranks
+from gpt2repro import (
+    UserError,
+    cpu_attention,
+    cpu_memory,
+    demo_corpus,
+    linear_cross_entropy,
+    ranks,
+)
 from gpt2repro.compilation import compile_in_place
 from gpt2repro.corpus import Corpus, open_corpus
 from gpt2repro.evaluation import hellaswag_tasks
@@ -215,6 +222,7 @@ def place(recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM)
     """Suit the model to its device, compile it in place, and hand it and an optimizer over."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     on_cpu = accelerator.device.type == "cpu"
+    linear_cross_entropy.use_in(model)
     if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
         cpu_attention.use_in(model)
     if on_cpu:

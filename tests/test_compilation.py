@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch._functorch.config
+import torch._inductor.config
+import torch._inductor.decomposition
 from ours_and_theirs import ours_and_theirs, random_ids
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from gpt2repro.compilation import compile_in_place
+from gpt2repro import linear_cross_entropy
+from gpt2repro.compilation import ScatterIntoSum, compile_in_place
 
 # Fused kernels round at other places than one kernel after another; logits are of order 10.
 FUSED = {"rtol": 1e-4, "atol": 1e-4}
@@ -14,25 +18,43 @@ FUSED = {"rtol": 1e-4, "atol": 1e-4}
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    """And its settings as they were afterwards, whatever `compile_in_place` made of them."""
     torch._dynamo.reset()
     counters.clear()
+    rules = dict.fromkeys(("used_far_apart", "long_fusible_chains", "materialized_backward"), True)
+    with (
+        torch._functorch.config.patch({f"ban_recompute_{rule}": on for rule, on in rules.items()}),
+        torch._inductor.config.patch(post_grad_custom_pre_pass=None),
+    ):
+        yield
 
 
 @pytest.mark.parametrize(
-    ("skip_logits", "backend"), [(True, "inductor"), (True, "aot_eager"), (False, "aot_eager")]
+    ("skip_logits", "loop", "backend"),
+    [
+        (True, True, "inductor"),
+        (True, True, "aot_eager"),
+        (True, False, "aot_eager"),
+        (False, False, "aot_eager"),
+    ],
 )
-def test_a_compiled_training_step_is_one_graph_with_the_same_gradients(skip_logits, backend):
+def test_a_compiled_training_step_is_one_graph_with_the_same_gradients(skip_logits, loop, backend):
     ours, _ = ours_and_theirs(n_layer=1)
+    if loop:
+        linear_cross_entropy.use_in(ours)
     ours.train()
     rows = random_ids(2, 17)
     step = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:], "skip_logits": skip_logits}
     ours(**step).loss.backward()
     expected = [p.grad.clone() for p in ours.parameters()]
     # Inductor's kernels are slow to compile: once is enough, and tracing is the same without.
-    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    if loop:
+        compile_in_place(ours, fullgraph=True, backend=backend)
+    else:
+        ours.compile(fullgraph=True, backend=backend)
     for _ in range(2):
         ours.zero_grad()
-        compiled(**step).loss.backward()
+        ours(**step).loss.backward()
         for parameter, gradient in zip(ours.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, **FUSED)
     assert counters["stats"]["unique_graphs"] == 1
@@ -112,11 +134,6 @@ def test_compiled_logits_of_one_row_and_of_several(ids, head_class):
     torch.testing.assert_close(logits, expected, **FUSED)
 
 
-@torch._functorch.config.patch(  # undone afterwards, with what the function sets
-    ban_recompute_used_far_apart=True,
-    ban_recompute_long_fusible_chains=True,
-    ban_recompute_materialized_backward=True,
-)
 def test_training_keeps_less_when_compiled_in_place():
     """No output of a GELU, no normalized row, no logits; and the gradients are the same."""
     rows = random_ids(4, 17)
@@ -126,6 +143,7 @@ def test_training_keeps_less_when_compiled_in_place():
         torch._dynamo.reset()
         model, _ = ours_and_theirs()
         model.train()
+        linear_cross_entropy.use_in(model)
         compile_model(model)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept = {}
@@ -147,3 +165,32 @@ def test_training_keeps_less_when_compiled_in_place():
     assert little < 0.8 * plain
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def embedding_gradient(rows, ids):
+    return torch.ops.aten.embedding_dense_backward(rows, ids, 10, -1, False)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "is_rewritten"),
+    [
+        (lambda head, rows, ids: head * 2 + embedding_gradient(rows, ids), True),
+        (lambda head, rows, ids: embedding_gradient(rows, ids) + head * 2, True),
+        (lambda head, rows, ids: embedding_gradient(rows, ids) + 2, False),
+        (lambda head, rows, ids: head[:1] + embedding_gradient(rows, ids), False),
+        (lambda head, rows, ids: head.double() + embedding_gradient(rows, ids), False),
+        (lambda head, rows, ids: (e := embedding_gradient(rows, ids)) * (head + e), False),
+    ],
+)
+def test_an_embeddings_gradient_is_scattered_into_the_heads(gradients, is_rewritten):
+    """The sum of a tied weight's two gradients, without a matrix of zeros for one of them."""
+    inputs = torch.randn(10, 4), torch.randn(3, 4), torch.tensor([3, 7, 3])
+    decompositions = torch._inductor.decomposition.select_decomp_table()
+    traced = make_fx(gradients, decompositions, tracing_mode="fake")(*inputs)
+    expected = traced(*inputs)
+    ScatterIntoSum()(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    zeros = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
+    assert bool(zeros) != is_rewritten
+    torch.testing.assert_close(traced(*inputs), expected)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import modeling_gpt2repro
-from modeling_gpt2repro import SummedCrossEntropy
+from gpt2repro import linear_cross_entropy
 
 # The same sums in float32, cut into chunks: a few units in the last place of gradients of order 1.
 REORDERED = {"rtol": 1e-5, "atol": 1e-6}
@@ -16,8 +16,14 @@ REORDERED = {"rtol": 1e-5, "atol": 1e-6}
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(modeling_gpt2repro, "LOSS_TOKENS", {"cpu": (7, 3)})
-    monkeypatch.setattr(modeling_gpt2repro, "LOSS_VOCABULARY", 29)
+    monkeypatch.setattr(modeling_gpt2repro, "LOSS_TOKENS", 7)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNKS", {"cpu": (7, 3, 29)})
+
+
+@pytest.fixture(params=["the model file's", "the training loop's"])
+def suit(request):
+    """Prepares a model for `skip_logits`, in both ways there are."""
+    return linear_cross_entropy.use_in if "loop" in request.param else lambda model: None
 
 
 def rows_and_labels():
@@ -57,8 +63,9 @@ def test_labels_are_shifted_and_shift_labels_are_not():
 )
 @pytest.mark.parametrize("form", ["labels", "shift_labels"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_and_its_gradients_are_theirs_with_and_without_logits(form, options, tied):
+def test_the_loss_and_its_gradients_are_theirs_with_and_without_logits(form, options, tied, suit):
     ours, theirs = ours_and_theirs(tie_word_embeddings=tied)
+    suit(ours)
     ids, labels = rows_and_labels()
     if "ignore_index" in options:
         labels = labels.clamp(min=5)
@@ -74,8 +81,9 @@ def test_the_loss_and_its_gradients_are_theirs_with_and_without_logits(form, opt
         torch.testing.assert_close(bare, gradient, **REORDERED)
 
 
-def test_there_are_no_logits_and_there_must_be_labels():
+def test_there_are_no_logits_and_there_must_be_labels(suit):
     ours, _ = ours_and_theirs()
+    suit(ours)
     ids, labels = rows_and_labels()
     outputs = ours(ids, labels=labels, skip_logits=True)
     assert outputs.logits is None and outputs.loss.shape == ()
@@ -83,37 +91,18 @@ def test_there_are_no_logits_and_there_must_be_labels():
         ours(ids, skip_logits=True)
 
 
-def test_the_gradient_is_the_derivative():
-    """Against finite differences, in float64; every chunk of the seven rows but one is short."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(9, 5, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(11, 5, dtype=torch.float64, generator=generator, requires_grad=True)
-    labels = torch.tensor([0, 10, -100, 3, 3, 7, -100, 1, 2])
-    torch.autograd.gradcheck(
-        lambda h, w: SummedCrossEntropy.apply(h, w, labels, -100), (hidden, weight)
-    )
-
-
-def test_logits_far_apart_neither_overflow_nor_vanish():
-    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
-    weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
-    labels = torch.tensor([2, 2])
-    loss = SummedCrossEntropy.apply(hidden, weight, labels, -100)
-    assert loss.item() == 600.0  # and 0: right with certainty
-    loss.backward()
-    assert torch.equal(hidden.grad, torch.tensor([[2.0], [0.0]]))
-
-
-def test_without_gradients_there_is_the_same_value():
+def test_without_gradients_there_is_the_same_value(suit):
     ours, _ = ours_and_theirs()
+    suit(ours)
     ids, labels = rows_and_labels()
     with torch.no_grad():
         bare = ours(ids, labels=labels, skip_logits=True).loss
         torch.testing.assert_close(bare, ours(ids, labels=labels).loss, **REORDERED)
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_rest_the_same():
+def test_a_frozen_head_gets_no_gradient_and_the_rest_the_same(suit):
     ours, _ = ours_and_theirs(tie_word_embeddings=False)
+    suit(ours)
     ours.lm_head.requires_grad_(False)
     ids, labels = rows_and_labels()
     _, expected = loss_and_gradients(ours, input_ids=ids, labels=labels)
@@ -124,8 +113,9 @@ def test_a_frozen_head_gets_no_gradient_and_the_rest_the_same():
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16_is_as_close_to_the_truth_as_the_plain_loss_is(autocast):
+def test_bfloat16_is_as_close_to_the_truth_as_the_plain_loss_is(autocast, suit):
     ours, _ = ours_and_theirs(initializer_range=0.02)
+    suit(ours)
     ids, labels = rows_and_labels()
     inputs = {"input_ids": ids, "shift_labels": labels}
     truth, true_gradients = loss_and_gradients(ours, **inputs)
@@ -142,8 +132,9 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_plain_loss_is(autocast):
     assert errors[True] < 1.2 * errors[False]
 
 
-def test_an_adapter_on_the_head_is_not_passed_over():
+def test_an_adapter_on_the_head_is_not_passed_over(suit):
     ours, _ = ours_and_theirs(tie_word_embeddings=False)
+    suit(ours)
     adapted = get_peft_model(ours, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     ids, labels = rows_and_labels()
     plain = adapted(input_ids=ids, labels=labels)
@@ -151,8 +142,9 @@ def test_an_adapter_on_the_head_is_not_passed_over():
     assert bare.logits is None and torch.equal(bare.loss, plain.loss)
 
 
-def test_all_labels_ignored_is_nan_as_in_torch():
+def test_all_labels_ignored_is_nan_as_in_torch(suit):
     ours, theirs = ours_and_theirs()
+    suit(ours)
     ids = random_ids(1, 5)
     labels = torch.full_like(ids, -100)
     assert ours(ids, labels=labels, skip_logits=True).loss.isnan()
@@ -189,8 +181,9 @@ def test_the_trainer_trains_it_as_it_trains_theirs(tmp_path):
     assert not torch.equal(ours["transformer.wte.weight"], before)
 
 
-def test_adapters_on_the_attention_train_and_nothing_else_does():
+def test_adapters_on_the_attention_train_and_nothing_else_does(suit):
     ours, _ = ours_and_theirs()
+    suit(ours)
     adapted = get_peft_model(
         ours, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
     )
@@ -205,15 +198,3 @@ def test_adapters_on_the_attention_train_and_nothing_else_does():
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > losses[1] > losses[2]
-
-
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
-def test_the_operator_says_rightly_what_it_returns(needs):
-    """torch's own check: its schema, and the shapes and types that a compiler is told."""
-    hidden, weight = torch.randn(20, 8), torch.randn(61, 8)
-    labels = torch.arange(20)
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(
-            modeling_gpt2repro.cross_entropy_and_gradients,
-            (hidden, weight, labels, -100, dtype, *needs),
-        )

@@ -1,0 +1,133 @@
+"""The cross-entropy of a linear head for training, without the logits of all tokens.
+
+Some tokens at a time go from logits to loss and on to the loss's gradient, softmax - onehot, in
+place, and leave only its products with the weight and the hidden states: the same three matrix
+products as with all logits in memory, and memory for one chunk of them.
+"""
+
+import torch
+from torch import Tensor
+
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+# Tokens whose logits exist at once (enough for a fast product), tokens whose probabilities do (a
+# CPU's cache wants few, a GPU few kernels), and tokens of the vocabulary that meet in one product.
+CHUNKS = {"cpu": (256, 32, 8192)}
+CHUNKS_ON_GPUS = (1024, 1024, 16384)
+
+
+def use_in(model: GPT2ReproForCausalLM) -> None:
+    """Make it the loss that the model computes under `skip_logits`."""
+    model.linear_cross_entropy = linear_cross_entropy
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int
+) -> Tensor:
+    """Σ -log softmax(hidden Wᵀ)[label] in nats, multiplied in the type that autocast asks for.
+
+    From hidden (N, C), weight (V, C) and labels (N,) to a scalar of at least float32.
+    """
+    return SummedCrossEntropy.apply(hidden, weight, labels, ignore_index)
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """`cross_entropy_and_gradients`, whose gradients wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, ignore_index):
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        loss, *gradients = cross_entropy_and_gradients(
+            hidden, weight, labels, ignore_index, dtype, *ctx.needs_input_grad[:2]
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        return (
+            hidden_grad * grad if needs_hidden else None,
+            (weight_grad * grad).to(ctx.weight_dtype) if needs_weight else None,
+            None,
+            None,
+        )
+
+
+# An operator, because a compiler that looks into it keeps the logits of all chunks until the
+# backward pass.
+@torch.library.custom_op("gpt2repro::cross_entropy_and_gradients", mutates_args=())
+def cross_entropy_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss, and its gradients by hidden (N, C) and weight (V, C).
+
+    Logits are multiplied in `dtype`. Loss and weight gradient are of at least float32; gradients
+    that nobody needs are empty.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    chunk_tokens, block_tokens, piece_tokens = CHUNKS.get(hidden.device.type, CHUNKS_ON_GPUS)
+    loss = hidden.new_zeros((), dtype=wide)
+    hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
+    weight_grad = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide)
+    # In pieces: a copy of the weight in bfloat16 finds room where one block of 77 MB would not, and
+    # products of 50257 columns are slower than those of 8192.
+    pieces = [piece.to(dtype) for piece in weight.split(piece_tokens)]
+    # Matrix units want rows that begin at multiples of 64 numbers.
+    vocab_size = len(weight)
+    buffer = hidden.new_empty(chunk_tokens, vocab_size + -vocab_size % 64, dtype=dtype)
+    for start in range(0, len(labels), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        counted = (labels[chunk] != ignore_index)[:, None]
+        label = labels[chunk, None].where(counted, 0)
+        inputs = hidden[chunk].to(dtype)
+        logits = buffer[: len(inputs), :vocab_size]
+        for part, piece in zip(logits.split(piece_tokens, dim=1), pieces, strict=True):
+            torch.mm(inputs, piece.T, out=part)
+
+        losses = []
+        for block, wanted in zip(
+            logits.split(block_tokens), label.split(block_tokens), strict=True
+        ):
+            probs = torch.softmax(block, dim=-1, dtype=wide)
+            # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
+            largest, at = block.max(dim=-1, keepdim=True)
+            losses.append(largest - probs.gather(1, at).log() - block.gather(1, wanted))
+            if needs_hidden or needs_weight:
+                at_label = probs.gather(1, wanted) - 1
+                block.copy_(probs).scatter_(1, wanted, at_label.to(dtype))  # the logits' gradient
+        del probs  # on a GPU the largest tensor: the products need not find it beside theirs
+        loss += torch.cat(losses).where(counted, 0).sum()
+
+        inputs = inputs.where(counted, 0)
+        grad = inputs.new_zeros(inputs.shape if needs_hidden else 0, dtype=wide)
+        for number, (part, piece) in enumerate(
+            zip(logits.split(piece_tokens, dim=1), pieces, strict=True)
+        ):
+            if needs_hidden:
+                grad += part @ piece
+            if needs_weight:
+                weight_grad[number * piece_tokens :][: len(piece)] += part.T @ inputs
+        if needs_hidden:
+            hidden_grad[chunk] = grad.where(counted, 0)
+    return loss, hidden_grad, weight_grad
+
+
+@cross_entropy_and_gradients.register_fake
+def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight):
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0, dtype=wide),
+    )

@@ -1,0 +1,43 @@
+"""The training loop's loss as a function; tests/test_loss.py has it at work in the model."""
+
+import pytest
+import torch
+
+from gpt2repro import linear_cross_entropy as module
+from gpt2repro.linear_cross_entropy import cross_entropy_and_gradients, linear_cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNKS", {"cpu": (7, 3, 4)})
+
+
+def test_the_gradient_is_the_derivative():
+    """Against finite differences, in float64; the last chunk, block and piece are short."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels = torch.tensor([0, 10, -100, 3, 3, 7, -100, 1, 2])
+    torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, labels, -100), (hidden, weight)
+    )
+
+
+def test_logits_far_apart_neither_overflow_nor_vanish():
+    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
+    labels = torch.tensor([2, 2])
+    loss = linear_cross_entropy(hidden, weight, labels, -100)
+    assert loss.item() == 600.0  # and 0: right with certainty
+    loss.backward()
+    assert torch.equal(hidden.grad, torch.tensor([[2.0], [0.0]]))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_operator_says_rightly_what_it_returns(needs):
+    """torch's own check: its schema, and the shapes and types that a compiler is told."""
+    hidden, weight = torch.randn(20, 8), torch.randn(61, 8)
+    labels = torch.arange(20)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = (hidden, weight, labels, -100, dtype, *needs)
+        torch.library.opcheck(cross_entropy_and_gradients, inputs)
