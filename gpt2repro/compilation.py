@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 aten = torch.ops.aten
+SCATTER = aten._unsafe_masked_index_put_accumulate.default  # (into, mask, indices, values)
 
 
 def compile_in_place(module: nn.Module, **options) -> None:
@@ -36,19 +37,11 @@ class ScatterIntoSum(CustomGraphPass):
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        scatter = aten._unsafe_masked_index_put_accumulate.default  # (into, mask, indices, values)
         for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
             for scattered, other in (add.args, add.args[::-1]):
-                if (
-                    isinstance(scattered, fx.Node)
-                    and isinstance(other, fx.Node)
-                    and scattered.target is scatter
-                    and len(scattered.users) == 1
-                    and is_zeros_like(scattered.args[0], other)
-                    and not add.kwargs
-                ):
+                if is_scattered_like(scattered, other) and not add.kwargs:
                     with graph.inserting_before(add):
-                        into = graph.call_function(scatter, (other, *scattered.args[1:]))
+                        into = graph.call_function(SCATTER, (other, *scattered.args[1:]))
                     into.meta.update(add.meta)
                     add.replace_all_uses_with(into)
                     graph.erase_node(add)
@@ -56,13 +49,16 @@ class ScatterIntoSum(CustomGraphPass):
                     break
 
     def uuid(self) -> Any:
+        """What the compiler's cache knows this pass by."""
         return get_hash_for_files((__file__,))
 
 
-def is_zeros_like(node: fx.Node, other: fx.Node) -> bool:
-    zeros, value = node.meta["val"], other.meta["val"]
-    return (
-        node.target is aten.full.default
-        and node.args[1] == 0
-        and (zeros.shape, zeros.dtype) == (value.shape, value.dtype)
-    )
+def is_scattered_like(node: Any, other: Any) -> bool:
+    """Whether `node` is rows among zeros, needed once, of the shape and type of `other`."""
+    if not (isinstance(node, fx.Node) and isinstance(other, fx.Node)) or node.target != SCATTER:
+        return False
+    zeros, value = node.args[0], other.meta["val"]
+    assert isinstance(zeros, fx.Node)
+    is_like = (zeros.meta["val"].shape, zeros.meta["val"].dtype) == (value.shape, value.dtype)
+    is_zero = zeros.target == aten.full.default and zeros.args[1] == 0
+    return bool(is_like) and is_zero and len(node.users) == 1

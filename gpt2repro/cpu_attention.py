@@ -2,9 +2,10 @@
 
 The idea is FlashAttention's (Dao et al. 2022): never hold the (T, T) weights of all queries, and
 compute them again in the backward pass. Queries are taken in blocks; a block sees the keys up to
-its own end, so what causality forbids is mostly not computed at all. Each step is a batched matrix
-product, for which oneDNN has good bfloat16 kernels. As in any attention in bfloat16 that is not
-fused, scores are rounded to bfloat16 before the softmax, which itself is computed in float32.
+its own end, so what causality forbids is mostly not computed at all. Each step is a matrix product
+for all heads of one row of the batch, for which oneDNN has good bfloat16 kernels. As in any
+attention in bfloat16 that is not fused, scores are rounded to bfloat16 before the softmax, which
+itself is computed in float32.
 
 The two passes are custom operators, because a compiler that looks into them recognizes the
 recomputed weights and keeps them instead, 31 MB a layer at B = 2 and T = 1024.
@@ -67,9 +68,10 @@ def causal_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, each (B, H, T, D), laid out as (B, T, H, D)."""
-    grads = tuple(empty_rows(part).transpose(1, 2) for part in (query, key, value))
-    for row in zip(*grads, grad.transpose(1, 2), query, key, value, strict=True):
-        query_grad, key_grad, value_grad, g, q, k, v = row
+    query_grads, key_grads, value_grads = empty_gradients(query, key, value)
+    for query_grad, key_grad, value_grad, g, q, k, v in zip(
+        query_grads, key_grads, value_grads, grad.transpose(1, 2), query, key, value, strict=True
+    ):
         g, q, k, v = g.contiguous(), (q * scaling).contiguous(), k.contiguous(), v.contiguous()
         # Keys and values are met by several blocks: their gradients are summed in float32.
         key_sum = torch.zeros_like(k, dtype=torch.float32)
@@ -84,17 +86,16 @@ def causal_attention_backward(
             key_sum[:, :end] += scores_grad.transpose(-1, -2) @ q[:, start:end]
         key_grad.copy_(key_sum)
         value_grad.copy_(value_sum)
-    return grads
-
-
-def as_rows(grad: Tensor, part: Tensor) -> Tensor:
-    """`grad` in the type of `part` and laid out as (B, T, H, D)."""
-    return empty_rows(part).transpose(1, 2).copy_(grad)
+    return query_grads, key_grads, value_grads
 
 
 def empty_rows(part: Tensor) -> Tensor:
     """(B, T, H, D), contiguous, for a `part` of (B, H, T, D)."""
     return part.new_empty(part.shape[0], part.shape[2], part.shape[1], part.shape[3])
+
+
+def empty_gradients(*parts: Tensor) -> tuple[Tensor, ...]:
+    return tuple(empty_rows(part).transpose(1, 2) for part in parts)
 
 
 @causal_attention.register_fake
@@ -104,7 +105,7 @@ def _(query, key, value, scaling):
 
 @causal_attention_backward.register_fake
 def _(grad, query, key, value, scaling):
-    return tuple(empty_rows(part).transpose(1, 2) for part in (query, key, value))
+    return empty_gradients(query, key, value)
 
 
 def setup_context(ctx, inputs, output) -> None:

@@ -12,7 +12,7 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 
 # Tokens whose logits exist at once (enough for a fast product), tokens whose probabilities do (a
 # CPU's cache wants few, a GPU few kernels), and tokens of the vocabulary that meet in one product.
-CHUNKS = {"cpu": (256, 32, 8192)}
+CHUNKS = {"cpu": (512, 32, 4096)}
 CHUNKS_ON_GPUS = (1024, 1024, 16384)
 
 
@@ -80,8 +80,8 @@ def cross_entropy_and_gradients(
     loss = hidden.new_zeros((), dtype=wide)
     hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
     weight_grad = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide)
-    # In pieces: a copy of the weight in bfloat16 finds room where one block of 77 MB would not, and
-    # products of 50257 columns are slower than those of 8192.
+    # In pieces: a copy of the weight in bfloat16 finds room in the gaps of a CPU's memory where 77
+    # MB at once would not, and a product of 50257 columns is slower than several of 4096.
     pieces = [piece.to(dtype) for piece in weight.split(piece_tokens)]
     # Matrix units want rows that begin at multiples of 64 numbers.
     vocab_size = len(weight)
