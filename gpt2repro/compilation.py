@@ -61,4 +61,4 @@ def is_scattered_like(node: Any, other: Any) -> bool:
     assert isinstance(zeros, fx.Node)
     is_like = (zeros.meta["val"].shape, zeros.meta["val"].dtype) == (value.shape, value.dtype)
     is_zero = zeros.target == aten.full.default and zeros.args[1] == 0
-    return bool(is_like) and is_zero and len(node.users) == 1
+    return bool(is_zero and is_like and len(node.users) == 1)
