@@ -1,0 +1,135 @@
+"""GPT-2 124M on a corpus at hand, with AdamW and with Muon, each stopped once and resumed.
+
+    python benchmarks/pretrain.py --dataset_name BOOKS --tokenizer_name GPT2_BPE --num_steps 400 \\
+        --output benchmarks/results/books.json -- --batch_tokens 131072 --num_lanes 8
+
+For a machine with a GPU that is there for minutes: what a run of recipes/gpt2.yaml looks like,
+beside one of recipes/gpt2-muon.yaml on the same rows. Each is told to stop (SIGTERM) half way and
+started again by the same command. Fields after `--` override both recipes. The report has every
+run's curves, tokens/s, MFU, peak memory and where it was resumed; pictures lie beside it.
+"""
+
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pairing import circumstances, table, write_json
+
+from gpt2repro import UserError, plots
+from gpt2repro.cli import OneLineParser, run
+from gpt2repro.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = {"adamw": "gpt2", "muon": "gpt2-muon"}
+EXIT_PREEMPTED = 75
+LOOK_SECONDS = 0.2
+
+
+def trained(output: Path, fields: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """One run, stopped half way and resumed; what its metrics say."""
+    command = [sys.executable, str(ROOT / "train_accelerate.py"), "--output_dir", str(output)]
+    for name, value in fields.items():
+        command += [f"--{name}", str(value)]
+    began = time.monotonic()
+    launch([*command, *overrides], output, EXIT_PREEMPTED, stop_at=fields["num_steps"] // 2)
+    resumed_at = read_metrics(output / "metrics.jsonl")[-1]["step"] + 1
+    launch([*command, *overrides], output, 0)
+    seconds = time.monotonic() - began
+
+    metrics = read_metrics(output / "metrics.jsonl")
+    steps = [line["step"] for line in metrics if line.get("loss") is not None]
+    assert steps == sorted(set(steps)), f"{output}: a step was logged twice, or out of order"
+    validation = {line["step"]: line["val_loss"] for line in metrics if "val_loss" in line}
+    utilization = [line["mfu"] for line in metrics if line.get("mfu") is not None]
+    return {
+        "resumed_at": resumed_at,
+        "seconds": seconds,
+        "losses": {line["step"]: line["loss"] for line in metrics if line.get("loss") is not None},
+        "validation_losses": validation,
+        "final_validation_loss": validation[max(validation)],
+        "tokens_per_second": statistics.median(
+            line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")
+        ),
+        "mfu": statistics.median(utilization) if utilization else None,
+        "peak_memory_gib": max(line.get("peak_memory_gib", 0) for line in metrics),
+    }
+
+
+def launch(command: list[str], output: Path, status: int, stop_at: int | None = None) -> None:
+    """Run a training command to its end, or to `stop_at` steps; it must end with `status`."""
+    log_path = output.parent / f"{output.name}.log"
+    with log_path.open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while process.poll() is None:
+                time.sleep(LOOK_SECONDS)
+                lines = read_metrics(output / "metrics.jsonl")
+                if stop_at is not None and lines and lines[-1]["step"] >= stop_at:
+                    process.send_signal(signal.SIGTERM)
+                    stop_at = None
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode != status:
+        end = log_path.read_text()[-2000:]
+        raise UserError(f"the run ended with status {process.returncode}, not {status}:\n{end}")
+
+
+def main(argv: list[str]) -> int:
+    own, overrides = argv, []
+    if "--" in argv:
+        own, overrides = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    parser = OneLineParser(prog="benchmarks/pretrain.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--tokenizer_name", default="openai-community/gpt2")
+    parser.add_argument("--num_steps", type=int, required=True)
+    parser.add_argument("--output", required=True, help="JSON; pictures get its name")
+    arguments = parser.parse_args(own)
+
+    num_steps = arguments.num_steps
+    fields = {
+        "dataset_name": arguments.dataset_name,
+        "dataset_config": "null",
+        "tokenizer_name": arguments.tokenizer_name,
+        "num_validation_units": 1,
+        "num_steps": num_steps,
+        "warmup_steps": num_steps // 20,
+        "eval_every": max(1, num_steps // 10),
+        "sample_every": 0,
+        "save_every": 0,
+    }
+    around = circumstances({"num_steps": num_steps, "overrides": overrides})
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = {name: Path(directory) / name for name in RECIPES}
+        runs = {
+            name: trained(output, {"recipe": RECIPES[name]} | fields, overrides)
+            for name, output in outputs.items()
+        }
+        first, second = map(str, outputs.values())
+        plots.main(
+            [first, "--compare", second, "--output", str(Path(arguments.output).with_suffix(""))]
+        )
+    rows = [
+        [
+            name,
+            f"{found['final_validation_loss']:.4f}",
+            f"{found['tokens_per_second']:,.0f}",
+            "-" if found["mfu"] is None else f"{found['mfu']:.1%}",
+            f"{found['peak_memory_gib']:.1f}",
+            str(found["resumed_at"]),
+        ]
+        for name, found in runs.items()
+    ]
+    header = ["", "validation loss", "tokens/s", "MFU", "peak GiB", "resumed at step"]
+    print(table(header, rows))
+    write_json(arguments.output, {"benchmark": "pretrain", **around, "runs": runs})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("benchmarks/pretrain.py", main, sys.argv[1:]))
