@@ -5,6 +5,8 @@ place, and leave only its products with the weight and the hidden states: the sa
 products as with all logits in memory, and memory for one chunk of them.
 """
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,7 @@ def cross_entropy_and_gradients(
     chunk_tokens, block_tokens, piece_tokens = CHUNKS.get(hidden.device.type, CHUNKS_ON_GPUS)
     loss = hidden.new_zeros((), dtype=wide)
     hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    weight_grad = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide)
+    weight_grad = zeros_apart(weight, wide) if needs_weight else weight.new_empty(0, dtype=wide)
     # In pieces: a copy of the weight in bfloat16 finds room in the gaps of a CPU's memory where 77
     # MB at once would not, and a product of 50257 columns is slower than several of 4096.
     pieces = [piece.to(dtype) for piece in weight.split(piece_tokens)]
@@ -121,6 +123,19 @@ def cross_entropy_and_gradients(
         if needs_hidden:
             hidden_grad[chunk] = grad.where(counted, 0)
     return loss, hidden_grad, weight_grad
+
+
+def zeros_apart(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of a tensor's shape, on CPUs in a block of their own that goes back to the kernel.
+
+    The weight's gradient is by far the largest block of a step. Where malloc keeps what is freed
+    (gpt2repro/cpu_memory.py), it would leave a gap of 154 MB that others break up before the next
+    one comes.
+    """
+    if not like.is_cpu:
+        return torch.zeros_like(like, dtype=dtype)
+    block = mmap.mmap(-1, like.numel() * dtype.itemsize, flags=mmap.MAP_PRIVATE)
+    return torch.frombuffer(block, dtype=dtype).view(like.shape)
 
 
 @cross_entropy_and_gradients.register_fake
