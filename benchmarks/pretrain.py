@@ -23,10 +23,10 @@ from pairing import circumstances, table, write_json
 from gpt2repro import UserError, plots
 from gpt2repro.cli import OneLineParser, run
 from gpt2repro.metrics import read_metrics
+from train_accelerate import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {"adamw": "gpt2", "muon": "gpt2-muon"}
-EXIT_PREEMPTED = 75
 LOOK_SECONDS = 0.2
 
 
@@ -42,14 +42,15 @@ def trained(output: Path, fields: dict[str, Any], overrides: list[str]) -> dict[
     seconds = time.monotonic() - began
 
     metrics = read_metrics(output / "metrics.jsonl")
-    steps = [line["step"] for line in metrics if line.get("loss") is not None]
+    losses = [(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None]
+    steps = [step for step, _ in losses]
     assert steps == sorted(set(steps)), f"{output}: a step was logged twice, or out of order"
     validation = {line["step"]: line["val_loss"] for line in metrics if "val_loss" in line}
     utilization = [line["mfu"] for line in metrics if line.get("mfu") is not None]
     return {
         "resumed_at": resumed_at,
         "seconds": seconds,
-        "losses": {line["step"]: line["loss"] for line in metrics if line.get("loss") is not None},
+        "losses": dict(losses),
         "validation_losses": validation,
         "final_validation_loss": validation[max(validation)],
         "tokens_per_second": statistics.median(
@@ -68,8 +69,10 @@ def launch(command: list[str], output: Path, status: int, stop_at: int | None = 
         try:
             while process.poll() is None:
                 time.sleep(LOOK_SECONDS)
+                if stop_at is None:
+                    continue
                 lines = read_metrics(output / "metrics.jsonl")
-                if stop_at is not None and lines and lines[-1]["step"] >= stop_at:
+                if lines and lines[-1]["step"] >= stop_at:
                     process.send_signal(signal.SIGTERM)
                     stop_at = None
         finally:
@@ -81,17 +84,15 @@ def launch(command: list[str], output: Path, status: int, stop_at: int | None = 
 
 
 def main(argv: list[str]) -> int:
-    own, overrides = argv, []
-    if "--" in argv:
-        own, overrides = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     parser = OneLineParser(prog="benchmarks/pretrain.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--tokenizer_name", default="openai-community/gpt2")
     parser.add_argument("--num_steps", type=int, required=True)
     parser.add_argument("--output", required=True, help="JSON; pictures get its name")
-    arguments = parser.parse_args(own)
+    parser.add_argument("overrides", nargs="*", help="of the recipes, after --")
+    arguments = parser.parse_args(argv)
 
-    num_steps = arguments.num_steps
+    num_steps, overrides = arguments.num_steps, arguments.overrides
     fields = {
         "dataset_name": arguments.dataset_name,
         "dataset_config": "null",

@@ -7,6 +7,12 @@ import torch._inductor.config
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+# The partitioner's rules of thumb; not public names: a torch without them compiles as by default.
+RULES = (
+    "ban_recompute_used_far_apart",
+    "ban_recompute_long_fusible_chains",
+    "ban_recompute_materialized_backward",
+)
 aten = torch.ops.aten
 SCATTER = aten._unsafe_masked_index_put_accumulate.default  # (into, mask, indices, values)
 
@@ -20,10 +26,9 @@ def compile_in_place(module: nn.Module, **options) -> None:
     the 124M model a third less to keep, at the same speed. `options` are torch.compile's.
     """
     config = torch._functorch.config
-    for rule in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
-        name = f"ban_recompute_{rule}"
-        if hasattr(config, name):  # not a public name: a torch without it compiles as by default
-            setattr(config, name, False)
+    for rule in RULES:
+        if hasattr(config, rule):
+            setattr(config, rule, False)
     torch._inductor.config.post_grad_custom_pre_pass = ScatterIntoSum()
     module.compile(**options)
 

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gpt2repro import linear_cross_entropy
-from gpt2repro.compilation import ScatterIntoSum, compile_in_place
+from gpt2repro.compilation import RULES, ScatterIntoSum, compile_in_place
 
 # Fused kernels round at other places than one kernel after another; logits are of order 10.
 FUSED = {"rtol": 1e-4, "atol": 1e-4}
@@ -21,9 +21,8 @@ def fresh_compiler():
     """And its settings as they were afterwards, whatever `compile_in_place` made of them."""
     torch._dynamo.reset()
     counters.clear()
-    rules = dict.fromkeys(("used_far_apart", "long_fusible_chains", "materialized_backward"), True)
     with (
-        torch._functorch.config.patch({f"ban_recompute_{rule}": on for rule, on in rules.items()}),
+        torch._functorch.config.patch(dict.fromkeys(RULES, True)),
         torch._inductor.config.patch(post_grad_custom_pre_pass=None),
     ):
         yield
