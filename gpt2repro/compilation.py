@@ -24,11 +24,15 @@ def compile_in_place(module: nn.Module, **options) -> None:
     rules of thumb much that is cheap to compute again: normalized rows, and every GELU's output,
     the largest tensor of a block. Here it keeps the inputs of these only. Measured on a CPU: for
     the 124M model a third less to keep, at the same speed. `options` are torch.compile's.
+
+    On CPUs tanh is computed from exp, three times as fast as by its own series. It is off by 1e-7
+    for arguments of any size, of which a GELU, x (1 + tanh) / 2, does not see more than rounding.
     """
     config = torch._functorch.config
     for rule in RULES:
         if hasattr(config, rule):
             setattr(config, rule, False)
+    torch._inductor.config.cpp.use_decompose_tanh = True
     torch._inductor.config.post_grad_custom_pre_pass = ScatterIntoSum()
     module.compile(**options)
 

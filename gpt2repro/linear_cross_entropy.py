@@ -103,11 +103,10 @@ def cross_entropy_and_gradients(
         ):
             probs = torch.softmax(block, dim=-1, dtype=wide)
             # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
-            largest, at = block.max(dim=-1, keepdim=True)
-            losses.append(largest - probs.gather(1, at).log() - block.gather(1, wanted))
-            if needs_hidden or needs_weight:
-                at_label = probs.gather(1, wanted) - 1
-                block.copy_(probs).scatter_(1, wanted, at_label.to(dtype))  # the logits' gradient
+            largest, likeliest = (of.amax(dim=-1, keepdim=True) for of in (block, probs))
+            losses.append(largest - likeliest.log() - block.gather(1, wanted))
+            if needs_hidden or needs_weight:  # the logits' gradient, in their place
+                block.copy_(probs.scatter_(1, wanted, probs.gather(1, wanted) - 1))
         del probs  # on a GPU the largest tensor: the products need not find it beside theirs
         loss += torch.cat(losses).where(counted, 0).sum()
 
@@ -119,7 +118,12 @@ def cross_entropy_and_gradients(
             if needs_hidden:
                 grad += part @ piece
             if needs_weight:
-                weight_grad[number * piece_tokens :][: len(piece)] += part.T @ inputs
+                summed = weight_grad[number * piece_tokens :][: len(piece)]
+                product = part.T @ inputs
+                if start == 0:  # a page that is read before it is written costs two faults
+                    summed.copy_(product)
+                else:
+                    summed += product
         if needs_hidden:
             hidden_grad[chunk] = grad.where(counted, 0)
     return loss, hidden_grad, weight_grad
@@ -135,8 +139,7 @@ def zeros_apart(like: Tensor, dtype: torch.dtype) -> Tensor:
     if not like.is_cpu:
         return torch.zeros_like(like, dtype=dtype)
     block = mmap.mmap(-1, like.numel() * dtype.itemsize, flags=mmap.MAP_PRIVATE)
-    # Zero as it is, but a page that is read before it is written costs two faults.
-    return torch.frombuffer(block, dtype=dtype).view(like.shape).zero_()
+    return torch.frombuffer(block, dtype=dtype).view(like.shape)
 
 
 @cross_entropy_and_gradients.register_fake

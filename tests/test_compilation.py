@@ -23,7 +23,9 @@ def fresh_compiler():
     counters.clear()
     with (
         torch._functorch.config.patch(dict.fromkeys(RULES, True)),
-        torch._inductor.config.patch(post_grad_custom_pre_pass=None),
+        torch._inductor.config.patch(
+            {"post_grad_custom_pre_pass": None, "cpp.use_decompose_tanh": False}
+        ),
     ):
         yield
 
