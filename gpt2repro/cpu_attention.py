@@ -5,7 +5,8 @@ compute them again in the backward pass. Queries are taken in blocks; a block se
 its own end, so what causality forbids is mostly not computed at all. Each step is a matrix product
 for all heads of one row of the batch, for which oneDNN has good bfloat16 kernels. As in any
 attention in bfloat16 that is not fused, scores are rounded to bfloat16 before the softmax, which
-itself is computed in float32.
+itself is computed in float32. Parts of a row are made contiguous by hand: a product that is given
+a transposed part copies it number by number.
 
 The two passes are custom operators, because a compiler that looks into them recognizes the
 recomputed weights and keeps them instead, 31 MB a layer at B = 2 and T = 1024.
@@ -53,10 +54,6 @@ def weights_of_block(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
 def mask_of_block(like: Tensor) -> Tensor:
     """-inf where a query of a block would see a key after it."""
     return like.new_full((BLOCK_QUERIES, BLOCK_QUERIES), -torch.inf).triu(1)
-
-
-# Parts of rows are made contiguous by hand: left to itself, a product of a transposed part copies
-# it number by number.
 
 
 @torch.library.custom_op("gpt2repro::causal_attention", mutates_args=(), device_types="cpu")
