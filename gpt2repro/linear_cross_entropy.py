@@ -82,9 +82,9 @@ def cross_entropy_and_gradients(
     loss = hidden.new_zeros((), dtype=wide)
     hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
     weight_grad = zeros_apart(weight, wide) if needs_weight else weight.new_empty(0, dtype=wide)
-    # A product of 50257 columns is slower on CPUs than several of 4096. There each is cast whenever
-    # it is met: 1 % of the loss's time, and GPT-2's weight in bfloat16 would be another 77 MB.
-    pieces = (weight if weight.is_cpu else weight.to(dtype)).split(piece_tokens)
+    # In pieces: a copy of the weight in bfloat16 finds room in the gaps of a CPU's memory where 77
+    # MB at once would not, and a product of 50257 columns is slower than several of 4096.
+    pieces = [piece.to(dtype) for piece in weight.split(piece_tokens)]
     # Matrix units want rows that begin at multiples of 64 numbers.
     vocab_size = len(weight)
     buffer = hidden.new_empty(chunk_tokens, vocab_size + -vocab_size % 64, dtype=dtype)
@@ -95,7 +95,7 @@ def cross_entropy_and_gradients(
         inputs = hidden[chunk].to(dtype)
         logits = buffer[: len(inputs), :vocab_size]
         for part, piece in zip(logits.split(piece_tokens, dim=1), pieces, strict=True):
-            torch.mm(inputs, piece.to(dtype).T, out=part)
+            torch.mm(inputs, piece.T, out=part)
 
         losses = []
         for block, wanted in zip(
@@ -116,7 +116,7 @@ def cross_entropy_and_gradients(
             zip(logits.split(piece_tokens, dim=1), pieces, strict=True)
         ):
             if needs_hidden:
-                grad += part @ piece.to(dtype)
+                grad += part @ piece
             if needs_weight:
                 summed = weight_grad[number * piece_tokens :][: len(piece)]
                 product = part.T @ inputs
