@@ -82,9 +82,14 @@ def cross_entropy_and_gradients(
     loss = hidden.new_zeros((), dtype=wide)
     hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
     weight_grad = zeros_apart(weight, wide) if needs_weight else weight.new_empty(0, dtype=wide)
-    # In pieces: a copy of the weight in bfloat16 finds room in the gaps of a CPU's memory where 77
-    # MB at once would not, and a product of 50257 columns is slower than several of 4096.
-    pieces = [piece.to(dtype) for piece in weight.split(piece_tokens)]
+    # A product of 50257 columns is slower on CPUs than several of 4096. There each piece is cast
+    # when it is met: 1 % of a step, and the whole weight in bfloat16 would be another 77 MB.
+    pieces = (weight if weight.is_cpu else weight.to(dtype)).split(piece_tokens)
+    room = None if pieces[0].dtype == dtype else torch.empty_like(pieces[0], dtype=dtype)
+
+    def cast(piece: Tensor) -> Tensor:
+        return piece if room is None else room[: len(piece)].copy_(piece)
+
     # Matrix units want rows that begin at multiples of 64 numbers.
     vocab_size = len(weight)
     buffer = hidden.new_empty(chunk_tokens, vocab_size + -vocab_size % 64, dtype=dtype)
@@ -95,7 +100,7 @@ def cross_entropy_and_gradients(
         inputs = hidden[chunk].to(dtype)
         logits = buffer[: len(inputs), :vocab_size]
         for part, piece in zip(logits.split(piece_tokens, dim=1), pieces, strict=True):
-            torch.mm(inputs, piece.T, out=part)
+            torch.mm(inputs, cast(piece).T, out=part)
 
         losses = []
         for block, wanted in zip(
@@ -116,7 +121,7 @@ def cross_entropy_and_gradients(
             zip(logits.split(piece_tokens, dim=1), pieces, strict=True)
         ):
             if needs_hidden:
-                grad += part @ piece
+                grad += part @ cast(piece)
             if needs_weight:
                 summed = weight_grad[number * piece_tokens :][: len(piece)]
                 product = part.T @ inputs
