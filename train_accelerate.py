@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from gpt2repro import checkpoint, cli, incidents, ranks
+from gpt2repro import checkpoint, cli, cpu_memory, incidents, ranks
 from gpt2repro.finish import finish
 from gpt2repro.metrics import Stopwatch
 from gpt2repro.observation import Result, due, note_incident, observe, report, report_end
@@ -56,6 +56,8 @@ def train(run: Run) -> int:
         result = train_step(run, batch, lr)
         if result is None:
             return leave(run, step)
+        if step == run.first_step:
+            cpu_memory.release_freed_memory()  # what only the compiler needed
         run.lanes = batch.lanes
         run.throughput.add(recipe.batch_tokens, watch.lap(), run.stream.wait_seconds - waited)
 

@@ -90,6 +90,9 @@ def build(
         model.zero_grad()
         return {"loss": loss.item()}
 
+    step()  # compiles
+    if keeps_memory and device == "cpu":
+        cpu_memory.release_freed_memory()
     return step
 
 

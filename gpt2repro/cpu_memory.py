@@ -1,13 +1,18 @@
-"""Main memory for training on CPUs: what the process has, it keeps.
+"""Main memory for training on CPUs: what a step has used, the next one finds.
 
 The C library gives every large block back to the kernel as soon as it is freed, and the kernel
 zeroes each page when it is touched anew. A training step frees and allocates the same large tensors
 over and over: for the 124M model that is half a million page faults and a fifth of the time. Blocks
 beyond 32 MiB are still given back: a handful in a step, the gaps that they leave when they are kept
 cost a tenth of the memory and more.
+
+Kept memory holds gaps, and what a compiler leaves behind lies all over it. So it is emptied once,
+after the first step: that costs the second step its page faults and saves 60 to 120 MiB of about
+1,850 from then on.
 """
 
 import ctypes
+import gc
 import platform
 
 # Parameters of glibc's mallopt(3).
@@ -25,3 +30,11 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def release_freed_memory() -> bool:
+    """Give what lies free back to the kernel; whether there was any, False without glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    gc.collect()
+    return bool(ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0)))

@@ -1,4 +1,7 @@
-"""Freed memory is kept: a large tensor finds the place of one that is gone, a huge one does not."""
+"""Freed memory is kept: a large tensor finds the place of one that is gone, a huge one does not.
+
+Until it is released.
+"""
 
 import platform
 import subprocess
@@ -21,6 +24,7 @@ faults_of_a_tensor(24)
 print(plain, faults_of_a_tensor(16), kept)
 faults_of_a_tensor(64)
 print(faults_of_a_tensor(64))
+print(cpu_memory.release_freed_memory(), faults_of_a_tensor(16))
 """
 
 
@@ -28,8 +32,9 @@ def test_a_tensor_finds_the_memory_of_a_larger_one():
     # In a process of its own: the setting stays for as long as a process lives.
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    plain, after, kept, huge = done.stdout.split()
-    assert kept == str(platform.libc_ver()[0] == "glibc")
+    plain, after, kept, huge, released, after_release = done.stdout.split()
+    assert kept == released == str(platform.libc_ver()[0] == "glibc")
     if kept == "True":
         # Pages of 4 KiB to 16 KiB; a block beyond the limit leaves no gap behind.
         assert int(plain) > 1000 and int(after) < 100 and int(huge) >= 4000
+        assert int(after_release) > 1000
