@@ -14,7 +14,10 @@ RULES = (
     "ban_recompute_materialized_backward",
 )
 aten = torch.ops.aten
-SCATTER = aten._unsafe_masked_index_put_accumulate.default  # (into, mask, indices, values)
+# What an embedding's gradient becomes in torch 2.13: (into, mask, indices, values); and what in
+# 2.12 and 2.11: (into, indices, values, accumulate).
+MASKED_SCATTER = aten._unsafe_masked_index_put_accumulate.default
+PUTS = (aten._unsafe_index_put.default, aten.index_put.default)
 
 
 def compile_in_place(module: nn.Module, **options) -> None:
@@ -50,7 +53,8 @@ class ScatterIntoSum(CustomGraphPass):
             for scattered, other in (add.args, add.args[::-1]):
                 if is_scattered_like(scattered, other) and not add.kwargs:
                     with graph.inserting_before(add):
-                        into = graph.call_function(SCATTER, (other, *scattered.args[1:]))
+                        arguments = other, *scattered.args[1:]
+                        into = graph.call_function(scattered.target, arguments, scattered.kwargs)
                     into.meta.update(add.meta)
                     add.replace_all_uses_with(into)
                     graph.erase_node(add)
@@ -64,10 +68,17 @@ class ScatterIntoSum(CustomGraphPass):
 
 def is_scattered_like(node: Any, other: Any) -> bool:
     """Whether `node` is rows among zeros, needed once, of the shape and type of `other`."""
-    if not (isinstance(node, fx.Node) and isinstance(other, fx.Node)) or node.target != SCATTER:
+    if not (isinstance(node, fx.Node) and isinstance(other, fx.Node) and is_scatter(node)):
         return False
     zeros, value = node.args[0], other.meta["val"]
     assert isinstance(zeros, fx.Node)
     is_like = (zeros.meta["val"].shape, zeros.meta["val"].dtype) == (value.shape, value.dtype)
     is_zero = zeros.target == aten.full.default and zeros.args[1] == 0
     return bool(is_zero and is_like and len(node.users) == 1)
+
+
+def is_scatter(node: fx.Node) -> bool:
+    """Whether it adds values to what is there, and does not put them in its place."""
+    if node.target in PUTS:
+        return bool(node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False))
+    return node.target == MASKED_SCATTER

@@ -20,6 +20,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import compare_versions
 from fake_hub import FakeHub
 from tiny_corpus import documents, parquet_bytes
 from tiny_run import reset_accelerate, train, write_inputs
@@ -332,7 +333,13 @@ def test_a_machine_without_a_network(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
-        ({"WORLD_SIZE": "2"}, "2 processes were launched but each sees only itself"),
+        pytest.param(
+            {"WORLD_SIZE": "2"},
+            "2 processes were launched but each sees only itself",
+            marks=pytest.mark.skipif(
+                compare_versions("accelerate", "<", "1.13"), reason="it tries to join them"
+            ),
+        ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
         ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "first"}, "LOCAL_RANK"),
         (
