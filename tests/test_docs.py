@@ -7,6 +7,7 @@ why in the line before it, `<!-- runs: hub|gpu|no (reason) -->`: then its comman
 """
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -353,6 +354,17 @@ def test_every_recipe_is_described():
 def test_the_picture_of_the_stream_is_the_streams():
     picture = runpy.run_path(str(ROOT / "docs/draw_stream.py"))["picture"]()
     assert picture == (ROOT / "docs/stream.svg").read_text(encoding="utf-8")
+
+
+def test_the_figures_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    summary = runpy.run_path(str(ROOT / "benchmarks/summary.py"))["summary"]()
+    assert summary in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+
+    record = (ROOT / "benchmarks/results/train_step_compiled_bf16.json").read_text(encoding="utf-8")
+    rate = json.loads(record)["tokens_per_second"]["ours"]
+    hours = round(1e10 / rate / 3600, -2)
+    assert f"| {hours:,.0f} | extrapolated from {rate:.0f} tokens/s" in TEXT["README.md"]
 
 
 def literals() -> Iterator[str]:

@@ -1,0 +1,103 @@
+"""The records in results/ as one table, the one in README.md.
+
+    python benchmarks/summary.py
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pairing import ratio_text
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = {"theirs": "transformers", "nanogpt": "nanoGPT"}
+
+Row = tuple[str, str, str, str]  # what was measured, ours, what it is compared with, the ratio
+
+
+def train_step(record: dict[str, Any]) -> Iterator[Row]:
+    step = f"{record['arguments']['mode']} {record['arguments']['dtype']} training step"
+    tokens, memory = record["tokens_per_second"], record["peak_memory_bytes"]
+    for who, ratio in record["speed_ratio"].items():
+        theirs = f"{NAMES[who]}: {tokens[who]:,.0f}"
+        yield f"{step}, tokens/s", f"{tokens['ours']:,.0f}", theirs, ratio_text(ratio)
+        theirs = f"{NAMES[who]}: {memory[who] / 2**20:,.0f}"
+        share = f"{record['memory_ratio'][who]:.3f}"
+        yield "its peak memory, MiB", f"{memory['ours'] / 2**20:,.0f}", theirs, share
+
+
+def generate(record: dict[str, Any]) -> Iterator[Row]:
+    caches = {"ours": "dynamic cache", "ours_static": "compiled static cache"}
+    for size, phases in record["batch_sizes"].items():
+        for phase, found in phases.items():
+            for who, ratio in found["ratio_over_theirs"].items():
+                what = f"{phase}, batch {size}, {caches[who]}, tokens/s"
+                tokens = found["tokens_per_second"]
+                theirs = f"transformers, dynamic: {tokens['theirs']:,.0f}"
+                yield what, f"{tokens[who]:,.0f}", theirs, ratio_text(ratio)
+
+
+def loop(record: dict[str, Any]) -> Iterator[Row]:
+    recipe = record["arguments"]["recipe"]
+    ratio = f"{ratio_text(record['script_over_bare'])} of its time"
+    yield f"the script's step, recipe {recipe}", "", "a bare loop", ratio
+    if seconds := record["seconds_to_first_step"]:
+        yield f"launch to first step, recipe {recipe}", f"{max(seconds):.1f} s", "", ""
+
+
+def data(record: dict[str, Any]) -> Iterator[Row]:
+    speed = record["speed"]
+    tokens = speed["tokens_per_cpu_second"]
+    ours = f"{tokens['ours']:,}"
+    for who, name, ratio in (
+        ("raw_tiktoken", "tiktoken alone", speed["ours_over_raw_tiktoken"]),
+        ("encode_batch_pipeline", "datasets and tokenizers", speed["ours_over_encode_batch"]),
+    ):
+        yield "the stream, tokens/s of one core", ours, f"{name}: {tokens[who]:,}", f"{ratio:.2f}"
+
+
+def evaluation(record: dict[str, Any]) -> Iterator[Row]:
+    rows = record["rows_per_second"]
+    ratio = f"{record['speedup_over_row_by_row']:.2f}"
+    yield "HellaSwag, rows/s", f"{rows['ours']:.2f}", f"row by row: {rows['row_by_row']:.2f}", ratio
+
+
+def muon(record: dict[str, Any]) -> Iterator[Row]:
+    ratio = f"{record['mean_fraction']:.2f} of its steps"
+    yield "Muon to AdamW's validation loss", "", f"AdamW, {record['corpus'].split()[0]}", ratio
+
+
+def kill_resume(record: dict[str, Any]) -> Iterator[Row]:
+    equal = "bitwise equal" if record["bitwise_equal"] else "not equal"
+    yield f"{record['num_hits']} kills -9, resumed", "", "an undisturbed run", equal
+
+
+BENCHMARKS: tuple[Callable[[dict[str, Any]], Iterator[Row]], ...] = (
+    train_step,
+    generate,
+    loop,
+    data,
+    evaluation,
+    muon,
+    kill_resume,
+)
+
+
+def summary() -> str:
+    """A table in Markdown."""
+    header = ("124M unless it says otherwise", "ours", "against", "ratio", "on", "record")
+    lines = [header, ("---",) * len(header)]
+    for benchmark in BENCHMARKS:
+        for path in sorted(RESULTS.glob(f"{benchmark.__name__}*.json")):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            hardware = record.get("environment", record)["hardware"]
+            where = hardware, f"[{path.stem}](results/{path.name})"
+            for row in benchmark(record):
+                lines.append((*row, *where))
+                where = "", ""  # said once for a record
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(summary())
