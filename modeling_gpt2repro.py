@@ -327,7 +327,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
         Given positions are looked at only where the sequence is too long by its shape (packed or
         padded, it may still fit): on a GPU, looking means waiting. Compiled code looks at no value,
-        and an exported program must take any length.
+        and an exported program must take any length (torch 2.11 takes all compiled code for one).
         """
         unknown = isinstance(length, torch.Tensor) or position_ids is not None
         if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and unknown):

@@ -57,7 +57,7 @@ def train(run: Run) -> int:
         if result is None:
             return leave(run, step)
         if step == run.first_step:
-            cpu_memory.release_freed_memory()  # what only the compiler needed
+            cpu_memory.release_freed_memory()  # compilation is over
         run.lanes = batch.lanes
         run.throughput.add(recipe.batch_tokens, watch.lap(), run.stream.wait_seconds - waited)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/loop.py --output benchmarks/results/loop.json
     python benchmarks/loop.py --output benchmarks/results/loop_124m.json \
-        --recipe gpt2 --steps 1 --rounds 12 --launches 0 -- \
+        --recipe gpt2 --steps 1 --rounds 10 --launches 0 -- \
         --dataset_name python-docs --dataset_config null --num_lanes 2 --batch_tokens 2048 \
-        --micro_batch_size 2 --mixed_precision no --compile false
+        --micro_batch_size 2 --mixed_precision bf16 --compile true
 
 Both train the recipe's model (the demo's by default; what follows `--` overrides the recipe) with
 the same optimizer on rows of the same shape, in alternation, some steps a turn. The bare loop has

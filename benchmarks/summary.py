@@ -1,6 +1,6 @@
 """The records in results/ as one table, the one in README.md.
 
-    python benchmarks/summary.py
+python benchmarks/summary.py
 """
 
 import json
@@ -17,7 +17,9 @@ Row = tuple[str, str, str, str]  # what was measured, ours, what it is compared 
 
 
 def train_step(record: dict[str, Any]) -> Iterator[Row]:
-    step = f"{record['arguments']['mode']} {record['arguments']['dtype']} training step"
+    step = f"124M, {record['arguments']['mode']} {record['arguments']['dtype']} training step"
+    if record["arguments"]["same_allocator"]:
+        step += ", the same allocator"
     tokens, memory = record["tokens_per_second"], record["peak_memory_bytes"]
     for who, ratio in record["speed_ratio"].items():
         theirs = f"{NAMES[who]}: {tokens[who]:,.0f}"
@@ -32,18 +34,18 @@ def generate(record: dict[str, Any]) -> Iterator[Row]:
     for size, phases in record["batch_sizes"].items():
         for phase, found in phases.items():
             for who, ratio in found["ratio_over_theirs"].items():
-                what = f"{phase}, batch {size}, {caches[who]}, tokens/s"
+                what = f"124M, {phase}, batch {size}, {caches[who]}, tokens/s"
                 tokens = found["tokens_per_second"]
-                theirs = f"transformers, dynamic: {tokens['theirs']:,.0f}"
-                yield what, f"{tokens[who]:,.0f}", theirs, ratio_text(ratio)
+                theirs = f"transformers, dynamic cache: {tokens['theirs']:,.1f}"
+                yield what, f"{tokens[who]:,.1f}", theirs, ratio_text(ratio)
 
 
 def loop(record: dict[str, Any]) -> Iterator[Row]:
     recipe = record["arguments"]["recipe"]
     ratio = f"{ratio_text(record['script_over_bare'])} of its time"
-    yield f"the script's step, recipe {recipe}", "", "a bare loop", ratio
+    yield f"recipe {recipe}, the script's step", "", "a bare loop", ratio
     if seconds := record["seconds_to_first_step"]:
-        yield f"launch to first step, recipe {recipe}", f"{max(seconds):.1f} s", "", ""
+        yield f"recipe {recipe}, launch to first step", f"{max(seconds):.1f} s", "", ""
 
 
 def data(record: dict[str, Any]) -> Iterator[Row]:
@@ -54,46 +56,50 @@ def data(record: dict[str, Any]) -> Iterator[Row]:
         ("raw_tiktoken", "tiktoken alone", speed["ours_over_raw_tiktoken"]),
         ("encode_batch_pipeline", "datasets and tokenizers", speed["ours_over_encode_batch"]),
     ):
-        yield "the stream, tokens/s of one core", ours, f"{name}: {tokens[who]:,}", f"{ratio:.2f}"
+        yield "stream, tokens per second of CPU", ours, f"{name}: {tokens[who]:,}", f"{ratio:.2f}"
 
 
 def evaluation(record: dict[str, Any]) -> Iterator[Row]:
     rows = record["rows_per_second"]
     ratio = f"{record['speedup_over_row_by_row']:.2f}"
-    yield "HellaSwag, rows/s", f"{rows['ours']:.2f}", f"row by row: {rows['row_by_row']:.2f}", ratio
+    theirs = f"row by row: {rows['row_by_row']:.2f}"
+    yield "124M, rows/s of HellaSwag's shapes", f"{rows['ours']:.2f}", theirs, ratio
 
 
 def muon(record: dict[str, Any]) -> Iterator[Row]:
     ratio = f"{record['mean_fraction']:.2f} of its steps"
-    yield "Muon to AdamW's validation loss", "", f"AdamW, {record['corpus'].split()[0]}", ratio
+    what = f"recipe demo on {record['corpus'].split()[0]}, Muon's steps to the same loss"
+    yield what, "", f"AdamW: {record['num_steps']}", ratio
 
 
 def kill_resume(record: dict[str, Any]) -> Iterator[Row]:
     equal = "bitwise equal" if record["bitwise_equal"] else "not equal"
-    yield f"{record['num_hits']} kills -9, resumed", "", "an undisturbed run", equal
+    shape = f"{record['recipe']['n_layer']} layers of {record['recipe']['n_embd']}"
+    yield f"{shape}, resumed after {record['num_hits']} x kill -9", "", "an undisturbed run", equal
 
 
-BENCHMARKS: tuple[Callable[[dict[str, Any]], Iterator[Row]], ...] = (
-    train_step,
-    generate,
-    loop,
-    data,
-    evaluation,
-    muon,
-    kill_resume,
-)
+# How the names of their records begin.
+BENCHMARKS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
+    "train_step": train_step,
+    "generate": generate,
+    "loop": loop,
+    "data": data,
+    "evaluation": evaluation,
+    "muon": muon,
+    "kill_resume": kill_resume,
+}
 
 
 def summary() -> str:
     """A table in Markdown."""
-    header = ("124M unless it says otherwise", "ours", "against", "ratio", "on", "record")
+    header = ("what", "ours", "against", "ratio", "on", "record")
     lines = [header, ("---",) * len(header)]
-    for benchmark in BENCHMARKS:
-        for path in sorted(RESULTS.glob(f"{benchmark.__name__}*.json")):
+    for name, rows in BENCHMARKS.items():
+        for path in sorted(RESULTS.glob(f"{name}*.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
             hardware = record.get("environment", record)["hardware"]
             where = hardware, f"[{path.stem}](results/{path.name})"
-            for row in benchmark(record):
+            for row in rows(record):
                 lines.append((*row, *where))
                 where = "", ""  # said once for a record
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -4,9 +4,10 @@
 
 A step is forward and backward of one micro-batch under autocast, gradients dropped at its end; the
 optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs it: the loss
-without logits, and on a CPU freed memory is kept (gpt2repro/cpu_memory.py) and bfloat16 has an
-attention of its own (gpt2repro/cpu_attention.py). Theirs gets the same rows, no dropout, no cache.
-With `--same_allocator` theirs keeps freed memory too: what is left is the model's.
+without logits, and on a CPU freed memory is kept, is given back once after the first step
+(gpt2repro/cpu_memory.py), and bfloat16 has an attention of its own (gpt2repro/cpu_attention.py).
+Theirs gets the same rows, no dropout, no cache, and the C library's memory as it is by default.
+With `--same_allocator` theirs is treated like ours there: what is left is the model's.
 With `--nanogpt PATH/TO/model.py`, a copy of nanoGPT's file, a third takes part: bias, and its own
 vocabulary of 50,304.
 """
@@ -90,7 +91,7 @@ def build(
         model.zero_grad()
         return {"loss": loss.item()}
 
-    step()  # compiles
+    step()  # compiles; one more warm-up
     if keeps_memory and device == "cpu":
         cpu_memory.release_freed_memory()
     return step
@@ -168,7 +169,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--vocab_size", type=int, default=50257)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--same_allocator", action="store_true", help="theirs keeps memory too")
+    parser.add_argument(
+        "--same_allocator", action="store_true", help="theirs keeps and gives back memory like ours"
+    )
     parser.add_argument("--nanogpt", metavar="PATH", help="nanoGPT's model.py takes part too")
     parser.add_argument("--output", help="JSON")
     arguments = parser.parse_args(argv)

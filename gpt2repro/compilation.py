@@ -14,10 +14,10 @@ RULES = (
     "ban_recompute_materialized_backward",
 )
 aten = torch.ops.aten
-# What an embedding's gradient becomes in torch 2.13: (into, mask, indices, values); and what in
-# 2.12 and 2.11: (into, indices, values, accumulate).
-MASKED_SCATTER = aten._unsafe_masked_index_put_accumulate.default
-PUTS = (aten._unsafe_index_put.default, aten.index_put.default)
+# What an embedding's gradient becomes: (into, mask, indices, values); before torch 2.13
+# (into, indices, values, accumulate).
+MASKED_PUT = aten._unsafe_masked_index_put_accumulate.default
+PUT = aten.index_put.default
 
 
 def compile_in_place(module: nn.Module, **options) -> None:
@@ -43,7 +43,7 @@ def compile_in_place(module: nn.Module, **options) -> None:
 class ScatterIntoSum(CustomGraphPass):
     """Write sum + scatter(zeros, rows) as scatter(sum, rows).
 
-    That is the gradient of a tied weight: the head's, and the embedding's, which is zero but for
+    A GPT-2 has it in the gradient of its tied weight: the head's, and the embedding's, which is zero but for
     the rows of the tokens that occur. The compiler fills a matrix of the vocabulary's size (154 MB
     for GPT-2) with zeros, adds those rows, and then adds all of it to the head's.
     """
@@ -68,7 +68,9 @@ class ScatterIntoSum(CustomGraphPass):
 
 def is_scattered_like(node: Any, other: Any) -> bool:
     """Whether `node` is rows among zeros, needed once, of the shape and type of `other`."""
-    if not (isinstance(node, fx.Node) and isinstance(other, fx.Node) and is_scatter(node)):
+    if not (isinstance(node, fx.Node) and isinstance(other, fx.Node)) or node is other:
+        return False
+    if not accumulates(node):
         return False
     zeros, value = node.args[0], other.meta["val"]
     assert isinstance(zeros, fx.Node)
@@ -77,8 +79,6 @@ def is_scattered_like(node: Any, other: Any) -> bool:
     return bool(is_zero and is_like and len(node.users) == 1)
 
 
-def is_scatter(node: fx.Node) -> bool:
-    """Whether it adds values to what is there, and does not put them in its place."""
-    if node.target in PUTS:
-        return bool(node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False))
-    return node.target == MASKED_SCATTER
+def accumulates(node: fx.Node) -> bool:
+    """Whether it adds rows to a matrix, and does not put them in place of what is there."""
+    return node.target == MASKED_PUT or (node.target == PUT and node.args[3:] == (True,))

@@ -6,9 +6,9 @@ over and over: for the 124M model that is half a million page faults and a fifth
 beyond 32 MiB are still given back: a handful in a step, the gaps that they leave when they are kept
 cost a tenth of the memory and more.
 
-Kept memory holds gaps, and what a compiler leaves behind lies all over it. So it is emptied once,
-after the first step: that costs the second step its page faults, and saves a compiled 124M about
-110 MiB from then on.
+Kept memory holds gaps, and what a compiler leaves behind lies all over it. So what is free is given
+back once, after the first step. That costs the second step its page faults; the peak of a 124M that
+was just compiled fell by 95 to 145 MiB, of 1,850 for forward and backward, of 3,000 with AdamW.
 """
 
 import ctypes

@@ -1,7 +1,4 @@
-"""Freed memory is kept: a large tensor finds the place of one that is gone, a huge one does not.
-
-Until it is released.
-"""
+"""Freed memory is kept until it is released: a tensor finds the place of one that is gone."""
 
 import platform
 import subprocess

@@ -356,11 +356,16 @@ def test_the_picture_of_the_stream_is_the_streams():
     assert picture == (ROOT / "docs/stream.svg").read_text(encoding="utf-8")
 
 
-def test_the_figures_are_those_of_the_records(monkeypatch):
+def test_the_figures_of_benchmarks_are_those_of_the_records(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     summary = runpy.run_path(str(ROOT / "benchmarks/summary.py"))["summary"]()
-    assert summary in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    assert page.endswith(f"\n\n{summary}\n")
+    records = {path.name for path in (ROOT / "benchmarks/results").glob("*.json")}
+    assert records == set(re.findall(r"\(results/(.+?)\)", summary))
 
+
+def test_the_hours_on_cpus_are_those_of_the_record():
     record = (ROOT / "benchmarks/results/train_step_compiled_bf16.json").read_text(encoding="utf-8")
     rate = json.loads(record)["tokens_per_second"]["ours"]
     hours = round(1e10 / rate / 3600, -2)

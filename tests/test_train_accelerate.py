@@ -409,8 +409,19 @@ def test_two_processes_train_on_the_same_rows(recipe, uninterrupted, tmp_path):
     assert digests(run) == digests(uninterrupted)
 
 
+def test_what_compilation_left_is_released_once(recipe, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        train_accelerate.cpu_memory, "release_freed_memory", lambda: calls.append(True)
+    )
+    assert train(recipe, tmp_path / "run", "--num_steps", "3") == 0
+    assert train(recipe, tmp_path / "run", "--num_steps", "5") == 0  # resumed: compiled again
+    assert len(calls) == 2
+
+
 @pytest.mark.skipif(
-    compare_versions("accelerate", "<", "1.13"), reason="joins processes without being asked"
+    compare_versions("accelerate", "<", "1.13"),
+    reason="its processes find each other without a GPU",
 )
 def test_processes_that_do_not_see_each_other_are_refused(recipe, tmp_path):
     run = tmp_path / "run"
