@@ -43,9 +43,9 @@ def compile_in_place(module: nn.Module, **options) -> None:
 class ScatterIntoSum(CustomGraphPass):
     """Write sum + scatter(zeros, rows) as scatter(sum, rows).
 
-    A GPT-2 has it in the gradient of its tied weight: the head's, and the embedding's, which is zero but for
-    the rows of the tokens that occur. The compiler fills a matrix of the vocabulary's size (154 MB
-    for GPT-2) with zeros, adds those rows, and then adds all of it to the head's.
+    The gradient of a GPT-2's tied weight is such a sum: the head's, and the embedding's, which is
+    zero but for the rows of the tokens that occur. The compiler fills a matrix of the vocabulary's
+    size (154 MB for GPT-2) with zeros, adds those rows, and then adds all of it to the head's.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
