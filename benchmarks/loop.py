@@ -102,7 +102,8 @@ def seconds_to_first_step() -> float:
     """From `accelerate launch` to the first line of metrics.jsonl, the demo's corpus at hand."""
     with tempfile.TemporaryDirectory() as directory:
         metrics = Path(directory) / "run" / "metrics.jsonl"
-        command = ["accelerate", "launch", "--config_file", "launch/cpu.yaml"]
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", "launch/cpu.yaml"]
         command += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
         command += ["train_accelerate.py", "--recipe", "demo", "--output_dir", str(metrics.parent)]
         began = time.perf_counter()
