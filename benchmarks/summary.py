@@ -1,7 +1,4 @@
-"""The records in results/ as one table, the one in README.md.
-
-python benchmarks/summary.py
-"""
+"""`python benchmarks/summary.py` prints the records in results/ as the table of README.md."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pairing import ratio_text
+
+from gpt2repro.model_card import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"theirs": "transformers", "nanogpt": "nanoGPT"}
@@ -93,7 +92,7 @@ BENCHMARKS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
 def summary() -> str:
     """A table in Markdown."""
     header = ("what", "ours", "against", "ratio", "on", "record")
-    lines = [header, ("---",) * len(header)]
+    lines: list[tuple[str, ...]] = []
     for name, rows in BENCHMARKS.items():
         for path in sorted(RESULTS.glob(f"{name}*.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +101,7 @@ def summary() -> str:
             for row in rows(record):
                 lines.append((*row, *where))
                 where = "", ""  # said once for a record
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, lines)
 
 
 if __name__ == "__main__":

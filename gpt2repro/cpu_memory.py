@@ -26,15 +26,21 @@ def keep_freed_memory() -> bool:
     The same as starting the process with MALLOC_MMAP_THRESHOLD_=33554432 and
     MALLOC_TRIM_THRESHOLD_=-1.
     """
-    if platform.libc_ver()[0] != "glibc":
+    libc = glibc()
+    if libc is None:
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, -1))
+    kept = libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and libc.mallopt(M_TRIM_THRESHOLD, -1)
+    return bool(kept)
 
 
 def release_freed_memory() -> bool:
     """Give what lies free back to the kernel; whether there was any, False without glibc."""
-    if platform.libc_ver()[0] != "glibc":
+    libc = glibc()
+    if libc is None:
         return False
     gc.collect()
-    return bool(ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0)))
+    return bool(libc.malloc_trim(ctypes.c_size_t(0)))
+
+
+def glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -337,7 +337,7 @@ def test_a_machine_without_a_network(inputs, tmp_path):
             {"WORLD_SIZE": "2"},
             "2 processes were launched but each sees only itself",
             marks=pytest.mark.skipif(
-                compare_versions("accelerate", "<", "1.13"), reason="it looks for the other one"
+                compare_versions("accelerate", "<", "1.13"), reason="it looks for the other process"
             ),
         ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
