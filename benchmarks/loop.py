@@ -2,37 +2,35 @@
 
     python benchmarks/loop.py --output benchmarks/results/loop.json
     python benchmarks/loop.py --output benchmarks/results/loop_124m.json \
-        --recipe gpt2 --steps 1 --rounds 10 --launches 0 -- \
+        --recipe gpt2 --steps 1 --rounds 40 --launches 0 -- \
         --dataset_name python-docs --dataset_config null --num_lanes 2 --batch_tokens 2048 \
         --micro_batch_size 2 --mixed_precision bf16 --compile true
 
-Both train the recipe's model (the demo's by default; what follows `--` overrides the recipe) with
-the same optimizer on rows of the same shape, in alternation, some steps a turn. The bare loop has
-its rows in memory and does nothing but forward, backward, clipping and the update. The script's
-steps also stream and tokenize, digest their rows, reduce, ask for signals, and write metrics.
-Evaluations, samples and checkpoints have intervals and prices of their own and are left out.
+Steps of the script's own loop and of a bare one take turns within one run: two processes of the
+same loop differ by a percent, which is what this is about. The bare loop has its rows in memory and
+does nothing but forward, backward, clipping and the update. The script's steps also stream and
+tokenize, digest their rows, reduce, ask for signals, and write metrics. Evaluations, samples and
+checkpoints have intervals and prices of their own and are left out.
 
 Then the time from launch to the first step done, of the demo as `make demo` starts it.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from pairing import (
-    Contestant,
-    Turn,
-    alternate,
     circumstances,
     paired_ratio,
     ratio_text,
+    show_progress,
     spread,
+    synchronize,
     write_json,
 )
 
@@ -41,46 +39,46 @@ from gpt2repro.metrics import Progress
 from gpt2repro.run import Run, prepare
 from train_accelerate import train
 
-ENDLESS = 1_000_000
+NOTHING_BUT_STEPS = ["--eval_every", "0", "--num_validation_units", "0", "--sample_every", "0"]
+NOTHING_BUT_STEPS += ["--save_every", "0", "--num_steps", "1000000"]
 
 
-class Gate(Progress):
-    """A progress bar that lets the run go on by so many steps at a time."""
+class Enough(Exception):
+    """All rounds are done: the run ends here, without a checkpoint."""
 
-    def __init__(self) -> None:
-        super().__init__(first_step=0, num_steps=ENDLESS, enabled=False)
-        self.allowed, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+class Alternation(Progress):
+    """The run's progress bar: after so many steps of the script it takes as many bare ones."""
+
+    def __init__(self, run: Run, *, num_steps: int, num_rounds: int) -> None:
+        super().__init__(first_step=0, num_steps=run.recipe.num_steps, enabled=False)
+        self.run, self.num_steps, self.num_rounds = run, num_steps, num_rounds
+        self.rows = next(run.stream).tokens.to(run.accelerator.device)
+        self.seconds: dict[str, list[float]] = {"script": [], "bare": []}
+        self.steps_left = 1  # of the script's turn; the first step compiles and is not counted
+        self.began: float | None = None
 
     def update(self, **figures: float) -> None:
-        self.done.release()
-        self.allowed.acquire()
+        """Called by the script at the end of each of its steps."""
+        self.steps_left -= 1
+        if self.steps_left:
+            return
+        ended = clock()
+        bare_steps(self.run, self.rows, self.num_steps)
+        now = clock()
+        if self.began is not None:
+            self.seconds["script"].append(ended - self.began)
+            self.seconds["bare"].append(now - ended)
+        show_progress(f"round {len(self.seconds['bare'])} of {self.num_rounds}")
+        if len(self.seconds["bare"]) == self.num_rounds:
+            show_progress("")
+            raise Enough
+        self.steps_left, self.began = self.num_steps, clock()
 
-    def let_pass(self, num_steps: int) -> None:
-        for _ in range(num_steps):
-            self.allowed.release()
-            self.done.acquire()
 
-
-def build(who: str, arguments: list[str], num_steps: int) -> Turn:
-    """A contestant: `num_steps` steps a turn of the script's own loop, or of a bare one."""
-    never = ["--eval_every", "0", "--num_validation_units", "0", "--sample_every", "0"]
-    never += ["--save_every", "0", "--num_steps", str(ENDLESS)]
-    prepared = prepare([*arguments, *never])
-    if who == "script":
-        gate = prepared.progress = Gate()
-        threading.Thread(target=train, args=(prepared,), daemon=True).start()
-        gate.done.acquire()  # the first step is done
-
-        def turn() -> None:
-            gate.let_pass(num_steps)
-
-    else:
-        rows = next(prepared.stream).tokens.to(prepared.accelerator.device)
-
-        def turn() -> None:
-            bare_steps(prepared, rows, num_steps)
-
-    return turn
+def clock() -> float:
+    synchronize()
+    return time.perf_counter()
 
 
 def bare_steps(run: Run, rows: torch.Tensor, num_steps: int) -> None:
@@ -129,20 +127,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="of the recipe, after --")
     arguments = parser.parse_args(argv)
 
-    # The script's loop runs in a thread here: glibc must not give that a small heap of its own.
-    os.environ["MALLOC_ARENA_MAX"] = "1"
     around = circumstances(vars(arguments))
     with tempfile.TemporaryDirectory() as directory:
-        contestants = []
-        for who in ("bare", "script"):
-            recipe = ["--recipe", arguments.recipe, *arguments.overrides]
-            recipe += ["--output_dir", f"{directory}/{who}"]
-            settings = {"who": who, "arguments": recipe, "num_steps": arguments.steps}
-            contestants.append(Contestant(who, build, **settings))
-        turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=1)
-        for contestant in contestants:
-            contestant.close()
-    seconds = {who: [turn["seconds"] for turn in turns[who]] for who in turns}
+        overrides = ["--recipe", arguments.recipe, *arguments.overrides, *NOTHING_BUT_STEPS]
+        with prepare([*overrides, "--output_dir", directory]) as prepared, suppress(Enough):
+            steps = Alternation(prepared, num_steps=arguments.steps, num_rounds=arguments.rounds)
+            prepared.progress.close()
+            prepared.progress = steps
+            train(prepared)
+    seconds = steps.seconds
     ratio = paired_ratio(seconds["script"], seconds["bare"])
     first_steps = [seconds_to_first_step() for _ in range(arguments.launches)]
     step = spread(seconds["bare"])["median"] / arguments.steps
