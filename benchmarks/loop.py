@@ -2,7 +2,7 @@
 
     python benchmarks/loop.py --output benchmarks/results/loop.json
     python benchmarks/loop.py --output benchmarks/results/loop_124m.json \
-        --recipe gpt2 --steps 1 --rounds 40 --launches 0 -- \
+        --recipe gpt2 --steps 1 --launches 0 -- \
         --dataset_name python-docs --dataset_config null --num_lanes 2 --batch_tokens 2048 \
         --micro_batch_size 2 --mixed_precision bf16 --compile true
 
@@ -120,7 +120,7 @@ def seconds_to_first_step() -> float:
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="benchmarks/loop.py", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=5, help="a turn")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--launches", type=int, default=3, help="timed to their first step")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--output", help="JSON")
