@@ -56,8 +56,8 @@ def train(run: Run) -> int:
         result = train_step(run, batch, lr)
         if result is None:
             return leave(run, step)
-        if step == run.first_step:
-            cpu_memory.release_freed_memory()  # compilation is over
+        if step == run.first_step and run.accelerator.device.type == "cpu":
+            cpu_memory.keep_freed_memory()  # compilation is over
         run.lanes = batch.lanes
         run.throughput.add(recipe.batch_tokens, watch.lap(), run.stream.wait_seconds - waited)
 

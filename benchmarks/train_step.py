@@ -4,8 +4,8 @@
 
 A step is forward and backward of one micro-batch under autocast, gradients dropped at its end; the
 optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs it: the loss
-without logits, and on a CPU freed memory is kept, is given back once after the first step
-(gpt2repro/cpu_memory.py), and bfloat16 has an attention of its own (gpt2repro/cpu_attention.py).
+without logits, and on a CPU freed memory is kept from the second step on (gpt2repro/cpu_memory.py)
+and bfloat16 has an attention of its own (gpt2repro/cpu_attention.py).
 Theirs gets the same rows, no dropout, no cache, and the C library's memory as it is by default.
 With `--same_allocator` theirs is treated like ours there: what is left is the model's.
 With `--nanogpt PATH/TO/model.py`, a copy of nanoGPT's file, a third takes part: bias, and its own
@@ -54,7 +54,7 @@ def build(
 ) -> Turn:
     """A contestant: its model, compiled in place if asked, and a step on fixed random rows."""
     if keeps_memory and device == "cpu":
-        cpu_memory.keep_freed_memory()
+        cpu_memory.return_freed_memory()
     torch.manual_seed(0)
     shape = {"n_positions": sequence_length, **shape}
     if who == "theirs":
@@ -93,7 +93,7 @@ def build(
 
     step()  # compiles; one more warm-up
     if keeps_memory and device == "cpu":
-        cpu_memory.release_freed_memory()
+        cpu_memory.keep_freed_memory()
     return step
 
 

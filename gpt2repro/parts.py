@@ -74,6 +74,8 @@ def start_engine(recipe: Recipe) -> Accelerator:
     check_world_size(recipe, accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    if accelerator.device.type == "cpu":
+        cpu_memory.return_freed_memory()  # until the first step has compiled: see there
     return accelerator
 
 
@@ -225,8 +227,6 @@ def place(recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM)
     linear_cross_entropy.use_in(model)
     if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
         cpu_attention.use_in(model)
-    if on_cpu:
-        cpu_memory.keep_freed_memory()
     if recipe.compile:
         # FSDP gathers parameters block by block, between the compiled regions.
         blocks = [m for m in model.modules() if isinstance(m, GPT2ReproBlock)]

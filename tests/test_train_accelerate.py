@@ -15,7 +15,7 @@ from tiny_language_models import HELLASWAG
 from tiny_run import assert_same_tensors, digests, metrics, tensors, train, write_inputs
 
 import train_accelerate
-from gpt2repro import UserError, checkpoint, incidents, observation
+from gpt2repro import UserError, checkpoint, cpu_memory, incidents, observation
 from gpt2repro.stream import TokenStream
 
 ROOT = Path(__file__).parent.parent
@@ -409,14 +409,26 @@ def test_two_processes_train_on_the_same_rows(recipe, uninterrupted, tmp_path):
     assert digests(run) == digests(uninterrupted)
 
 
-def test_what_compilation_left_is_released_once(recipe, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        train_accelerate.cpu_memory, "release_freed_memory", lambda: calls.append(True)
-    )
-    assert train(recipe, tmp_path / "run", "--num_steps", "3") == 0
-    assert train(recipe, tmp_path / "run", "--num_steps", "5") == 0  # resumed: compiled again
-    assert len(calls) == 2
+def test_freed_memory_is_kept_once_a_step_has_compiled(recipe, tmp_path, monkeypatch):
+    happened = []
+
+    def note(module, name):
+        original = getattr(module, name)
+
+        def noting(*args):
+            happened.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, noting)
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    note(cpu_memory, "return_freed_memory")
+    note(cpu_memory, "keep_freed_memory")
+    note(train_accelerate, "train_step")
+    of_a_run = ["return_freed_memory", "train_step", "keep_freed_memory", "train_step"]
+    assert train(recipe, tmp_path / "run", "--num_steps", "2") == 0
+    assert train(recipe, tmp_path / "run", "--num_steps", "4") == 0  # resumed: compiled again
+    assert happened == 2 * of_a_run
 
 
 @pytest.mark.skipif(
