@@ -55,6 +55,7 @@ except ImportError:
     from configuration_gpt2repro import GPT2ReproConfig
 
 LOSS_TOKENS = 1024  # whose logits exist at once: 206 MB in float32
+FEW_ROWS, LARGE_WEIGHT = 64, 2**22  # products on a CPU that wait for memory: (F, C) and (V, C)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -359,6 +360,41 @@ def linear_cross_entropy(
     return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
 
 
+class GPT2ReproLMHead(nn.Linear):
+    """The logits: how similar each row is to every token's embedding, (.., C) -> (.., V).
+
+    In decoding, few rows meet a weight of V C numbers, and on a CPU the product takes as long as it
+    takes to read them. `nn.Linear` reads them at half the memory's speed; what is here, at all of
+    it. The sums are the same in another order: logits equal the usual ones up to rounding.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.waits_for_memory(hidden_states):
+            return super().forward(hidden_states)
+        num_rows = hidden_states.shape[:-1].numel()
+        if num_rows == 1 and torch.compiler.is_dynamo_compiling():  # it makes one loop of these
+            return (hidden_states[..., None, :] * self.weight).sum(dim=-1)
+        if not self.weight.dtype == hidden_states.dtype == torch.float32:
+            return super().forward(hidden_states)
+        # The weight comes first; and a second row, as for one alone the library has one thread.
+        rows = hidden_states.reshape(num_rows, self.in_features)
+        logits = self.weight @ (rows.repeat(2, 1) if num_rows == 1 else rows).T
+        return logits.T[:num_rows].reshape(*hidden_states.shape[:-1], -1).contiguous()
+
+    def waits_for_memory(self, hidden_states: torch.Tensor) -> bool:
+        """Whether few rows meet a large weight on a CPU; what is recorded must take any length."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or not is_plain(self):
+            return False
+        on_cpu = hidden_states.device.type == "cpu" and self.weight.numel() >= LARGE_WEIGHT
+        return on_cpu and 0 < hidden_states.shape[:-1].numel() <= FEW_ROWS
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether it is a product with its weight: adapters, shards and quantizations do otherwise."""
+    is_linear = type(head) in (nn.Linear, GPT2ReproLMHead) and head.bias is None
+    return is_linear and type(head.weight) is nn.Parameter
+
+
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     """The language model: the decoder, and logits for the next token."""
 
@@ -371,7 +407,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
         self.transformer = GPT2ReproModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = GPT2ReproLMHead(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -425,10 +461,10 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             raise ValueError("skip_logits leaves nothing but the loss: give labels or shift_labels")
 
         loss = logits = None
-        if skip_logits and self.head_is_plain():
+        if skip_logits and is_plain(self.lm_head):
             loss = self.loss_without_logits(hidden_states, labels, shift_labels, **kwargs)
         else:
-            logits = self.compare_with_tokens(select_positions(hidden_states, logits_to_keep))
+            logits = self.lm_head(select_positions(hidden_states, logits_to_keep))
             if supervised:
                 loss = self.loss_function(
                     logits, labels, self.config.vocab_size, shift_labels=shift_labels, **kwargs
@@ -440,27 +476,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def head_is_plain(self) -> bool:
-        """An adapter on the head, a shard or a quantization of it computes in a way of its own."""
-        return type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter
-
-    def compare_with_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The logits: how similar each row is to every token's embedding, (.., C) -> (.., V).
-
-        In decoding, one row meets a weight of V C numbers, and the product takes as long as it
-        takes to read them. A CPU's library does so at half the memory's speed; a product and a sum
-        that the compiler makes one loop of, at all of it.
-        """
-        if (
-            torch.compiler.is_dynamo_compiling()
-            and not torch.compiler.is_exporting()  # such a program must take any length
-            and hidden_states.device.type == "cpu"
-            and hidden_states.shape[:-1].numel() == 1
-            and self.head_is_plain()
-        ):
-            return (hidden_states[..., None, :] * self.lm_head.weight).sum(dim=-1)
-        return self.lm_head(hidden_states)
 
     def loss_without_logits(
         self,

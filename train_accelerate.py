@@ -98,7 +98,9 @@ def train_step(run: Run, batch: StepRows, lr: float) -> Result | None:
     """
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     set_lr(optimizer, lr)
-    rows = batch.tokens.to(accelerator.device, non_blocking=True)
+    # From pinned memory the copy waits in the GPU's queue, and not this process for the copy.
+    tokens = batch.tokens.pin_memory() if accelerator.device.type == "cuda" else batch.tokens
+    rows = tokens.to(accelerator.device, non_blocking=True)
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     size = run.recipe.micro_batch_size
     micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))

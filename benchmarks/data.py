@@ -260,7 +260,7 @@ def main(argv: list[str]) -> int:
         memory, states = measure_memory(corpus, encoder, arguments.memory_tokens)
         report = {
             "date": datetime.now(UTC).date().isoformat(),
-            **environment.describe(),
+            **environment.describe("cpu"),
             "corpus": {
                 "files": [path.name for path in files],
                 "units": corpus.num_units,

@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],  # of a shared machine: trust ratios, not absolutes
         "arguments": vars(arguments) | {"output": None},
-        "environment": environment.describe(),
+        "environment": environment.describe(arguments.device),
     }
     print(json.dumps(found, indent=2))
     if arguments.output:

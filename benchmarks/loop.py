@@ -12,7 +12,8 @@ does nothing but forward, backward, clipping and the update. The script's steps 
 tokenize, digest their rows, reduce, ask for signals, and write metrics. Evaluations, samples and
 checkpoints have intervals and prices of their own and are left out.
 
-Then the time from launch to the first step done, of the demo as `make demo` starts it.
+Then the time from launch to the first step done, of the demo as `make demo` starts it, on a GPU
+where there is one.
 """
 
 import subprocess
@@ -101,8 +102,11 @@ def seconds_to_first_step() -> float:
     with tempfile.TemporaryDirectory() as directory:
         metrics = Path(directory) / "run" / "metrics.jsonl"
         command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", "launch/cpu.yaml"]
-        command += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
+        if torch.cuda.is_available():
+            command += ["--num_processes", "1"]
+        else:
+            command += ["--config_file", "launch/cpu.yaml"]
+            command += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
         command += ["train_accelerate.py", "--recipe", "demo", "--output_dir", str(metrics.parent)]
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -87,8 +87,13 @@ def timed(turn: Turn) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, **measured}
 
 
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU, and not only could."""
+    return torch.cuda.is_initialized()
+
+
 def synchronize() -> None:
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.synchronize()
 
 
@@ -97,7 +102,7 @@ def synchronize() -> None:
 
 def reset_peak_memory() -> None:
     """Forget what start-up and compilation needed; not everywhere possible for main memory."""
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.reset_peak_memory_stats()
     elif platform.system() == "Linux":
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -105,7 +110,7 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> float:
     """The highest use since, in bytes: of the GPU's memory, else of this process's main memory."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return float(torch.cuda.max_memory_allocated())
     if platform.system() == "Linux":
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -189,7 +194,7 @@ def circumstances(arguments: dict[str, Any]) -> dict[str, Any]:
     """What a number depends on besides the code; to be asked before measuring adds to the load."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment.describe(),
+        "environment": environment.describe(arguments.get("device")),
         "threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0],
         "arguments": {k: v for k, v in arguments.items() if k != "output"},

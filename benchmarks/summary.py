@@ -29,14 +29,20 @@ def train_step(record: dict[str, Any]) -> Iterator[Row]:
 
 
 def generate(record: dict[str, Any]) -> Iterator[Row]:
-    caches = {"ours": "dynamic cache", "ours_static": "compiled static cache"}
+    caches = {
+        "ours": "dynamic cache",
+        "ours_static": "compiled static cache",
+        "theirs": "transformers, dynamic cache",
+        "theirs_static": "transformers, compiled static cache",
+    }
     for size, phases in record["batch_sizes"].items():
         for phase, found in phases.items():
-            for who, ratio in found["ratio_over_theirs"].items():
-                what = f"124M, {phase}, batch {size}, {caches[who]}, tokens/s"
-                tokens = found["tokens_per_second"]
-                theirs = f"transformers, dynamic cache: {tokens['theirs']:,.1f}"
-                yield what, f"{tokens[who]:,.1f}", theirs, ratio_text(ratio)
+            tokens = found["tokens_per_second"]
+            for pair, ratio in found["speed_ratio"].items():
+                ours, theirs = pair.split("/")
+                what = f"124M, {phase}, batch {size}, {caches[ours]}, tokens/s"
+                against = f"{caches[theirs]}: {tokens[theirs]:,.1f}"
+                yield what, f"{tokens[ours]:,.1f}", against, ratio_text(ratio)
 
 
 def loop(record: dict[str, Any]) -> Iterator[Row]:

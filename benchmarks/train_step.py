@@ -14,6 +14,7 @@ vocabulary of 50,304.
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +49,7 @@ def build(
     dtype: str,
     device: str,
     num_rows: int,
+    num_steps: int,
     sequence_length: int,
     shape: dict,
     nanogpt: str | None,
@@ -55,6 +57,8 @@ def build(
     """A contestant: its model, compiled in place if asked, and a step on fixed random rows."""
     if keeps_memory and device == "cpu":
         cpu_memory.return_freed_memory()
+    if device != "cpu":
+        torch.set_float32_matmul_precision("high")  # TF32, as our script and nanoGPT's have it
     torch.manual_seed(0)
     shape = {"n_positions": sequence_length, **shape}
     if who == "theirs":
@@ -84,17 +88,18 @@ def build(
             return model(ids, labels=wanted, shift_labels=wanted, use_cache=False).loss
         return model(ids, shift_labels=wanted, skip_logits=True).loss
 
-    def step() -> dict[str, float]:
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = loss_of_rows()
-        loss.backward()
-        model.zero_grad()
+    def steps(number: int) -> dict[str, float]:
+        for _ in range(number):
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
+                loss = loss_of_rows()
+            loss.backward()
+            model.zero_grad()
         return {"loss": loss.item()}
 
-    step()  # compiles; one more warm-up
+    steps(1)  # compiles; one more warm-up
     if keeps_memory and device == "cpu":
         cpu_memory.keep_freed_memory()
-    return step
+    return partial(steps, num_steps)
 
 
 def module_at(path: str) -> ModuleType:
@@ -111,6 +116,7 @@ def measure(arguments) -> dict[str, Any]:
         "dtype": arguments.dtype,
         "device": arguments.device,
         "num_rows": arguments.num_rows,
+        "num_steps": arguments.steps,
         "sequence_length": arguments.sequence_length,
         "shape": shape | {"vocab_size": arguments.vocab_size},
         "nanogpt": arguments.nanogpt,
@@ -128,7 +134,7 @@ def measure(arguments) -> dict[str, Any]:
     for contestant in contestants:
         contestant.close()
     seconds = {who: [turn["seconds"] for turn in turns[who]] for who in turns}
-    tokens = arguments.num_rows * arguments.sequence_length
+    tokens = arguments.steps * arguments.num_rows * arguments.sequence_length
     return {
         "seconds": seconds,
         "loss": {who: turns[who][-1]["loss"] for who in turns},
@@ -167,6 +173,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--n_head", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=50257)
+    parser.add_argument("--steps", type=int, default=10 if cuda else 1, help="a turn")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument(

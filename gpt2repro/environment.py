@@ -19,9 +19,9 @@ PACKAGES = (
 )
 
 
-def describe() -> dict[str, str]:
-    """Hardware, Python and package versions, as strings."""
-    return {"hardware": hardware(), "python": platform.python_version()} | {
+def describe(device_type: str | None = None) -> dict[str, str]:
+    """Hardware (of `device_type`, see `hardware`), Python and package versions, as strings."""
+    return {"hardware": hardware(device_type), "python": platform.python_version()} | {
         package: found for package in PACKAGES if (found := package_version(package))
     }
 
@@ -33,13 +33,15 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def hardware() -> str:
+def hardware(device_type: str | None = None) -> str:
     """The accelerators of this host, or its processor and the cores this process may use.
+
+    The processor where there is no accelerator, and where `device_type` is "cpu": what computes.
 
     A processor comes with the vector instructions that torch found: one name covers machines that
     differ several times in speed.
     """
-    if torch.cuda.is_available():
+    if device_type != "cpu" and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} cores of {processor()} ({vector_instructions()})"

@@ -437,5 +437,5 @@ def _write(arguments: Namespace, names, columns, difference, published) -> None:
         if key in content["results"]
     }
     content["settings"] = vars(arguments)
-    content["environment"] = environment.describe()
+    content["environment"] = environment.describe(arguments.device)
     Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

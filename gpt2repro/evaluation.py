@@ -74,7 +74,6 @@ def validation_loss(
     rows = np.asarray(rows)
     assert rows.ndim == 2 and len(rows) > 0, "rows are (N, T+1), at least one"
     device = next(model.parameters()).device
-    batch_size = min(batch_size, len(rows))
     num_batches = -(-len(rows) // (batch_size * world_size)) * world_size
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     with evaluating(model):
@@ -86,7 +85,8 @@ def validation_loss(
             targets = tokens[:, 1:].clone()
             targets[torch.from_numpy(index >= len(rows)).to(device)] = IGNORED
             num_tokens = int((index < len(rows)).sum()) * targets.shape[1]
-            nats = _summed_loss(model, tokens[:, :-1], targets, num_tokens)
+            # As training has it: a compiler takes rows of another stride for a model of its own.
+            nats = _summed_loss(model, tokens[:, :-1].contiguous(), targets, num_tokens)
             if num_tokens:
                 sums += torch.tensor([nats, num_tokens], dtype=torch.float64)
     if world_size > 1:

@@ -50,7 +50,7 @@ def publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
         name=str(run.recipe.exp_name),
         recipe=dataclasses.asdict(run.recipe),
         num_parameters=model.num_parameters(),
-        environment=environment.describe(),
+        environment=environment.describe(run.accelerator.device.type),
         metrics=metrics,
         command=shlex.join(["accelerate", "launch", "train_accelerate.py", *run.argv]),
         num_processes=run.accelerator.num_processes,

@@ -15,7 +15,7 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 # Tokens whose logits exist at once (enough for a fast product), tokens whose probabilities do (a
 # CPU's cache wants few, a GPU few kernels), and tokens of the vocabulary that meet in one product.
 CHUNKS = {"cpu": (512, 32, 4096)}
-CHUNKS_ON_GPUS = (1024, 1024, 16384)
+CHUNKS_ON_GPUS = (4096, 1024, 65536)
 
 
 def use_in(model: GPT2ReproForCausalLM) -> None:
@@ -42,7 +42,13 @@ class SummedCrossEntropy(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
         loss, *gradients = cross_entropy_and_gradients(
-            hidden, weight, labels, ignore_index, dtype, *ctx.needs_input_grad[:2]
+            hidden,
+            weight,
+            labels,
+            ignore_index,
+            dtype,
+            *ctx.needs_input_grad[:2],
+            torch.compiler.is_compiling(),
         )
         ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight.dtype
@@ -71,12 +77,14 @@ def cross_entropy_and_gradients(
     dtype: torch.dtype,
     needs_hidden: bool,
     needs_weight: bool,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, and its gradients by hidden (N, C) and weight (V, C).
 
     Logits are multiplied in `dtype`. Loss and weight gradient are of at least float32; gradients
-    that nobody needs are empty.
+    that nobody needs are empty. `compiled` takes compiled code from logits to their gradient.
     """
+    losses_of = compiled_losses_and_gradient if compiled else losses_and_gradient
     wide = torch.promote_types(dtype, torch.float32)
     chunk_tokens, block_tokens, piece_tokens = CHUNKS.get(hidden.device.type, CHUNKS_ON_GPUS)
     loss = hidden.new_zeros((), dtype=wide)
@@ -106,13 +114,7 @@ def cross_entropy_and_gradients(
         for block, wanted in zip(
             logits.split(block_tokens), label.split(block_tokens), strict=True
         ):
-            probs = torch.softmax(block, dim=-1, dtype=wide)
-            # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
-            largest, likeliest = (of.amax(dim=-1, keepdim=True) for of in (block, probs))
-            losses.append(largest - likeliest.log() - block.gather(1, wanted))
-            if needs_hidden or needs_weight:  # the logits' gradient, in their place
-                block.copy_(probs.scatter_(1, wanted, probs.gather(1, wanted) - 1))
-        del probs  # on a GPU the largest tensor: the products need not find it beside theirs
+            losses.append(losses_of(block, wanted, wide, needs_hidden or needs_weight))
         loss += torch.cat(losses).where(counted, 0).sum()
 
         inputs = inputs.where(counted, 0)
@@ -134,6 +136,42 @@ def cross_entropy_and_gradients(
     return loss, hidden_grad, weight_grad
 
 
+def losses_and_gradient(
+    logits: Tensor, label: Tensor, wide: torch.dtype, needs_gradient: bool
+) -> Tensor:
+    """-log softmax(logits)[label] (n, 1) in `wide`; logits (n, V) become their gradient."""
+    probs = torch.softmax(logits, dim=-1, dtype=wide)
+    # log Σ exp = the largest logit - the log of its probability, which is at least 1 / V.
+    largest, likeliest = (of.amax(dim=-1, keepdim=True) for of in (logits, probs))
+    losses = largest - likeliest.log() - logits.gather(1, label)
+    if needs_gradient:
+        logits.copy_(probs.scatter_(1, label, probs.gather(1, label) - 1))
+    return losses
+
+
+def compiled_losses_and_gradient(
+    logits: Tensor, label: Tensor, wide: torch.dtype, needs_gradient: bool
+) -> Tensor:
+    """The same by compiled code, which holds nothing else that is as large as the logits."""
+    # A compiled model calls its operators in one dispatch state when it is called for the first
+    # time and in another one later: without this, all would be compiled again in the second step.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return _losses_and_gradient(logits, label, wide, needs_gradient)
+
+
+@torch.compile(fullgraph=True)
+def _losses_and_gradient(
+    logits: Tensor, label: Tensor, wide: torch.dtype, needs_gradient: bool
+) -> Tensor:
+    exact = logits.to(wide)
+    log_sum = torch.logsumexp(exact, dim=-1, keepdim=True)
+    losses = log_sum - exact.gather(1, label)
+    if needs_gradient:
+        is_label = torch.arange(logits.shape[1], device=logits.device) == label
+        logits.copy_((exact - log_sum).exp() - is_label)
+    return losses
+
+
 def zeros_apart(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of a tensor's shape, on CPUs in a block of their own that goes back to the kernel.
 
@@ -148,7 +186,7 @@ def zeros_apart(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @cross_entropy_and_gradients.register_fake
-def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight):
+def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight, compiled):
     wide = torch.promote_types(dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=wide),

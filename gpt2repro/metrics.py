@@ -88,14 +88,13 @@ class Throughput:
             "tokens_per_second": rate,
             "mfu": mfu,
             "data_wait_fraction": waited,
-            "peak_memory_gib": peak_memory_gib(),
         }
 
 
-def peak_memory_gib() -> float:
-    """Highest use so far, in GiB: of this process's GPU, or of main memory where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory_gib(device: torch.device) -> float:
+    """This process's highest use so far, in GiB: of its GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     kilobytes_per_unit = 1 if sys.platform == "linux" else 1 / 1024  # macOS counts bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * kilobytes_per_unit / 2**20

@@ -50,6 +50,7 @@ def largest_that_fits(
     while not all(gather(runs(forward_backward, size))) and size > candidates[0]:
         size = candidates[candidates.index(size) - 1]
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # what the run reports later is its own
     return size
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from gpt2repro import incidents, ranks
 from gpt2repro.evaluation import score_hellaswag, validation_loss
 from gpt2repro.finish import draw_loss_curve
+from gpt2repro.metrics import peak_memory_gib
 from gpt2repro.run import Run
 from gpt2repro.sampling import sample_text
 from gpt2repro.stream import StepRows
@@ -114,7 +115,8 @@ def report(run: Run, step: int, result: Result, lr: float, figures: dict[str, fl
         )
     run.progress.update(loss=result.loss, tokens_per_second=run.throughput.tokens_per_second)
     if figures or due(run.recipe.log_every, step):
-        run.write(record | run.throughput.read() | figures)
+        memory = {"peak_memory_gib": peak_memory_gib(run.accelerator.device)}
+        run.write(record | run.throughput.read() | memory | figures)
     if "val_loss" in figures:
         draw_loss_curve(run)
 

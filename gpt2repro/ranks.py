@@ -77,6 +77,8 @@ def on_rank_0(call: Callable[[], T]) -> T:
 
 def sum_uint64(number: int, device: torch.device) -> int:
     """The sum of every rank's 64-bit unsigned `number`, modulo 2**64."""
+    if world_size() == 1:  # not to the device and back
+        return number
     signed = number - 2**64 if number >= 2**63 else number
     total = reduce_sum(torch.tensor(signed, dtype=torch.int64, device=device))
     return int(total.item()) % 2**64

@@ -90,7 +90,7 @@ class Run:
             "num_epochs": self.num_epochs,
             "world_size": self.accelerator.num_processes,
             "stream": self.stream.state_dict(lanes),
-            "environment": environment.describe(),
+            "environment": environment.describe(self.accelerator.device.type),
         }
 
 
@@ -247,7 +247,8 @@ def show_facts(
         f"micro-batch(es) x {rows} rows x {recipe.sequence_length} tokens",
         "optimizer": f"{recipe.optimizer}, {recipe.num_steps:,} steps, "
         f"{recipe.num_steps * recipe.batch_tokens / 1e6:,.1f} M tokens in all",
-        "engine": f"{accelerator.distributed_type.value.lower()} on {environment.hardware()}, "
+        "engine": f"{accelerator.distributed_type.value.lower()} on "
+        f"{environment.hardware(accelerator.device.type)}, "
         f"mixed_precision {recipe.mixed_precision}, compile {str(recipe.compile).lower()}",
     }
     for name, value in lines.items():

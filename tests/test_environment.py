@@ -22,6 +22,14 @@ def test_a_processor_is_named_with_what_it_can_do(monkeypatch, flags, suffix):
     assert environment.hardware().endswith(f" cores of Some CPU ({capability}{suffix})")
 
 
+def test_a_run_on_the_processor_does_not_name_an_idle_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert environment.hardware() == environment.describe("cuda")["hardware"] == "2 x Some GPU"
+    assert environment.describe("cpu")["hardware"].endswith(")")
+
+
 def test_where_the_kernel_says_nothing_there_is_still_a_name(monkeypatch):
     monkeypatch.setattr(environment, "first_core", dict)
     assert environment.processor()

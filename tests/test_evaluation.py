@@ -118,6 +118,18 @@ def test_a_uniform_model_scores_ln_v_and_bits_per_byte():
     assert bits == pytest.approx(math.log2(VOCAB_SIZE) / 4, rel=1e-6)
 
 
+def test_the_model_sees_rows_laid_out_as_in_training():
+    """Else a compiler would make the training step fit for several shapes or strides."""
+    seen = []
+    model = ours()
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.extend([kwargs["input_ids"], kwargs["shift_labels"]]),
+        with_kwargs=True,
+    )
+    validation_loss(model, ROWS, batch_size=16)  # more than there are
+    assert {(tensor.shape, tensor.stride()) for tensor in seen} == {((16, T), (T, 1))}
+
+
 def test_a_compiled_model_compiles_once():
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()

@@ -33,11 +33,32 @@ def test_logits_far_apart_neither_overflow_nor_vanish():
     assert torch.equal(hidden.grad, torch.tensor([[2.0], [0.0]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_takes_compiled_code(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (9, 61))
+    labels = torch.tensor([0, 60, -100, 3, 3, 7, -100, 1, 2])
+
+    def loss_and_gradients(of):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = of(hidden, weight, labels, -100)
+        return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+    eager = loss_and_gradients(linear_cross_entropy)
+    monkeypatch.setattr(module, "losses_and_gradient", None)
+    compiled = loss_and_gradients(torch.compile(linear_cross_entropy, backend="aot_eager"))
+    # Both compute in float32; a gradient of the logits may round to the next bfloat16, 2**-8 of it,
+    # and so may its products.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
 def test_the_operator_says_rightly_what_it_returns(needs):
     """torch's own check: its schema, and the shapes and types that a compiler is told."""
     hidden, weight = torch.randn(20, 8), torch.randn(61, 8)
     labels = torch.arange(20)
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = (hidden, weight, labels, -100, dtype, *needs)
+        inputs = (hidden, weight, labels, -100, dtype, *needs, False)
         torch.library.opcheck(cross_entropy_and_gradients, inputs)

@@ -56,6 +56,7 @@ def test_two_small_batches_predict_the_largest_that_fits(monkeypatch):
     # (80 - 2) * 0.9 = 70.2 GiB are left for rows
     assert HEADROOM == 0.90 and device.choose([1, 2, 4, 8, 16, 32, 64, 128]) == 64
     assert device.tried == [1, 2, 64]
+    assert device.peak == device.base  # what was tried is not the run's peak
 
 
 def test_room_is_left_for_what_comes_later(monkeypatch):

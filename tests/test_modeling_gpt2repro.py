@@ -18,12 +18,14 @@ from transformers import (
     StaticCache,
 )
 
+import modeling_gpt2repro
 from configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro import (
     GPT2ReproForCausalLM,
     GPT2ReproForQuestionAnswering,
     GPT2ReproForSequenceClassification,
     GPT2ReproForTokenClassification,
+    GPT2ReproLMHead,
     GPT2ReproModel,
 )
 
@@ -231,6 +233,37 @@ def test_logits_to_keep():
         # A product of fewer rows may be summed in another order.
         torch.testing.assert_close(ours(ids, logits_to_keep=keep).logits, logits, **REORDERED)
     assert torch.equal(ours(ids, logits_to_keep=2).logits, theirs(ids, logits_to_keep=2).logits)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (1, 3), (65,), (0, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_head_takes_few_rows_in_its_own_way(rows, dtype, monkeypatch):
+    monkeypatch.setattr(modeling_gpt2repro, "LARGE_WEIGHT", 0)
+    torch.manual_seed(0)
+    head = GPT2ReproLMHead(32, 99, bias=False, dtype=dtype)
+    hidden = torch.randn(*rows, 32, dtype=dtype, requires_grad=True)
+    logits, expected = head(hidden), F.linear(hidden, head.weight)
+    assert logits.shape == expected.shape and logits.is_contiguous()
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits, expected, **REORDERED)
+    else:
+        assert torch.equal(logits, expected)
+    ours, theirs = (
+        torch.autograd.grad(each.square().sum(), (hidden, head.weight))
+        for each in (logits, expected)
+    )
+    torch.testing.assert_close(ours, theirs, **(REORDERED if dtype == torch.float32 else {}))
+
+
+def test_a_large_head_keeps_its_hooks_and_is_traced_for_all_lengths(monkeypatch):
+    monkeypatch.setattr(modeling_gpt2repro, "LARGE_WEIGHT", 0)
+    head = GPT2ReproLMHead(32, 99, bias=False)
+    seen = []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    logits = head(torch.ones(1, 1, 32))
+    assert seen[0] is logits
+    traced = torch.jit.trace(GPT2ReproLMHead(32, 99, bias=False), torch.ones(1, 5, 32))
+    assert traced(torch.ones(2, 7, 32)).shape == (2, 7, 99)
 
 
 # --- attention kernels --------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,17 @@ def write_inputs(directory: Path) -> Path:
 
 def train(recipe: Path, output_dir: Path, *options: str) -> int:
     """Run the training script in this process and return its exit status."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
+    with as_if_in_its_own_process():
         arguments = ["--recipe", str(recipe), "--output_dir", str(output_dir), *options]
         return train_accelerate.main(arguments)
+
+
+@contextmanager
+def as_if_in_its_own_process() -> Iterator[None]:
+    """Put back what a run changes in the process it runs in."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
