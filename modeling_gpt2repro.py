@@ -410,6 +410,12 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         self.lm_head = GPT2ReproLMHead(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Also called when the vocabulary is resized, with a plain layer of the new size."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = GPT2ReproLMHead
+        super().set_output_embeddings(new_embeddings)
+
     @can_return_tuple
     def forward(
         self,

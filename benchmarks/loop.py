@@ -12,8 +12,8 @@ does nothing but forward, backward, clipping and the update. The script's steps 
 tokenize, digest their rows, reduce, ask for signals, and write metrics. Evaluations, samples and
 checkpoints have intervals and prices of their own and are left out.
 
-Then the time from launch to the first step done, of the demo as `make demo` starts it, on a GPU
-where there is one.
+Then the time from launch to the first step done, of the demo as `make demo` starts it; where there
+is a GPU, as `accelerate launch --num_processes 1` does.
 """
 
 import subprocess

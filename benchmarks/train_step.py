@@ -7,6 +7,7 @@ optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs
 without logits, and on a CPU freed memory is kept from the second step on (gpt2repro/cpu_memory.py)
 and bfloat16 has an attention of its own (gpt2repro/cpu_attention.py).
 Theirs gets the same rows, no dropout, no cache, and the C library's memory as it is by default.
+On a GPU fp32 means TF32 for both, as in training.
 With `--same_allocator` theirs is treated like ours there: what is left is the model's.
 With `--nanogpt PATH/TO/model.py`, a copy of nanoGPT's file, a third takes part: bias, and its own
 vocabulary of 50,304.
@@ -129,10 +130,12 @@ def measure(arguments) -> dict[str, Any]:
         Contestant(who, build, who=who, keeps_memory=keeps, **settings)
         for who, keeps in keeping.items()
     ]
-    turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=arguments.warmups)
-    memory = {c.name: c.ask("peak_memory") for c in contestants}
-    for contestant in contestants:
-        contestant.close()
+    try:
+        turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=arguments.warmups)
+        memory = {c.name: c.ask("peak_memory") for c in contestants}
+    finally:
+        for contestant in contestants:
+            contestant.close()
     seconds = {who: [turn["seconds"] for turn in turns[who]] for who in turns}
     tokens = arguments.steps * arguments.num_rows * arguments.sequence_length
     return {
@@ -148,9 +151,9 @@ def measure(arguments) -> dict[str, Any]:
 
 
 def mfu(arguments, tokens_per_second: float) -> float | None:
-    """Model FLOPs utilization; None where no peak is published, as for CPUs."""
+    """Model FLOPs utilization; None where no peak is published, as for CPUs, or not of bf16."""
     peak = peak_flops(torch.device(arguments.device))
-    if peak is None:
+    if peak is None or arguments.dtype != "bf16":
         return None
     width, layers = arguments.n_embd, arguments.n_layer
     multiplied = arguments.vocab_size * width + layers * 12 * width**2

@@ -19,9 +19,9 @@ PACKAGES = (
 )
 
 
-def describe(device_type: str | None = None) -> dict[str, str]:
-    """Hardware (of `device_type`, see `hardware`), Python and package versions, as strings."""
-    return {"hardware": hardware(device_type), "python": platform.python_version()} | {
+def describe(device: str | None = None) -> dict[str, str]:
+    """Hardware (see there), Python and package versions, as strings."""
+    return {"hardware": hardware(device), "python": platform.python_version()} | {
         package: found for package in PACKAGES if (found := package_version(package))
     }
 
@@ -33,15 +33,16 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def hardware(device_type: str | None = None) -> str:
+def hardware(device: str | None = None) -> str:
     """The accelerators of this host, or its processor and the cores this process may use.
 
-    The processor where there is no accelerator, and where `device_type` is "cpu": what computes.
+    The processor where there is no accelerator, and where `device` says that it is what computes.
 
     A processor comes with the vector instructions that torch found: one name covers machines that
     differ several times in speed.
     """
-    if device_type != "cpu" and torch.cuda.is_available():
+    on_cpu = device is not None and torch.device(device).type == "cpu"
+    if torch.cuda.is_available() and not on_cpu:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} cores of {processor()} ({vector_instructions()})"

@@ -5,7 +5,10 @@ place, and leave only its products with the weight and the hidden states: the sa
 products as with all logits in memory, and memory for one chunk of them.
 """
 
+import contextlib
+import functools
 import mmap
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 # Tokens whose logits exist at once (enough for a fast product), tokens whose probabilities do (a
 # CPU's cache wants few, a GPU few kernels), and tokens of the vocabulary that meet in one product.
 CHUNKS = {"cpu": (512, 32, 4096)}
-CHUNKS_ON_GPUS = (4096, 1024, 65536)
+CHUNKS_ON_GPUS = (4096, 1024, 65536)  # by arithmetic: no GPU has been measured yet
 
 
 def use_in(model: GPT2ReproForCausalLM) -> None:
@@ -77,14 +80,14 @@ def cross_entropy_and_gradients(
     dtype: torch.dtype,
     needs_hidden: bool,
     needs_weight: bool,
-    compiled: bool,
+    in_compiled_code: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, and its gradients by hidden (N, C) and weight (V, C).
 
     Logits are multiplied in `dtype`. Loss and weight gradient are of at least float32; gradients
-    that nobody needs are empty. `compiled` takes compiled code from logits to their gradient.
+    that nobody needs are empty. In compiled code, logits become their gradient by Inductor's.
     """
-    losses_of = compiled_losses_and_gradient if compiled else losses_and_gradient
+    losses_of = compiled_losses_and_gradient if in_compiled_code else losses_and_gradient
     wide = torch.promote_types(dtype, torch.float32)
     chunk_tokens, block_tokens, piece_tokens = CHUNKS.get(hidden.device.type, CHUNKS_ON_GPUS)
     loss = hidden.new_zeros((), dtype=wide)
@@ -155,20 +158,27 @@ def compiled_losses_and_gradient(
     """The same by compiled code, which holds nothing else that is as large as the logits."""
     # A compiled model calls its operators in one dispatch state when it is called for the first
     # time and in another one later: without this, all would be compiled again in the second step.
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        return _losses_and_gradient(logits, label, wide, needs_gradient)
+    same_state = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", contextlib.nullcontext)
+    with same_state():
+        return compiled(fusible_losses_and_gradient)(logits, label, wide, needs_gradient)
 
 
-@torch.compile(fullgraph=True)
-def _losses_and_gradient(
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """Not when the module is imported: that would make a directory for compiled code."""
+    return torch.compile(function)
+
+
+def fusible_losses_and_gradient(
     logits: Tensor, label: Tensor, wide: torch.dtype, needs_gradient: bool
 ) -> Tensor:
+    """The same in operations on single numbers, of which a compiler makes two loops."""
     exact = logits.to(wide)
     log_sum = torch.logsumexp(exact, dim=-1, keepdim=True)
     losses = log_sum - exact.gather(1, label)
     if needs_gradient:
         is_label = torch.arange(logits.shape[1], device=logits.device) == label
-        logits.copy_((exact - log_sum).exp() - is_label)
+        logits.copy_((exact - log_sum).exp() - is_label.to(wide))
     return losses
 
 
@@ -186,7 +196,7 @@ def zeros_apart(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @cross_entropy_and_gradients.register_fake
-def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight, compiled):
+def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight, in_compiled_code):
     wide = torch.promote_types(dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=wide),

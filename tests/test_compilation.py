@@ -51,7 +51,7 @@ def test_a_compiled_training_step_is_one_graph_with_the_same_gradients(skip_logi
     step = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:], "skip_logits": skip_logits}
     ours(**step).loss.backward()
     expected = [p.grad.clone() for p in ours.parameters()]
-    # Inductor's kernels are slow to compile: once is enough, and tracing is the same without.
+    # Inductor's kernels are slow to compile: the model's once is enough.
     if loop:
         compile_in_place(ours, fullgraph=True, backend=backend)
     else:

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from gpt2repro import linear_cross_entropy as module
-from gpt2repro.linear_cross_entropy import cross_entropy_and_gradients, linear_cross_entropy
+from gpt2repro.linear_cross_entropy import (
+    cross_entropy_and_gradients,
+    fusible_losses_and_gradient,
+    linear_cross_entropy,
+    losses_and_gradient,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +40,7 @@ def test_logits_far_apart_neither_overflow_nor_vanish():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_model_takes_compiled_code(dtype, monkeypatch):
+    torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (9, 61))
     labels = torch.tensor([0, 60, -100, 3, 3, 7, -100, 1, 2])
@@ -52,6 +58,19 @@ def test_a_compiled_model_takes_compiled_code(dtype, monkeypatch):
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     for ours, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_what_is_compiled_computes_the_same_when_it_is_not(needs_gradient):
+    logits = torch.randn(7, 11, dtype=torch.float64)
+    label = torch.arange(7)[:, None]
+    mine, yours = logits.clone(), logits.clone()
+    torch.testing.assert_close(
+        fusible_losses_and_gradient(mine, label, torch.float64, needs_gradient),
+        losses_and_gradient(yours, label, torch.float64, needs_gradient),
+    )
+    torch.testing.assert_close(mine, yours)
+    assert torch.equal(mine, logits) is not needs_gradient
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])

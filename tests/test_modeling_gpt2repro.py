@@ -255,6 +255,13 @@ def test_a_large_head_takes_few_rows_in_its_own_way(rows, dtype, monkeypatch):
     torch.testing.assert_close(ours, theirs, **(REORDERED if dtype == torch.float32 else {}))
 
 
+def test_a_resized_head_is_still_one():
+    ours, _ = ours_and_theirs()
+    ours.resize_token_embeddings(120)
+    assert type(ours.lm_head) is GPT2ReproLMHead and ours.lm_head.out_features == 120
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+
+
 def test_a_large_head_keeps_its_hooks_and_is_traced_for_all_lengths(monkeypatch):
     monkeypatch.setattr(modeling_gpt2repro, "LARGE_WEIGHT", 0)
     head = GPT2ReproLMHead(32, 99, bias=False)
