@@ -17,6 +17,7 @@ from pairing import (
     Turn,
     alternate,
     circumstances,
+    closing_all,
     paired_ratio,
     ratio_text,
     spread,
@@ -85,10 +86,8 @@ def measure(arguments, num_rows: int) -> dict[str, Any]:
             "vocab_size": arguments.vocab_size,
         },
     }
-    contestants = [Contestant(who, build, who=who, **settings) for who in WAYS]
-    turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=arguments.warmups)
-    for contestant in contestants:
-        contestant.close()
+    with closing_all([Contestant(who, build, who=who, **settings) for who in WAYS]) as contestants:
+        turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=arguments.warmups)
     phases = {"prefill": arguments.prompt, "decode": arguments.new_tokens - 1}
     found: dict[str, Any] = {}
     for phase, tokens in phases.items():

@@ -15,7 +15,8 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ class Contestant:
     def close(self) -> None:
         self.pipe.close()  # the process ends when it finds nobody at the other end
         self.process.join()
+
+
+@contextmanager
+def closing_all(contestants: Sequence[Contestant]) -> Iterator[Sequence[Contestant]]:
+    """End their processes, also when one of them has failed."""
+    try:
+        yield contestants
+    finally:
+        for contestant in contestants:
+            contestant.close()
 
 
 def serve(pipe, build: Callable[..., Turn], settings: dict[str, Any], num_threads: int) -> None:

@@ -26,6 +26,7 @@ from pairing import (
     Turn,
     alternate,
     circumstances,
+    closing_all,
     paired_ratio,
     ratio_text,
     spread,
@@ -126,16 +127,14 @@ def measure(arguments) -> dict[str, Any]:
     if arguments.nanogpt:
         keeping["nanogpt"] = arguments.same_allocator
     keeping["ours"] = True
-    contestants = [
-        Contestant(who, build, who=who, keeps_memory=keeps, **settings)
-        for who, keeps in keeping.items()
-    ]
-    try:
+    with closing_all(
+        [
+            Contestant(who, build, who=who, keeps_memory=keeps, **settings)
+            for who, keeps in keeping.items()
+        ]
+    ) as contestants:
         turns = alternate(contestants, num_rounds=arguments.rounds, num_warmups=arguments.warmups)
         memory = {c.name: c.ask("peak_memory") for c in contestants}
-    finally:
-        for contestant in contestants:
-            contestant.close()
     seconds = {who: [turn["seconds"] for turn in turns[who]] for who in turns}
     tokens = arguments.steps * arguments.num_rows * arguments.sequence_length
     return {

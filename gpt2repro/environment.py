@@ -36,9 +36,8 @@ def package_version(package: str) -> str | None:
 def hardware(device: str | None = None) -> str:
     """The accelerators of this host, or its processor and the cores this process may use.
 
-    The processor where there is no accelerator, and where `device` says that it is what computes.
-
-    A processor comes with the vector instructions that torch found: one name covers machines that
+    The processor where there is no accelerator, and where `device` says that it computes. A
+    processor comes with the vector instructions that torch found: one name covers machines that
     differ several times in speed.
     """
     on_cpu = device is not None and torch.device(device).type == "cpu"

@@ -65,6 +65,7 @@ def test_metrics_have_the_promised_fields(uninterrupted):
     for line in lines[:-1]:
         assert promised <= line.keys()
         assert line["tokens"] == 256 * (line["step"] + 1)
+        assert line["peak_memory_gib"] > 0.01
         assert len(line["rows_digest"]) == 16 and int(line["rows_digest"], 16) >= 0
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 5, 10, 12]
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
