@@ -401,7 +401,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     # "Using the output embedding to improve language models" (Press & Wolf 2017): one matrix.
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
-    # The training loop puts a faster one in its place (gpt2repro/linear_cross_entropy.py).
+    # The training loop puts a faster one in its place (gpt2repro/speed/fused_cross_entropy.py).
     linear_cross_entropy = staticmethod(linear_cross_entropy)
 
     def __init__(self, config: GPT2ReproConfig):

@@ -10,13 +10,16 @@ import sys
 
 import torch
 
-from gpt2repro import checkpoint, cli, cpu_memory, incidents, ranks
-from gpt2repro.finish import finish
-from gpt2repro.metrics import Stopwatch
-from gpt2repro.observation import Result, due, note_incident, observe, report, report_end
-from gpt2repro.optim import lr_at, set_lr
-from gpt2repro.run import AlreadyFinished, Run, prepare
-from gpt2repro.stream import StepRows
+from gpt2repro.commands import cli
+from gpt2repro.data.stream import StepRows
+from gpt2repro.records import checkpoints, incidents
+from gpt2repro.records.metrics import Stopwatch
+from gpt2repro.speed import cpu_memory
+from gpt2repro.system import ranks
+from gpt2repro.training.finish import finish
+from gpt2repro.training.observation import Result, due, note_incident, observe, report, report_end
+from gpt2repro.training.optimizers import lr_at, set_lr
+from gpt2repro.training.run import AlreadyFinished, Run, prepare
 
 EXIT_DIVERGED = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
@@ -116,7 +119,7 @@ def train_step(run: Run, batch: StepRows, lr: float) -> Result | None:
             ).loss
             accelerator.backward(micro_loss)
         loss += micro_loss.detach() / len(micro_batches)
-    grad_norm = checkpoint.whole(
+    grad_norm = checkpoints.whole(
         accelerator.clip_grad_norm_(model.parameters(), run.recipe.max_grad_norm)
     )
     loss_mean = ranks.reduce_sum(loss) / ranks.world_size()
@@ -131,7 +134,7 @@ def train_step(run: Run, batch: StepRows, lr: float) -> Result | None:
 def save(run: Run, step: int) -> None:
     """A checkpoint of the state before `step`, which the Hub gets too if the recipe says so."""
     if step != run.saved_step:
-        path = checkpoint.save(
+        path = checkpoints.save(
             run.directory.checkpoints,
             step=step,
             model=run.model,

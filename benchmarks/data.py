@@ -35,11 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from fake_hub import FakeHub
 
-from gpt2repro import demo_corpus, environment
-from gpt2repro.cli import OneLineParser, run
-from gpt2repro.corpus import Corpus, open_corpus
-from gpt2repro.stream import TokenStream, rows_digest
-from gpt2repro.tokenizer import BulkEncoder, bulk_encoder, load_tokenizer
+from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.data import demo_corpus
+from gpt2repro.data.corpus import Corpus, open_corpus
+from gpt2repro.data.stream import TokenStream, rows_digest
+from gpt2repro.data.tokenizer import BulkEncoder, bulk_encoder, load_tokenizer
+from gpt2repro.system import machine
 
 SEQUENCE_LENGTH, ROWS_PER_STEP, NUM_LANES = 1024, 64, 16
 STREAM = {
@@ -260,7 +261,7 @@ def main(argv: list[str]) -> int:
         memory, states = measure_memory(corpus, encoder, arguments.memory_tokens)
         report = {
             "date": datetime.now(UTC).date().isoformat(),
-            **environment.describe("cpu"),
+            **machine.describe("cpu"),
             "corpus": {
                 "files": [path.name for path in files],
                 "units": corpus.num_units,

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2repro import environment
-from gpt2repro.cli import OneLineParser, run
-from gpt2repro.evaluation import read_jsonl
-from gpt2repro.loglikelihood import Batch, Request, loglikelihoods, plan_batches
-from gpt2repro.tasks import CompletionHellaSwag
-from gpt2repro.tokenizer import load_tokenizer
+from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.evaluation.likelihoods import Batch, Request, loglikelihoods, plan_batches
+from gpt2repro.evaluation.scoring import read_jsonl
+from gpt2repro.evaluation.tasks import CompletionHellaSwag
+from gpt2repro.system import machine
 
 MAX_LENGTH, VOCAB_SIZE, NUM_ENDINGS = 1024, 50257, 4
 
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],  # of a shared machine: trust ratios, not absolutes
         "arguments": vars(arguments) | {"output": None},
-        "environment": environment.describe(arguments.device),
+        "environment": machine.describe(arguments.device),
     }
     print(json.dumps(found, indent=2))
     if arguments.output:

@@ -28,7 +28,7 @@ from pairing import (
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.cli import OneLineParser, run
+from gpt2repro.commands.cli import OneLineParser, run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 WAYS = ("theirs", "ours", "theirs_static", "ours_static")

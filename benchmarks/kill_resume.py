@@ -31,10 +31,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from gpt2repro import checkpoint, environment
-from gpt2repro.cli import OneLineParser, run
-from gpt2repro.metrics import read_metrics
-from gpt2repro.tokenizer import train_bpe
+from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.data.tokenizer import train_bpe
+from gpt2repro.records import checkpoints
+from gpt2repro.records.metrics import read_metrics
+from gpt2repro.system import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("start-up", "training", "evaluation", "checkpoint", "export")
@@ -141,8 +142,8 @@ class Launch:
         self.metrics = output / "metrics.jsonl"
         self.rewound_from = inode(self.metrics)  # a launch that is ready has rewritten the file
         self.known_scratch = self.scratch()
-        latest, _ = checkpoint.find_latest(self.checkpoints)
-        self.first_step = checkpoint.read_state(latest)["step"] if latest else 0
+        latest, _ = checkpoints.find_latest(self.checkpoints)
+        self.first_step = checkpoints.read_state(latest)["step"] if latest else 0
         output.parent.mkdir(parents=True, exist_ok=True)
         self.log = (output.parent / f"{output.name}.log").open("ab")
         command = [sys.executable, str(code / "train_accelerate.py")]
@@ -296,12 +297,12 @@ def differences(ours: Path, theirs: Path, step: int) -> dict[str, list[str]]:
         records = read_metrics(output / "metrics.jsonl")
         return [{k: v for k, v in each.items() if k not in TIMINGS} for each in records]
 
-    saved = [checkpoint.checkpoint_path(each / "checkpoints", step) for each in (ours, theirs)]
+    saved = [checkpoints.checkpoint_path(each / "checkpoints", step) for each in (ours, theirs)]
     mine, others = lines(ours), lines(theirs)
-    states = [checkpoint.read_state(path) for path in saved]
+    states = [checkpoints.read_state(path) for path in saved]
     return {
         # state.json names the output_dir, and COMPLETE its size: the stream's state is compared
-        "checkpoint": differing_files(*saved, left_out=("state.json", checkpoint.MARKER)),
+        "checkpoint": differing_files(*saved, left_out=("state.json", checkpoints.MARKER)),
         "stream state": [k for k, v in states[0]["stream"].items() if states[1]["stream"][k] != v],
         "metrics": [f"{len(mine)} and {len(others)} lines"] * (len(mine) != len(others))
         + [f"step {a['step']}" for a, b in zip(mine, others, strict=False) if a != b],
@@ -364,7 +365,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="kill_resume_") as directory:
         say = lambda text: print(text, flush=True)  # noqa: E731
         result = measure(options.kills, options.seed, Path(directory), say)
-    result["environment"] = environment.describe()
+    result["environment"] = machine.describe()
     result["date"] = time.strftime("%Y-%m-%d")
     verdict = "bitwise equal" if result["bitwise_equal"] else f"DIFFERENT: {result['differences']}"
     print(f"\n{result['num_kills']} kills, {result['num_hits']} within their phase: {verdict}")

@@ -35,9 +35,9 @@ from pairing import (
     write_json,
 )
 
-from gpt2repro.cli import OneLineParser, run
-from gpt2repro.metrics import Progress
-from gpt2repro.run import Run, prepare
+from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.records.metrics import Progress
+from gpt2repro.training.run import Run, prepare
 from train_accelerate import train
 
 NOTHING_BUT_STEPS = ["--eval_every", "0", "--num_validation_units", "0", "--sample_every", "0"]

@@ -19,9 +19,9 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from gpt2repro import environment
-from gpt2repro.metrics import read_metrics
-from gpt2repro.run import prepare
+from gpt2repro.records.metrics import read_metrics
+from gpt2repro.system import machine
+from gpt2repro.training.run import prepare
 from train_accelerate import train
 
 ADAMW_GRID = [{"max_lr": lr} for lr in (7.5e-4, 1.5e-3, 3e-3, 6e-3)]
@@ -120,7 +120,7 @@ def main() -> None:
     fractions = [run["fraction"] for run in runs]
     report = {
         "date": date.today().isoformat(),
-        **environment.describe(),
+        **machine.describe(),
         "corpus": options.dataset_name or "python-docs",
         "num_steps": options.num_steps,
         "adamw": {"best": adamw, "tried": adamw_tried},

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from gpt2repro import environment
+from gpt2repro.system import machine
 
 Turn = Callable[[], dict[str, float] | None]
 
@@ -205,7 +205,7 @@ def circumstances(arguments: dict[str, Any]) -> dict[str, Any]:
     """What a number depends on besides the code; to be asked before measuring adds to the load."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment.describe(arguments.get("device")),
+        "environment": machine.describe(arguments.get("device")),
         "threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0],
         "arguments": {k: v for k, v in arguments.items() if k != "output"},

@@ -20,9 +20,10 @@ from typing import Any
 
 from pairing import circumstances, table, write_json
 
-from gpt2repro import UserError, plots
-from gpt2repro.cli import OneLineParser, run
-from gpt2repro.metrics import read_metrics
+from gpt2repro import UserError
+from gpt2repro.commands import plots
+from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.records.metrics import read_metrics
 from train_accelerate import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent

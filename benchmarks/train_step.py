@@ -4,8 +4,8 @@
 
 A step is forward and backward of one micro-batch under autocast, gradients dropped at its end; the
 optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs it: the loss
-without logits, and on a CPU freed memory is kept from the second step on (gpt2repro/cpu_memory.py)
-and bfloat16 has an attention of its own (gpt2repro/cpu_attention.py).
+without logits, and on a CPU freed memory is kept from the second step on and bfloat16 has an
+attention of its own (gpt2repro/speed/).
 Theirs gets the same rows, no dropout, no cache, and the C library's memory as it is by default.
 On a GPU fp32 means TF32 for both, as in training.
 With `--same_allocator` theirs is treated like ours there: what is left is the model's.
@@ -36,9 +36,10 @@ from pairing import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import UserError, compilation, cpu_attention, cpu_memory, linear_cross_entropy
-from gpt2repro.cli import OneLineParser, run
-from gpt2repro.metrics import flops_per_token, peak_flops
+from gpt2repro import UserError
+from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.records.metrics import flops_per_token, peak_flops
+from gpt2repro.speed import compilation, cpu_attention, cpu_memory, fused_cross_entropy
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -74,7 +75,7 @@ def build(
         model = code.GPT(config)
     else:
         model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
-        linear_cross_entropy.use_in(model)
+        fused_cross_entropy.use_in(model)
         if device == "cpu" and dtype == "bf16":
             cpu_attention.use_in(model)
     model.to(device).train()

@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-from gpt2repro import __version__, cli
+from gpt2repro import __version__
+from gpt2repro.commands import cli
 
 # verb -> (module, what it does). Modules are imported on use, so that `--help` stays instant.
 VERBS = {
@@ -46,7 +47,7 @@ def main() -> None:
         known = ", ".join(VERBS)
         print(f"gpt2repro: error: no verb {verb!r}; there are: {known}", file=sys.stderr)
         sys.exit(cli.EXIT_USAGE)
-    module = importlib.import_module(f"gpt2repro.{VERBS[verb][0]}")
+    module = importlib.import_module(f"gpt2repro.commands.{VERBS[verb][0]}")
     sys.exit(cli.run(f"gpt2repro {verb}", module.main, rest))
 
 

@@ -207,10 +207,8 @@ def load_recipe(argv: list[str]) -> Recipe:
 
 
 def recipes_directory() -> Path:
-    """Beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parent
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    """Inside the package; in a checkout this is a link to `recipes/`."""
+    return Path(__file__).resolve().parent / "recipes"
 
 
 def find_recipe(name: str) -> Path:

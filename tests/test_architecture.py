@@ -1,4 +1,4 @@
-"""The import arrows: a star of leaves, no circles, no work at import."""
+"""The house: rooms, the arrows between them, and that nothing happens at import."""
 
 import ast
 import subprocess
@@ -8,70 +8,148 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = {path.stem: path for path in sorted((ROOT / "gpt2repro").glob("*.py"))}
-TOP_LEVEL = {
-    name: ROOT / f"{name}.py" for name in ("configuration_gpt2repro", "modeling_gpt2repro")
+MODEL = {"configuration_gpt2repro", "modeling_gpt2repro"}
+# What each room may import besides itself and `gpt2repro`, which is the version and `UserError`.
+MAY_IMPORT: dict[str, set[str]] = {
+    "system": set(),
+    "recipe": {"system"},
+    "model": set(),
+    "data": {"system"},
+    "speed": {"model"},
+    "records": {"system", "data", "model"},
+    "evaluation": {"system", "model"},
+    "plots": {"records", "evaluation"},
+    "publishing": {"system", "data", "records", "model"},
 }
-FILES = PACKAGE | TOP_LEVEL | {"train_accelerate": ROOT / "train_accelerate.py"}
+MAY_IMPORT["training"] = {*MAY_IMPORT}
+MAY_IMPORT["commands"] = {*MAY_IMPORT}
+MAY_IMPORT["__main__"] = {"system", "commands"}
+MAY_IMPORT["train_accelerate"] = {*MAY_IMPORT} - {"__main__"}
 
-# Modules that know the recipe or put parts together. All others are leaves and take plain values.
-HUBS = {"recipe", "parts", "run", "observation", "finish"}
-USE_HUBS = HUBS | {"train_accelerate", "doctor", "stream_stats"}
+PACKAGE = sorted(ROOT.glob("gpt2repro/**/*.py"))
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in [*PACKAGE, *(ROOT / f"{name}.py" for name in sorted(MODEL | {"train_accelerate"}))]
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
-def imported(path: Path) -> set[str]:
-    """Names of the modules that a file imports."""
+def room_of(name: str) -> str:
+    if name in MODEL:
+        return "model"
+    return name.removeprefix("gpt2repro.").partition(".")[0]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Names of the modules that a file imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "gpt2repro":
-            names |= {f"gpt2repro.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name for name in inner if name in FILES} or {node.module}
     return names
 
 
-def arrows(path: Path) -> set[str]:
-    """Which of our modules a file imports."""
-    ours = {f"gpt2repro.{name}": name for name in PACKAGE} | {name: name for name in TOP_LEVEL}
-    return {ours[name] for name in imported(path) & ours.keys()}
+# file -> which of our files it imports; the package itself, which holds `UserError`, is left out.
+ARROWS = {name: (imported(tree) & FILES.keys()) - {"gpt2repro"} for name, tree in TREES.items()}
 
 
-ARROWS = {name: arrows(path) for name, path in FILES.items()}
+def floors(arrows: dict[str, set[str]]) -> dict[str, int]:
+    """Each node's level: 1 imports none of the others, n + 1 something on level n."""
+    levels: dict[str, int] = {}
+    while len(levels) < len(arrows):
+        found = {
+            name: 1 + max((levels[other] for other in others), default=0)
+            for name, others in arrows.items()
+            if name not in levels and others <= levels.keys()
+        }
+        assert found, f"a circle among {sorted(arrows.keys() - levels.keys())}"
+        levels |= found
+    return levels
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() - USE_HUBS))
-def test_leaves_know_no_recipe(name):
-    assert not ARROWS[name] & HUBS
+# --- Arrows -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TOP_LEVEL)
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"gpt2repro"}))
+def test_arrows_go_one_way(name):
+    room = room_of(name)
+    rooms = {room_of(other) for other in ARROWS[name]} - {room}
+    assert rooms <= MAY_IMPORT[room], rooms - MAY_IMPORT[room]
+
+
+def test_there_are_no_circles_and_few_levels():
+    """Neither between files nor between rooms."""
+    floors(ARROWS)
+    rooms: dict[str, set[str]] = {room_of(name): set() for name in ARROWS if name != "gpt2repro"}
+    for name, others in ARROWS.items():
+        if name != "gpt2repro":
+            rooms[room_of(name)] |= {room_of(other) for other in others} - {room_of(name)}
+    assert max(floors(rooms).values()) <= 9
+
+
+def users_of(package: str) -> set[str]:
+    return {
+        room_of(name)
+        for name, tree in TREES.items()
+        if any(module.partition(".")[0] == package for module in imported(tree))
+    }
+
+
+def test_what_belongs_to_one_room_stays_there():
+    assert users_of("argparse") == {"commands"}
+    assert users_of("matplotlib") == {"plots"}
+    assert {room_of(n) for n in ARROWS if "gpt2repro.recipe" in ARROWS[n]} <= {
+        "training",
+        "commands",
+        "train_accelerate",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(MODEL))
 def test_the_model_files_stand_alone(name):
     """They travel with every checkpoint, to places where nothing of ours is installed."""
-    packages = {module.partition(".")[0] for module in imported(TOP_LEVEL[name])}
+    packages = {module.partition(".")[0] for module in imported(TREES[name])}
     packages -= set(sys.stdlib_module_names)
     # huggingface_hub is what transformers' own configurations are made with.
     assert packages <= {"torch", "transformers", "huggingface_hub", "configuration_gpt2repro"}
 
 
-def test_there_are_no_circles():
-    remaining = dict(ARROWS)
-    while remaining:
-        ends = {name for name in remaining if not remaining[name] & remaining.keys()}
-        assert ends, f"a circle among {sorted(remaining)}"
-        remaining = {name: remaining[name] for name in remaining.keys() - ends}
-
-
 def test_nothing_is_called_utils():
-    assert not [name for name in FILES if "util" in name or "helper" in name or "misc" in name]
+    words = ("util", "helper", "misc", "common")
+    assert not [name for name in FILES if any(word in name for word in words)]
 
 
-def test_the_script_stays_short():
-    assert len(FILES["train_accelerate"].read_text().splitlines()) < 200
+# --- Size ---------------------------------------------------------------------------------------
+
+# Flat records whose fields are the user's: every one is a line of a YAML or JSON file.
+FLAT = {"Recipe", "GPT2ReproConfig"}
 
 
-@pytest.mark.parametrize("name", PACKAGE)
+def test_files_that_are_read_first_stay_short():
+    def lines(name: str) -> int:
+        return len(FILES[name].read_text(encoding="utf-8").splitlines())
+
+    assert lines("train_accelerate") < 150
+    assert lines("modeling_gpt2repro") <= 450
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_fit_on_a_screen_and_classes_in_a_head(name):
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+        if isinstance(node, ast.ClassDef) and node.name not in FLAT:
+            fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+            assert len(fields) <= 10, f"{node.name} has {len(fields)} fields"
+
+
+# --- At import ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - MODEL))
 def test_modules_only_define(name):
     """No loops, no calls for their effect, save to register a definition with torch."""
     defining = (
@@ -82,7 +160,7 @@ def test_modules_only_define(name):
         ast.Assign,
         ast.AnnAssign,
     )
-    for statement in ast.parse(PACKAGE[name].read_text()).body:
+    for statement in TREES[name].body:
         is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
         is_script = isinstance(statement, ast.If) and "__main__" in ast.unparse(statement.test)
         is_registration = isinstance(statement, ast.Expr) and ".register" in ast.unparse(statement)
@@ -95,7 +173,6 @@ def test_importing_everything_has_no_side_effects(tmp_path):
     code = f"""
 import importlib, os, pathlib, random, signal, sys, threading
 import accelerate, datasets, matplotlib.pyplot, torch, torch._inductor.codecache, transformers
-ours = {str(ROOT)!r}
 events = []
 def audit(event, arguments):
     if event in ("socket.connect", "subprocess.Popen", "os.mkdir", "os.remove", "os.rename"):
@@ -110,9 +187,8 @@ def state():
     return handlers, dict(os.environ), drawn, torchs, threading.active_count(), os.getcwd()
 before = state()
 sys.addaudithook(audit)
-for name in {sorted(f"gpt2repro.{name}" for name in PACKAGE if name != "__main__")!r}:
+for name in {sorted(FILES.keys() - {"gpt2repro.__main__"})!r}:
     importlib.import_module(name)
-import train_accelerate
 assert not events, events
 assert [a == b for a, b in zip(before, state())] == [True] * len(before)
 """

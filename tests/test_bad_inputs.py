@@ -28,8 +28,11 @@ from transformers import BertConfig, BertModel
 
 import train_accelerate
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import cli, parts, push, retry
-from gpt2repro.tokenizer import train_bpe
+from gpt2repro.commands import cli
+from gpt2repro.data.tokenizer import train_bpe
+from gpt2repro.publishing import upload
+from gpt2repro.system import patience
+from gpt2repro.training import parts
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -98,9 +101,9 @@ def place(inputs, tmp_path, monkeypatch) -> Place:
     monkeypatch.setattr(train_accelerate, "finish", lambda run: 0)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(retry, "OFFLINE_AFTER_SECONDS", 0)
-    monkeypatch.setattr(retry, "_outages", retry._Outages())  # no Hub has answered yet
-    monkeypatch.setattr(push, "get_token", lambda: None)
+    monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0)
+    monkeypatch.setattr(patience, "_outages", patience._Outages())  # no Hub has answered yet
+    monkeypatch.setattr(upload, "get_token", lambda: None)
     return Place(inputs, tmp_path)
 
 

@@ -28,10 +28,13 @@ from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 from tiny_run import reset_accelerate, write_inputs
 
 import train_accelerate
-from gpt2repro import cli, doctor, finish, recipe, verification
+from gpt2repro import recipe
 from gpt2repro.__main__ import VERBS
-from gpt2repro.metrics import read_metrics
-from gpt2repro.preemption import SIGNALS
+from gpt2repro.commands import cli, doctor
+from gpt2repro.publishing import verification
+from gpt2repro.records.metrics import read_metrics
+from gpt2repro.system.signals import SIGNALS
+from gpt2repro.training import finish
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -117,7 +120,7 @@ def parsing_only(monkeypatch, module) -> Iterator[None]:
 def call_verb(words: list[str], monkeypatch, run: bool) -> None:
     verb, *arguments = words
     assert verb in VERBS, verb
-    module = import_module(f"gpt2repro.{VERBS[verb][0]}")
+    module = import_module(f"gpt2repro.commands.{VERBS[verb][0]}")
     if run:
         assert cli.run(f"gpt2repro {verb}", module.main, arguments) == 0
     else:

@@ -22,7 +22,7 @@ from fake_hub import FakeHub
 from tiny_run import digests, metrics, train, write_inputs
 
 import train_accelerate
-from gpt2repro import checkpoint
+from gpt2repro.records import checkpoints
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 180  # for a busy machine; on a quiet one every wait is a few seconds
@@ -141,9 +141,9 @@ def last_step(output: Path) -> int:
 def assert_saved_at_once(launch: Launch) -> None:
     """The stop cost nothing: the newest checkpoint is where the metrics end."""
     output = launch.output
-    path, broken = checkpoint.find_latest(output / "checkpoints")
+    path, broken = checkpoints.find_latest(output / "checkpoints")
     assert path and not broken
-    assert checkpoint.read_state(path)["step"] == last_step(output) + 1
+    assert checkpoints.read_state(path)["step"] == last_step(output) + 1
     assert (output / "PREEMPTED").exists()
     said = launch.log.read_text()
     assert said.count("Stopped at step") == 1 and "The same command goes on" in said
@@ -165,8 +165,8 @@ def test_a_run_through_launches_of_every_kind(hub, recipe, expected, tmp_path):
         ranks = launch.train_to(10)
         ranks[1].kill()
         assert launch.ended() != 0
-    path, _ = checkpoint.find_latest(run / "checkpoints")
-    assert path and checkpoint.read_state(path)["world_size"] == 2
+    path, _ = checkpoints.find_latest(run / "checkpoints")
+    assert path and checkpoints.read_state(path)["world_size"] == 2
 
     # One process goes on; the launcher dies of a signal, the process gets to know and saves.
     with Launch(hub, recipe, run, *one) as launch:

@@ -15,8 +15,11 @@ from tiny_language_models import HELLASWAG
 from tiny_run import assert_same_tensors, digests, metrics, tensors, train, write_inputs
 
 import train_accelerate
-from gpt2repro import UserError, checkpoint, cpu_memory, incidents, observation
-from gpt2repro.stream import TokenStream
+from gpt2repro import UserError
+from gpt2repro.data.stream import TokenStream
+from gpt2repro.records import checkpoints, incidents
+from gpt2repro.speed import cpu_memory
+from gpt2repro.training import observation
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,13 +141,13 @@ def test_a_signal_while_saving_waits_for_the_checkpoint(
 ):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        commit = checkpoint.commit
+        commit = checkpoints.commit
 
         def stop_in_commit(scratch, path):
             os.kill(os.getpid(), signal.SIGTERM)
             commit(scratch, path)
 
-        patch.setattr(checkpoint, "commit", stop_in_commit)
+        patch.setattr(checkpoints, "commit", stop_in_commit)
         assert train(recipe, run) == train_accelerate.EXIT_PREEMPTED
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000004"]
     assert train(recipe, run) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt2repro.corpus import Corpus
+from gpt2repro.data.corpus import Corpus
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "was", "which", "on", "that", "by", "with"]
 

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny_corpus import documents, parquet_bytes
 
 import train_accelerate
-from gpt2repro.preemption import SIGNALS
-from gpt2repro.tokenizer import train_bpe
+from gpt2repro.data.tokenizer import train_bpe
+from gpt2repro.system.signals import SIGNALS
 
 # Fields of metrics.jsonl that say how fast this machine was, not what was computed.
 TIMINGS = {"tokens_per_second", "data_wait_fraction", "mfu", "peak_memory_gib"}

@@ -1,0 +1,1 @@
+"""From arguments to an exit status: one file a verb. Imports all other rooms."""

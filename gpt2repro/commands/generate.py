@@ -1,0 +1,129 @@
+"""The verb `generate`: continue a prompt, printing tokens as they come.
+
+gpt2repro generate --model runs/demo/final --prompt "This function returns"
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from gpt2repro import UserError
+from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="gpt2repro generate", description="Continue a prompt.")
+
+    add = parser.add_argument
+    add(
+        "--model", required=True, help="a run, an export, a checkpoint, a GPT-2 directory or Hub id"
+    )
+    add("--prompt", help="text to continue; `-` reads it from standard input (default: a new text)")
+    add("--max_new_tokens", type=int, default=200, help="stop after so many (default %(default)s)")
+    add(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest (default %(default)s)"
+    )
+    add("--top_k", type=int, default=50, help="sample among the k likeliest, 0: all (default 50)")
+    add("--top_p", type=float, default=1.0, help="among the likeliest that sum to p (default 1)")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages (default 1)")
+    add(
+        "--num_return_sequences", type=int, default=1, help="so many texts, not streamed if above 1"
+    )
+    add("--num_beams", type=int, default=1, help="beam search, not streamed if above 1")
+    add("--seed", type=int, help="the same seed gives the same text")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--device", help="such as cuda or cpu (default: the GPU if there is one)")
+    add("--tokenizer", help="Hub id or directory (default: the model's own)")
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    limits = {
+        "max_new_tokens": options.max_new_tokens >= 1,
+        "temperature": options.temperature >= 0,
+        "top_k": options.top_k >= 0,
+        "top_p": 0 < options.top_p <= 1,
+        "repetition_penalty": options.repetition_penalty > 0,
+        "num_return_sequences": options.num_return_sequences >= 1,
+        "num_beams": options.num_beams >= 1,
+    }
+    for name, holds in limits.items():
+        if not holds:
+            raise UserError(f"--{name} {getattr(options, name)} is out of range")
+    if options.temperature == 0 and options.num_return_sequences > options.num_beams:
+        raise UserError(
+            "--num_return_sequences: at temperature 0 all of them would be the same text"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """`gpt2repro generate --model DIR --prompt TEXT`; the prompt and its continuation on stdout."""
+    options = build_parser().parse_args(argv)
+    check(options)
+    device = find_device(options.device)
+    model: Any = load_causal_lm(options.model, dtype=options.dtype)
+    model.to(device)
+    tokenizer = find_tokenizer(options.model, options.tokenizer)
+    inputs = encode(tokenizer, read_prompt(options.prompt), device)
+    room = model.config.n_positions - inputs["input_ids"].shape[1]
+    if room < 1:
+        raise UserError(
+            f"--prompt: {model.config.n_positions - room} tokens leave no room in the model's "
+            f"context of {model.config.n_positions}"
+        )
+    if options.seed is not None:
+        set_seed(options.seed)
+    streamed = options.num_return_sequences == options.num_beams == 1
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streamed else None
+    with torch.inference_mode():
+        texts = model.generate(
+            **inputs,
+            **sampling(options),
+            max_new_tokens=min(options.max_new_tokens, room),
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
+        )
+    if not streamed:
+        print("\n\n".join(tokenizer.batch_decode(texts, skip_special_tokens=True)))
+    return 0
+
+
+def find_device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such word, or no such device
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def read_prompt(prompt: str | None) -> str:
+    return sys.stdin.read() if prompt == "-" else prompt or ""
+
+
+def encode(tokenizer, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """The prompt's ids (1, T); an empty prompt is `<|endoftext|>`, after which texts begin."""
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    input_ids = torch.tensor([ids], device=device)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def sampling(options: argparse.Namespace) -> dict:
+    """generate()'s arguments; a greedy search gets none of sampling's, which it would warn of."""
+    common = {
+        "num_beams": options.num_beams,
+        "num_return_sequences": options.num_return_sequences,
+        "repetition_penalty": options.repetition_penalty,
+    }
+    if options.temperature == 0:
+        return common | {"do_sample": False}
+    return common | {
+        "do_sample": True,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+    }

@@ -1,0 +1,177 @@
+"""Units read, and if wanted encoded and kept on disk, by a few background threads.
+
+Threads are enough: the network, parquet and both encoders release the GIL.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import threading
+import uuid
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from gpt2repro import UserError
+from gpt2repro.data.corpus import Corpus, as_bytes
+from gpt2repro.data.tokenizer import BulkEncoder
+from gpt2repro.system.threads import DaemonPool
+
+logger = logging.getLogger(__name__)
+
+DIGEST_BYTES = 16
+
+Documents = Sequence[int] | np.ndarray  # numbers of documents within a unit
+
+
+class TextUnit:
+    """A unit as text; documents are encoded when asked for."""
+
+    def __init__(self, documents: pa.LargeStringArray, encoder: BulkEncoder) -> None:
+        self._documents = documents
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def encode(self, documents: Documents) -> tuple[list[np.ndarray], int]:
+        """The documents' token ids, without the end-of-text token, and their UTF-8 bytes in all."""
+        contents = [as_bytes(self._documents[int(document)]) for document in documents]
+        texts = [content.decode("utf-8", "replace") for content in contents]
+        return self._encoder.encode(texts), sum(map(len, contents))
+
+
+class TokenUnit:
+    """A unit as tokens: `tokens` back to back, cut at `ends`; `num_bytes` of each document."""
+
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray, num_bytes: np.ndarray) -> None:
+        self.tokens, self.ends, self.num_bytes = tokens, ends, num_bytes
+
+    @classmethod
+    def of(cls, unit: TextUnit, dtype: np.dtype) -> "TokenUnit":
+        documents, num_bytes = [], []
+        for index in range(len(unit)):
+            [ids], size = unit.encode([index])
+            documents.append(ids)
+            num_bytes.append(size)
+        lengths = [len(ids) for ids in documents]
+        tokens = np.concatenate([np.zeros(0, dtype), *documents])
+        return cls(tokens, np.cumsum(lengths, dtype=np.int64), np.array(num_bytes, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def encode(self, documents: Documents) -> tuple[list[np.ndarray], int]:
+        begins = np.concatenate([[0], self.ends[:-1]])
+        ids = [self.tokens[begins[index] : self.ends[index]] for index in documents]
+        return ids, int(sum(self.num_bytes[index] for index in documents))
+
+
+class TokenCache:
+    """Tokenized units in a directory, one checksummed file each, written atomically.
+
+    The key is what was opened and what encodes it, so a new revision or tokenizer never meets an
+    old entry. A file that fails its checksum counts as missing.
+    """
+
+    def __init__(self, directory: Path, corpus: Corpus, encoder: BulkEncoder) -> None:
+        key = json.dumps([corpus.identity, encoder.fingerprint], sort_keys=True).encode()
+        self._directory = directory / hashlib.blake2b(key, digest_size=DIGEST_BYTES).hexdigest()
+        self._writable, self._lock = True, threading.Lock()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"token_cache_dir: cannot create {directory}: {error}") from error
+
+    def _path(self, unit: int) -> Path:
+        return self._directory / f"{unit:07d}.tokens"
+
+    def load(self, unit: int) -> TokenUnit | None:
+        try:
+            content = self._path(unit).read_bytes()
+        except OSError:
+            return None
+        checksum, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest() != checksum:
+            logger.warning("%s is corrupt: reading unit %d again", self._path(unit), unit)
+            return None
+        buffer = io.BytesIO(payload)
+        return TokenUnit(*(np.load(buffer, allow_pickle=False) for _ in range(3)))
+
+    def save(self, number: int, unit: TokenUnit) -> None:
+        """Keep a unit. A full disk costs the cache, not the run."""
+        buffer = io.BytesIO()
+        for array in (unit.tokens, unit.ends, unit.num_bytes):
+            np.save(buffer, array, allow_pickle=False)
+        payload = buffer.getbuffer()
+        path = self._path(number)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+        with self._lock:
+            if not self._writable:
+                return
+            try:
+                with partial.open("wb") as file:
+                    file.write(hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest())
+                    file.write(payload)
+                partial.replace(path)
+            except OSError as error:
+                self._writable = False
+                partial.unlink(missing_ok=True)
+                logger.warning("token_cache_dir: cannot write (%s); going on without", error)
+
+
+class UnitReader:
+    """Reads units ahead of need. A unit that someone still holds is not read twice."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        encoder: BulkEncoder,
+        *,
+        num_threads: int = 4,
+        token_cache_dir: str | Path | None = None,
+        encode_whole_units: bool = False,
+    ) -> None:
+        self._corpus, self._encoder = corpus, encoder
+        self._cache = (
+            TokenCache(Path(token_cache_dir), corpus, encoder) if token_cache_dir else None
+        )
+        self._encode_whole_units = encode_whole_units
+        self._held: weakref.WeakValueDictionary[int, TextUnit | TokenUnit] = (
+            weakref.WeakValueDictionary()
+        )
+        self._locks: dict[int, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._pool = DaemonPool(num_threads, "unit-reader")
+
+    def submit(self, unit: int) -> "Future[TextUnit | TokenUnit]":
+        return self._pool.submit(self._get, unit)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _get(self, number: int) -> TextUnit | TokenUnit:
+        with self._lock:
+            lock = self._locks.setdefault(number, threading.Lock())
+        with lock:  # lanes that share a unit ask for it at the same time
+            unit = self._held.get(number)
+            if unit is None:
+                unit = self._held[number] = self._read(number)
+            return unit
+
+    def _read(self, number: int) -> TextUnit | TokenUnit:
+        if self._cache and (cached := self._cache.load(number)):
+            return cached
+        unit = TextUnit(self._corpus.read_arrow(number), self._encoder)
+        if not (self._cache or self._encode_whole_units):
+            return unit
+        encoded = TokenUnit.of(unit, self._encoder.dtype)
+        if self._cache:
+            self._cache.save(number, encoded)
+        return encoded

@@ -1,0 +1,1 @@
+"""Figures with standard errors. Imports `system`, the model files."""

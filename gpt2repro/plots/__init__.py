@@ -1,0 +1,1 @@
+"""Pictures. Imports `records`, `evaluation`."""

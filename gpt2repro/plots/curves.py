@@ -1,0 +1,310 @@
+"""A run's curves: loss, learning rate, gradient norm, throughput. Several runs can be overlaid.
+
+A run that is still going draws its own loss.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from gpt2repro.plots.style import (
+    MUTED,
+    PALETTE,
+    legend,
+    logarithmic,
+    new_figure,
+    reference_line,
+    save,
+    short_number,
+)
+
+logger = logging.getLogger(__name__)
+
+Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
+
+
+# --- Reading metrics ----------------------------------------------------------------------------
+
+
+def series(metrics: Metrics, key: str, x_key: str) -> tuple[np.ndarray, np.ndarray]:
+    """The records that hold finite `x_key` and `key`, as two float arrays (n,)."""
+    points = [
+        (record[x_key], record[key])
+        for record in metrics
+        if _is_number(record.get(x_key)) and _is_number(record.get(key))
+    ]
+    x, y = np.array(points, dtype=float).reshape(-1, 2).T
+    return x, y
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def x_key_of(runs: Mapping[str, Metrics]) -> str:
+    """Runs with different batches compare by tokens; `step` serves where tokens were not logged."""
+    has_tokens = all(any("tokens" in record for record in run) for run in runs.values())
+    return "tokens" if has_tokens else "step"
+
+
+def last_step(metrics: Metrics) -> int:
+    return max((int(record["step"]) for record in metrics if "step" in record), default=0)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """A centred moving average over 4% of the run; unlike an exponential one it does not lag."""
+    reach = len(values) // 50
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+# --- Loss ---------------------------------------------------------------------------------------
+
+
+def loss_curve(
+    metrics: Metrics,
+    output: Path,
+    *,
+    title: str | None = None,
+    baseline: tuple[str, float] | None = None,
+) -> list[Path]:
+    """Draw training and validation loss for a run that is still going; never raises.
+
+    Args:
+        metrics: the records of a metrics.jsonl; any key may be missing.
+        output: both `output.png` and `output.svg` are written, atomically.
+        title: instead of the finding, e.g. "Validation loss 8.34 → 4.41 ...".
+        baseline: a label and its loss in nats per token, drawn as a dashed line.
+
+    Returns:
+        The files written; none if drawing failed, which is logged: no picture is worth a run.
+    """
+    try:
+        return save(draw_losses({"": metrics}, title=title, baseline=baseline), output)
+    except Exception as error:
+        logger.warning("the loss curve %s could not be drawn: %s", output, error)
+        return []
+
+
+def draw_losses(
+    runs: Mapping[str, Metrics],
+    *,
+    title: str | None = None,
+    baseline: tuple[str, float] | None = None,
+) -> Figure:
+    """Training and validation loss of one run, or of several overlaid, against tokens seen."""
+    figure, ((ax,),) = new_figure(title or loss_finding(runs, baseline))
+    x_key = x_key_of(runs)
+    curves = []
+    for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
+        of = f"{name}: " if name else ""
+        x, loss = series(metrics, "loss", x_key)
+        if len(x):
+            # A single run's two curves differ in colour, several runs' in weight.
+            tint = color if name else MUTED
+            ax.plot(x, loss, color=tint, linewidth=0.6, alpha=0.35)
+            label = f"{of}training (moving average)"
+            ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label)
+        x_val, val = series(metrics, "val_loss", x_key)
+        if len(x_val):
+            label = f"{of}validation, {val[-1]:.3f} at the end"
+            if len(x_val) <= 40:  # between few evaluations a line would claim what nobody measured
+                ax.plot(x_val, val, color=color, linewidth=1, alpha=0.45)
+                ax.plot(x_val, val, "o", color=color, markersize=6, label=label)
+            else:
+                ax.plot(x_val, val, color=color, linewidth=2, label=label)
+        curves += [(x, loss), (x_val, val)]
+    if baseline:
+        label, value = baseline
+        reference_line(ax, value, label)
+    ax.set_ylim(loss_limits(curves, baseline))
+    ax.set_ylabel("cross-entropy loss (nats per token)")
+    label_progress(ax, ax, runs)
+    if ax.get_legend_handles_labels()[0]:
+        legend(ax, loc="upper right")
+    return figure
+
+
+def loss_finding(runs: Mapping[str, Metrics], baseline: tuple[str, float] | None) -> str:
+    """What the loss plot shows, in a sentence."""
+    if len(runs) > 1:
+        ends = []
+        for name, metrics in runs.items():
+            steps, val = series(metrics, "val_loss", "step")
+            if len(val):
+                ends.append(f"{name} {val[-1]:.2f} after {steps[-1]:,.0f} steps")
+        return f"Validation loss (nats per token): {', '.join(ends) or 'none yet'}"
+    (metrics,) = runs.values()
+    for key, name in (("val_loss", "Validation"), ("loss", "Training")):
+        steps, values = series(metrics, key, "step")
+        if len(values) < 2:
+            continue
+        passed = f"{steps[-1] - steps[0]:,.0f} steps"
+        finding = f"{name} loss {values[0]:.2f} → {values[-1]:.2f} nats per token in {passed}"
+        if baseline and key == "val_loss":
+            gap = values[-1] - baseline[1]
+            label = baseline[0].split(",")[0]
+            finding += f", {abs(gap):.2f} {'above' if gap > 0 else 'below'} {label}"
+        return finding
+    return "The run has just begun"
+
+
+def loss_limits(
+    curves: list[tuple[np.ndarray, np.ndarray]], baseline: tuple[str, float] | None
+) -> tuple[float, float] | tuple[None, None]:
+    """The range of the y axis: the plunge of a long run's first steps is cut off.
+
+    It would press the part that one wants to read to the bottom; the title keeps the first value.
+    """
+    curves = [(x, y) for x, y in curves if len(x)]
+    if not curves:
+        return None, None
+    every = np.concatenate([y for _, y in curves])
+    start = 0.03 * max(x[-1] for x, _ in curves)
+    late = np.concatenate([y[x >= start] for x, y in curves])
+    low = min(every.min(), baseline[1] if baseline else math.inf)
+    high = late.max() if len(late) and every.max() - low > 1.5 * (late.max() - low) else every.max()
+    margin = 0.06 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> None:
+    """The x axis: tokens seen below, and optimizer steps above if there is one run."""
+    for ax in (bottom, top):
+        ax.margins(x=0.01)
+    if x_key_of(runs) == "step":
+        bottom.set_xlabel("optimizer step")
+        return
+    bottom.set_xlabel("tokens seen")
+    bottom.xaxis.set_major_formatter(FuncFormatter(short_number))
+    (metrics, *others) = runs.values()
+    step, tokens = series(metrics, "tokens", "step")
+    if others or not len(step) or not step[-1] or not tokens[-1]:
+        return
+    rate = tokens[-1] / step[-1]
+    above = top.secondary_xaxis("top", functions=(lambda t: t / rate, lambda s: s * rate))
+    above.set_xlabel("optimizer step", fontsize=9, color=MUTED)
+    above.tick_params(colors=MUTED, labelsize=8)
+    above.spines["top"].set_visible(False)
+    above.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def draw_learning_rate_and_gradient_norm(
+    runs: Mapping[str, Metrics], *, max_grad_norm: float | None = None
+) -> Figure:
+    """The learning rate above the global L2 gradient norm (before clipping), of all runs."""
+    figure, ((top,), (bottom,)) = new_figure(
+        schedule_finding(runs, max_grad_norm), height=6, rows=2, sharex=True
+    )
+    traces(top, runs, "lr")
+    top.set_ylabel("learning rate")
+    top.set_ylim(bottom=0)
+    traces(bottom, runs, "grad_norm", raw=True)
+    logarithmic(bottom)
+    bottom.set_ylabel("gradient norm (L2, log scale)")
+    if max_grad_norm:
+        reference_line(bottom, max_grad_norm, f"clipped to {max_grad_norm:g}")
+    return finish_panels(figure, top, bottom, runs)
+
+
+def schedule_finding(runs: Mapping[str, Metrics], max_grad_norm: float | None) -> str:
+    def describe(metrics: Metrics) -> str:
+        steps, rates = series(metrics, "lr", "step")
+        norms = series(metrics, "grad_norm", "step")[1]
+        parts = []
+        if len(rates):
+            peak = int(rates.argmax())
+            parts.append(f"learning rate peaks at {rates[peak]:.2g} at step {steps[peak]:,.0f}")
+        if len(norms):
+            parts.append(f"median gradient norm {np.median(norms):.2g}")
+            if max_grad_norm:
+                parts.append(f"{np.mean(norms > max_grad_norm):.0%} of steps clipped")
+        return ", ".join(parts) or "nothing logged yet"
+
+    return each_run(runs, describe)
+
+
+def draw_throughput(runs: Mapping[str, Metrics]) -> Figure:
+    """Tokens per second above the share of time spent waiting for data, of one or more runs."""
+    figure, ((top,), (bottom,)) = new_figure(
+        throughput_finding(runs), height=6, rows=2, sharex=True
+    )
+    traces(top, runs, "tokens_per_second", raw=True)
+    top.set_ylabel("tokens per second")
+    top.set_ylim(bottom=0)
+    top.yaxis.set_major_formatter(FuncFormatter(short_number))
+    traces(bottom, runs, "data_wait_fraction", raw=True)
+    bottom.set_ylabel("time waiting for data")
+    # At least to 5%: a wait that costs nothing should look like nothing.
+    bottom.set_ylim(0, max(0.05, bottom.get_ylim()[1]))
+    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    return finish_panels(figure, top, bottom, runs)
+
+
+def throughput_finding(runs: Mapping[str, Metrics]) -> str:
+    def describe(metrics: Metrics) -> str:
+        rates, mfu, waits = (
+            series(metrics, key, "step")[1]
+            for key in ("tokens_per_second", "mfu", "data_wait_fraction")
+        )
+        parts = []
+        if len(rates):
+            parts.append(f"{np.median(rates):,.0f} tokens per second in the median")
+        if len(mfu):
+            parts.append(f"{np.median(mfu):.0%} MFU")
+        if len(waits):
+            parts.append(f"{waits.mean():.1%} of the time waiting for data")
+        return ", ".join(parts) or "nothing logged yet"
+
+    return each_run(runs, describe)
+
+
+def each_run(runs: Mapping[str, Metrics], describe: Callable[[Metrics], str]) -> str:
+    """`describe` for each run, under its name if there are several."""
+    if len(runs) > 1:
+        return "; ".join(f"{name}: {describe(metrics)}" for name, metrics in runs.items())
+    (metrics,) = runs.values()
+    text = describe(metrics)
+    return text[:1].upper() + text[1:]
+
+
+def traces(ax: Axes, runs: Mapping[str, Metrics], key: str, *, raw: bool = False) -> None:
+    """One line per run; with `raw`, the values themselves lie faintly under their average."""
+    x_key = x_key_of(runs)
+    for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
+        x, y = series(metrics, key, x_key)
+        if not len(x):
+            continue
+        if raw:
+            ax.plot(x, y, color=color, linewidth=0.6, alpha=0.35)
+        ax.plot(x, smooth(y) if raw else y, color=color, linewidth=1.8, label=name or None)
+
+
+def finish_panels(figure: Figure, top: Axes, bottom: Axes, runs: Mapping[str, Metrics]) -> Figure:
+    label_progress(bottom, top, runs)
+    for ax in (top, bottom):
+        if ax.get_legend_handles_labels()[0]:
+            legend(ax, loc="best")
+    return figure
+
+
+def known_baseline(dataset_name: str, tokenizer_name: str) -> tuple[str, float] | None:
+    """The published loss that a run on this dataset compares with, as (label, nats per token).
+
+    OpenAI's 124M weights on the validation shard of build-nanogpt, which are the row groups that
+    the stream holds out of FineWeb-Edu. A loss per token compares only under the same tokenizer.
+    """
+    gpt2_tokenizers = ("openai-community/gpt2", "gpt2")
+    if dataset_name == "HuggingFaceFW/fineweb-edu" and tokenizer_name in gpt2_tokenizers:
+        return "OpenAI GPT-2 124M, 3.2924 (build-nanogpt)", 3.2924
+    return None

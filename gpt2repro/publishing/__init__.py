@@ -1,0 +1,2 @@
+"""What others load: exports, verified, described, uploaded. Imports `system`, `data`, `records`,
+the model files."""

@@ -1,0 +1,271 @@
+"""The publishable directory: written beside its place, verified by a fresh process, then renamed.
+
+Two forms of the same tensors under the same names. `gpt2repro`, the native one, carries both model
+files as remote code. `gpt2` has a stock configuration instead, for tools that run no remote code.
+"""
+
+import argparse
+import contextlib
+import copy
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import GenerationConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+
+import configuration_gpt2repro
+import modeling_gpt2repro
+from gpt2repro import UserError
+from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.publishing import model_card
+from gpt2repro.publishing.verification import (
+    CLASSES,
+    INDEX,
+    SUMS,
+    Verification,
+    expected_tensors,
+    verify,
+    write_sums,
+)
+from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm, locate
+
+FORMATS = tuple(CLASSES)
+MAX_SHARD_SIZE = "5GB"  # a broken upload costs one shard again
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    output: Path,
+    *,
+    format: str = "gpt2repro",
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    card: str | None = None,
+    figures: Iterable[Path] = (),
+) -> Verification:
+    """Write `model` and `tokenizer` to the directory `output`, verified.
+
+    An earlier export there is replaced.
+
+    Args:
+        model: a `GPT2ReproForCausalLM` with whole weights on the CPU. It is not changed.
+        format: `gpt2repro` (with code, for `trust_remote_code=True`) or `gpt2` (stock).
+        dtype: of the stored tensors; None keeps the model's.
+        max_shard_size: bytes, or text such as "500MB"; larger models are split into several files.
+        card: README.md, whose sections on loading and verification are written here; None writes a
+            short one.
+        figures: PNG files to put beside the card; those that do not exist are left out.
+
+    Raises:
+        UserError: `output` is not an export, the disk is full, or a check failed. Then nothing at
+            `output` has changed, and what failed a check is kept as `<output>.rejected`.
+    """
+    refuse_to_overwrite(output)
+    partial = beside(output, "partial")
+    try:
+        remove(partial)
+        partial.mkdir(parents=True)
+        write_weights(model, partial, dtype or model.dtype, max_shard_size)
+        write_configs(model, tokenizer, partial, format, dtype or model.dtype)
+        write_tokenizer(tokenizer, partial, model.config.n_positions, plain_files=format == "gpt2")
+        for figure in figures:
+            if figure.is_file():
+                shutil.copy(figure, partial / figure.name)
+        write_sums(partial)
+    except (OSError, SafetensorError, UserError) as error:
+        remove(partial)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{output} could not be written: {error}") from None
+    try:
+        verification = verify(partial, model, tokenizer)
+    except UserError as error:
+        rejected = beside(output, "rejected")
+        remove(rejected)
+        partial.rename(rejected)
+        reason = str(error).replace(str(partial), "the export")
+        raise UserError(f"{output} was not written: {reason}. It is kept as {rejected}") from None
+    text = model_card.completed(
+        card or model_card.model_card(name=output.resolve().name),
+        where=str(output),
+        format=format,
+        verification=verification.lines(),
+    )
+    (partial / "README.md").write_text(text, encoding="utf-8")
+    move_into_place(partial, output)
+    return verification
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def write_weights(
+    model: PreTrainedModel, directory: Path, dtype: torch.dtype, max_shard_size: int | str
+) -> None:
+    """safetensors by official names, in as many files as `max_shard_size` asks for."""
+    tensors = {
+        name: tensor.to("cpu", dtype).contiguous()
+        for name, tensor in expected_tensors(model).items()
+    }
+    try:
+        split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"--max_shard_size {max_shard_size}: {error}") from None
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors makes it unreadable for others
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_configs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    format: str,
+    dtype: torch.dtype,
+) -> None:
+    """config.json, generation_config.json and, in the native form, the code they name.
+
+    `<|endoftext|>` is bos and eos. GPT-2 has no padding token and gets none, as one that equals eos
+    makes fine-tuning ignore the end of every text; only `generate()`, which needs some id to fill
+    finished rows with, is told to use eos.
+    """
+    config = copy.deepcopy(model.config)
+    if format == "gpt2":
+        fields = {key: value for key, value in config.to_dict().items() if hasattr(GPT2Config, key)}
+        fields.pop("model_type")
+        # n_ctx is n_positions' second name in the official files; llama.cpp's converter reads it.
+        config = GPT2Config(**fields | {"n_ctx": config.n_positions})
+    else:
+        for module in (configuration_gpt2repro, modeling_gpt2repro):
+            shutil.copy(inspect.getfile(module), directory)
+    config.architectures = [CLASSES[format]]
+    config.dtype = dtype
+    config.use_cache = True  # training turns it off
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for key, value in ids.items():
+        setattr(config, key, value)
+    config.to_json_file(directory / "config.json")
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ids["eos_token_id"]
+    GenerationConfig(**ids).save_pretrained(directory)
+
+
+def write_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, directory: Path, n_positions: int, *, plain_files: bool
+) -> None:
+    """tokenizer.json and its configuration; vocab.json and merges.txt for older tools."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = n_positions
+    tokenizer.save_pretrained(directory)
+    bpe = tokenizer.backend_tokenizer.model
+    if plain_files and type(bpe).__name__ == "BPE":
+        bpe.save(str(directory))
+
+
+# --- Places -------------------------------------------------------------------------------------
+
+
+def beside(output: Path, state: str) -> Path:
+    """`.final.partial` or `final.rejected` for `final`: the same disk, so renaming is atomic."""
+    hidden = "." if state == "partial" else ""
+    path = output.absolute()
+    return path.with_name(f"{hidden}{path.name}.{state}")
+
+
+def refuse_to_overwrite(output: Path) -> None:
+    """Only an earlier export or an empty directory may be replaced."""
+    if output.is_dir():
+        if any(output.iterdir()) and not (output / SUMS).is_file():
+            raise UserError(
+                f"--output {output} holds something else than an export; give another directory"
+            )
+    elif output.exists():
+        raise UserError(f"--output {output} is a file; give a directory")
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def move_into_place(partial: Path, output: Path) -> None:
+    """Flush `partial` and rename it to `output`; one whole export exists at every instant."""
+    for path in [*partial.iterdir(), partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    previous = beside(output, "previous")
+    remove(previous)
+    if output.exists():
+        output.rename(previous)
+    partial.rename(output)
+    with contextlib.suppress(OSError):
+        remove(previous)
+
+
+# --- The verb -----------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="gpt2repro export", description=__doc__)
+    parser.add_argument(
+        "--model", required=True, help="a run, an export, a checkpoint, a GPT-2 directory or Hub id"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="directory to write")
+    parser.add_argument("--format", choices=FORMATS, default="gpt2repro")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")
+    parser.add_argument(
+        "--max_shard_size",
+        default=MAX_SHARD_SIZE,
+        help="split larger models (default %(default)s)",
+    )
+    parser.add_argument("--tokenizer", help="Hub id or directory (default: the model's own)")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`gpt2repro export --model DIR --format gpt2|gpt2repro --output OUT`."""
+    options = build_parser().parse_args(argv)
+    source = Path(locate(options.model))
+    model = load_causal_lm(options.model)
+    card = source / "README.md"
+    verification = export(
+        model,
+        find_tokenizer(options.model, options.tokenizer),
+        options.output,
+        format=options.format,
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        max_shard_size=options.max_shard_size,
+        card=card.read_text(encoding="utf-8") if card.is_file() else None,
+        figures=source.glob("*.png"),
+    )
+    print(f"{options.output}: verified")
+    for line in verification.lines():
+        print(f"  {line}")
+    return 0

@@ -1,0 +1,1 @@
+"""What a run leaves on disk, and how it is opened. Imports `system`, `data`, the model files."""

@@ -1,0 +1,295 @@
+"""Training state on disk: saved atomically, found again, loaded, pruned.
+
+A checkpoint is a directory `step_00000500/` that holds
+
+    model.safetensors       parameters by their official names, fp32; `from_pretrained` reads it
+    config.json             the architecture (and the code files that go with it)
+    optimizer.safetensors   optimizer state by parameter name, and every rank's RNG state
+    state.json              step, position of the data stream, what the run was made of
+    COMPLETE                the marker: written last, lists the size of every other file
+
+It is written under a temporary name beside its place, flushed to disk and renamed, so that a
+directory with a matching marker is whole whatever happened meanwhile. Parameters are stored whole
+and by name: any number of processes, sharded or not, can read them back. No file is a pickle.
+Rank 0 alone touches the disk.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from gpt2repro import UserError
+from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, world_size
+
+MARKER = "COMPLETE"
+PATTERN = re.compile(r"step_(\d{8})")
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+# --- Saving -------------------------------------------------------------------------------------
+
+
+def save(
+    directory: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write the checkpoint of `step` under `directory`; every rank calls, rank 0 writes.
+
+    Args:
+        model: bare, DDP or FSDP2; its innermost module has `config.save_pretrained`.
+        state: JSON values that the caller wants back from `load`.
+
+    Raises:
+        UserError: the disk is full or the directory cannot be written, on every rank. Whatever lay
+            in `directory` before is untouched.
+    """
+    tensors = model_tensors(model)
+    optimizer_tensors = optimizer_state_tensors(model, optimizer) | gather_rng_states()
+    path = checkpoint_path(directory, step)
+    problem = None
+    if rank() == 0:
+        try:
+            scratch = fresh_scratch(path)
+            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+            innermost(model).config.save_pretrained(scratch)
+            save_file(optimizer_tensors, scratch / "optimizer.safetensors")
+            (scratch / "state.json").write_text(json.dumps(state | {"step": step}))
+            commit(scratch, path)
+            prune(directory, keep_last)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(scratch_path(path), ignore_errors=True)
+            problem = (
+                f"checkpoint {path} could not be written ({error}); earlier ones are untouched. "
+                "Free space, or lower keep_last, or set output_dir to another disk"
+            )
+    agree_on(problem)
+    return path
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters on the CPU by official name, each once: a tied head is its embedding.
+
+    Every rank must call: a sharded parameter is gathered from all of them.
+    """
+    return {name: whole(parameter) for name, parameter in innermost(model).named_parameters()}
+
+
+def optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Whole optimizer state on the CPU as `<parameter>/<state>`; every rank must call."""
+    return {
+        f"{name}/{key}": whole(value)
+        for name, parameter in innermost(model).named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` on the CPU, contiguous, gathered from all ranks if it is sharded."""
+    tensor = tensor.detach()
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.cpu().contiguous()
+
+
+def scratch_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def fresh_scratch(path: Path) -> Path:
+    scratch = scratch_path(path)
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def commit(scratch: Path, path: Path) -> None:
+    """Mark `scratch` complete, flush it to disk and give it its final name."""
+    sizes = {file.name: file.stat().st_size for file in sorted(scratch.iterdir())}
+    (scratch / MARKER).write_text(json.dumps(sizes))
+    for file in scratch.iterdir():
+        flush(file)
+    flush(scratch)
+    shutil.rmtree(path, ignore_errors=True)  # an invalid one of the same step, or a rerun's
+    scratch.rename(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a directory: a rename that overtakes its data would be a torn checkpoint."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(directory: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` valid checkpoints, and what killed writers left."""
+    valid = [path for path in sorted(directory.glob("step_*")) if is_valid(path)]
+    for path in [*valid[:-keep_last], *directory.glob(".step_*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def supersede(directory: Path, step: int) -> None:
+    """Set aside what is newer than `step`: a run that goes back there starts another line."""
+    for path in directory.glob("step_*"):
+        if path.name > checkpoint_path(directory, step).name:
+            place = directory / "superseded" / path.name
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            path.rename(place)
+
+
+# --- Finding ------------------------------------------------------------------------------------
+
+
+def is_valid(path: Path) -> bool:
+    """Whether the marker is there and every file has the size it lists."""
+    try:
+        sizes = json.loads((path / MARKER).read_text())
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def find_latest(directory: Path) -> tuple[Path | None, list[Path]]:
+    """The newest valid checkpoint under `directory`, and the newer ones that are not valid."""
+    broken: list[Path] = []
+    for path in sorted(directory.glob("step_*"), reverse=True):
+        if PATTERN.fullmatch(path.name):
+            if is_valid(path):
+                return path, broken
+            broken.append(path)
+    return None, broken
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON that `save` was given, with `step`.
+
+    Raises:
+        UserError: there is no valid checkpoint at `path`.
+    """
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such checkpoint directory")
+    if not is_valid(path):
+        raise UserError(
+            f"--resume {path}: no complete checkpoint (no {MARKER} marker, or a file has another "
+            "size than it lists); a run's are in its checkpoints/, and --resume auto takes the "
+            "newest valid one"
+        )
+    try:
+        return json.loads((path / "state.json").read_text())
+    except ValueError as error:
+        raise UserError(f"--resume {path}: state.json cannot be read: {error}") from None
+
+
+# --- Loading ------------------------------------------------------------------------------------
+
+
+def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
+    """Put the checkpoint's tensors into `model` and `optimizer`; every rank calls, rank 0 reads.
+
+    Raises:
+        UserError: a file cannot be read, or holds another architecture or optimizer.
+    """
+    weights: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    problem = None
+    if rank() == 0:
+        try:
+            weights = load_file(path / "model.safetensors")
+            rest = load_file(path / "optimizer.safetensors")
+            problem = mismatch(weights, innermost(model))
+        except (OSError, SafetensorError) as error:
+            problem = f"cannot be read: {error}"
+    agree_on(problem and f"--resume {path}: {problem}")
+
+    parameters = dict(innermost(model).named_parameters())
+    states = [name for name in rest if not name.startswith("rng.")]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            fill(parameter, weights.get(name))
+        optimizer.state.clear()
+        for name in broadcast(states):
+            parameter, key = parameters[name.rsplit("/", 1)[0]], name.rsplit("/", 1)[1]
+            # Besides tensors of the parameter's shape there is only Adam's step count, a scalar.
+            like = torch.zeros((), device=parameter.device) if key == "step" else parameter
+            optimizer.state[parameter][key] = fill(torch.zeros_like(like), rest.get(name))
+    restore_rng_state({name: rest[name] for name in rest.keys() - set(states)})
+
+
+def fill(target: Tensor, source: Tensor | None) -> Tensor:
+    """Copy rank 0's whole `source` into every rank's `target`, sharded or not; return it."""
+    full = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    if source is not None:
+        full.copy_(source)
+    if world_size() > 1:
+        dist.broadcast(full, src=0)
+    if isinstance(target, DTensor):
+        full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+    return target.copy_(full)
+
+
+def mismatch(tensors: dict[str, Tensor], model: nn.Module) -> str | None:
+    """What keeps `tensors` from being this model's parameters, or None."""
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors or name not in expected:
+            place = "the model" if name in expected else "the checkpoint"
+            return f"another architecture: {name} is only in {place}"
+        if tensors[name].shape != expected[name]:
+            ours, theirs = tuple(expected[name]), tuple(tensors[name].shape)
+            return (
+                f"another architecture: {name} is {theirs} in the checkpoint, {ours} in the model"
+            )
+    return None
+
+
+# --- Ranks --------------------------------------------------------------------------------------
+
+
+def innermost(model: nn.Module) -> PreTrainedModel:
+    """The model inside a DDP wrapper; FSDP2 and in-place compilation do not wrap."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def gather_rng_states() -> dict[str, Tensor]:
+    """Every rank's random number generator states by names like `rng.3.cuda`."""
+    mine = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        mine["cuda"] = torch.cuda.get_rng_state()
+    return {
+        f"rng.{r}.{kind}": state
+        for r, each in enumerate(gather(mine))
+        for kind, state in each.items()
+    }
+
+
+def restore_rng_state(rng: dict[str, Tensor]) -> None:
+    """Restore this rank's generators; ranks that the saving run did not have keep their own."""
+    states = broadcast(rng)
+    if (cpu := states.get(f"rng.{rank()}.cpu")) is not None:
+        torch.set_rng_state(cpu)
+    if (cuda := states.get(f"rng.{rank()}.cuda")) is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)

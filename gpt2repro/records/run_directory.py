@@ -1,0 +1,109 @@
+"""The directory of a run: its files, who may write them, and where a new launch goes on.
+
+runs/<exp_name>/
+    recipe.yaml  metrics.jsonl  loss_curve.png  checkpoints/  incidents/  final/
+"""
+
+import fcntl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2repro import UserError
+from gpt2repro.records import checkpoints
+from gpt2repro.records.metrics import rewind_metrics
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a launch begins: `step` 0 without a checkpoint, else what the checkpoint recorded."""
+
+    path: Path | None
+    state: dict[str, Any]
+    note: str  # what the user should know
+
+    @property
+    def step(self) -> int:
+        return self.state.get("step", 0)
+
+
+def made_with(path: Path | None) -> str | None:
+    """The `resume` field of the launch that saved the checkpoint at `path`."""
+    return checkpoints.read_state(path).get("recipe", {}).get("resume") if path else None
+
+
+class RunDirectory:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.loss_curve = path / "loss_curve.png"
+        self.checkpoints = path / "checkpoints"
+        self.incidents = path / "incidents"
+        self.final = path / "final"
+        self.preempted = path / "PREEMPTED"
+
+    def decide(self, resume: str) -> Resume:
+        """Find the checkpoint to go on from; nothing is written.
+
+        Args:
+            resume: `auto`, `never` or a checkpoint directory.
+
+        Raises:
+            UserError: the directory is not a run's; `never` and there is one; no such checkpoint.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir {self.path} is a file; give a directory")
+        try:
+            names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        except OSError as error:
+            raise UserError(f"output_dir {self.path} cannot be read: {error}") from None
+        exists = bool(names - {LOCK})  # a launch may have been killed between its first two files
+        if exists and not self.recipe.exists():
+            raise UserError(
+                f"output_dir {self.path} holds files of something else; give a new or empty one"
+            )
+        if resume == "never" and exists:
+            raise UserError(
+                f"{self.path} holds a run and --resume never forbids to touch it; "
+                "give another exp_name, or --resume auto to go on"
+            )
+        path, broken = checkpoints.find_latest(self.checkpoints)
+        if resume not in ("auto", "never") and resume != made_with(path):
+            path = Path(resume)
+            return Resume(path, checkpoints.read_state(path), f"Resuming from {path}.")
+        notes = [f"{each.name} is incomplete and is passed over." for each in broken]
+        if path is None:
+            if exists:
+                notes.append(f"{self.path} has no valid checkpoint: starting at step 0.")
+            return Resume(None, {}, " ".join(notes))
+        state = checkpoints.read_state(path)
+        notes.append(f"{self.path} exists: going on from its step {state['step']}.")
+        return Resume(path, state, " ".join(notes))
+
+    def open(self, first_step: int, save_recipe: Callable[[Path], None]) -> list[dict[str, Any]]:
+        """Create or claim the directory and return the metrics before `first_step`.
+
+        Later steps that it knows of are of a line that is left here: their metrics are cut off,
+        their checkpoints set aside in `checkpoints/superseded/`.
+
+        Raises:
+            UserError: another process writes this run, or the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.path / LOCK).open("w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it at exit
+            save_recipe(self.recipe)
+            self.preempted.unlink(missing_ok=True)
+            checkpoints.supersede(self.checkpoints, first_step)
+            return rewind_metrics(self.metrics, first_step)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path} is being written by another process; stop it or give another exp_name"
+            ) from None
+        except OSError as error:
+            raise UserError(f"output_dir {self.path} cannot be written: {error}") from None

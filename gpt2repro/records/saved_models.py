@@ -1,0 +1,114 @@
+"""Open a GPT-2 by the name a user gives: a run, an export, a checkpoint, a directory, a Hub id."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from gpt2repro import UserError
+from gpt2repro.data import demo_corpus
+from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.records import checkpoints
+from gpt2repro.system.patience import patiently
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+OFFLINE_ADVICE = "; give a local directory, or run where the Hub answers"
+
+
+def locate(name: str, option: str = "--model") -> str:
+    """The directory that `name` means, or `name` itself if it can only be a Hub id.
+
+    A run's directory means its `final/` or, before the run has ended, its newest checkpoint; the
+    run's `checkpoints/` always means the latter.
+
+    Raises:
+        UserError: neither a directory with a `config.json` nor spelled like a Hub id.
+    """
+    path = Path(name)
+    if path.is_dir():
+        checkpoints = (checkpoints.find_latest(place)[0] for place in (path / "checkpoints", path))
+        for candidate in (path, path / "final", *checkpoints):
+            if candidate and (candidate / "config.json").is_file():
+                return str(candidate)
+        raise UserError(f"{option} {name}: a directory without a config.json")
+    if path.exists() or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        raise UserError(f"{option} {name}: no such directory, and no Hub id either")
+    return name
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    option: str = "--model",
+    model_class: type[PreTrainedModel] = GPT2ReproForCausalLM,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model at `name` (see `locate`) on the CPU, in evaluation mode.
+
+    Args:
+        dtype: of the parameters; "auto" is the one they are stored in.
+
+    Raises:
+        UserError: not there, not reachable, not a GPT-2, or its tensors are not all there.
+    """
+    where = locate(name, option)
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # one bar for every file that is opened
+    logging.set_verbosity_error()  # warnings about tensors, which are errors below
+    try:
+        loaded: Any = patiently(
+            lambda: model_class.from_pretrained(
+                where,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            ),
+            f"load the model {where!r} ({option})",
+            if_unreachable=OFFLINE_ADVICE,
+            reaches_hub=False,
+        )
+    except Exception as error:  # safetensors, configuration and file errors have no common base
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{option} {name}: cannot be loaded: {reason}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+    model, info = loaded
+    if lacking := sorted(info["missing_keys"]):  # transformers would have made them up
+        raise UserError(f"{option} {name}: lacks {len(lacking)} tensors, among them {lacking[0]}")
+    return model.eval()
+
+
+def find_tokenizer(name: str, given: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer `given`, or the one that goes with the model `name`.
+
+    A training checkpoint holds none: its run's `final/` is looked at, then its recipe.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
+    if given:
+        return load_tokenizer(given, if_unreachable=OFFLINE_ADVICE)
+    where = locate(name)
+    if not Path(where).is_dir():
+        return load_tokenizer(where, if_unreachable=OFFLINE_ADVICE)
+    run = Path(where).resolve().parent.parent
+    for directory in (Path(where), run / "final"):
+        if any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            return load_tokenizer(directory)
+    if (run / "recipe.yaml").is_file():
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        trained_with = recipe["tokenizer_name"]
+        if trained_with == demo_corpus.NAME:
+            trained_with = demo_corpus.prepare() / "tokenizer"
+        return load_tokenizer(trained_with, if_unreachable=OFFLINE_ADVICE)
+    raise UserError(f"--model {name} holds no tokenizer; name one with --tokenizer")

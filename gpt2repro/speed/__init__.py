@@ -1,0 +1,1 @@
+"""The same answers sooner, and never needed. Imports the model files."""

@@ -1,0 +1,1 @@
+"""This process, its peers, the machine, the disk, the network. Imports only `UserError`."""

@@ -1,0 +1,113 @@
+"""The end of a run: the loss curve, the verified export, and what the user sees."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from gpt2repro import UserError
+from gpt2repro.plots import curves
+from gpt2repro.publishing.export import export
+from gpt2repro.publishing.model_card import model_card
+from gpt2repro.records import checkpoints
+from gpt2repro.records.metrics import read_metrics
+from gpt2repro.system import machine, ranks
+from gpt2repro.training.run import Run
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+
+def finish(run: Run) -> int:
+    """Export the trained model to `final/`, verified by a fresh process, and sum the run up.
+
+    Every rank calls, since sharded weights are gathered; rank 0 does the rest. Returns 0.
+    Signals end the process: all is saved, and the same command exports again.
+
+    Raises:
+        UserError: the export failed a check. The last checkpoint stands, and the same command tries
+            again.
+    """
+    tensors = checkpoints.model_tensors(run.model)
+    run.progress.close()
+    if run.accelerator.is_main_process:
+        run.directory.preempted.touch()  # until it is done, a scheduler should come back
+    run.stop.close()
+    try:
+        ranks.on_rank_0(lambda: publish(run, tensors))
+    finally:
+        if run.accelerator.is_main_process:
+            run.directory.preempted.unlink(missing_ok=True)
+    return 0
+
+
+def publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    draw_loss_curve(run)
+    model = GPT2ReproForCausalLM(checkpoints.innermost(run.model).config)
+    model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
+    model.tie_weights()
+    print("Exporting, and checking the export in a fresh process ...", flush=True)
+    metrics = read_metrics(run.directory.metrics)
+    card = model_card(
+        name=str(run.recipe.exp_name),
+        recipe=dataclasses.asdict(run.recipe),
+        num_parameters=model.num_parameters(),
+        environment=machine.describe(run.accelerator.device.type),
+        metrics=metrics,
+        command=shlex.join(["accelerate", "launch", "train_accelerate.py", *run.argv]),
+        num_processes=run.accelerator.num_processes,
+        loss_curve=run.directory.loss_curve.name,
+        published_loss=curves.known_baseline(run.recipe.dataset_name, run.recipe.tokenizer_name),
+    )
+    export(
+        model.eval(),
+        run.tokenizer,
+        run.directory.final,
+        card=card,
+        figures=[run.directory.loss_curve],
+    )
+    summarize(run, metrics)
+    if run.push is not None:
+        run.push.submit(run.directory.final, "The trained model")
+        print(f"Waiting for the push to {run.recipe.hub_model_id} ...", flush=True)
+        for problem in run.push.finish():
+            print(f"push: {problem}")
+        if run.push.url:
+            print(f"Published       {run.push.url}")
+
+
+def draw_loss_curve(run: Run) -> None:
+    if run.accelerator.is_main_process:
+        curves.loss_curve(
+            read_metrics(run.directory.metrics),
+            run.directory.loss_curve,
+            baseline=curves.known_baseline(run.recipe.dataset_name, run.recipe.tokenizer_name),
+        )
+
+
+def summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
+    """The last lines on the screen: where things are, what was reached, and what it writes."""
+    directory = run.directory
+    losses = [line["val_loss"] for line in metrics if line.get("val_loss") is not None]
+    print()
+    if losses:
+        first, last = losses[0], losses[-1]
+        share = f"{last / first:.0%} of its start"
+        print(f"Validation loss {first:.4f} -> {last:.4f} nats per token ({share})")
+    print(f"Model           {directory.final}")
+    print(f"Loss curve      {directory.loss_curve}")
+    print(f"Metrics         {directory.metrics}")
+    print(f"\n{paragraph(run)}\n")
+    prompt = shlex.quote(run.recipe.sample_prompt)
+    print(f"More of it: gpt2repro generate --model {directory.final} --prompt {prompt}")
+
+
+def paragraph(run: Run) -> str:
+    """A paragraph written by `final/` in a fresh process, which loads it as anyone would."""
+    command = [sys.executable, "-m", "gpt2repro", "generate", "--model", str(run.directory.final)]
+    command += ["--prompt", run.recipe.sample_prompt, "--seed", str(run.recipe.seed)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise UserError(f"{run.directory.final} does not generate: {result.stderr.strip()}")
+    return result.stdout.strip()

@@ -1,0 +1,105 @@
+"""The doctor: a line for each check, a field for each failure, and nothing written."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from tiny_run import write_inputs
+
+from gpt2repro import UserError
+from gpt2repro.commands import doctor
+
+CHECKS = ["batch", "precision", "tokenizer", "dataset", "model", "attention", "training", "data"]
+CHECKS += ["disk", "hub", "time"]
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "STREAM_SECONDS", 0.1)
+    monkeypatch.setattr(doctor, "STEP_SECONDS", 0.1)
+    monkeypatch.chdir(tmp_path)
+
+
+def examine(capsys, recipe: Path, *options: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Exit status, and {check: (verdict, what it says)}."""
+    status = doctor.main(["--recipe", str(recipe), *options])
+    said = {}
+    for line in capsys.readouterr().out.splitlines():
+        verdict, _, rest = line.strip().partition("  ")
+        if verdict in (doctor.OK, doctor.WARNING, doctor.FAILURE):
+            name, _, text = rest.partition(" ")
+            said[name] = (verdict, text.strip())
+    return status, said
+
+
+def test_a_healthy_run(recipe, capsys, tmp_path):
+    status, said = examine(capsys, recipe)
+    assert status == 0 and [*said] == CHECKS
+    assert {verdict for verdict, _ in said.values()} == {doctor.OK}
+    assert said["batch"][1] == "256 tokens = 4 x 2 rows a process"
+    assert "8 units" in said["dataset"][1] and "300 tokens" in said["tokenizer"][1]
+    assert "1 minutes for 0.0 M tokens" in said["time"][1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "check", "field"),
+    [
+        (("--num_processes", "3"), "batch", "num_lanes"),
+        (("--micro_batch_size", "3"), "batch", "micro_batch_size"),
+        (("--num_processes=2", "--micro_batch_size=8"), "batch", "micro_batch_size"),
+        (("--tokenizer_name", "./nowhere"), "tokenizer", "tokenizer_name"),
+        (("--dataset_name", "./nowhere"), "dataset", "dataset_name"),
+        (("--text_column", "content"), "dataset", "text_column"),
+        (("--n_head", "3"), "model", "n_head"),
+        (("--num_validation_units", "8"), "data", "num_validation_units"),
+        (("--push_to_hub", "--hub_model_id", "mine"), "hub", "hub_model_id"),
+    ],
+)
+def test_a_failure_names_the_field(recipe, capsys, options, check, field):
+    status, said = examine(capsys, recipe, *options)
+    assert status == 1
+    assert [*said] == CHECKS  # one failure does not hide the next
+    failed = {name for name, (verdict, _) in said.items() if verdict == doctor.FAILURE}
+    assert check in failed <= {check, "data"}  # the stream deals the lanes too
+    assert field in said[check][1]
+
+
+def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 9 * 10**5, 10**5))
+    status, said = examine(capsys, recipe)
+    assert status == 1 and said["disk"][0] == doctor.FAILURE
+    assert "keep_last" in said["disk"][1] and "output_dir" in said["disk"][1]
+
+
+def test_data_that_cannot_keep_up(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "training_rate", lambda *_: 1e12)
+    status, said = examine(capsys, recipe)
+    assert status == 1 and said["data"][0] == doctor.FAILURE
+    assert "num_reader_threads" in said["data"][1] and "token_cache_dir" in said["data"][1]
+
+
+def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch):
+    for fast, verdict in ((True, doctor.OK), (False, doctor.WARNING)):
+        monkeypatch.setattr(doctor, "multiplies_bf16_faster", lambda fast=fast: fast)
+        status, said = examine(capsys, recipe, "--mixed_precision", "bf16")
+        assert status == 0 and said["precision"][0] == verdict
+    assert "mixed_precision to no" in said["precision"][1]
+
+
+def test_epochs_have_no_estimate(recipe, capsys):
+    status, said = examine(capsys, recipe, "--num_epochs", "1")
+    assert status == 0 and said["time"][0] == doctor.WARNING
+
+
+@pytest.mark.parametrize("number", ["0", "two", "-1", ""])
+def test_a_bad_number_of_processes_is_refused(number):
+    with pytest.raises(UserError, match="--num_processes"):
+        doctor.main(["--recipe", "demo", "--num_processes", number])

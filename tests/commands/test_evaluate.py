@@ -1,0 +1,194 @@
+"""The verb: a table, a baseline beside it, and errors of one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_language_models import HELLASWAG, LAMBADA, WIKITEXT2, random_gpt2, read, tiny_tokenizer
+
+from gpt2repro import UserError
+from gpt2repro.commands import evaluate
+from gpt2repro.commands.cli import EXIT_USAGE, run
+
+FILES = [
+    *("--hellaswag_file", str(HELLASWAG)),
+    *("--lambada_file", str(LAMBADA)),
+    *("--wikitext2_file", str(WIKITEXT2)),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """`saved(seed)`: the directory of a tiny model with its tokenizer."""
+
+    def save(seed: int, **config) -> str:
+        directory = tmp_path_factory.mktemp(f"model{seed}")
+        random_gpt2(seed, **config).save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+        return str(directory)
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def model(saved) -> str:
+    return saved(0)
+
+
+def evaluated(tmp_path: Path, *arguments: str) -> dict:
+    output = tmp_path / "out" / "results.json"
+    assert evaluate.main([*arguments, *FILES, "--output", str(output), "--device", "cpu"]) == 0
+    return json.loads(output.read_text())
+
+
+def test_all_benchmarks(model, tmp_path, capsys):
+    found = evaluated(tmp_path, "--model", model, "--tasks", "hellaswag,lambada,wikitext2")
+    assert set(found["results"]) == {
+        *(f"hellaswag/{c}_{m}" for c in ("completion", "lm_eval") for m in ("acc", "acc_norm")),
+        *("lambada/acc", "lambada/perplexity"),
+        *(f"wikitext2/{m}" for m in ("word_perplexity", "token_perplexity", "bits_per_byte")),
+    }
+    assert all(figure["stderr"] >= 0 for figure in found["results"].values())
+    assert found["tasks"]["lambada"]["num_scored"] == found["tasks"]["lambada"]["num_rows"] == 12
+    assert found["environment"]["torch"]
+    table, notes = capsys.readouterr()
+    line = next(line for line in table.splitlines() if line.startswith("wikitext2/bits"))
+    value = found["results"]["wikitext2/bits_per_byte"]
+    assert f"{value['value']:.4f} ± {value['stderr']:.4f}" in line
+    assert "hellaswag/lm_eval: 10 of 10 rows scored" in notes
+    assert "wikitext2: 2 of 2 rows scored" in notes and "stride 512" in notes
+
+
+def test_held_out_text(model, tmp_path):
+    texts = [row["text"] for row in read(LAMBADA)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ["--model", model, "--tasks", "val", "--dataset-name", str(corpus)]
+    arguments += ["--num-validation-units", "1", "--sequence-length=64"]
+    found = evaluated(tmp_path, *arguments)
+    loss = found["results"]["val/loss"]["value"]
+    ids = tiny_tokenizer()(texts)["input_ids"]
+    num_tokens = sum(map(len, ids)) + len(texts)  # an end-of-text before each
+    num_bytes = sum(len(text.encode()) for text in texts)
+    bits = loss / 0.6931471805599453 * num_tokens / num_bytes
+    assert found["results"]["val/bits_per_byte"]["value"] == pytest.approx(bits)
+    assert found["tasks"]["val"]["num_scored"] == (num_tokens - 1) // 64
+    few = evaluated(tmp_path, *arguments, "--limit", "2")
+    assert few["tasks"]["val"]["num_scored"] == 2
+
+
+def test_a_model_against_itself_differs_by_nothing(model, tmp_path):
+    found = evaluated(
+        tmp_path, "--model", model, "--baseline", model, "--tasks", "lambada,hellaswag"
+    )
+    assert found["results"] == found["baseline"]["results"]
+    for difference in found["difference"].values():
+        assert difference == {"value": 0.0, "stderr": 0.0, "paired": True}
+
+
+def test_a_baseline_on_the_same_rows_is_paired(model, saved, tmp_path, capsys):
+    found = evaluated(tmp_path, "--model", model, "--baseline", saved(1), "--tasks", "wikitext2")
+    ours, theirs = found["results"], found["baseline"]["results"]
+    for name, difference in found["difference"].items():
+        assert difference["paired"]
+        assert difference["value"] == ours[name]["value"] - theirs[name]["value"]
+        unpaired = (ours[name]["stderr"] ** 2 + theirs[name]["stderr"] ** 2) ** 0.5
+        assert 0 < difference["stderr"] != pytest.approx(unpaired)
+    assert "difference" in capsys.readouterr().out
+
+
+def test_other_rows_are_not_paired(model, saved, tmp_path, capsys):
+    """The baseline's short context leaves rows out: no example stands against itself."""
+    found = evaluated(
+        tmp_path,
+        *("--model", model, "--baseline", saved(1, positions=48)),
+        *("--tasks", "hellaswag", "--hellaswag_convention", "completion"),
+    )
+    assert found["baseline"]["tasks"]["hellaswag/completion"]["num_scored"] < 10
+    skipped = found["baseline"]["tasks"]["hellaswag/completion"]["skipped"]
+    assert all("48 positions" in reason for reason in skipped.values())
+    assert {d["paired"] for d in found["difference"].values()} == {False}
+    table, notes = capsys.readouterr()
+    assert "unpaired" in table
+    assert "skipped: ending" in notes
+
+
+def test_malformed_rows_are_on_the_screen_and_in_the_file(model, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    bad = ["{oops", *['{"text": "x "}'] * 7]
+    rows.write_text("\n".join([*bad, *LAMBADA.read_text().splitlines()]))
+    output = tmp_path / "r.json"
+    evaluate.main(
+        [
+            "--model",
+            model,
+            "--tasks",
+            "lambada",
+            "--lambada_file",
+            str(rows),
+            "--output",
+            str(output),
+        ]
+    )
+    task = json.loads(output.read_text())["tasks"]["lambada"]
+    assert (task["num_rows"], task["num_scored"]) == (20, 12)
+    assert list(task["skipped"]) == [str(number) for number in range(1, 9)]
+    notes = capsys.readouterr().err
+    assert "12 of 20 rows scored, 8 skipped" in notes
+    assert "row 1 skipped: not JSON" in notes
+    assert "and 3 more" in notes
+
+
+def test_limit_and_batch_size(model, tmp_path):
+    one = evaluated(tmp_path, "--model", model, "--tasks", "lambada", "--batch-size", "1")
+    many = evaluated(tmp_path, "--model", model, "--tasks", "lambada", "--batch_size=64")
+    few = evaluated(tmp_path, "--model", model, "--tasks", "lambada", "--limit", "3")
+    for name, figure in one["results"].items():
+        # float32 log-probabilities, under an exponential for the perplexity
+        assert figure["value"] == pytest.approx(many["results"][name]["value"], rel=1e-5)
+    assert few["tasks"]["lambada"]["num_scored"] == 3
+
+
+def test_published_figures_are_a_column_of_their_own():
+    arguments = evaluate.parse_arguments(["--model", "x", "--baseline", "openai-community/gpt2"])
+    assert evaluate.published_for(arguments)["val/loss"][0] == 3.2924
+    arguments.num_validation_units = 7
+    assert "val/loss" not in evaluate.published_for(arguments), "other text, not comparable"
+    arguments.baseline = "openai-community/gpt2-xl"
+    assert evaluate.published_for(arguments)["hellaswag/completion_acc_norm"][0] == 0.4889
+    arguments.baseline = None
+    assert evaluate.published_for(arguments) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--tasks", "hellaswag,piqa"], "--tasks"),
+        (["--tasks", ","], "--tasks"),
+        (["--batch_size", "0"], "--batch_size 0"),
+        (["--max_length", "1000"], "--max_length"),
+        (["--wikitext2_stride", "1000", "--tasks", "wikitext2"], "--wikitext2_stride"),
+        (["--dtype", "float8"], "--dtype"),
+        (["--baseline", "/nowhere"], "--baseline /nowhere"),
+        (["--lambada_file", "/nowhere"], "--lambada_file /nowhere"),
+        (["--tasks", "val", "--dataset_name", "/nowhere"], "dataset_name"),
+        (["--devise", "cpu"], "--devise"),
+        (["--output", "/dev/null/results.json"], "--output"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_option(model, capsys, arguments, named):
+    given = ["--model", model, "--tasks", "lambada", *FILES, *arguments]
+    assert run("gpt2repro evaluate", evaluate.main, given) == EXIT_USAGE
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("gpt2repro evaluate: error: ") and named in error
+
+
+def test_weights_that_are_not_all_there_are_refused(saved):
+    """transformers would fill them with random numbers and a warning."""
+    directory = Path(saved(3))
+    weights = load_file(directory / "model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"--model .* lacks 1 .*transformer\.h\.0\.mlp\.c_fc"):
+        evaluate.main(["--model", str(directory), "--tasks", "lambada", *FILES])

@@ -1,0 +1,55 @@
+"""The verb `stream-stats`: figures of a recipe's stream, and a verdict in the exit status."""
+
+import json
+
+import pytest
+from tiny_corpus import documents, parquet_bytes
+
+from gpt2repro import UserError
+from gpt2repro.commands.stream_stats import main
+from gpt2repro.data.tokenizer import bulk_encoder, train_bpe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    texts = documents(400)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(parquet_bytes(texts, 10))
+    train_bpe(texts, 400).save_pretrained(tmp_path / "tokenizer")
+    arguments = {
+        "recipe": "demo",
+        "dataset_name": tmp_path / "data",
+        "tokenizer_name": tmp_path / "tokenizer",
+        "sequence_length": 64,
+        "batch_tokens": 1024,
+        "num_lanes": 8,
+    }
+    return [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
+
+
+def test_figures_of_a_stream(recipe, tmp_path, capsys):
+    output = tmp_path / "stats.json"
+    options = ["--num_processes", "4", "--seconds", "0.1", "--output", str(output)]
+    assert main([*recipe, *options, "--tokens_per_second", "100"]) == 0
+    stats = json.loads(output.read_text())
+    assert (stats["units"], stats["training_units"]) == (40, 36)
+    assert (stats["lanes_per_process"], stats["pieces_per_lane"]) == (2, 4.5)
+    assert stats["requests_per_epoch"] == 36
+    assert stats["needed_tokens_per_second"] == 25
+    encoder = bulk_encoder(train_bpe(documents(400), 400))
+    true = sum(len(ids) + 1 for ids in encoder.encode(documents(400)[40:]))
+    assert stats["epoch_tokens_estimate"] == pytest.approx(true, rel=0.3)  # from one unit of ten
+    shown = capsys.readouterr().out
+    assert "keeps up: " in shown and "training units" in shown
+
+
+def test_a_rate_that_is_not_reached_is_in_the_exit_status(recipe, capsys):
+    assert main([*recipe, "--seconds", "0.1", "--tokens_per_second", "1e12"]) == 1
+    assert "does NOT keep up" in capsys.readouterr().out
+
+
+def test_bad_options_are_refused(recipe):
+    with pytest.raises(UserError, match="num_processes: 0"):
+        main([*recipe, "--num_processes", "0"])
+    with pytest.raises(UserError, match="--secnds: no such field"):
+        main([*recipe, "--secnds", "1"])

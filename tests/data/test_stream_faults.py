@@ -1,0 +1,335 @@
+"""The stream over a Hub that misbehaves: the same rows, bit by bit, or one clear line."""
+
+import itertools
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from fake_hub import FakeHub, Fault
+from tiny_corpus import ByteEncoder, documents, parquet_bytes
+
+from gpt2repro import UserError
+from gpt2repro.data import corpus
+from gpt2repro.data.corpus import open_corpus
+from gpt2repro.data.stream import TokenStream
+from gpt2repro.system import patience
+
+NAME, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+CARD = b"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+---
+# A card
+"""
+TEXTS = documents(400)
+OPTIONS = {
+    "sequence_length": 64,
+    "rows_per_step": 8,
+    "num_lanes": 4,
+    "num_validation_units": 1,
+    "seed": 1,
+}
+PARQUET = r"10BT/.*\.parquet$"
+
+
+def repository_files() -> dict[str, bytes]:
+    """FineWeb-Edu's layout: two configs, other columns before and after the text."""
+    files = {"README.md": CARD, ".gitattributes": b""}
+    for index in range(2):
+        texts = TEXTS[200 * index : 200 * index + 200]
+        filler = ["x" * 200 + str(number) for number in range(200)]
+        content = parquet_bytes(texts, 20, id=filler)
+        files[f"sample/10BT/00{index}_00000.parquet"] = content
+    files["data/CC-MAIN-2013-20/train-00000.parquet"] = parquet_bytes(["other"], 20)
+    return files
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr(patience, "LONGEST_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "_outages", patience._Outages())
+    monkeypatch.setattr(corpus, "REQUEST_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
+    with FakeHub() as hub:
+        hub.add("datasets", NAME, repository_files())
+        hub.use_in_process(monkeypatch)
+        yield hub
+
+
+class NoSleep:
+    """The Hub client's own backoff, without the waiting."""
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        pass
+
+
+def open_fineweb(**options) -> corpus.Corpus:
+    return open_corpus(NAME, config=CONFIG, **options)
+
+
+def digests(num_steps: int = 30, source: corpus.Corpus | None = None, **options) -> list[int]:
+    stream = TokenStream(source or open_fineweb(), ByteEncoder(), **OPTIONS | options)
+    try:
+        return [next(stream).digest for _ in range(num_steps)]
+    finally:
+        stream.close()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The digests of the same files on disk: the Hub and a directory give the same rows."""
+    directory = tmp_path_factory.mktemp("local")
+    for path, content in repository_files().items():
+        if re.search(PARQUET, path):
+            (directory / path.rpartition("/")[2]).write_bytes(content)
+    return digests(source=open_corpus(directory))
+
+
+def test_the_hub_gives_the_rows_of_the_files(hub, expected):
+    source = open_fineweb()
+    assert source.num_units == 20
+    assert source.read_unit(0) + source.read_unit(1) == TEXTS[:40]
+    assert source.read_unit(19) == TEXTS[380:]
+    assert digests(source=source) == expected
+
+
+FAULTS = [
+    *(f"status:{status}" for status in (500, 502, 503, 504, 429, 408)),
+    "status:403",
+    "reset",
+    "short",
+    "ignore_range",
+    "hang",
+]
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faults_while_streaming_change_no_row(hub, expected, kind, caplog):
+    source = open_fineweb()
+    times = 1 if kind in ("hang", "status:403") else 6
+    fault = Fault(kind, PARQUET, times=times, skip=3)
+    hub.faults.append(fault)
+    assert digests(source=source) == expected
+    assert fault.num_hits == times
+    lines = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(lines) % 2 == 0 and 2 <= len(lines) <= 2 * times
+    assert lines[-1].startswith("read ") and "back after" in lines[-1]
+
+
+START_UP = {
+    "revision": Fault("", rf"api/datasets/{NAME}$"),
+    "builder": Fault("", rf"api/datasets/{NAME}/revision"),
+    "script": Fault("", r"fineweb-edu\.py$", "HEAD"),
+    "card": Fault("", r"README\.md$", "HEAD"),
+    "card body": Fault("", r"README\.md$", "GET"),
+    "tree": Fault("", r"api/datasets/.*/tree/.*10BT"),
+    "footer": Fault("", PARQUET),
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        *itertools.product(START_UP, ["status:503", "status:429", "reset"]),
+        # Elsewhere the Hub client's own limit of 10 s holds: the same path, only slower.
+        *itertools.product(["revision", "tree", "footer"], ["hang"]),
+    ],
+)
+def test_faults_at_start_up_are_waited_out(hub, expected, call, kind):
+    """Eight in a row, more than the Hub client endures by itself."""
+    times = 1 if kind == "hang" else 8
+    fault = Fault(kind, START_UP[call].path, START_UP[call].method, times, retry_after="0")
+    hub.faults.append(fault)
+    assert digests(6) == expected[:6]
+    assert fault.num_hits >= min(times, 6)
+
+
+def test_all_faults_at_random_places_change_no_row(hub, expected):
+    source = open_fineweb()
+    hub.faults += [Fault(kind, PARQUET, skip=i // 2) for i, kind in enumerate(FAULTS[:-1] * 2)]
+    first = digests(13, source)
+    assert first == expected[:13]
+    stream = TokenStream(source, ByteEncoder(), **OPTIONS)
+    for _ in range(13):
+        next(stream)
+    state = stream.state_dict()
+    stream.close()
+    tail = []
+    resumed = [TokenStream(source, ByteEncoder(), **OPTIONS, rank=r, world_size=2) for r in (0, 1)]
+    for stream in resumed:
+        stream.load_state_dict(state)
+    for _ in range(17):
+        tail.append(sum(next(stream).digest for stream in resumed) % 2**64)
+    for stream in resumed:
+        stream.close()
+    assert first + tail == expected
+    assert sum(fault.num_hits for fault in hub.faults) > 10
+
+
+def test_signed_links_are_followed_and_expired_ones_renewed(hub, expected):
+    hub.signed_links = True
+    hub.faults.append(Fault("status:403", "^/signed/", times=2, skip=5))
+    assert digests() == expected
+    assert hub.requests("^/signed/")
+
+
+def test_requests_and_bytes(hub):
+    """Two requests a file at start, one a unit; of a unit nothing but its text travels."""
+    source = open_fineweb()
+    footers = hub.requests(PARQUET)
+    assert len(footers) == 2 and all(request.status == 206 for request in footers)
+    hub.log.clear()
+    for unit in range(source.num_units):
+        source.read_unit(unit)
+    units = hub.requests(PARQUET)
+    assert len(units) == source.num_units
+    assert hub.num_bytes(PARQUET) == sum(map(source.num_bytes, range(source.num_units)))
+
+
+def test_a_footer_longer_than_the_guess_costs_a_second_request(hub, expected, monkeypatch):
+    monkeypatch.setattr(corpus, "FOOTER_GUESS_BYTES", 64)
+    source = open_fineweb()
+    assert len(hub.requests(PARQUET)) == 4
+    assert digests(5, source) == expected[:5]
+
+
+def test_an_ignored_range_is_hung_up_on_before_the_file_comes(hub, monkeypatch):
+    """A server that sends 20 MB where 1 kB was asked for."""
+    name = "someone/large"
+    texts = [os.urandom(500).hex() for _ in range(20_000)]
+    hub.add("datasets", name, {"train.parquet": parquet_bytes(texts, 1000)})
+    source = open_corpus(name)
+    hub.faults.append(Fault("ignore_range", r"\.parquet$", times=3))
+    assert source.read_unit(2) == texts[2000:3000]
+
+
+# -------------------------------------------------------------------------------------------- final
+
+
+def refusal(*arguments, **options) -> str:
+    with pytest.raises(UserError) as raised:
+        open_corpus(*arguments, **options)
+    message = str(raised.value)
+    assert "\n" not in message.strip()
+    return message
+
+
+def test_what_does_not_exist_fails_at_once_by_name(hub):
+    assert re.search("dataset_name: no dataset 'a/b'", refusal("a/b"))
+    assert "dataset_revision: " in refusal(NAME, revision="v9")
+    assert re.search(
+        "dataset_config: .*'sample-9T'.*sample-10BT", refusal(NAME, config="sample-9T")
+    )
+    assert re.search("dataset_split: .*'test'; it has: train", refusal(NAME, split="test"))
+    message = refusal(NAME, config=CONFIG, text_column="txt")
+    assert re.search("text_column: .*'txt'; columns of text: id, text", message)
+    assert "data_files: " in refusal(NAME, data_files="nothing/*.parquet")
+    hub.repositories["datasets", NAME].gated = True
+    assert re.search("dataset_name: .* gated.*HF_TOKEN", refusal(NAME))
+
+
+def test_a_file_that_disappears_is_final(hub):
+    source = open_fineweb()
+    hub.faults.append(Fault("status:404", PARQUET, times=10**9))
+    with pytest.raises(UserError, match=r"cannot read .*10BT.*404"):
+        digests(source=source)
+    assert len(hub.requests(PARQUET)) <= 2 + 4  # each reader thread asked once
+
+
+def test_a_long_outage_gives_up_in_one_line(hub, monkeypatch):
+    source = open_fineweb()
+    monkeypatch.setattr(patience, "GIVE_UP_AFTER_SECONDS", 0.5)
+    hub.faults.append(Fault("status:503", PARQUET, times=10**9))
+    with pytest.raises(UserError, match=r"cannot read .*: gave up after \d s \(HTTP 503\)"):
+        digests(source=source)
+
+
+# ----------------------------------------------------------------------------- revisions and caches
+
+
+def test_the_revision_is_pinned_at_start(hub, expected):
+    source = open_fineweb()
+    repository = hub.repositories["datasets", NAME]
+    then = repository.refs["main"]
+    changed = repository_files()
+    changed["sample/10BT/000_00000.parquet"] = parquet_bytes(TEXTS[::-1][:200], 20)
+    now = repository.commit(changed)
+    assert source.identity["revision"] == then
+    assert digests(source=source) == expected
+    moved = open_fineweb()
+    assert moved.identity["revision"] == now
+    assert moved.identity["files"] != source.identity["files"]
+    assert digests(source=moved) != expected
+    assert digests(source=open_fineweb(revision=then)) == expected
+    state = TokenStream(source, ByteEncoder(), **OPTIONS).state_dict()
+    with pytest.raises(UserError, match=f"dataset_revision was '{then}' .* is '{now}'"):
+        TokenStream(moved, ByteEncoder(), **OPTIONS).load_state_dict(state)
+
+
+def test_a_parquet_copy_by_its_slashed_revision(hub, expected):
+    repository = hub.repositories["datasets", NAME]
+    repository.commit(repository_files(), "refs/convert/parquet")
+    source = open_fineweb(revision="refs/convert/parquet")
+    assert source.identity["revision"] == repository.refs["refs/convert/parquet"]
+    assert digests(5, source) == expected[:5]
+
+
+def test_the_token_cache_rides_out_an_outage(hub, expected, tmp_path):
+    source = open_fineweb()
+    digests(source=source, token_cache_dir=tmp_path, num_steps=130)  # more than an epoch
+    hub.log.clear()
+    hub.faults.append(Fault("status:404", PARQUET, times=10**9))
+    assert digests(source=source, token_cache_dir=tmp_path) == expected
+    assert not hub.requests(PARQUET)
+
+
+def test_hub_data_that_is_no_parquet_is_streamed_a_file_a_unit(hub):
+    files = {
+        f"data/train-{index}.jsonl": "".join(
+            json.dumps({"text": text, "id": index}) + "\n" for text in TEXTS[20 * index :][:20]
+        ).encode()
+        for index in range(6)
+    }
+    hub.add("datasets", "someone/lines", files)
+    source = open_corpus("someone/lines")
+    assert source.num_units == 6
+    assert source.read_unit(3) == TEXTS[60:80]
+    first = digests(5, source)
+    hub.faults.append(Fault("status:503", r"\.jsonl$", times=8))
+    assert digests(5, open_corpus("someone/lines")) == first
+
+
+IN_ANOTHER_PROCESS = f"""
+from datasets import load_dataset
+theirs = load_dataset({NAME!r}, {CONFIG!r}, split="train", streaming=True)
+texts = [row["text"] for row in theirs]
+from gpt2repro.data.corpus import open_corpus
+ours = open_corpus({NAME!r}, config={CONFIG!r})
+read = [text for unit in range(ours.num_units) for text in ours.read_unit(unit)]
+print(texts == read, len(texts))
+"""
+
+
+def test_by_environment_alone_and_equal_to_load_dataset(hub):
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS],
+        env=os.environ | hub.env,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.split() == ["True", "400"], done.stderr[-2000:]

@@ -1,0 +1,279 @@
+"""In a training loop: the same figures on any engine, and the rows it reads."""
+
+import json
+import math
+import multiprocessing
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+from tiny_language_models import (
+    HELLASWAG,
+    VOCAB_SIZE,
+    WIKITEXT2,
+    random_gpt2,
+    read,
+    tiny_tokenizer,
+    uniform_gpt2,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro import UserError
+from gpt2repro.evaluation import scoring
+from gpt2repro.evaluation.likelihoods import NUM_SHAPES
+from gpt2repro.evaluation.scoring import (
+    hellaswag_tasks,
+    read_jsonl,
+    read_rows,
+    score_hellaswag,
+    validation_loss,
+)
+from gpt2repro.evaluation.tasks import MalformedRow
+from gpt2repro.system import patience, ranks
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+T = 24
+ROWS = np.random.default_rng(0).integers(0, VOCAB_SIZE, (11, T + 1)).astype(np.uint16)
+
+
+@torch.no_grad()
+def mean_loss(model, rows: np.ndarray) -> float:
+    """The definition: every row alone, in float64, tokens weigh the same."""
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    log_p = model(tokens[:, :-1]).logits.double().log_softmax(-1)
+    return -log_p.gather(2, tokens[:, 1:, None]).mean().item()
+
+
+def ours() -> GPT2ReproForCausalLM:
+    """Our class on the weights of `random_gpt2`."""
+    theirs = random_gpt2()
+    config = GPT2ReproConfig(
+        vocab_size=VOCAB_SIZE, n_positions=512, n_embd=16, n_layer=2, n_head=2, bos_token_id=0
+    )
+    model = GPT2ReproForCausalLM(config)
+    model.load_state_dict(theirs.state_dict())
+    return model.eval()
+
+
+# ---------------------------------------------------------------- validation loss
+
+
+@pytest.mark.parametrize("make", [random_gpt2, ours])
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 50])
+def test_the_loss_does_not_depend_on_the_batch(make, batch_size):
+    model = make()
+    result = validation_loss(model, ROWS, batch_size=batch_size)
+    # The model's own loss is a float32 mean over a batch: 2**-24 relative, a few of them summed.
+    assert result.loss == pytest.approx(mean_loss(model, ROWS), rel=1e-6)
+    assert result.num_tokens == 11 * T
+
+
+def test_our_model_computes_its_own_loss():
+    """As in training, so that a batch that fits there fits here; stock GPT-2 goes by its logits."""
+    asked = []
+    for model in (ours(), random_gpt2()):
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: asked.append("shift_labels" in kwargs), with_kwargs=True
+        )
+        validation_loss(model, ROWS, batch_size=11)
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("make", [random_gpt2, ours])
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_the_loss_does_not_depend_on_the_world(make, world_size):
+    model = make()
+    sums, forwards = [], []
+    for rank in range(world_size):
+        shapes = []
+        hook = model.register_forward_pre_hook(
+            lambda _, args, kwargs, shapes=shapes: shapes.append(kwargs["input_ids"].shape),
+            with_kwargs=True,
+        )
+        validation_loss(
+            model,
+            ROWS,
+            batch_size=2,
+            rank=rank,
+            world_size=world_size,
+            reduce=lambda tensor: sums.append(tensor) or tensor,
+        )
+        hook.remove()
+        forwards.append(shapes)
+    nats, num_tokens = torch.stack(sums).sum(dim=0)
+    assert num_tokens == 11 * T, "filler rows do not count"
+    assert (nats / num_tokens).item() == pytest.approx(mean_loss(model, ROWS), rel=1e-6)
+    assert all(shapes == forwards[0] for shapes in forwards), "ranks run alike, or FSDP hangs"
+    assert set(forwards[0]) == {(2, T)}
+
+
+def test_a_uniform_model_scores_ln_v_and_bits_per_byte():
+    result = validation_loss(uniform_gpt2(), ROWS, batch_size=4)
+    assert result.loss == pytest.approx(math.log(VOCAB_SIZE), rel=1e-6)
+    bits = result.bits_per_byte(num_tokens=100, num_bytes=400)
+    assert bits == pytest.approx(math.log2(VOCAB_SIZE) / 4, rel=1e-6)
+
+
+def test_the_model_sees_rows_laid_out_as_in_training():
+    """Else a compiler would make the training step fit for several shapes or strides."""
+    seen = []
+    model = ours()
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.extend([kwargs["input_ids"], kwargs["shift_labels"]]),
+        with_kwargs=True,
+    )
+    validation_loss(model, ROWS, batch_size=16)  # more than there are
+    assert {(tensor.shape, tensor.stride()) for tensor in seen} == {((16, T), (T, 1))}
+
+
+def test_a_compiled_model_compiles_once():
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    model = random_gpt2()
+    model.compile(backend=counter, dynamic=False)  # in place, as in training
+    result = validation_loss(model, ROWS, batch_size=4)  # the last batch has 3 rows
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
+    assert result.loss == pytest.approx(mean_loss(random_gpt2(), ROWS), rel=1e-6)
+
+
+def test_a_stop_ends_it():
+    answers = iter([False, True])
+    assert (
+        validation_loss(random_gpt2(), ROWS, batch_size=2, should_stop=lambda: next(answers))
+        is None
+    )
+
+
+def test_the_model_goes_on_training_afterwards():
+    model = random_gpt2(resid_pdrop=0.5).train()
+    first, second = (validation_loss(model, ROWS, batch_size=4) for _ in range(2))
+    assert first == second
+    assert model.training
+
+
+# ---------------------------------------------------------------- HellaSwag in the loop
+
+
+def test_hellaswag_gives_both_conventions_with_errors():
+    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
+    found = score_hellaswag(random_gpt2(), tasks, batch_size=8)
+    names = [f"hellaswag/{c}_{m}" for c in ("completion", "lm_eval") for m in ("acc", "acc_norm")]
+    assert set(found) == {*names, *(f"{name}_stderr" for name in names)}
+    assert all(0 <= found[name] <= 1 for name in names)
+    assert found == score_hellaswag(random_gpt2(), tasks, batch_size=3)
+
+
+def test_hellaswag_between_compiled_training_steps_compiles_once():
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    model = random_gpt2().train()
+    model.compile(backend=counter)  # in place and with dynamo's defaults, as in training
+    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
+    graphs = []
+    for _ in range(2):
+        model(input_ids=torch.zeros(4, T, dtype=torch.int64)).logits.sum().backward()
+        graphs.append(counter.frame_count)
+        found = score_hellaswag(model, tasks, batch_size=4)
+        graphs.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert graphs[0] == 1
+    assert graphs[1] <= 1 + NUM_SHAPES
+    assert graphs[1:] == [graphs[1]] * 3, "nothing is compiled again"
+    assert found == score_hellaswag(random_gpt2(), tasks, batch_size=4)
+
+
+def test_hellaswag_stops():
+    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
+    assert score_hellaswag(random_gpt2(), tasks, batch_size=8, should_stop=lambda: True) is None
+
+
+def _evaluate(model, **how):
+    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
+    loss = validation_loss(model, ROWS, batch_size=2, **how)
+    return loss.loss, score_hellaswag(model, tasks, batch_size=8, **how)
+
+
+def _one_rank(rank: int, port: int, queue) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        how = {"rank": rank, "world_size": 2, "reduce": ranks.reduce_sum}
+        replicated = torch.nn.parallel.DistributedDataParallel(ours())
+        sharded = fully_shard(ours(), mesh=init_device_mesh("cpu", (2,)))
+        queue.put([_evaluate(model, **how) for model in (replicated, sharded)])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one():
+    """A real process group; DDP's forward has to be looked for inside, FSDP's waits for peers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    processes = [spawn.Process(target=_one_rank, args=(rank, port, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = [result for _ in processes for result in queue.get(timeout=120)]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    loss, hellaswag = _evaluate(ours())
+    assert len(found) == 4
+    for their_loss, their_hellaswag in found:
+        assert their_loss == pytest.approx(loss, rel=1e-7)  # float64 sums in another order
+        assert their_hellaswag == hellaswag
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_row_numbers_are_line_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": \n\n{"text": "c\u2028d"}\n\n', encoding="utf-8")
+    rows = read_jsonl(str(path), "lambada")
+    assert len(rows) == 4, "U+2028 ends no line, and the end of the file is no row"
+    assert isinstance(rows[1], MalformedRow) and "not JSON" in str(rows[1])
+    assert str(rows[2]) == "an empty line"
+
+
+def test_a_missing_file_names_its_option(tmp_path):
+    with pytest.raises(UserError, match=r"--lambada_file .*nowhere.jsonl"):
+        read_jsonl(str(tmp_path / "nowhere.jsonl"), "lambada")
+
+
+def test_rows_that_are_all_bad_are_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"ctx": "a"}) + "\n")
+    with pytest.raises(UserError, match="none of its 1 rows can be scored; row 1: 'endings'"):
+        hellaswag_tasks(tiny_tokenizer(), max_length=64, hellaswag_file=str(path))
+
+
+def test_wikitext_lines_are_grouped_and_limited(tmp_path):
+    pages = read(WIKITEXT2)
+    path = tmp_path / "lines.jsonl"
+    lines = [f"{line}\n" for page in pages for line in page["page"].splitlines()]
+    rows = [json.dumps({"text": "" if line == " \n" else line}) for line in lines]
+    path.write_text("\n".join(rows))
+    assert read_rows("wikitext2", str(path), None) == pages
+    assert read_rows("wikitext2", str(WIKITEXT2), 1) == pages[:1]
+
+
+def test_without_a_network_one_line_names_the_file_option(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0)
+    with pytest.raises(UserError) as raised:
+        scoring.read_rows("hellaswag", None, None)
+    assert "give a local copy with --hellaswag_file" in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,147 @@
+"""The curves of a run: what they say, what they tolerate, and that they never kill a run."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from tiny_metrics import run_metrics
+
+from gpt2repro.plots import curves
+from gpt2repro.plots.style import finding
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_loss_curve_writes_png_and_svg_and_nothing_else(tmp_path):
+    written = curves.loss_curve(run_metrics(), tmp_path / "deep" / "loss.png")
+
+    assert [path.name for path in written] == ["loss.png", "loss.svg"]
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["loss.png", "loss.svg"]
+    assert written[0].read_bytes().startswith(PNG)
+    assert b"<svg" in written[1].read_bytes()
+
+
+def test_the_title_says_the_finding():
+    figure = curves.draw_losses({"": run_metrics()})
+    assert finding(figure) == "Validation loss 8.00 → 4.07 nats per token in 40 steps"
+
+
+def test_the_title_places_the_run_against_the_baseline():
+    baseline = ("OpenAI GPT-2 124M, 3.2924 (build-nanogpt)", 3.2924)
+    above = curves.draw_losses({"": run_metrics(floor=4)}, baseline=baseline)
+    below = curves.draw_losses({"": run_metrics(floor=3)}, baseline=baseline)
+
+    assert finding(above).endswith("in 40 steps, 0.78 above OpenAI GPT-2 124M")
+    assert finding(below).endswith("in 40 steps, 0.20 below OpenAI GPT-2 124M")
+    labels = [line.get_label() for line in above.axes[0].get_lines()]
+    assert baseline[0] in labels
+
+
+def test_two_runs_are_named_and_share_the_axes():
+    runs = {"adamw": run_metrics(floor=5), "muon": run_metrics(floor=4)}
+    figure = curves.draw_losses(runs)
+
+    assert finding(figure) == (
+        "Validation loss (nats per token): adamw 5.05 after 40 steps, muon 4.07 after 40 steps"
+    )
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "adamw: validation, 5.055 at the end" in legend
+    assert "muon: validation, 4.073 at the end" in legend
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        [],
+        [{}],
+        [{"step": 0}],
+        [{"step": 0, "loss": 8.0}],
+        [{"step": 0, "tokens": 0, "val_loss": 8.0}],
+        [{"step": 0, "tokens": 0, "loss": None}, {"step": 1, "tokens": 9, "loss": float("nan")}],
+        [{"step": step, "loss": 8.0 - step} for step in range(3)],  # no tokens were logged
+        [{"step": step, "grad_norm": 0.0, "lr": 0.0} for step in range(3)],
+        run_metrics()[:1],
+    ],
+)
+def test_whatever_is_missing_every_curve_is_drawn(metrics, tmp_path):
+    assert len(curves.loss_curve(metrics, tmp_path / "loss")) == 2
+    for draw in (
+        curves.draw_losses,
+        curves.draw_learning_rate_and_gradient_norm,
+        curves.draw_throughput,
+    ):
+        assert finding(draw({"": metrics}))
+        assert finding(draw({"ours": metrics, "theirs": run_metrics()}))
+
+
+def test_a_failure_is_logged_and_spares_the_run_and_the_last_picture(tmp_path, caplog):
+    (path, _) = curves.loss_curve(run_metrics(), tmp_path / "loss.png")
+    before = path.read_bytes()
+
+    assert curves.loss_curve([{"step": "x"}, None], path) == []
+    assert curves.loss_curve(run_metrics(), tmp_path / "loss.png" / "below_a_file.png") == []
+
+    assert path.read_bytes() == before
+    assert len(caplog.records) == 2
+    assert "could not be drawn" in caplog.text
+
+
+def test_threads_may_draw_at_once(tmp_path):
+    (alone, _) = curves.loss_curve(run_metrics(), tmp_path / "alone")
+    with ThreadPoolExecutor(4) as pool:
+        paths = pool.map(lambda i: curves.loss_curve(run_metrics(), tmp_path / f"{i}")[0], range(8))
+        assert {path.read_bytes() for path in paths} == {alone.read_bytes()}
+
+
+def test_no_global_plotting_state_is_touched(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from gpt2repro.plots import curves\n"
+        f"assert curves.loss_curve([{{'step': 0, 'loss': 1.0}}], Path({str(tmp_path / 'x')!r}))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"DISPLAY": "nowhere:0"})
+
+
+def test_a_label_with_dollars_is_text_not_mathematics(tmp_path):
+    figure = curves.draw_losses({"$a": run_metrics(), "b$_{": run_metrics()})
+    assert len(curves.save(figure, tmp_path / "loss")) == 2
+
+
+def test_the_plunge_of_a_long_run_is_cut_off_but_a_short_run_is_whole():
+    steps = np.arange(1000.0)
+    plunge = (steps, 3.3 + 7.7 * np.exp(-steps / 5))
+    low, high = curves.loss_limits([plunge], None)
+    assert low < 3.3 and high < 4
+
+    slope = (steps, 8 - 4 * steps / 1000)
+    low, high = curves.loss_limits([slope], ("theirs", 2.0))
+    assert low < 2.0 and high > 8.0
+
+
+def test_smooth_is_a_centred_moving_average():
+    values = np.random.default_rng(0).normal(size=200)
+    reach = 4  # 200 // 50
+    theirs = [values[max(0, i - reach) : i + reach + 1].mean() for i in range(200)]
+    # Differences of cumulative sums round differently from means of slices.
+    np.testing.assert_allclose(curves.smooth(values), theirs, atol=1e-12)
+
+
+def test_the_published_baseline_needs_the_dataset_and_the_tokenizer():
+    fineweb = "HuggingFaceFW/fineweb-edu"
+    assert curves.known_baseline(fineweb, "openai-community/gpt2")[1] == 3.2924
+    assert curves.known_baseline(fineweb, "my/tokenizer") is None
+    assert curves.known_baseline("my/dataset", "openai-community/gpt2") is None
+
+
+def test_gradient_norm_and_throughput_say_their_findings():
+    runs = {"": run_metrics()}
+    schedule = curves.draw_learning_rate_and_gradient_norm(runs, max_grad_norm=1.0)
+    assert finding(schedule) == (
+        "Learning rate peaks at 0.001 at step 0, median gradient norm 1.5, 65% of steps clipped"
+    )
+    throughput = curves.draw_throughput(runs)
+    assert finding(throughput) == (
+        "9,000 tokens per second in the median, 0.1% of the time waiting for data"
+    )

@@ -1,0 +1,71 @@
+"""Embeddings and weights as they are stored."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_language_models import random_gpt2, tiny_tokenizer
+
+from gpt2repro.plots import parameters
+from gpt2repro.plots.style import finding
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_gpt2(positions=32)
+
+
+def test_position_similarity_is_the_cosine(model):
+    ours = parameters.position_similarity(model)
+    weight = model.transformer.wpe.weight.detach()
+    theirs = torch.nn.functional.cosine_similarity(weight[:, None], weight[None], dim=-1)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)  # float32
+    assert finding(parameters.draw_position_similarity(ours)).startswith("Neighbouring positions")
+
+
+def test_neighbours_are_the_nearest_by_cosine_and_never_the_token_itself(model):
+    weight = model.transformer.wte.weight.detach().clone()
+    try:
+        with torch.no_grad():  # 7 is 5 pulled long, 9 its opposite
+            model.transformer.wte.weight[7] = 3 * weight[5]
+            model.transformer.wte.weight[9] = -weight[5]
+        (nearest,) = parameters.token_neighbours(model, [5], count=3)
+        (all_of_them,) = parameters.token_neighbours(model, [5], count=10_000)
+    finally:
+        with torch.no_grad():
+            model.transformer.wte.weight.copy_(weight)
+    assert nearest[0] == (7, pytest.approx(1, abs=1e-6))
+    assert len(nearest) == 3
+    assert all_of_them[-1] == (9, pytest.approx(-1, abs=1e-6))
+    assert 5 not in [index for index, _ in all_of_them]
+
+
+def test_the_table_is_markdown_whatever_the_tokens():
+    tokenizer = tiny_tokenizer()
+    (pipe,) = tokenizer("|")["input_ids"]
+    table = parameters.neighbours_table([[(pipe, 0.5), (pipe, 0.25)]], [pipe], tokenizer)
+
+    header, rule, row = table.splitlines()
+    assert header.split() == ["|", "token", "|", "nearest", "1", "|", "nearest", "2", "|"]
+    assert set(rule) == {"|", "-", " "}
+    assert row == "| \\|    | \\| 0.50   | \\| 0.25   |"
+
+
+def test_small_matrices_are_sampled_whole(model):
+    samples = parameters.weight_samples(model)
+    assert list(samples) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    theirs = model.transformer.h[1].mlp.c_fc.weight.detach().flatten()
+    np.testing.assert_array_equal(samples["mlp.c_fc"][1], theirs)
+
+
+def test_large_matrices_are_sampled_evenly(model, monkeypatch):
+    monkeypatch.setattr(parameters, "SAMPLED_WEIGHTS", 100)
+    sample = parameters.weight_samples(model)["mlp.c_fc"][0]  # 16 x 64 weights
+    theirs = model.transformer.h[0].mlp.c_fc.weight.detach().flatten()[::11]
+    np.testing.assert_array_equal(sample, theirs)
+
+
+def test_the_title_names_the_matrix_that_grew(model):
+    samples = parameters.weight_samples(model)
+    samples["mlp.c_proj"][1] = samples["mlp.c_proj"][1] * 9
+    title = finding(parameters.draw_weights(samples, initializer_range=0.5))
+    assert title.startswith("Widest for its initialization: mlp.c_proj of layer 1, ")

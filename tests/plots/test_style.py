@@ -1,0 +1,40 @@
+"""The labels that all pictures share."""
+
+import pytest
+from tiny_language_models import tiny_tokenizer
+
+from gpt2repro.plots import style
+
+
+def test_token_labels_show_what_cannot_be_seen():
+    tokenizer = tiny_tokenizer()
+
+    def labels(text: str) -> list[str]:
+        return style.token_labels(tokenizer, tokenizer(text)["input_ids"])
+
+    assert "".join(labels(" a\n\tb")) == "␣a↵⇥b"
+    assert all(label.startswith("<") for label in labels("é"))  # two bytes, no character
+    assert "".join(labels("$x$")) == "$x$"
+
+
+def test_long_labels_are_cut():
+    class Tokenizer:
+        def decode(self, ids, **_):
+            return "internationalization"
+
+    assert style.token_labels(Tokenizer(), [0]) == ["internation…"]
+
+
+@pytest.mark.parametrize(
+    ("value", "ours"),
+    [(0, "0"), (1_638_400, "1.64M"), (10e9, "10B"), (999, "999"), (4096, "4.1k"), (2e12, "2T")],
+)
+def test_short_numbers_read_as_spoken(value, ours):
+    assert style.short_number(value) == ours
+
+
+@pytest.mark.parametrize(
+    ("value", "ours"), [(0, "0%"), (0.314, "31%"), (1, "100%"), (0.0123, "1.2%"), (1e-5, "0.001%")]
+)
+def test_small_probabilities_are_not_nothing(value, ours):
+    assert style.percent(value) == ours

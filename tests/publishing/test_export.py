@@ -1,0 +1,393 @@
+"""Exports: what they hold, that strangers load them, and that a wrong one is never published."""
+
+import errno
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
+from torch.optim import AdamW
+
+from gpt2repro import UserError
+from gpt2repro.__main__ import VERBS
+from gpt2repro.publishing import export, fresh_process, verification
+from gpt2repro.records import checkpoints, saved_models
+
+NATIVE_FILES = {
+    "README.md",
+    "SHA256SUMS",
+    "config.json",
+    "configuration_gpt2repro.py",
+    "generation_config.json",
+    "model.safetensors",
+    "modeling_gpt2repro.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+CODE = {"configuration_gpt2repro.py", "modeling_gpt2repro.py"}
+STOCK_FILES = (NATIVE_FILES - CODE) | {"vocab.json", "merges.txt"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Both forms of one model, and what their verifications said."""
+    root = tmp_path_factory.mktemp("exports")
+    picture = root / "loss_curve.png"
+    picture.write_bytes(b"\x89PNG")
+    return root, {
+        form: export.export(
+            tiny_model(), tiny_tokenizer(), root / form, format=form, figures=[picture, root / "no"]
+        )
+        for form in export.FORMATS
+    }
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """A native export that a test may spoil."""
+    return Path(shutil.copytree(exported[0] / "gpt2repro", tmp_path / "copy"))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+# --- What an export holds -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "files"), [("gpt2repro", NATIVE_FILES), ("gpt2", STOCK_FILES)])
+def test_files_and_tensors(exported, form, files):
+    directory = exported[0] / form
+    assert {path.name for path in directory.iterdir()} == files | {"loss_curve.png"}
+    model = tiny_model()
+    tensors = load_file(directory / "model.safetensors")
+    assert tensors.keys() == {name for name, _ in model.named_parameters()}
+    assert not any("lm_head" in name or name.endswith(".attn.bias") for name in tensors)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(tensors[name], parameter), name
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    for line in (directory / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest
+
+
+def test_both_forms_hold_the_same_bytes(exported):
+    forms = [exported[0] / form / "model.safetensors" for form in export.FORMATS]
+    assert forms[0].read_bytes() == forms[1].read_bytes()
+
+
+def test_configuration(exported):
+    native, stock = (read(exported[0] / form / "config.json") for form in export.FORMATS)
+    assert native["auto_map"].keys() >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert native["architectures"] == ["GPT2ReproForCausalLM"]
+    assert stock["model_type"] == "gpt2" and stock["architectures"] == ["GPT2LMHeadModel"]
+    assert "auto_map" not in stock
+    assert stock["n_ctx"] == stock["n_positions"] == 32  # llama.cpp's converter reads n_ctx
+    eos = tiny_tokenizer().eos_token_id
+    for form in export.FORMATS:
+        config = read(exported[0] / form / "config.json")
+        generation = read(exported[0] / form / "generation_config.json")
+        assert config["dtype"] == "float32" and config["tie_word_embeddings"] is True
+        assert config["bos_token_id"] == config["eos_token_id"] == eos
+        assert config["pad_token_id"] is None and generation["pad_token_id"] == eos
+        tokenizer = read(exported[0] / form / "tokenizer_config.json")
+        assert tokenizer["model_max_length"] == 32
+
+
+def test_verification_says_how_equal_the_logits_are(exported):
+    found = exported[1]
+    assert found["gpt2repro"].max_abs_difference == 0
+    assert found["gpt2"].max_abs_difference < 1e-5  # stock GELU is seven roundings, ours one
+    for form, each in found.items():
+        assert each.num_greedy_tokens == 16 and each.tied
+        card = (exported[0] / form / "README.md").read_text()
+        assert all(line in card for line in each.lines())
+    assert "trust_remote_code=True" in (exported[0] / "gpt2repro" / "README.md").read_text()
+    assert "trust_remote_code" not in (exported[0] / "gpt2" / "README.md").read_text()
+
+
+STRANGER = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("gpt2repro", "modeling_gpt2repro", "configuration_gpt2repro"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+torch.set_num_threads(1)
+answers, ids = {}, torch.arange(1, 21)[None]
+for form, trust in (("gpt2repro", {"trust_remote_code": True}), ("gpt2", {})):
+    model = AutoModelForCausalLM.from_pretrained(form, **trust)
+    answers[form + "/logits"] = model(ids).logits.detach()
+    answers[form + "/hidden"] = AutoModel.from_pretrained(form, **trust)(ids)[0].detach()
+    answers[form + "/greedy"] = model.generate(ids, max_new_tokens=8, do_sample=False)
+    tokenizer = AutoTokenizer.from_pretrained(form)
+    assert tokenizer.decode(tokenizer("It's true 100%").input_ids) == "It's true 100%"
+    text = pipeline("text-generation", form, **trust)("This", max_new_tokens=2)[0]["generated_text"]
+    assert text.startswith("This"), text
+save_file(answers, sys.argv[1])
+"""
+
+
+def test_a_stranger_gets_the_live_models_answers(exported, tmp_path):
+    """Written without `verify`, as a second opinion: logits, hidden states, tokens."""
+    command = [sys.executable, "-P", "-c", STRANGER, str(tmp_path / "answers")]
+    environment = {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    result = subprocess.run(
+        command, cwd=exported[0], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "pad_token_id" not in result.stderr  # generate() has no reason to warn
+    theirs = load_file(tmp_path / "answers")
+    model, ids = tiny_model(), torch.arange(1, 21)[None]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        logits, hidden = model(ids).logits, model.transformer(ids)[0]
+    torch.set_num_threads(threads)
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(theirs["gpt2repro/logits"], logits)
+    assert torch.equal(theirs["gpt2repro/hidden"], hidden)
+    # stock GELU is seven roundings, ours one
+    torch.testing.assert_close(theirs["gpt2/logits"], logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs["gpt2/hidden"], hidden, rtol=0, atol=1e-5)
+    assert torch.equal(theirs["gpt2repro/greedy"], greedy)
+    assert torch.equal(theirs["gpt2/greedy"], greedy)
+
+
+def test_bfloat16_in_shards_with_a_head_of_its_own(tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    found = export.export(
+        model,
+        tiny_tokenizer(),
+        tmp_path / "out",
+        format="gpt2",
+        dtype=torch.bfloat16,
+        max_shard_size="100KB",
+    )
+    assert (found.dtype, found.tied) == ("bfloat16", False)
+    assert model.dtype == torch.float32
+    index = read(tmp_path / "out" / "model.safetensors.index.json")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1 and set(index["weight_map"].values()) == {file.name for file in files}
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert tensors.keys() == dict(model.named_parameters()).keys() == index["weight_map"].keys()
+    assert torch.equal(tensors["lm_head.weight"], model.lm_head.weight.bfloat16())
+
+
+# --- A wrong one is never published -------------------------------------------------------------
+
+
+@pytest.fixture
+def no_verification(monkeypatch):
+    """For tests of what happens around it."""
+    answer = verification.Verification("gpt2repro", "float32", 1, 1, True, 1, 1, 0.0, 1, "5")
+    monkeypatch.setattr(export, "verify", lambda *_: answer)
+
+
+def without_modeling_file(directory):
+    (directory / "modeling_gpt2repro.py").unlink()
+
+
+def with_other_heads(directory):
+    config = read(directory / "config.json") | {"n_head": 2}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def with_code_that_needs_our_package(directory):
+    path = directory / "modeling_gpt2repro.py"
+    path.write_text("import gpt2repro\n" + path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (without_modeling_file, "modeling_gpt2repro"),
+        (with_other_heads, "logits differ"),
+        (with_code_that_needs_our_package, "in a fresh process .*gpt2repro"),
+    ],
+)
+def test_a_failed_check_keeps_the_export_out(exported, tmp_path, monkeypatch, spoil, said):
+    output = tmp_path / "final"
+    shutil.copytree(exported[0] / "gpt2repro", output)  # an earlier export: it must stay
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    monkeypatch.setattr(export, "write_sums", spoil)
+    with pytest.raises(UserError, match=said) as error:
+        export.export(tiny_model(), tiny_tokenizer(), output)
+    assert f"kept as {output}.rejected" in str(error.value)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert (tmp_path / "final.rejected" / "config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"final", "final.rejected"}
+
+
+def test_another_tokenizer_is_refused(copy):
+    want = verification.tokenizer_answers(tiny_tokenizer())
+    fresh_process.check_tokenizer(str(copy), True, want)
+    for token in ("eos", "bos", "pad"):
+        with pytest.raises(fresh_process.CheckFailed, match=f"tokenizer's {token}_token_id is"):
+            fresh_process.check_tokenizer(str(copy), True, want | {token: 5})
+    content = read(copy / "tokenizer.json")
+    content["model"]["merges"] = content["model"]["merges"][:5]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(fresh_process.CheckFailed, match="encodes the probe text to other ids"):
+        fresh_process.check_tokenizer(str(copy), True, want)
+
+
+def test_greedy_tokens_may_part_only_where_the_noise_decides():
+    same = fresh_process.same_greedy_tokens
+    assert same([1, 2, 3], [1, 2, 3], [1.0, 1.0, 1.0], 0.1)
+    assert same([1, 9, 8], [1, 2, 3], [1.0, 0.15, 1.0], 0.1)  # a tie within twice the noise
+    assert not same([1, 9, 8], [1, 2, 3], [1.0, 0.25, 1.0], 0.1)
+    assert not same([1, 2], [1, 2, 3], [1.0, 1.0, 1.0], 0.1)
+
+
+def test_a_tampered_file_is_refused(copy):
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of one weight
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors was changed or damaged"):
+        verification.verify(copy)
+    (copy / "SHA256SUMS").unlink()  # without sums, the live model still tells
+    with pytest.raises(UserError, match="is not the live model's"):
+        verification.verify(copy, tiny_model(), tiny_tokenizer())
+    weights.write_bytes(content[:-4])
+    with pytest.raises(UserError, match=r"damaged|cannot be loaded"):
+        verification.verify(copy)
+
+
+def test_other_tensors_are_refused(copy):
+    (copy / "SHA256SUMS").unlink()
+    tensors = load_file(copy / "model.safetensors")
+
+    def refused(changed: dict, said: str) -> None:
+        save_file(changed, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            verification.verify(copy, tiny_model(), tiny_tokenizer())
+
+    head = tensors["transformer.wte.weight"].clone()
+    refused(tensors | {"lm_head.weight": head}, "lm_head.weight, .*the model")
+    missing = {name: t for name, t in tensors.items() if not name.endswith("ln_f.bias")}
+    refused(missing, r"lacks 1 tensors, among them transformer.ln_f.bias")
+    spoiled = tensors | {"transformer.ln_f.bias": torch.full((64,), torch.nan)}
+    refused(spoiled, "transformer.ln_f.bias is not the live model's")
+
+
+def test_pickles_and_stray_files_are_refused(copy):
+    for name in ("pytorch_model.bin", "optimizer.safetensors", "evil.py", "data.pkl", "sub/x.pt"):
+        path = copy / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        with pytest.raises(UserError, match=f"{name}, which does not belong"):
+            verification.verify(copy)
+        path.unlink()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"300 tokens, more than the model's vocabulary of 299"):
+        export.export(tiny_model(vocab_size=299), tiny_tokenizer(), tmp_path / "final")
+
+
+def test_something_else_is_never_overwritten(tmp_path, no_verification):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("dear diary")
+    with pytest.raises(UserError, match="something else than an export"):
+        export.export(model, tokenizer, tmp_path / "notes")
+    with pytest.raises(UserError, match="is a file"):
+        export.export(model, tokenizer, tmp_path / "notes" / "diary.txt")
+    (tmp_path / "new").mkdir()
+    export.export(model, tokenizer, tmp_path / "new", format="gpt2")
+    export.export(model, tokenizer, tmp_path / "new")  # replaces the other form, whole
+    assert {path.name for path in (tmp_path / "new").iterdir()} == NATIVE_FILES
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", "new"}
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(UserError, match=r"final could not be written.*No space left"):
+        export.export(tiny_model(), tiny_tokenizer(), tmp_path / "final")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_live_model_is_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    model = tiny_model(attn_pdrop=0.5)
+    model.set_attn_implementation("eager")
+    model.config.use_cache = False
+    model.train()
+    before = model.config.to_dict()
+    export.export(model, tiny_tokenizer(), tmp_path / "final")
+    assert model.training and model.config._attn_implementation == "eager"
+    assert model.config.to_dict() == before
+    assert read(tmp_path / "final" / "config.json")["use_cache"] is True
+
+
+# --- The verb -----------------------------------------------------------------------------------
+
+
+def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_verification):
+    assert VERBS["export"][0] == "export"
+    model = tiny_model()
+    step = checkpoints.save(
+        tmp_path / "run" / "checkpoints",
+        step=3,
+        model=model,
+        optimizer=AdamW(model.parameters()),
+        state={},
+        keep_last=1,
+    )
+    with pytest.raises(UserError, match="holds no tokenizer; name one with --tokenizer"):
+        export.main(["--model", str(step), "--output", str(tmp_path / "out")])
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    official = save_official(model, tmp_path / "official")
+    assert saved_models.locate(str(tmp_path / "run")) == str(step)  # no final/ yet
+    for source in (step, official, step.parent):
+        output = tmp_path / f"of-{source.name}"
+        arguments = ["--model", str(source), "--tokenizer", str(tmp_path / "tokenizer")]
+        arguments += ["--output", str(output), "--format", "gpt2", "--max-shard-size", "1GB"]
+        assert export.main(arguments) == 0
+        stored = load_file(output / "model.safetensors")
+        for name, parameter in model.named_parameters():
+            assert torch.equal(stored[name], parameter)
+    assert "verified" in capsys.readouterr().out
+    # a run's directory means its final/, and its card goes along
+    final = tmp_path / "run" / "final"
+    export.export(model, tiny_tokenizer(), final, card="# Mine\n")
+    assert export.main(["--model", str(tmp_path / "run"), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "README.md").read_text().startswith("# Mine\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "./nowhere", "--output", "out"], "--model ./nowhere: no such directory"),
+        (["--model", "a/b/c", "--output", "out"], "--model a/b/c: no such directory"),
+        (["--model", ".", "--output", "out"], "a directory without a config.json"),
+        (["--model", ".", "--output", "out", "--dtype", "int3"], "--dtype"),
+        (["--model", ".", "--output", "out", "--format", "onnx"], "--format"),
+    ],
+)
+def test_the_verb_names_the_option_to_mend(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        export.main(arguments)
+
+
+def test_a_wrong_shard_size_names_the_option(tmp_path):
+    with pytest.raises(UserError, match="--max_shard_size many"):
+        export.export(tiny_model(), tiny_tokenizer(), tmp_path / "o", max_shard_size="many")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,81 @@
+"""Run by two processes (see test_checkpoints.py): FSDP2 training that is saved and resumed."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_checkpoints import make
+
+from gpt2repro.records import checkpoints
+
+
+def sharded(optimizer_name: str):
+    """The tiny model with each block and the rest sharded, and its optimizer."""
+    model, _ = make(optimizer_name)
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    from gpt2repro.training.optimizers import build_optimizer
+
+    optimizer = build_optimizer(
+        model,
+        name=optimizer_name,
+        max_lr=1e-2,
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+        weight_decay=0.1,
+        muon_lr=2e-2,
+        muon_momentum=0.95,
+        muon_weight_decay=0.0,
+    )
+    return model, optimizer
+
+
+def train(model, optimizer, steps: range) -> tuple[list[float], list[float]]:
+    losses, norms = [], []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 50, (4, 8), generator=generator)
+        mine = ids[dist.get_rank() :: 2]
+        loss = model(input_ids=mine, labels=mine).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach() / 2
+        dist.all_reduce(mean)
+        losses.append(mean.item())
+        norms.append(norm.full_tensor().item())
+    return losses, norms
+
+
+def main(mode: str, optimizer_name: str, directory: Path) -> None:
+    assert mode == "fsdp2"
+    dist.init_process_group("gloo")
+    model, optimizer = sharded(optimizer_name)
+    losses, norms = train(model, optimizer, range(3))
+    path = checkpoints.save(
+        directory / "checkpoints",
+        step=3,
+        model=model,
+        optimizer=optimizer,
+        state={},
+        keep_last=1,
+    )
+    more = train(model, optimizer, range(3, 6))
+    model, optimizer = sharded(optimizer_name)
+    checkpoints.load(path, model=model, optimizer=optimizer)
+    resumed, _ = train(model, optimizer, range(3, 6))
+    if dist.get_rank() == 0:
+        report = {"losses": losses + more[0], "norms": norms + more[1], "resumed": resumed}
+        (directory / "report.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,219 @@
+"""Checkpoints: atomic, marked, pruned, whole under sharding, and never a pickle."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro import UserError
+from gpt2repro.records import checkpoints
+from gpt2repro.training.optimizers import build_optimizer
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+
+def make(optimizer: str = "adamw", **overrides):
+    torch.manual_seed(0)
+    settings = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50, "n_positions": 8}
+    settings |= {"bos_token_id": 0, "eos_token_id": 0, **overrides}
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**settings))
+    return model, build_optimizer(
+        model,
+        name=optimizer,
+        max_lr=1e-2,
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+        weight_decay=0.1,
+        muon_lr=2e-2,
+        muon_momentum=0.95,
+        muon_weight_decay=0.0,
+    )
+
+
+def train(model, optimizer, steps: range) -> float:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 50, (4, 8), generator=generator)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def save(directory: Path, model, optimizer, step: int = 1, keep_last: int = 2) -> Path:
+    return checkpoints.save(
+        directory,
+        step=step,
+        model=model,
+        optimizer=optimizer,
+        state={"note": "mine"},
+        keep_last=keep_last,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_goes_on_bitwise(tmp_path, optimizer, tied):
+    model, opt = make(optimizer, tie_word_embeddings=tied)
+    train(model, opt, range(3))
+    path = save(tmp_path, model, opt, step=3)
+    expected = train(model, opt, range(3, 6))
+    fresh, fresh_opt = make(optimizer, tie_word_embeddings=tied)
+    assert checkpoints.read_state(path) == {"note": "mine", "step": 3}
+    checkpoints.load(path, model=fresh, optimizer=fresh_opt)
+    assert train(fresh, fresh_opt, range(3, 6)) == expected
+    for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_checkpoint_is_a_model_directory_without_pickles(tmp_path):
+    model, optimizer = make()
+    path = save(tmp_path, model, optimizer)
+    assert {file.suffix for file in path.iterdir()} <= {".safetensors", ".json", ".py", ""}
+    theirs, report = GPT2ReproForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(report.values())
+    ids = torch.arange(8)[None]
+    assert torch.equal(theirs(ids).logits, model.eval()(ids).logits)
+
+
+def test_only_the_newest_valid_ones_are_kept(tmp_path):
+    model, optimizer = make()
+    for step in range(1, 5):
+        save(tmp_path, model, optimizer, step)
+    (tmp_path / ".step_00000009.partial").mkdir()  # what a kill -9 leaves
+    save(tmp_path, model, optimizer, 5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000005"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "COMPLETE").unlink(),
+        lambda path: (path / "COMPLETE").write_text("{"),
+        lambda path: os.truncate(path / "optimizer.safetensors", 100),
+        lambda path: (path / "state.json").unlink(),
+    ],
+    ids=["no marker", "torn marker", "truncated", "missing file"],
+)
+def test_the_newest_valid_one_is_found(tmp_path, damage):
+    model, optimizer = make()
+    good, bad = (save(tmp_path, model, optimizer, step) for step in (1, 2))
+    assert checkpoints.find_latest(tmp_path) == (bad, [])
+    damage(bad)
+    assert checkpoints.find_latest(tmp_path) == (good, [bad])
+    with pytest.raises(UserError, match="--resume auto takes the newest valid"):
+        checkpoints.read_state(bad)
+
+
+def test_nothing_there(tmp_path):
+    assert checkpoints.find_latest(tmp_path / "nowhere") == (None, [])
+    with pytest.raises(UserError, match="no such checkpoint directory"):
+        checkpoints.read_state(tmp_path / "nowhere")
+
+
+def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    model, optimizer = make()
+    good = save(tmp_path, model, optimizer, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(UserError, match=r"No space left on device.*lower keep_last"):
+        save(tmp_path, model, optimizer, 2)
+    assert [*tmp_path.iterdir()] == [good] and checkpoints.is_valid(good)
+
+
+def test_an_interrupted_write_is_never_valid(tmp_path, monkeypatch):
+    """Cut the writer off before each of its file operations: nothing half-made has the name."""
+    model, optimizer = make()
+    good = save(tmp_path, model, optimizer, 1)
+    operations = ["save_file", "flush", "commit", "fresh_scratch"]
+    for name in operations:
+        with monkeypatch.context() as patch:
+
+            def die(*args, **kwargs):
+                raise KeyboardInterrupt
+
+            patch.setattr(checkpoints, name, die)
+            with pytest.raises(KeyboardInterrupt):
+                save(tmp_path, model, optimizer, 2)
+        assert checkpoints.find_latest(tmp_path) == (good, [])
+    assert checkpoints.is_valid(save(tmp_path, model, optimizer, 2))
+
+
+def test_another_architecture_is_named(tmp_path):
+    path = save(tmp_path, *make())
+    for overrides, message in (
+        ({"n_embd": 32}, "another architecture: .* is .* in the checkpoint, .* in the model"),
+        ({"n_layer": 3}, "h.2.* is only in the model"),
+        ({"n_layer": 1}, "h.1.* is only in the checkpoint"),
+    ):
+        model, optimizer = make(**overrides)
+        with pytest.raises(UserError, match=message):
+            checkpoints.load(path, model=model, optimizer=optimizer)
+
+
+def test_garbage_is_an_error_and_not_a_model(tmp_path):
+    path = save(tmp_path, *make())
+    (path / "model.safetensors").write_bytes(b"\x80" * 1000)
+    model, optimizer = make()
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoints.load(path, model=model, optimizer=optimizer)
+
+
+# --- Sharded, in two gloo processes -------------------------------------------------------------
+
+
+def two_processes(mode: str, optimizer: str, directory: Path) -> dict:
+    script = Path(__file__).with_name("sharded_training.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(script), mode, optimizer, str(directory)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads((directory / "report.json").read_text())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_training_saves_resumes_and_exports_like_one_process(tmp_path, optimizer):
+    """FSDP2 over gloo: clip, save, resume sharded, resume unsharded; one process is the oracle."""
+    report = two_processes("fsdp2", optimizer, tmp_path)
+    model, opt = make(optimizer)
+    losses, norms = [], []
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 50, (4, 8), generator=generator)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    # Sharding sums gradients in another order; six steps amplify the fp32 rounding.
+    torch.testing.assert_close(report["losses"], losses, rtol=1e-3, atol=0)
+    torch.testing.assert_close(report["norms"], norms, rtol=5e-3, atol=0)
+    assert report["resumed"] == report["losses"][3:]
+
+    unsharded, unsharded_opt = make(optimizer)
+    path = checkpoints.checkpoint_path(tmp_path / "checkpoints", 3)
+    checkpoints.load(path, model=unsharded, optimizer=unsharded_opt)
+    resumed = []
+    for step in range(3, 6):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 50, (4, 8), generator=generator)
+        loss = unsharded(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unsharded.parameters(), 1.0)
+        unsharded_opt.step()
+        unsharded_opt.zero_grad()
+        resumed.append(loss.item())
+    torch.testing.assert_close(resumed, losses[3:], rtol=1e-3, atol=0)

@@ -1,0 +1,215 @@
+"""One graph in training and in inference, no recompilation between them, and exported programs."""
+
+import pytest
+import torch
+import torch._functorch.config
+import torch._inductor.config
+import torch._inductor.decomposition
+from accelerate.utils import compare_versions
+from ours_and_theirs import ours_and_theirs, random_ids
+from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import modeling_gpt2repro
+from gpt2repro.speed import fused_cross_entropy
+from gpt2repro.speed.compilation import RULES, ScatterIntoSum, compile_in_place
+from modeling_gpt2repro import GPT2ReproLMHead
+
+# Fused kernels round at other places than one kernel after another; logits are of order 10.
+FUSED = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """And its settings as they were afterwards, whatever `compile_in_place` made of them."""
+    torch._dynamo.reset()
+    counters.clear()
+    with (
+        torch._functorch.config.patch(dict.fromkeys(RULES, True)),
+        torch._inductor.config.patch(
+            {"post_grad_custom_pre_pass": None, "cpp.use_decompose_tanh": False}
+        ),
+    ):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("skip_logits", "loop", "backend"),
+    [
+        (True, True, "inductor"),
+        (True, True, "aot_eager"),
+        (True, False, "aot_eager"),
+        (False, False, "aot_eager"),
+    ],
+)
+def test_a_compiled_training_step_is_one_graph_with_the_same_gradients(skip_logits, loop, backend):
+    ours, _ = ours_and_theirs(n_layer=1)
+    if loop:
+        fused_cross_entropy.use_in(ours)
+    ours.train()
+    rows = random_ids(2, 17)
+    step = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:], "skip_logits": skip_logits}
+    ours(**step).loss.backward()
+    expected = [p.grad.clone() for p in ours.parameters()]
+    # Inductor's kernels are slow to compile: the model's once is enough.
+    if loop:
+        compile_in_place(ours, fullgraph=True, backend=backend)
+    else:
+        ours.compile(fullgraph=True, backend=backend)
+    for _ in range(2):
+        ours.zero_grad()
+        ours(**step).loss.backward()
+        for parameter, gradient in zip(ours.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, **FUSED)
+    # One of the model, and one that its loss calls for.
+    assert counters["stats"]["unique_graphs"] == 1 + loop
+
+
+def test_training_under_autocast_and_checkpointing_compiles():
+    ours, _ = ours_and_theirs(n_layer=1)
+    ours.train().gradient_checkpointing_enable({"use_reentrant": False})
+    rows = random_ids(2, 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        loss = compiled(rows[:, :-1], shift_labels=rows[:, 1:], skip_logits=True).loss
+    loss.backward()
+    assert ours.transformer.wte.weight.grad.isfinite().all()
+
+
+def test_compiling_in_place_leaves_names_and_generation_alone():
+    ours, _ = ours_and_theirs(n_layer=1)
+    names = list(ours.state_dict())
+    ids = random_ids(2, 9)
+    greedy = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    logits, tokens = ours(ids).logits, ours.generate(ids, **greedy)
+    ours.compile(fullgraph=True, backend="aot_eager")
+    assert list(ours.state_dict()) == names
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, logits, **FUSED)
+    assert torch.equal(ours.generate(ids, **greedy), tokens)
+
+
+@pytest.mark.skipif(
+    compare_versions("torch", "<", "2.12"),
+    reason="torch says of all compiled code that it is exported",
+)
+def test_the_context_is_guarded_in_compiled_code_too():
+    ours, _ = ours_and_theirs(n_layer=1)
+    with pytest.raises(ValueError, match="49 tokens does not fit: n_positions is 48"):
+        torch.compile(ours, backend="eager")(random_ids(1, 49))
+
+
+def test_dynamic_lengths_compile_once():
+    ours, _ = ours_and_theirs(n_layer=1)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for length in (9, 14, 30):
+            ids = random_ids(2, length)
+            torch.testing.assert_close(compiled(ids).logits, ours(ids).logits, **FUSED)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("length", [torch.export.Dim("T"), torch.export.Dim("T", min=2, max=48)])
+def test_an_exported_program_takes_any_length(length):
+    ours, _ = ours_and_theirs(n_layer=1)
+    program = torch.export.export(
+        ours,
+        (random_ids(2, 9),),
+        {"use_cache": False},
+        dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+    )
+    ids = random_ids(2, 31)
+    exported = program.module()(ids, use_cache=False).logits
+    torch.testing.assert_close(exported, ours(ids).logits, **FUSED)
+
+
+class DoublingHead(torch.nn.Linear):
+    """Stands for an adapter: a head with a forward of its own."""
+
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+@pytest.mark.parametrize("ids", [random_ids(1, 1), random_ids(1, 5), random_ids(3, 1)], ids=str)
+@pytest.mark.parametrize("head_class", [GPT2ReproLMHead, torch.nn.Linear, DoublingHead])
+def test_compiled_logits_of_one_row_and_of_several(ids, head_class, monkeypatch):
+    monkeypatch.setattr(modeling_gpt2repro, "LARGE_WEIGHT", 0)
+    ours, _ = ours_and_theirs(n_layer=1)
+    ours.lm_head.__class__ = head_class
+    with torch.no_grad():
+        expected = ours(ids, use_cache=False).logits
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        logits = compiled(ids, use_cache=False).logits
+    assert logits.shape == expected.shape
+    torch.testing.assert_close(logits, expected, **FUSED)
+
+
+def test_training_keeps_less_when_compiled_in_place():
+    """No output of a GELU, no normalized row, no logits; and the gradients are the same."""
+    rows = random_ids(4, 17)
+    inputs = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:], "skip_logits": True}
+
+    def step(compile_model):
+        torch._dynamo.reset()
+        model, _ = ours_and_theirs()
+        model.train()
+        fused_cross_entropy.use_in(model)
+        compile_model(model)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**inputs).loss
+        loss.backward()
+        activations = sum(size for at, size in kept.items() if at not in weights)
+        return activations, [parameter.grad for parameter in model.parameters()]
+
+    backend = "aot_eager_decomp_partition"  # the compiler's partition of the step, without its code
+    plain, expected = step(lambda model: model.compile(backend=backend))
+    little, gradients = step(lambda model: compile_in_place(model, backend=backend))
+    assert little < 0.8 * plain
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def embedding_gradient(rows, ids):
+    return torch.ops.aten.embedding_dense_backward(rows, ids, 10, -1, False)
+
+
+def put(rows, ids, accumulate):
+    """What torch before 2.13 makes of an embedding's gradient if `accumulate`."""
+    zeros = torch.ops.aten.full([10, 4], 0, dtype=rows.dtype)
+    return torch.ops.aten.index_put(zeros, [ids], rows, accumulate)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "is_rewritten"),
+    [
+        (lambda head, rows, ids: head * 2 + embedding_gradient(rows, ids), True),
+        (lambda head, rows, ids: embedding_gradient(rows, ids) + head * 2, True),
+        (lambda head, rows, ids: head * 2 + put(rows, ids, accumulate=True), True),
+        (lambda head, rows, ids: head * 2 + put(rows, ids, accumulate=False), False),
+        (lambda head, rows, ids: embedding_gradient(rows, ids) + 2, False),
+        (lambda head, rows, ids: (e := embedding_gradient(rows, ids)) + e, False),
+        (lambda head, rows, ids: head[:1] + embedding_gradient(rows, ids), False),
+        (lambda head, rows, ids: head.double() + embedding_gradient(rows, ids), False),
+        (lambda head, rows, ids: (e := embedding_gradient(rows, ids)) * (head + e), False),
+    ],
+)
+def test_an_embeddings_gradient_is_scattered_into_the_heads(gradients, is_rewritten):
+    """The sum of a tied weight's two gradients, without a matrix of zeros for one of them."""
+    inputs = torch.randn(10, 4), torch.randn(3, 4), torch.tensor([3, 7, 3])
+    decompositions = torch._inductor.decomposition.select_decomp_table()
+    traced = make_fx(gradients, decompositions, tracing_mode="fake")(*inputs)
+    expected = traced(*inputs)
+    ScatterIntoSum()(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    zeros = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
+    assert bool(zeros) != is_rewritten
+    torch.testing.assert_close(traced(*inputs), expected)

@@ -1,0 +1,193 @@
+"""Patience: what is tried again, what is not, for how long, and how little is said about it."""
+
+import logging
+import threading
+from email.utils import formatdate
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+
+from gpt2repro import UserError
+from gpt2repro.system import patience
+from gpt2repro.system.patience import PassingFault, diagnose, patiently
+
+
+class HttpError(Exception):
+    """An HTTP error as huggingface_hub's and httpx's look: it carries the response."""
+
+    def __init__(self, status, **headers):
+        super().__init__(f"status {status}")
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.response = SimpleNamespace(status_code=status, headers=headers)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Time that passes by sleeping only; the outages of a process that has never been answered."""
+    now = SimpleNamespace(seconds=1000.0, naps=[])
+
+    def sleep(seconds):
+        now.seconds += seconds
+        now.naps.append(seconds)
+
+    monkeypatch.setattr(patience.time, "sleep", sleep)
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(patience, "_outages", patience._Outages())
+    return now
+
+
+def failing(*errors):
+    """A call that raises `errors` one after the other, then returns 'done'."""
+    remaining = list(errors)
+
+    def call():
+        if remaining:
+            raise remaining.pop(0)
+        return "done"
+
+    return call
+
+
+PASSING = [
+    *(HttpError(status) for status in (408, 425, 429, 500, 502, 503, 504, 522)),
+    ConnectionResetError("reset"),
+    BrokenPipeError(),
+    TimeoutError("slow"),
+    ConnectionError("Couldn't reach 'a/b' on the Hub"),
+    OSError(5, "Input/output error"),
+    PassingFault("asked for 10 bytes, 5 came"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_passing_faults_are_tried_again(error):
+    assert patiently(failing(*[error] * 3), "read") == "done"
+
+
+def test_errors_of_the_hub_client_are_understood():
+    """Its HTTP library changed its name between the versions that are supported."""
+    from huggingface_hub import errors
+
+    http = __import__(errors.HTTPError.__module__.partition(".")[0])
+    assert diagnose(http.ReadTimeout("slow")).answered
+    assert diagnose(http.RemoteProtocolError("body ended early")).attempts is None
+    assert not diagnose(http.ConnectError("Name or service not known")).answered
+    assert not diagnose(http.ConnectTimeout("")).answered
+    request = http.Request("GET", "http://hub/x")
+    for status, attempts in ((503, None), (404, 0), (401, 0), (403, patience.FEW_ATTEMPTS)):
+        response = http.Response(status, request=request)
+        error = errors.HfHubHTTPError("answer", response=response)
+        assert diagnose(error).attempts == attempts
+        wrapped = errors.LocalEntryNotFoundError("not in the cache")
+        wrapped.__cause__ = error
+        assert diagnose(wrapped).attempts == attempts
+    gated = http.Response(403, request=request, headers={"X-Error-Code": "GatedRepo"})
+    assert diagnose(errors.GatedRepoError("no", response=gated)).attempts == 0
+    assert diagnose(errors.OfflineModeIsEnabled("offline")).attempts == 0
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 410, 416])
+def test_what_time_does_not_mend_fails_at_once(status, clock):
+    with pytest.raises(UserError, match=rf"^cannot read a\.parquet: HttpError: status {status}$"):
+        patiently(failing(HttpError(status)), "read a.parquet")
+    assert clock.naps == []
+
+
+@pytest.mark.parametrize("error", [HttpError(403), pa.ArrowInvalid("bad page")], ids=repr)
+def test_what_is_usually_final_is_tried_a_few_times(error):
+    few = patience.FEW_ATTEMPTS
+    assert patiently(failing(*[error] * (few - 1)), "read") == "done"
+    with pytest.raises(UserError, match="cannot read"):
+        patiently(failing(*[error] * few), "read")
+    outage = [HttpError(503)] * 20
+    assert patiently(failing(*outage, error, *outage, error), "read") == "done"
+
+
+def test_a_bug_passes_through_untouched(clock):
+    with pytest.raises(KeyError):
+        patiently(failing(KeyError("typo")), "read")
+    with pytest.raises(UserError, match="mine"):
+        patiently(failing(UserError("mine")), "read")
+    assert clock.naps == []
+
+
+def test_gives_up_after_half_an_hour(clock):
+    with pytest.raises(UserError, match=r"^cannot read: gave up after 1[78]\d\d s \(HTTP 503\)$"):
+        patiently(failing(*[HttpError(503)] * 10_000), "read")
+    assert 1700 < sum(clock.naps) <= 1800
+    assert max(clock.naps) <= patience.LONGEST_DELAY_SECONDS
+    assert len(clock.naps) < 100
+
+
+def test_an_outage_of_a_known_hub_is_waited_out_for_half_an_hour(clock):
+    patiently(lambda: "answer", "read")
+    with pytest.raises(UserError, match=r"gave up after 1[78]"):
+        patiently(failing(*[ConnectionError("Couldn't reach")] * 10_000), "read")
+
+
+def test_a_machine_without_a_network_learns_it_in_seconds(clock):
+    with pytest.raises(UserError, match=r"the Hub cannot be reached .*; try the demo$"):
+        patiently(failing(*[ConnectionError("no")] * 99), "open", if_unreachable="; try the demo")
+    assert patience.OFFLINE_AFTER_SECONDS <= sum(clock.naps) <= 1.3 * patience.OFFLINE_AFTER_SECONDS
+
+
+def test_a_success_that_a_cache_may_have_given_proves_no_network():
+    patiently(lambda: "from the cache", "load", reaches_hub=False)
+    with pytest.raises(UserError, match="cannot be reached"):
+        patiently(failing(*[ConnectionError("no")] * 99), "open")
+
+
+def test_a_hub_that_answers_503_from_the_start_is_waited_for(clock):
+    assert patiently(failing(*[HttpError(503)] * 30), "open") == "done"
+    assert sum(clock.naps) > 600
+
+
+def test_retry_after_is_honoured(clock):
+    patiently(failing(HttpError(429, Retry_After="77")), "read")
+    assert clock.naps == [77]
+    patiently(failing(HttpError(429, RateLimit='"api";r=0;t=55')), "read")
+    assert clock.naps[1:] == [55]
+    in_ten_minutes = formatdate(patience.time.time() + 600, usegmt=True)
+    patiently(failing(HttpError(503, Retry_After=in_ten_minutes)), "read")
+    assert 590 <= clock.naps[2] <= 601
+    patiently(failing(HttpError(503, Retry_After="soon")), "read")
+    assert clock.naps[3] <= 1
+
+
+def test_one_line_when_an_outage_begins_and_one_when_it_ends(caplog):
+    caplog.set_level(logging.INFO)
+    patiently(failing(*[HttpError(502)] * 8), "read unit 7")
+    first, last = [record.message for record in caplog.records]
+    assert first == "cannot read unit 7 for now (HTTP 502); trying again"
+    assert last.startswith("read unit 7: back after ") and last.endswith("(8 attempts failed)")
+
+
+def test_an_outage_that_many_threads_meet_is_one_outage(caplog):
+    barrier = threading.Barrier(4)
+
+    def call(remaining):
+        def attempt():
+            if remaining:
+                error = remaining.pop()
+                if len(remaining) == 2:
+                    barrier.wait(10)  # all four are in the outage before any leaves it
+                raise error
+            return "done"
+
+        return attempt
+
+    threads = [
+        threading.Thread(target=patiently, args=(call([HttpError(503)] * 4), f"read {index}"))
+        for index in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(caplog.records) == 2
+
+
+def test_nothing_is_said_when_nothing_happens(caplog):
+    patiently(lambda: "done", "read")
+    assert not caplog.records
