@@ -10,12 +10,11 @@ import sys
 
 import torch
 
-from gpt2repro.commands import cli
 from gpt2repro.data.stream import StepRows
 from gpt2repro.records import checkpoints, incidents
 from gpt2repro.records.metrics import Stopwatch
 from gpt2repro.speed import cpu_memory
-from gpt2repro.system import ranks
+from gpt2repro.system import command_line, ranks
 from gpt2repro.training.finish import finish
 from gpt2repro.training.observation import Result, due, note_incident, observe, report, report_end
 from gpt2repro.training.optimizers import lr_at, set_lr
@@ -159,4 +158,4 @@ def leave(run: Run, step: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run("train_accelerate.py", main, sys.argv[1:]))
+    sys.exit(command_line.run("train_accelerate.py", main, sys.argv[1:]))

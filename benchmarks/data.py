@@ -35,12 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from fake_hub import FakeHub
 
-from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data import demo_corpus
 from gpt2repro.data.corpus import Corpus, open_corpus
 from gpt2repro.data.stream import TokenStream, rows_digest
 from gpt2repro.data.tokenizer import BulkEncoder, bulk_encoder, load_tokenizer
 from gpt2repro.system import machine
+from gpt2repro.system.command_line import run
 
 SEQUENCE_LENGTH, ROWS_PER_STEP, NUM_LANES = 1024, 64, 16
 STREAM = {

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.likelihoods import Batch, Request, loglikelihoods, plan_batches
 from gpt2repro.evaluation.scoring import read_jsonl
 from gpt2repro.evaluation.tasks import CompletionHellaSwag
 from gpt2repro.system import machine
+from gpt2repro.system.command_line import run
 
 MAX_LENGTH, VOCAB_SIZE, NUM_ENDINGS = 1024, 50257, 4
 

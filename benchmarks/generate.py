@@ -28,7 +28,8 @@ from pairing import (
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.system.command_line import run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 WAYS = ("theirs", "ours", "theirs_static", "ours_static")

@@ -31,11 +31,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data.tokenizer import train_bpe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import machine
+from gpt2repro.system.command_line import run
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("start-up", "training", "evaluation", "checkpoint", "export")

@@ -35,8 +35,9 @@ from pairing import (
     write_json,
 )
 
-from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.records.metrics import Progress
+from gpt2repro.system.command_line import run
 from gpt2repro.training.run import Run, prepare
 from train_accelerate import train
 

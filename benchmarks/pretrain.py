@@ -22,8 +22,9 @@ from pairing import circumstances, table, write_json
 
 from gpt2repro import UserError
 from gpt2repro.commands import plots
-from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.records.metrics import read_metrics
+from gpt2repro.system.command_line import run
 from train_accelerate import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent

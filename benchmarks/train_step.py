@@ -37,9 +37,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
-from gpt2repro.commands.cli import OneLineParser, run
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.records.metrics import flops_per_token, peak_flops
 from gpt2repro.speed import compilation, cpu_attention, cpu_memory, fused_cross_entropy
+from gpt2repro.system.command_line import run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from gpt2repro import __version__
-from gpt2repro.commands import cli
+from gpt2repro.system import command_line
 
 # verb -> (module, what it does). Modules are imported on use, so that `--help` stays instant.
 VERBS = {
@@ -38,7 +38,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
-        sys.exit(0 if arguments else cli.EXIT_USAGE)
+        sys.exit(0 if arguments else command_line.EXIT_USAGE)
     if arguments[0] == "--version":
         print(f"gpt2repro {__version__}")
         sys.exit(0)
@@ -46,9 +46,9 @@ def main() -> None:
     if verb not in VERBS:
         known = ", ".join(VERBS)
         print(f"gpt2repro: error: no verb {verb!r}; there are: {known}", file=sys.stderr)
-        sys.exit(cli.EXIT_USAGE)
+        sys.exit(command_line.EXIT_USAGE)
     module = importlib.import_module(f"gpt2repro.commands.{VERBS[verb][0]}")
-    sys.exit(cli.run(f"gpt2repro {verb}", module.main, rest))
+    sys.exit(command_line.run(f"gpt2repro {verb}", module.main, rest))
 
 
 if __name__ == "__main__":

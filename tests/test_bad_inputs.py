@@ -1,7 +1,7 @@
 """Bad inputs end to end: one clear line, exit status 2, no traceback, nothing half-made.
 
 Each case is what someone might type, and a part of the answer that tells them what to mend. They
-run in this process, for speed, through the same `cli.run` as the script's last line; a few are
+run in this process, for speed, through the same `command_line.run` as the script's last line; a few are
 launched for real at the end.
 """
 
@@ -28,10 +28,9 @@ from transformers import BertConfig, BertModel
 
 import train_accelerate
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.commands import cli
 from gpt2repro.data.tokenizer import train_bpe
 from gpt2repro.publishing import upload
-from gpt2repro.system import patience
+from gpt2repro.system import command_line, patience
 from gpt2repro.training import parts
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -115,7 +114,7 @@ def answer(argv: list[str], capsys) -> str:
     """What the script says to `argv`, which it must refuse in one line and with status 2."""
     capsys.readouterr()
     try:
-        status = cli.run("train_accelerate.py", train_accelerate.main, argv)
+        status = command_line.run("train_accelerate.py", train_accelerate.main, argv)
     finally:
         reset_accelerate()
     shown = capsys.readouterr()
@@ -282,7 +281,9 @@ def test_a_tracker_without_a_login(place, capsys, monkeypatch):
     monkeypatch.setattr(parts, "check_tracker", lambda name: None)
     monkeypatch.setattr(Accelerator, "init_trackers", refuse)
     argv = ["--recipe", str(place.inputs / "recipe.yaml"), "--output_dir", str(place.output)]
-    status = cli.run("train_accelerate.py", train_accelerate.main, [*argv, "--report_to", "wandb"])
+    status = command_line.run(
+        "train_accelerate.py", train_accelerate.main, [*argv, "--report_to", "wandb"]
+    )
     reset_accelerate()
     said = capsys.readouterr().err
     assert status == 2 and said.count("\n") == 1

@@ -30,9 +30,10 @@ from tiny_run import reset_accelerate, write_inputs
 import train_accelerate
 from gpt2repro import recipe
 from gpt2repro.__main__ import VERBS
-from gpt2repro.commands import cli, doctor
+from gpt2repro.commands import doctor, parser
 from gpt2repro.publishing import verification
 from gpt2repro.records.metrics import read_metrics
+from gpt2repro.system import command_line
 from gpt2repro.system.signals import SIGNALS
 from gpt2repro.training import finish
 
@@ -110,7 +111,7 @@ def parsing_only(monkeypatch, module) -> Iterator[None]:
         return parse_and_stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.OneLineParser, "parse_args", and_stop(cli.OneLineParser.parse_args))
+        patch.setattr(parser.OneLineParser, "parse_args", and_stop(parser.OneLineParser.parse_args))
         if hasattr(module, "load_recipe"):
             patch.setattr(module, "load_recipe", and_stop(recipe.load_recipe))
         with pytest.raises(Parsed):
@@ -122,7 +123,7 @@ def call_verb(words: list[str], monkeypatch, run: bool) -> None:
     assert verb in VERBS, verb
     module = import_module(f"gpt2repro.commands.{VERBS[verb][0]}")
     if run:
-        assert cli.run(f"gpt2repro {verb}", module.main, arguments) == 0
+        assert command_line.run(f"gpt2repro {verb}", module.main, arguments) == 0
     else:
         with parsing_only(monkeypatch, module):
             module.main(arguments)
@@ -312,7 +313,7 @@ def known_options(monkeypatch) -> set[str]:
         known.update(option.strip("-") for option in parser._option_string_actions)
         raise Parsed
 
-    monkeypatch.setattr(cli.OneLineParser, "parse_known_args", remember)
+    monkeypatch.setattr(parser.OneLineParser, "parse_known_args", remember)
     monkeypatch.setattr(doctor, "load_recipe", remember_nothing)
     for module, _ in VERBS.values():
         with pytest.raises(Parsed):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from gpt2repro import UserError
-from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.publishing.verification import same_bits
 from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from gpt2repro import UserError
-from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data.corpus import Corpus, open_corpus
 from gpt2repro.data.stream import validation_set
 from gpt2repro.data.tokenizer import bulk_encoder

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer, set_seed
 
 from gpt2repro import UserError
-from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
 
 

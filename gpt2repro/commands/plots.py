@@ -16,7 +16,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from gpt2repro import UserError
-from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.plots import inspection, parameters
 from gpt2repro.plots.curves import (
     Metrics,

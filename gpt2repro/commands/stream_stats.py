@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt2repro import UserError
-from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import BulkEncoder, bulk_encoder

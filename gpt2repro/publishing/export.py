@@ -23,7 +23,7 @@ from transformers import GenerationConfig, GPT2Config, PreTrainedModel, PreTrain
 import configuration_gpt2repro
 import modeling_gpt2repro
 from gpt2repro import UserError
-from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.publishing import model_card
 from gpt2repro.publishing.verification import (
     CLASSES,

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 import configuration_gpt2repro
 import modeling_gpt2repro
 from gpt2repro import UserError
-from gpt2repro.commands.cli import OneLineParser
+from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.publishing import model_card
 from gpt2repro.publishing.verification import read_json, verify
 from gpt2repro.records import checkpoints

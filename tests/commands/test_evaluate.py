@@ -9,7 +9,7 @@ from tiny_language_models import HELLASWAG, LAMBADA, WIKITEXT2, random_gpt2, rea
 
 from gpt2repro import UserError
 from gpt2repro.commands import evaluate
-from gpt2repro.commands.cli import EXIT_USAGE, run
+from gpt2repro.system.command_line import EXIT_USAGE, run
 
 FILES = [
     *("--hellaswag_file", str(HELLASWAG)),

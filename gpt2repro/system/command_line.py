@@ -1,13 +1,11 @@
 """What every command line here shares: errors are one line on stderr, and the exit status is 2."""
 
-import argparse
 import errno
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 from gpt2repro import UserError
 
@@ -16,29 +14,12 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 RANK_0_SPEAKS_FIRST_SECONDS = 5.0
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` that answers bad arguments with one line instead of a page of usage.
-
-    Options are declared with underscores, as recipe fields are spelled; hyphens mean the same.
-    """
-
-    def __init__(self, *args, **kwargs) -> None:
-        kwargs.setdefault("allow_abbrev", False)  # an abbreviation today is an ambiguity tomorrow
-        super().__init__(*args, **kwargs)
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._declared(word) for word in args], namespace)
-
-    def _declared(self, word: str) -> str:
-        """`--top-k=5` as `--top_k=5`, if that is an option."""
-        name, equals, value = word.partition("=")
-        option = "--" + name[2:].replace("-", "_")
-        known = name.startswith("--") and option in self._option_string_actions
-        return f"{option}{equals}{value}" if known else word
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `{self.prog} --help`)")
+def underscored(word: str) -> str:
+    """`--top-k=5` as `--top_k=5`: in an option's name hyphens and underscores mean the same."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:

@@ -1,0 +1,74 @@
+"""Files and directories that are there whole or not at all.
+
+Each is written under another name beside its place, on the same disk, and renamed: a reader, or a
+run that goes on after a crash, never meets half of one. A rename may reach the disk before the data
+it names; what must survive a power failure is flushed first (`durable`, fsync(2)).
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A name to write to; when the block ends, that file takes the place of `path`.
+
+    Several writers do not disturb each other: the last one's file stays. If the block raises,
+    `path` is as it was.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    try:
+        yield scratch
+        if durable:
+            flush(scratch)
+        scratch.replace(path)
+        if durable:
+            flush(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def partial(path: Path) -> Path:
+    """A new empty directory `.NAME.partial` beside `path`, for `move_into_place`.
+
+    There is one such name, so that what a killed writer left is found again, and removed here.
+    """
+    scratch = path.absolute().with_name(f".{path.absolute().name}.partial")
+    remove(scratch)
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def move_into_place(scratch: Path, path: Path) -> None:
+    """Flush the directory `scratch` and name it `path`; one that had the name goes afterwards.
+
+    Killed in between, one of the two exists whole: the earlier one as `.NAME.previous`.
+    """
+    for each in [*scratch.rglob("*"), scratch]:
+        flush(each)
+    previous = path.absolute().with_name(f".{path.absolute().name}.previous")
+    remove(previous)
+    if path.exists():
+        path.rename(previous)
+    scratch.rename(path)
+    flush(path.absolute().parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory if it is there."""
+    if directory.is_dir():
+        shutil.rmtree(directory)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""What a mistake, a full disk, Ctrl-C and a closed pipe look like on the screen."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gpt2repro import UserError
+from gpt2repro.system import command_line
+
+
+def raising(error: BaseException):
+    def verb(argv: list[str]) -> int:
+        raise error
+
+    return verb
+
+
+def test_a_mistake_is_one_line_and_status_2(capsys):
+    assert command_line.run("prog", raising(UserError("first\n   second   third")), []) == 2
+    assert capsys.readouterr().err == "prog: error: first second third\n"
+
+
+@pytest.mark.parametrize("number", command_line.FULL_DISK)
+def test_a_full_disk_is_no_bug_of_ours(number, capsys):
+    error = OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+    assert command_line.run("prog", raising(error), []) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "metrics.jsonl" in said
+    with pytest.raises(FileNotFoundError):
+        command_line.run("prog", raising(FileNotFoundError(errno.ENOENT, "no such file")), [])
+
+
+def test_what_a_verb_returns_is_the_status():
+    assert command_line.run("prog", lambda argv: len(argv), ["a", "b", "c"]) == 3
+
+
+def test_ctrl_c_has_no_traceback(capsys):
+    assert command_line.run("prog", raising(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr().err.strip() == "prog: interrupted"
+
+
+def test_bugs_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        command_line.run("prog", raising(ZeroDivisionError()), [])
+
+
+def test_rank_0_speaks_first(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(command_line.time, "sleep", waited.append)
+    for rank, waits in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert command_line.run("prog", raising(UserError("no")), []) == 2
+        assert len(waited) == waits
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`gpt2repro ... | head -1` ends quietly."""
+    code = (
+        "import sys; from gpt2repro.system import command_line\n"
+        "def verb(argv):\n"
+        "    for _ in range(10**6): print('line')\n"
+        "sys.exit(command_line.run('prog', verb, []))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.wait(30) == 0 and process.stderr.read() == ""
+
+
+def test_hyphens_in_names_are_underscores_and_values_are_left_alone():
+    assert command_line.underscored("--top-k=a-b") == "--top_k=a-b"
+    assert [command_line.underscored(word) for word in ("--a-b-c", "a-b", "-k", "-")] == [
+        "--a_b_c",
+        "a-b",
+        "-k",
+        "-",
+    ]
