@@ -1,8 +1,8 @@
 """Bad inputs end to end: one clear line, exit status 2, no traceback, nothing half-made.
 
 Each case is what someone might type, and a part of the answer that tells them what to mend. They
-run in this process, for speed, through the same `command_line.run` as the script's last line; a few are
-launched for real at the end.
+run in this process, for speed, through the same `command_line.run` as the script's last line; a few
+are launched for real at the end.
 """
 
 import fcntl
