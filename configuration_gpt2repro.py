@@ -67,8 +67,8 @@ class GPT2ReproConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2repro"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-    attribute_map = {  # noqa: RUF012 (transformers' own convention)
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
         "num_attention_heads": "n_head",
@@ -76,7 +76,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     }
     # FSDP2 frees a block's weights after use. There is no tensor-parallel plan: transformers shards
     # `nn.Linear` alone, and the official layout is `Conv1D`'s.
-    base_model_fsdp_plan = {  # noqa: RUF012
+    base_model_fsdp_plan = {
         "wte": "free_full_weight",
         "h.*": "free_full_weight",
         "ln_f": "keep_full_weight",

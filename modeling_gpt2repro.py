@@ -11,27 +11,20 @@ token that comes next.
 Shapes: B rows, T tokens in each, S >= T keys (the cached ones and these), C = n_embd, H heads of
 width D = C / H, V = vocab_size. For the 124M model C, H, D, L, V = 768, 12, 64, 12, 50257.
 
-Parameters have the official names and layouts: official checkpoints load as they are, and what is
-saved here loads in every GPT-2 tool. This file travels with every checkpoint, beside
-`configuration_gpt2repro.py`, and imports torch and transformers only.
+`examples/gpt2_plain.py` is the same in a hundred lines of torch alone; each class here names its
+twin there. Parameters have the official names and layouts: official checkpoints load as they are,
+and what is saved here loads in every GPT-2 tool. This file travels with every checkpoint.
 """
 
 import functools
 import math
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -50,113 +43,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 try:  # as remote code in a checkpoint directory; else as an installed module
-    from .configuration_gpt2repro import GPT2ReproConfig
+    from .configuration_gpt2repro import AUTO_MAP, GPT2ReproConfig
 except ImportError:
-    from configuration_gpt2repro import GPT2ReproConfig
+    from configuration_gpt2repro import AUTO_MAP, GPT2ReproConfig
 
 LOSS_TOKENS = 1024  # whose logits exist at once: 206 MB in float32
-FEW_ROWS, LARGE_WEIGHT = 64, 2**22  # products on a CPU that wait for memory: (F, C) and (V, C)
-
-
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(Q Kᵀ · scaling + mask) V, written out (Vaswani et al. 2017, equation 1).
-
-    From query (B, H, T, D), key and value (B, H, S, D) and an additive mask (B, 1, T, S) or None to
-    the mixed values (B, T, H, D) and the weights (B, H, T, S). The other attention implementations
-    compute the same and never hold the weights; this one is for looking at them.
-    """
-    if module.upcast:
-        query, key = query.float(), key.float()
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1).to(value.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-class GPT2ReproAttention(nn.Module):
-    """Causal multi-head self-attention: each token looks back and takes what it needs.
-
-    A token asks a question (query), each token up to it offers an answer (value) under a label
-    (key), and the answers are averaged by how well their labels match the question; H times side
-    by side, in subspaces of width D.
-    """
-
-    def __init__(self, config: GPT2ReproConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = True
-        self.head_dim = config.n_embd // config.n_head
-        self.attn_pdrop = config.attn_pdrop
-        self.upcast = config.reorder_and_upcast_attn
-        # A dot product of D terms of unit variance has variance D: bring the scores back to one.
-        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scaling /= layer_idx + 1
-
-        # Conv1D is OpenAI's name for a linear layer whose weight is stored (in, out).
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)  # q, k and v in one product
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.c_proj.writes_to_stream = True  # for the initial weights
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,  # (B, T, C)
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = hidden_states.shape[:-1]  # (B, T)
-        query, key, value = (  # three views (B, H, T, D) of one (B, T, 3C)
-            part.view(*rows, -1, self.head_dim).transpose(1, 2)
-            for part in self.c_attn(hidden_states).split(self.config.n_embd, dim=-1)
-        )
-        if past_key_values is not None:  # append to the cache; attend to all of it, (B, H, S, D)
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        # Without a mask, `sdpa` takes a flash kernel: causal for T > 1, unmasked for the one token
-        # of a decoding step, which may see everything.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attn_pdrop if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        mixed = mixed.reshape(*rows, -1).contiguous()  # (B, T, H, D) -> (B, T, C)
-        return self.resid_dropout(self.c_proj(mixed)), weights
-
-
-class GPT2ReproMLP(nn.Module):
-    """Two linear layers with a GELU between them, for each token on its own."""
-
-    def __init__(self, config: GPT2ReproConfig):
-        super().__init__()
-        n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = Conv1D(n_inner, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, n_inner)
-        self.c_proj.writes_to_stream = True
-        # OpenAI's `gelu_new` is the tanh approximation (Hendrycks & Gimpel 2016). transformers
-        # spells it out in seven kernels; torch has it as one, equal but for those steps' rounding.
-        name = config.activation_function
-        self.act = ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
-        self.dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
-    """Look back, then think: each on a normalized copy of the stream, and added to it.
+    """Look back, then think, each on a normalized copy of the stream, added to it. Twin: `Block`.
 
     The transformer of 2017 normalized the sum; GPT-2 moved LayerNorm "to the input of each
     sub-block" (section 2.3), so that the gradient reaches every layer through plain additions.
@@ -169,9 +64,95 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2ReproMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.ln_2(hidden_states))
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        mixed, _ = self.attn(self.ln_1(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + mixed  # (B, T, C), 124M: (B, 1024, 768)
+        return hidden_states + self.mlp(self.ln_2(hidden_states))  # (B, T, C)
+
+
+class GPT2ReproAttention(nn.Module):
+    """Causal multi-head self-attention: each token looks back and takes what it needs.
+
+    A token asks a question (query), each token up to it offers an answer (value) under a label
+    (key); answers are averaged by how well their labels match the question, H times side by side,
+    in subspaces of width D. Twin: `Attention`.
+    """
+
+    def __init__(self, config: GPT2ReproConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.head_dim = config.n_embd // config.n_head
+        # A dot product of D terms of unit variance has variance D: bring the scores back to one.
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+
+        # Conv1D is OpenAI's name for a linear layer whose weight is stored (in, out).
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)  # q, k and v in one product
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj.writes_to_stream = True  # for the initial weights
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        rows = hidden_states.shape[:-1]  # (B, T)
+        qkv = self.c_attn(hidden_states)  # (B, T, 3C), 124M: (B, 1024, 2304)
+        query, key, value = (  # (B, H, T, D) each, 124M: (B, 12, 1024, 64)
+            part.view(*rows, -1, self.head_dim).transpose(1, 2)
+            for part in qkv.split(self.config.n_embd, dim=-1)
+        )
+        if past_key_values is not None:  # append to the cache, attend to all of it: (B, H, S, D)
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        # Without a mask, `sdpa` takes a flash kernel: causal for T > 1, unmasked for the one token
+        # of a decoding step, which may see everything.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        kwargs |= {"scaling": self.scaling, "dropout": dropout}
+        mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)  # (B, T, H, D)
+        mixed = mixed.reshape(*rows, -1).contiguous()  # (B, T, C): the heads side by side
+        return self.resid_dropout(self.c_proj(mixed)), weights  # (B, T, C)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(Q Kᵀ · scaling, causal) V, written out (Vaswani et al. 2017, equation 1).
+
+    From query (B, H, T, D), key and value (B, H, S, D) to the mixed values (B, T, H, D) and the
+    weights (B, H, T, S). An additive mask (B, 1, T, S) holds the triangle and the padding. Other
+    attention implementations compute the same and never hold the weights.
+    """
+    if module.config.reorder_and_upcast_attn:
+        query, key = query.float(), key.float()
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (B, H, T, S)
+    if attention_mask is None:  # the triangle: token t sees the cached tokens and 0 ... t
+        length, num_keys = scores.shape[-2:]
+        seen = scores.new_ones(length, num_keys, dtype=torch.bool).tril(num_keys - length)
+        scores = scores.masked_fill(~seen, -torch.inf)
+    else:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1).to(value.dtype)  # (B, H, T, S), rows sum to 1
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class GPT2ReproMLP(nn.Module):
+    """Two linear layers with a GELU between them, for each token on its own. Twin: `MLP`."""
+
+    def __init__(self, config: GPT2ReproConfig):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(n_inner, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, n_inner)
+        self.c_proj.writes_to_stream = True
+        # OpenAI's `gelu_new` is the tanh approximation (Hendrycks & Gimpel 2016). transformers
+        # spells it out in seven kernels; torch has it as one, equal but for those steps' rounding.
+        self.act = ACT2FN[config.activation_function.replace("gelu_new", "gelu_pytorch_tanh")]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = self.act(self.c_fc(hidden_states))  # (B, T, 4C), 124M: (B, 1024, 3072)
+        return self.dropout(self.c_proj(inner))  # (B, T, C)
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
@@ -179,19 +160,12 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     config: GPT2ReproConfig
     base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
+    supports_gradient_checkpointing = _supports_attention_backend = _can_compile_fullgraph = True
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = True
     _input_embed_layer = "wte"
     _no_split_modules = ("GPT2ReproBlock",)
     _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012 (transformers' own convention)
-        "hidden_states": GPT2ReproBlock,
-        "attentions": GPT2ReproAttention,
-    }
+    _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
     # OpenAI's files hold every layer's causal mask; here the attention function knows it.
     _keys_to_ignore_on_load_unexpected = (r"attn\.bias", r"attn\.masked_bias")
 
@@ -212,32 +186,22 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a checkpoint; a tensor it lacks is an error, where transformers makes one up.
+        """A tensor that the checkpoint lacks is a ValueError, where transformers makes one up.
 
-        The head of a new task starts fresh, as everywhere in transformers. Who asks for
-        `output_loading_info=True` gets the list of missing tensors instead of the error.
-
-        Raises:
-            ValueError: naming the model's tensors that are not in the checkpoint.
+        The head of a new task starts fresh, and `output_loading_info=True` asks for a list instead.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        if wants_info:
-            return model, info
-        new_heads = ("score.", "qa_outputs.")
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith(new_heads))
-        if missing and pretrained_model_name_or_path is not None:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of {cls.__name__}: "
-                + ", ".join(missing[:3] + ["..."] * (len(missing) > 3))
-            )
-        return model
+        name = pretrained_model_name_or_path
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        missing = sorted(k for k in info["missing_keys"] if not k.startswith(("score.", "qa_")))
+        if missing and name is not None and not wants_info:
+            some = ", ".join(missing[:3] + ["..."] * (len(missing) > 3))
+            raise ValueError(f"{name} lacks {len(missing)} tensors of {cls.__name__}: {some}")
+        return (model, info) if wants_info else model
 
 
 class GPT2ReproModel(GPT2ReproPreTrainedModel):
-    """The decoder: token ids (B, T) to hidden states (B, T, C), ready for a head."""
+    """The decoder: token ids (B, T) to hidden states (B, T, C), ready for a head. Twin: `GPT2`."""
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
@@ -246,7 +210,6 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(GPT2ReproBlock(config, i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @merge_with_config_defaults
@@ -262,7 +225,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Run the decoder.
+        """Run the decoder. A token beyond `n_positions` is a ValueError that names both lengths.
 
         Args:
             input_ids: (B, T) token ids; or `inputs_embeds`, (B, T, C), in their place.
@@ -273,148 +236,73 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             past_key_values: The keys and values of earlier calls, extended in place.
             token_type_ids: (B, T) tokens whose embeddings mark segments.
             use_cache: Return a cache, new if none was given.
-
-        Raises:
-            ValueError: if a token would stand beyond `n_positions`, naming both lengths.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids)
+            inputs_embeds = self.wte(input_ids)  # (B, T, C), 124M: (B, 1024, 768)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self.refuse_beyond_context(past_length + inputs_embeds.shape[1], position_ids)
+        refuse_beyond_context(self.config, past_length + inputs_embeds.shape[1], position_ids)
         causal_mask = create_causal_mask(  # None wherever the attention function can do without
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
         )
         if position_ids is None:
-            position_ids = self.count_positions(inputs_embeds, attention_mask, past_length)
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = position_ids[None] + past_length  # (1, T): 0, 1, 2, ...
+            if attention_mask is not None and attention_mask.ndim == 2:  # not counting padding
+                padding = (attention_mask.cumsum(dim=-1) == 0).sum(dim=-1, keepdim=True)  # (B, 1)
+                position_ids = (position_ids - padding.to(position_ids.device)).clamp(min=0)
 
-        hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
+        hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)  # (B, T, C)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
+        kwargs |= {"attention_mask": causal_mask, "past_key_values": past_key_values}
+        kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
         for block in self.h:
-            hidden_states = block(
-                hidden_states,
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            hidden_states = block(hidden_states, **kwargs)  # (B, T, C)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states),
+            last_hidden_state=self.ln_f(hidden_states),  # (B, T, C)
             past_key_values=past_key_values if use_cache else None,
         )
 
-    @staticmethod
-    def count_positions(inputs_embeds, attention_mask, past_length) -> torch.LongTensor:
-        """0, 1, 2, ... for each row from its first token that is not padding: (B, T) or (1, T)."""
-        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-        if attention_mask is None or attention_mask.ndim != 2:
-            return columns[None]
-        padding = (attention_mask.cumsum(dim=-1) == 0).sum(dim=-1, keepdim=True)  # (B, 1)
-        return (columns - padding.to(columns.device)).clamp(min=0)
-
-    def refuse_beyond_context(self, length, position_ids) -> None:
-        """Positions are learned: `wpe` has no row beyond its last, and an index error says little.
-
-        Given positions are looked at only where the sequence is too long by its shape (packed or
-        padded, it may still fit): on a GPU, looking means waiting. Compiled code looks at no value,
-        and an exported program must take any length (torch 2.11 takes all compiled code for one).
-        """
-        unknown = isinstance(length, torch.Tensor) or position_ids is not None
-        if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and unknown):
-            return
-        limit = self.config.n_positions
-        if length > limit and position_ids is not None:
-            length = position_ids.max() + 1
-        if length > limit:
-            raise ValueError(
-                f"a sequence of {int(length)} tokens does not fit: n_positions is {limit}"
-            )
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int
-) -> torch.Tensor:
-    """Σ -log softmax(hidden Wᵀ)[label] in nats, without the logits of all tokens.
-
-    At V = 50257 the logits are by far the largest activation, and a plain loss makes several copies
-    of them. Here they exist for some tokens at a time, and once more in the backward pass.
-    From hidden (N, C), weight (V, C) and labels (N,) to a scalar.
-    """
-
-    def of_chunk(hidden, labels):
-        logits = F.linear(hidden, weight).float()
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-
-    chunks = zip(hidden.split(LOSS_TOKENS), labels.split(LOSS_TOKENS), strict=True)
-    return sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
-
 
 class GPT2ReproLMHead(nn.Linear):
-    """The logits: how similar each row is to every token's embedding, (.., C) -> (.., V).
+    """How similar each row is to every token's embedding: the logits, or the loss at once.
 
-    In decoding, few rows meet a weight of V C numbers, and on a CPU the product takes as long as it
-    takes to read them. `nn.Linear` reads them at half the memory's speed; what is here, at all of
-    it. The sums are the same in another order: logits equal the usual ones up to rounding.
+    At V = 50257 the logits are by far the largest activation, and a plain loss makes several copies
+    of them. Asked for the loss, the head computes some tokens' logits at a time, and once more in
+    the backward pass. Twin: the last line of `GPT2.forward`.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.waits_for_memory(hidden_states):
-            return super().forward(hidden_states)
-        num_rows = hidden_states.shape[:-1].numel()
-        if num_rows == 1 and torch.compiler.is_dynamo_compiling():  # it makes one loop of these
-            return (hidden_states[..., None, :] * self.weight).sum(dim=-1)
-        if not self.weight.dtype == hidden_states.dtype == torch.float32:
-            return super().forward(hidden_states)
-        # The weight comes first; and a second row, as for one alone the library has one thread.
-        rows = hidden_states.reshape(num_rows, self.in_features)
-        logits = self.weight @ (rows.repeat(2, 1) if num_rows == 1 else rows).T
-        return logits.T[:num_rows].reshape(*hidden_states.shape[:-1], -1).contiguous()
+    def forward(self, hidden_states, labels=None, ignore_index=-100) -> torch.Tensor:
+        """(.., C) to logits (.., V); with labels (..) to the sum of their losses in nats, ()."""
+        if labels is None:
+            return super().forward(hidden_states)  # (B, T, V), 124M: (B, 1024, 50257)
 
-    def waits_for_memory(self, hidden_states: torch.Tensor) -> bool:
-        """Whether few rows meet a large weight on a CPU; what is recorded must take any length."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or not is_plain(self):
-            return False
-        on_cpu = hidden_states.device.type == "cpu" and self.weight.numel() >= LARGE_WEIGHT
-        return on_cpu and 0 < hidden_states.shape[:-1].numel() <= FEW_ROWS
+        def loss_of(some_states, some_labels):  # Σ -log softmax(hidden Wᵀ)[label]
+            logits = F.linear(some_states, self.weight).float()  # (LOSS_TOKENS, V)
+            return F.cross_entropy(logits, some_labels, ignore_index=ignore_index, reduction="sum")
 
-
-def is_plain(head: nn.Module) -> bool:
-    """Whether it is a product with its weight: adapters, shards and quantizations do otherwise."""
-    is_linear = type(head) in (nn.Linear, GPT2ReproLMHead) and head.bias is None
-    return is_linear and type(head.weight) is nn.Parameter
+        states, labels = hidden_states.flatten(0, -2), labels.flatten()  # (B T, C), (B T,)
+        chunks = zip(states.split(LOSS_TOKENS), labels.split(LOSS_TOKENS), strict=True)
+        return sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     """The language model: the decoder, and logits for the next token."""
 
     # "Using the output embedding to improve language models" (Press & Wolf 2017): one matrix.
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
-    # The training loop puts a faster one in its place (gpt2repro/speed/fused_cross_entropy.py).
-    linear_cross_entropy = staticmethod(linear_cross_entropy)
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
         self.transformer = GPT2ReproModel(config)
         self.lm_head = GPT2ReproLMHead(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Also called when the vocabulary is resized, with a plain layer of the new size."""
-        if type(new_embeddings) is nn.Linear:
-            new_embeddings.__class__ = GPT2ReproLMHead
-        super().set_output_embeddings(new_embeddings)
 
     @can_return_tuple
     def forward(
@@ -431,7 +319,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Run the model; `GPT2ReproModel.forward` explains the arguments that are not here.
+        """`GPT2ReproModel.forward` explains the arguments that are not here.
 
         Args:
             labels: (B, T) the token at each position, -100 to leave it out. They are shifted here:
@@ -439,16 +327,14 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             use_cache: By default the configuration's, but not in training, which has no use for it.
             logits_to_keep: Only the last so many positions (0: all), or a tensor that selects them.
             skip_logits: Return the loss alone, computed without the (B, T, V) logits.
-            shift_labels: (B, T) the token *after* each position, so that all T learn. With rows of
-                T + 1 tokens, `model(rows[:, :-1], shift_labels=rows[:, 1:])`.
-            num_items_in_batch: What the summed loss is divided by, instead of the labels it counts.
-            ignore_index: Another label to leave out than -100.
-            kwargs: Whatever the attention implementation takes.
+            kwargs: `shift_labels`, (B, T) the token *after* each position, so that all T learn;
+                `num_items_in_batch`, to divide the summed loss by; `ignore_index`.
         """
         # Not in the signature: Trainer would take it for a label that every batch must have.
         shift_labels = kwargs.pop("shift_labels", None)
-        if use_cache is None and self.training:
-            use_cache = False
+        if skip_logits and labels is None and shift_labels is None:
+            raise ValueError("skip_logits leaves nothing but the loss: give labels or shift_labels")
+        use_cache = False if use_cache is None and self.training else use_cache
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -459,22 +345,19 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if shift_labels is not None:
-            shift_labels = shift_labels.contiguous()  # rows[:, 1:] is a view
-        supervised = labels is not None or shift_labels is not None
-        if skip_logits and not supervised:
-            raise ValueError("skip_logits leaves nothing but the loss: give labels or shift_labels")
-
+        hidden_states = outputs.last_hidden_state  # (B, T, C)
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=kwargs.get("ignore_index", -100))[..., 1:]
         loss = logits = None
-        if skip_logits and is_plain(self.lm_head):
-            loss = self.loss_without_logits(hidden_states, labels, shift_labels, **kwargs)
+        # An adapter around the head changes its logits: then the loss takes all of them.
+        if skip_logits and isinstance(self.lm_head, GPT2ReproLMHead):
+            loss = mean_loss(self.lm_head, hidden_states, shift_labels, **kwargs)
         else:
-            logits = self.lm_head(select_positions(hidden_states, logits_to_keep))
-            if supervised:
-                loss = self.loss_function(
-                    logits, labels, self.config.vocab_size, shift_labels=shift_labels, **kwargs
-                )
+            hidden_states = select_positions(hidden_states, logits_to_keep)
+            logits = self.lm_head(hidden_states)  # (B, T, V), 124M: (B, 1024, 50257)
+            if shift_labels is not None:
+                labels, vocab_size = shift_labels.contiguous(), self.config.vocab_size
+                loss = self.loss_function(logits, None, vocab_size, shift_labels=labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
@@ -483,43 +366,52 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def loss_without_logits(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.LongTensor | None,
-        shift_labels: torch.LongTensor | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        ignore_index: int = -100,
-        **kwargs,
-    ) -> torch.Tensor:
-        """The mean cross-entropy of `loss_function`, in nats; see `linear_cross_entropy`."""
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        shift_labels = shift_labels.reshape(-1).to(hidden_states.device)
-        summed = self.linear_cross_entropy(
-            hidden_states.flatten(0, -2), self.lm_head.weight, shift_labels, ignore_index
-        )
-        if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != ignore_index).sum()
-        if isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(summed.device)
-        return summed / num_items_in_batch
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Also called when the vocabulary is resized, with a plain layer of the new size."""
+        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:
+            head = GPT2ReproLMHead(*new_embeddings.weight.shape[::-1], bias=False, device="meta")
+            head.weight, new_embeddings = new_embeddings.weight, head
+        super().set_output_embeddings(new_embeddings)
 
-    # Wrapped, because `generate` reads the signature to learn what it may pass.
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is read
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         """As inherited; and where a compiled step cannot refuse a token too many, this does."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        self.transformer.refuse_beyond_context(input_ids.shape[1], inputs.get("position_ids"))
+        refuse_beyond_context(self.config, input_ids.shape[1], inputs.get("position_ids"))
         return inputs
 
 
-def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
-    """The last `keep` positions (0: all) or those a tensor names, as in transformers.
+# --- What transformers needs ----------------------------------------------------------------------
 
-    A 1-D tensor of positions serves all rows; a 2-D one holds positions (B, K) of each row, or is
-    a boolean mask (B, T), which flattens what it selects to (K, C).
+
+def refuse_beyond_context(config, length, position_ids) -> None:
+    """Positions are learned: `wpe` has no row beyond its last, and an index error says little.
+
+    Given positions are looked at only if the shape is too long: on a GPU, looking means waiting.
+    Compiled code looks at no value, and an exported program (torch 2.11 takes all compiled code for
+    one) must take any length.
     """
+    unknown = isinstance(length, torch.Tensor) or position_ids is not None
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and unknown):
+        return
+    limit = config.n_positions
+    if length > limit and position_ids is not None:
+        length = position_ids.max() + 1
+    if length > limit:
+        raise ValueError(f"a sequence of {int(length)} tokens does not fit: n_positions is {limit}")
+
+
+def mean_loss(head, hidden_states, labels, num_items_in_batch=None, ignore_index=-100, **kwargs):
+    """The head's loss by transformers' rules: a mean over the labels, or what it is told."""
+    labels = labels.to(hidden_states.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != ignore_index).sum()
+    count = torch.as_tensor(num_items_in_batch, device=hidden_states.device)
+    return head(hidden_states, labels, ignore_index) / count
+
+
+def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The last `keep` (0: all), or those in a tensor: (K,), (B, K) of each row, a mask (B, T)."""
     if isinstance(keep, int):
         return hidden_states[:, -keep:] if keep else hidden_states
     if keep.ndim == 2 and keep.dtype == torch.bool:
@@ -551,12 +443,8 @@ class GPT2ReproForQuestionAnswering(GenericForQuestionAnswering, GPT2ReproPreTra
     set_input_embeddings = PreTrainedModel.set_input_embeddings
 
 
-for auto_class, model_class in (
-    (AutoModel, GPT2ReproModel),
-    (AutoModelForCausalLM, GPT2ReproForCausalLM),
-    (AutoModelForSequenceClassification, GPT2ReproForSequenceClassification),
-    (AutoModelForTokenClassification, GPT2ReproForTokenClassification),
-    (AutoModelForQuestionAnswering, GPT2ReproForQuestionAnswering),
-):
-    auto_class.register(GPT2ReproConfig, model_class, exist_ok=True)
-    model_class.register_for_auto_class(auto_class.__name__)
+for auto_name, reference in AUTO_MAP.items():
+    if auto_name != "AutoConfig":
+        model_class = globals()[reference.partition(".")[2]]
+        getattr(transformers, auto_name).register(GPT2ReproConfig, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_name)

@@ -37,9 +37,12 @@ from fake_hub import FakeHub
 
 from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data import demo_corpus
-from gpt2repro.data.corpus import Corpus, open_corpus
-from gpt2repro.data.stream import TokenStream, rows_digest
-from gpt2repro.data.tokenizer import BulkEncoder, bulk_encoder, load_tokenizer
+from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.packing import rows_digest
+from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.system import machine
 from gpt2repro.system.command_line import run
 
@@ -68,7 +71,7 @@ def parse_arguments(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-# -------------------------------------------------------------------------------------------- speed
+# --- speed ----------------------------------------------------------------------------------------
 
 
 def raw_tiktoken(encoder: BulkEncoder, texts: list[str]) -> int:
@@ -135,7 +138,7 @@ def measure_speed(corpus: Corpus, encoder: BulkEncoder, rounds: int, num_tokens:
     }
 
 
-# -------------------------------------------------------------------------------- memory and resume
+# --- memory and resume ----------------------------------------------------------------------------
 
 
 def resident_mb() -> float:
@@ -188,7 +191,7 @@ def measure_resume(corpus: Corpus, encoder: BulkEncoder, states: list, rounds: i
     }
 
 
-# ------------------------------------------------------------------------------------------ traffic
+# --- traffic --------------------------------------------------------------------------------------
 
 
 class _Patch:
@@ -252,7 +255,7 @@ def write_joined_demo(path: Path) -> None:
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     tokenizer = arguments.tokenizer or demo_corpus.prepare() / "tokenizer"
-    encoder = bulk_encoder(load_tokenizer(tokenizer))
+    encoder = BulkEncoder(load_tokenizer(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(arguments.data or Path(folder) / "demo.parquet")
         if not arguments.data:

@@ -27,8 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.likelihoods import Batch, Request, loglikelihoods, plan_batches
-from gpt2repro.evaluation.scoring import read_jsonl
-from gpt2repro.evaluation.tasks import CompletionHellaSwag
+from gpt2repro.evaluation.task import read_jsonl
+from gpt2repro.evaluation.tasks.hellaswag import CompletionHellaSwag
 from gpt2repro.system import machine
 from gpt2repro.system.command_line import run
 

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.data.tokenizer import train_bpe
+from gpt2repro.data.bpe import train_bpe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import machine

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from pairing import (
 )
 
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.records.metrics import Progress
+from gpt2repro.recipe import load_recipe
 from gpt2repro.system.command_line import run
-from gpt2repro.training.run import Run, prepare
+from gpt2repro.training.learner import Learner
+from gpt2repro.training.monitor import Monitor
+from gpt2repro.training.run import open_run
 from train_accelerate import train
 
 NOTHING_BUT_STEPS = ["--eval_every", "0", "--num_validation_units", "0", "--sample_every", "0"]
@@ -49,24 +52,26 @@ class Enough(Exception):
     """All rounds are done: the run ends here, without a checkpoint."""
 
 
-class Alternation(Progress):
-    """The run's progress bar: after so many steps of the script it takes as many bare ones."""
+class Alternation(Monitor):
+    """The run's monitor: after so many steps of the script it takes as many bare ones."""
 
-    def __init__(self, run: Run, *, num_steps: int, num_rounds: int) -> None:
-        super().__init__(first_step=0, num_steps=run.recipe.num_steps, enabled=False)
-        self.run, self.num_steps, self.num_rounds = run, num_steps, num_rounds
-        self.rows = next(run.stream).tokens.to(run.accelerator.device)
+    def __init__(self, *parts: Any, num_steps: int, num_rounds: int) -> None:
+        super().__init__(*parts)
+        self.progress.close()
+        self.num_steps, self.num_rounds = num_steps, num_rounds
+        self.rows = next(self.inputs.stream).tokens.to(self.learner.accelerator.device)
         self.seconds: dict[str, list[float]] = {"script": [], "bare": []}
         self.steps_left = 1  # of the script's turn; the first step compiles and is not counted
         self.began: float | None = None
 
-    def update(self, **figures: float) -> None:
+    def report(self, *step: Any) -> None:
         """Called by the script at the end of each of its steps."""
+        super().report(*step)
         self.steps_left -= 1
         if self.steps_left:
             return
         ended = clock()
-        bare_steps(self.run, self.rows, self.num_steps)
+        bare_steps(self.learner, self.rows, self.num_steps)
         now = clock()
         if self.began is not None:
             self.seconds["script"].append(ended - self.began)
@@ -83,16 +88,16 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def bare_steps(run: Run, rows: torch.Tensor, num_steps: int) -> None:
+def bare_steps(learner: Learner, rows: torch.Tensor, num_steps: int) -> None:
     """What a training loop cannot do without."""
-    recipe, model, optimizer, accelerator = run.recipe, run.model, run.optimizer, run.accelerator
+    accelerator, model, optimizer = learner.accelerator, learner.model, learner.optimizer
     for _ in range(num_steps):
-        for micro_batch in rows.split(recipe.micro_batch_size):
+        for micro_batch in rows.split(learner.micro_batch_size):
             inputs, targets = micro_batch[:, :-1].contiguous(), micro_batch[:, 1:].contiguous()
             with accelerator.accumulate(model):
                 loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True).loss
                 accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), learner.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
@@ -135,12 +140,11 @@ def main(argv: list[str]) -> int:
     around = circumstances(vars(arguments))
     with tempfile.TemporaryDirectory() as directory:
         overrides = ["--recipe", arguments.recipe, *arguments.overrides, *NOTHING_BUT_STEPS]
-        with prepare([*overrides, "--output_dir", directory]) as prepared, suppress(Enough):
-            steps = Alternation(prepared, num_steps=arguments.steps, num_rounds=arguments.rounds)
-            prepared.progress.close()
-            prepared.progress = steps
-            train(prepared)
-    seconds = steps.seconds
+        argv = [*overrides, "--output_dir", directory]
+        turns = partial(Alternation, num_steps=arguments.steps, num_rounds=arguments.rounds)
+        with open_run(load_recipe(argv), argv, turns) as opened, suppress(Enough):
+            train(opened)
+    seconds = opened.monitor.seconds
     ratio = paired_ratio(seconds["script"], seconds["bare"])
     first_steps = [seconds_to_first_step() for _ in range(arguments.launches)]
     step = spread(seconds["bare"])["median"] / arguments.steps

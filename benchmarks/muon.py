@@ -19,9 +19,10 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
+from gpt2repro.recipe import load_recipe
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import machine
-from gpt2repro.training.run import prepare
+from gpt2repro.training.run import open_run
 from train_accelerate import train
 
 ADAMW_GRID = [{"max_lr": lr} for lr in (7.5e-4, 1.5e-3, 3e-3, 6e-3)]
@@ -54,7 +55,7 @@ def trained_loss(**fields) -> float:
         argv = ["--recipe", "demo", "--output_dir", f"{directory}/run"]
         for name, value in (fixed | fields).items():
             argv += [f"--{name}", str(value)]
-        with prepare(argv) as run:
+        with open_run(load_recipe(argv), argv) as run:
             train(run)
         loss = read_metrics(Path(directory) / "run" / "metrics.jsonl")[-1]["val_loss"]
     print(f"{loss:.4f}  {fields}", flush=True)

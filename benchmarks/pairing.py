@@ -108,7 +108,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-# --- Memory -------------------------------------------------------------------------------------
+# --- Memory ---------------------------------------------------------------------------------------
 
 
 def reset_peak_memory() -> None:
@@ -137,7 +137,7 @@ REQUESTS: dict[str, Callable[[], Any]] = {
 }
 
 
-# --- Rounds and ratios --------------------------------------------------------------------------
+# --- Rounds and ratios ----------------------------------------------------------------------------
 
 
 def alternate(
@@ -181,7 +181,7 @@ def paired_ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, flo
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
-# --- Reports ------------------------------------------------------------------------------------
+# --- Reports --------------------------------------------------------------------------------------
 
 
 def ratio_text(ratio: dict[str, float]) -> str:

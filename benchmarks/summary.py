@@ -7,7 +7,7 @@ from typing import Any
 
 from pairing import ratio_text
 
-from gpt2repro.publishing.model_card import markdown_table
+from gpt2repro.publishing.card import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"theirs": "transformers", "nanogpt": "nanoGPT"}

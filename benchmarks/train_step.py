@@ -38,9 +38,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.records.metrics import flops_per_token, peak_flops
-from gpt2repro.speed import compilation, cpu_attention, cpu_memory, fused_cross_entropy
+from gpt2repro.speed import compilation, cpu_attention, cpu_memory, lm_head
 from gpt2repro.system.command_line import run
+from gpt2repro.training.throughput import flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -76,7 +76,7 @@ def build(
         model = code.GPT(config)
     else:
         model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
-        fused_cross_entropy.use_in(model)
+        lm_head.use_in(model)
         if device == "cpu" and dtype == "bf16":
             cpu_attention.use_in(model)
     model.to(device).train()

@@ -8,7 +8,7 @@ The order of the units is the stream's own, `Plan`, for a dataset small enough t
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from gpt2repro.data.stream import Plan
+from gpt2repro.data.order import Plan
 
 NUM_UNITS, NUM_VALIDATION_UNITS, NUM_LANES, SEED = 14, 2, 4, 1337
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # of Okabe and Ito, for colour-blind eyes
@@ -43,7 +43,7 @@ def line(
 
 def dataset(plan: Plan, y: float) -> list[Shape]:
     """The units in dataset order, each in the colour of the lane that reads it."""
-    owner = {piece.unit: lane for lane in range(NUM_LANES) for piece in plan.pieces(lane, 0)}
+    owner = {piece.unit_index: lane for lane in range(NUM_LANES) for piece in plan.pieces(lane, 0)}
     shapes = [text(LEFT, y, "1. The dataset is numbered units: row groups of parquet files")]
     for unit in range(NUM_UNITS):
         colour = COLOURS[owner[unit]] if unit in owner else GREY
@@ -68,7 +68,7 @@ def lanes(plan: Plan, y: float) -> list[Shape]:
         x = LEFT + 70.0
         for epoch in (0, 1):
             for piece in plan.pieces(lane, epoch):
-                shapes += box(x, top, BOX, COLOURS[lane], str(piece.unit))
+                shapes += box(x, top, BOX, COLOURS[lane], str(piece.unit_index))
                 x += BOX
             x += 14
         shapes.append(text(x, top + 19, "...", size=14))

@@ -2,149 +2,190 @@
 
 Values come from three layers, the later winning: `recipes/gpt2.yaml`, which states every field and
 is the reproduction itself; the chosen recipe, which states what it changes; the command line. All
-three pass through the same checks. No other module reads a recipe: they are handed plain values.
+three pass through the same checks. Rooms below `training` read no recipe: they are handed plain
+values.
+
+Nothing large is imported here: a misspelled option is answered before torch is.
 """
 
-import dataclasses
 import difflib
-import math
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
+from annotated_types import Ge, Gt, Le
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from gpt2repro import UserError
+from gpt2repro.system.command_line import underscored
 
 DEFAULT_RECIPE = "gpt2"
 
-
-def knob(
-    meaning: str,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
-):
-    """A required recipe field with its help text and the range a number must lie in."""
-    return field(metadata={"help": meaning, "above": above, "least": least, "most": most})
+# --- Types: what pydantic takes for each, as YAML and the command line spell it -------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 6e-4 as text, and Python takes True for 1."""
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value) if isinstance(value, str) else value
+
+
+def _whole_number(value: Any) -> Any:
+    return value if isinstance(value, str) and value.lstrip("+-").isdigit() else _number(value)
+
+
+def _split_at_commas(value: Any) -> Any:
+    return [item for item in value.split(",") if item] if isinstance(value, str) else value
+
+
+def _no_as_a_word(value: Any) -> Any:
+    """YAML reads a bare `no` as False, and `no` is what mixed_precision calls it."""
+    return "no" if value is False else value
+
+
+Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
+Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
+WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
+Switch = Annotated[bool, Field(strict=True)]
+Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_as_a_word)]
+Texts = Annotated[list[Text], BeforeValidator(_split_at_commas)]
+Benchmark = Literal["hellaswag", "lambada", "wikitext2"]
+Benchmarks = Annotated[list[Benchmark], BeforeValidator(_split_at_commas)]
+
+
+def knob(meaning: str, **limits: Any) -> Any:
+    """A required field with its help text and the range a number must lie in (gt, ge, le)."""
+    return Field(description=meaning, **limits)
+
+
+class Recipe(BaseModel):
     """One pretraining run. Batches are counted in tokens, schedules in optimizer steps."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     # The run
-    exp_name: str | None = knob("name of the run; null takes the recipe file's name")
-    output_dir: str | None = knob("where the run lives; null is runs/<exp_name>")
-    seed: int = knob("seeds the weights and the order of the data", least=0)
-    resume: str = knob(
+    exp_name: Text | None = knob("name of the run; null takes the recipe file's name")
+    output_dir: Text | None = knob("where the run lives; null is runs/<exp_name>")
+    seed: WholeNumber = knob("seeds the weights and the order of the data", ge=0)
+    resume: Text = knob(
         "auto goes on from the newest valid checkpoint, never refuses a run that exists; or the "
         "directory of a checkpoint"
     )
-    init_from: str | None = knob(
+    init_from: Text | None = knob(
         "start from these weights (Hub id or directory) instead of random ones"
     )
 
     # Data
-    dataset_name: str = knob(
+    dataset_name: Text = knob(
         "Hub id, local directory or file format of `datasets`; python-docs is the offline demo's"
     )
-    dataset_config: str | None = knob("configuration of the dataset")
-    dataset_split: str = knob("split of the dataset")
-    dataset_revision: str | None = knob(
+    dataset_config: Text | None = knob("configuration of the dataset")
+    dataset_split: Text = knob("split of the dataset")
+    dataset_revision: Text | None = knob(
         "branch, tag or commit; pinned to the commit when the run starts"
     )
-    data_files: list[str] | None = knob(  # noqa: RUF009
-        "files or glob patterns, if the dataset is given as files"
-    )
-    text_column: str = knob("the column that holds the text")
-    tokenizer_name: str = knob(
+    data_files: Texts | None = knob("files or glob patterns, if the dataset is given as files")
+    text_column: Text = knob("the column that holds the text")
+    tokenizer_name: Text = knob(
         "Hub id or directory of the tokenizer; python-docs is the offline demo's"
     )
-    num_lanes: int = knob(
-        "parallel reading positions; the number of processes must divide it", least=1
+    num_lanes: WholeNumber = knob(
+        "parallel reading positions; the number of processes must divide it", ge=1
     )
-    num_validation_units: int = knob(
-        "row groups at the start of the dataset that are never trained on", least=0
+    num_validation_units: WholeNumber = knob(
+        "row groups at the start of the dataset that are never trained on", ge=0
     )
-    validation_tokens: int = knob("tokens of them that an evaluation reads", least=1)
-    num_reader_threads: int = knob("threads that fetch row groups ahead", least=1, most=256)
-    token_cache_dir: str | None = knob("keep tokenized row groups here; null keeps none")
+    validation_tokens: WholeNumber = knob("tokens of them that an evaluation reads", ge=1)
+    num_reader_threads: WholeNumber = knob("threads that fetch row groups ahead", ge=1, le=256)
+    token_cache_dir: Text | None = knob("keep tokenized row groups here; null keeps none")
 
     # Model
     model_size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = knob(
         "one of the four published sizes"
     )
-    n_layer: int | None = knob("overrides the number of layers of model_size", least=1)
-    n_head: int | None = knob("overrides the number of attention heads of model_size", least=1)
-    n_embd: int | None = knob("overrides the width of model_size", least=1)
-    sequence_length: int = knob("context length T in tokens", least=1)
-    dropout: float = knob("dropout probability everywhere GPT-2 has it", least=0, most=0.99)
+    n_layer: WholeNumber | None = knob("overrides the number of layers of model_size", ge=1)
+    n_head: WholeNumber | None = knob("overrides the number of attention heads of model_size", ge=1)
+    n_embd: WholeNumber | None = knob("overrides the width of model_size", ge=1)
+    sequence_length: WholeNumber = knob("context length T in tokens", ge=1)
+    dropout: Number = knob("dropout probability everywhere GPT-2 has it", ge=0, le=0.99)
     attn_implementation: Literal[
         "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = knob("transformers' attention implementation")
-    gradient_checkpointing: bool = knob("recompute activations in the backward pass to save memory")
+    gradient_checkpointing: Switch = knob(
+        "recompute activations in the backward pass to save memory"
+    )
 
     # Batch and schedule
-    batch_tokens: int = knob("tokens of one optimizer step, over all processes", least=1)
-    micro_batch_size: int | Literal["auto"] = knob(
-        "rows of one forward pass on one device; auto finds the largest that fits", least=1
+    batch_tokens: WholeNumber = knob("tokens of one optimizer step, over all processes", ge=1)
+    micro_batch_size: Annotated[WholeNumber, Ge(1)] | Literal["auto"] = knob(
+        "rows of one forward pass on one device; auto finds the largest that fits"
     )
-    num_steps: int | None = knob("optimizer steps; set either this or num_epochs", least=1)
-    num_epochs: int | None = knob(
-        "passes over the training text, turned into steps by counting its tokens first", least=1
+    num_steps: WholeNumber | None = knob("optimizer steps; set either this or num_epochs", ge=1)
+    num_epochs: WholeNumber | None = knob(
+        "passes over the training text, turned into steps by counting its tokens first", ge=1
     )
-    warmup_steps: int = knob("steps of linear warm-up", least=0)
-    max_lr: float = knob("peak learning rate", above=0)
-    min_lr: float = knob("learning rate at the end of the cosine decay", least=0)
+    warmup_steps: WholeNumber = knob("steps of linear warm-up", ge=0)
+    max_lr: Number = knob("peak learning rate", gt=0)
+    min_lr: Number = knob("learning rate at the end of the cosine decay", ge=0)
 
     # Optimizer
     optimizer: Literal["adamw", "muon"] = knob(
         "adamw, or muon on the hidden matrices with adamw on the rest"
     )
-    adam_beta1: float = knob("decay of Adam's mean", least=0, most=0.999999)
-    adam_beta2: float = knob("decay of Adam's variance", least=0, most=0.999999)
-    adam_epsilon: float = knob("Adam's denominator offset", above=0)
-    weight_decay: float = knob("decoupled decay of matrices and embeddings", least=0)
-    muon_lr: float = knob(
-        "peak learning rate of the matrices under muon; follows the same schedule", above=0
+    adam_beta1: Number = knob("decay of Adam's mean", ge=0, le=0.999999)
+    adam_beta2: Number = knob("decay of Adam's variance", ge=0, le=0.999999)
+    adam_epsilon: Number = knob("Adam's denominator offset", gt=0)
+    weight_decay: Number = knob("decoupled decay of matrices and embeddings", ge=0)
+    muon_lr: Number = knob(
+        "peak learning rate of the matrices under muon; follows the same schedule", gt=0
     )
-    muon_momentum: float = knob("momentum of muon", least=0, most=0.999999)
-    muon_weight_decay: float = knob("decoupled decay of the matrices under muon", least=0)
-    max_grad_norm: float = knob("gradients are clipped to this global L2 norm", above=0)
+    muon_momentum: Number = knob("momentum of muon", ge=0, le=0.999999)
+    muon_weight_decay: Number = knob("decoupled decay of the matrices under muon", ge=0)
+    max_grad_norm: Number = knob("gradients are clipped to this global L2 norm", gt=0)
 
     # Engine
-    mixed_precision: Literal["no", "bf16"] = knob("autocast of the forward pass")
-    compile: bool = knob("torch.compile the model")
+    mixed_precision: Precision = knob("autocast of the forward pass")
+    compile: Switch = knob("torch.compile the model")
 
     # What the run shows and keeps
-    log_every: int = knob("steps between lines in metrics.jsonl", least=1)
-    eval_every: int = knob(
-        "steps between validations; 0 validates at the start and the end only", least=0
+    log_every: WholeNumber = knob("steps between lines in metrics.jsonl", ge=1)
+    eval_every: WholeNumber = knob(
+        "steps between validations; 0 validates at the start and the end only", ge=0
     )
-    sample_every: int = knob("steps between sampled continuations; 0 is never", least=0)
-    sample_prompt: str = knob("what the samples continue")
-    eval_tasks: list[Literal["hellaswag"]] = knob(  # noqa: RUF009
-        "benchmarks scored during training"
+    sample_every: WholeNumber = knob("steps between sampled continuations; 0 is never", ge=0)
+    sample_prompt: Text = knob("what the samples continue")
+    eval_tasks: Benchmarks = knob("benchmarks scored during training")
+    eval_tasks_every: WholeNumber = knob("steps between benchmarks; 0 is at the end only", ge=0)
+    eval_task_files: Texts | None = knob(
+        "TASK=FILE.jsonl for what is not to come from the Hub; --TASK_file FILE says the same"
     )
-    hellaswag_every: int = knob(
-        "steps between HellaSwag evaluations; 0 is at the end only", least=0
-    )
-    hellaswag_file: str | None = knob("local JSONL of HellaSwag; null takes it from the Hub")
-    save_every: int = knob("steps between checkpoints; 0 saves at the end only", least=0)
-    keep_last: int = knob("checkpoints kept", least=1)
+    save_every: WholeNumber = knob("steps between checkpoints; 0 saves at the end only", ge=0)
+    keep_last: WholeNumber = knob("checkpoints kept", ge=1)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = knob("tracker of accelerate")
 
     # Publishing
-    push_to_hub: bool = knob("upload the finished model, and each checkpoint in the background")
-    hub_model_id: str | None = knob("user/name on the Hub, for push_to_hub")
-    hub_private: bool = knob("create the Hub repository private")
+    push_to_hub: Switch = knob("upload the finished model, and each checkpoint in the background")
+    hub_model_id: Text | None = knob("user/name on the Hub, for push_to_hub")
+    hub_private: Switch = knob("create the Hub repository private")
 
-    def __post_init__(self) -> None:
-        check_consistency(self)
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any, info: Any) -> Any:
+        """On the command line `null` is text; where nothing is allowed it means that."""
+        nullable = NoneType in alternatives(cls.model_fields[info.field_name].annotation)
+        return None if value == "null" and nullable else value
 
     @property
     def rows_per_step(self) -> int:
@@ -155,18 +196,20 @@ class Recipe:
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.exp_name}")
 
+    def eval_task_file(self, task: str) -> str | None:
+        """The local rows of a benchmark; None if they come from the Hub."""
+        entries = (entry.partition("=") for entry in self.eval_task_files or [])
+        return next((file for name, _, file in entries if name == task), None)
+
     def resolved(self, **decided: Any) -> "ResolvedRecipe":
         """This recipe with everything decided; a length in epochs has become one in steps."""
-        return ResolvedRecipe(**(dataclasses.asdict(self) | {"num_epochs": None} | decided))
+        return ResolvedRecipe(**(self.model_dump() | {"num_epochs": None} | decided))
 
-    def save(self, path: Path) -> None:
-        """Write every field as YAML, in the order of this class."""
-        path.write_text(
-            yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        )
+    def as_yaml(self) -> str:
+        """Every field, in the order of this class."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ResolvedRecipe(Recipe):
     """A recipe in which nothing is left to decide: what a run is made of and what it saves."""
 
@@ -174,36 +217,35 @@ class ResolvedRecipe(Recipe):
     micro_batch_size: int
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
-TYPES = get_type_hints(Recipe)
+FIELDS = Recipe.model_fields
 
 
-# --- Reading ------------------------------------------------------------------------------------
+# --- Reading --------------------------------------------------------------------------------------
+
+# What earlier recipes call a field. A benchmark's own file is short for an entry of a list.
+FORMER_NAMES = {"hellaswag_every": "eval_tasks_every"}
+TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}
 
 
 def load_recipe(argv: list[str]) -> Recipe:
     """The recipe that a command line asks for: `--recipe NAME_OR_FILE` and `--FIELD VALUE` ...
 
     Raises:
-        UserError: an unknown field, a value of the wrong type or out of range, an unreadable file.
+        UserError: unknown fields, values of the wrong type or out of range, an unreadable file.
     """
     overrides = parse_arguments(argv)
-    name = overrides.pop("recipe", DEFAULT_RECIPE)
-    path = find_recipe(name)
-    checked_overrides = {key: checked(key, value, f"--{key}") for key, value in overrides.items()}
-    values = read_recipe(find_recipe(DEFAULT_RECIPE)) | {"exp_name": None}
-    for layer in (read_recipe(path), checked_overrides):
-        values |= layer
-        # A layer that sets one of the two lengths of a run means to replace the other.
-        if layer.get("num_epochs") and "num_steps" not in layer:
-            values["num_steps"] = None
-        if layer.get("num_steps") and "num_epochs" not in layer:
-            values["num_epochs"] = None
-    missing = [key for key in FIELDS if key not in values]
-    assert not missing, f"recipes/{DEFAULT_RECIPE}.yaml must state {missing}"
+    path = find_recipe(overrides.pop("recipe", DEFAULT_RECIPE))
+    values = _checked(
+        {}, read_recipe(find_recipe(DEFAULT_RECIPE)), f"recipes/{DEFAULT_RECIPE}: {{}}"
+    )
+    values["exp_name"] = None
+    for layer, where in ((read_recipe(path), f"{path}: {{}}"), (overrides, "--{}")):
+        values = _checked(values, layer, where)
     if values["exp_name"] is None:
         values["exp_name"] = path.stem
-    return Recipe(**values)
+    recipe = Recipe(**values)
+    check_consistency(recipe)
+    return recipe
 
 
 def recipes_directory() -> Path:
@@ -226,7 +268,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The checked fields of one YAML file."""
+    """The mapping in one YAML file, by present names and not checked yet."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -240,7 +282,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"--recipe {path}: a recipe is a mapping of fields to values, "
             f"not a {type(values).__name__}"
         )
-    return {key: checked(str(key), value, f"{path}: {key}") for key, value in values.items()}
+    return _by_present_names({str(key): value for key, value in values.items()})
+
+
+def _by_present_names(layer: dict[str, Any]) -> dict[str, Any]:
+    layer = {FORMER_NAMES.get(key, key): value for key, value in layer.items()}
+    named = {key: layer.pop(key) for key in TASK_FILES if key in layer}
+    files = [
+        f"{TASK_FILES[key]}={file}" for key, file in named.items() if file not in (None, "null")
+    ]
+    return layer | {"eval_task_files": files} if files else layer
 
 
 def parse_arguments(argv: list[str]) -> dict[str, Any]:
@@ -260,31 +311,26 @@ def parse_arguments(argv: list[str]) -> dict[str, Any]:
             raise UserError(
                 f"unexpected argument {word!r}: options are --recipe FILE and --FIELD VALUE"
             )
-        key, equals, text = word[2:].partition("=")
-        key = key.replace("-", "_")
+        key, equals, text = underscored(word)[2:].partition("=")
         if not equals:
             if words and not words[0].startswith("--"):
                 text = words.pop(0)
-            elif TYPES.get(key) is bool:
+            elif key in FIELDS and bool in alternatives(FIELDS[key].annotation):
                 text = "true"
             elif key in FIELDS or key == "recipe":
                 raise UserError(f"--{key} needs a value: {allowed(key)}")
         if key in values:
             raise UserError(f"--{key} is given twice")
-        values[key] = (
-            text if key == "recipe" or key not in FIELDS or takes_text(key) else parse_value(text)
-        )
-        if key != "recipe" and key not in FIELDS:
-            raise UserError(unknown(f"--{key}", key))
-    return values
+        values[key] = _parse_value(text) if _is_yaml(key) else text
+    return _by_present_names(values)
 
 
-def takes_text(key: str) -> bool:
-    """True for fields whose value on the command line is text as it stands, never a YAML number."""
-    return str in alternatives(TYPES[key])
+def _is_yaml(key: str) -> bool:
+    """False for fields that take text: what is typed is it, and never a number."""
+    return key in FIELDS and str not in alternatives(FIELDS[key].annotation)
 
 
-def parse_value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return yaml.safe_load(text) if text else text
     except yaml.YAMLError:
@@ -299,83 +345,45 @@ def help_text() -> str:
         f"      a YAML file, or the name of a shipped recipe (default {DEFAULT_RECIPE})",
     ]
     for key, definition in FIELDS.items():
-        lines += [f"  --{key}", f"      {definition.metadata['help']} [{allowed(key)}]"]
+        lines += [f"  --{key}", f"      {definition.description} [{allowed(key)}]"]
     return "\n".join(lines)
 
 
-# --- Checking -----------------------------------------------------------------------------------
+# --- Checking -------------------------------------------------------------------------------------
 
 
-def checked(key: str, value: Any, where: str) -> Any:
-    """`value` as the field's type, or a `UserError` that names `where` and what is allowed."""
-    if key not in FIELDS:
-        raise UserError(unknown(where, key))
-    for kind in alternatives(TYPES[key]):
-        try:
-            converted = convert(kind, value)
-        except (TypeError, ValueError):
-            continue
-        if in_range(converted, FIELDS[key].metadata):
-            return converted
-    raise UserError(f"{where}: {value!r} is not allowed; it takes {allowed(key)}")
+def _checked(below: dict[str, Any], layer: dict[str, Any], where: str) -> dict[str, Any]:
+    """`layer` over the valid values `below`; all that is wrong in it is one `UserError`.
+
+    Args:
+        where: how a field of the layer is named in a message, `{}` being the field.
+    """
+    layer = dict(layer)
+    # A layer that sets one of the two lengths of a run means to replace the other.
+    for one, other in (("num_epochs", "num_steps"), ("num_steps", "num_epochs")):
+        if layer.get(one) and other not in layer:
+            layer[other] = None
+    try:
+        return Recipe(**(below | layer)).model_dump()
+    except ValidationError as error:
+        names = dict.fromkeys(str(each["loc"][0]) for each in error.errors())
+        raise UserError(
+            "; ".join(
+                f"{where.format(key)}: {layer[key]!r} is not allowed; it takes {allowed(key)}"
+                if key in FIELDS
+                else _unknown(where.format(key), key)
+                for key in names
+            )
+        ) from None
 
 
-def alternatives(kind: Any) -> list[Any]:
-    """The members of a union, None first: on the command line `null` is never the text "null"."""
-    members = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
-    return sorted(members, key=lambda member: member is not NoneType)
-
-
-def convert(kind: Any, value: Any) -> Any:
-    """`value` as `kind`, without losing anything; raises ValueError or TypeError."""
-    if kind is NoneType:
-        if value is None or value == "null":
-            return None
-        raise ValueError
-    if get_origin(kind) is Literal:
-        # YAML reads a bare `no` as False, and `no` is what mixed_precision calls it.
-        value = "no" if value is False and "no" in get_args(kind) else value
-        if isinstance(value, str) and value in get_args(kind):
-            return value
-        raise ValueError
-    if get_origin(kind) is list:
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list):
-            raise ValueError
-        return [convert(get_args(kind)[0], item) for item in items if item != ""]
-    if kind is str:
-        if not isinstance(value, str) or not value:
-            raise ValueError
-        return value
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if isinstance(value, bool) or value is None:
-        raise ValueError
-    number = float(value)  # YAML 1.1 reads 6e-4 as a string
-    if not math.isfinite(number):
-        raise ValueError
-    if kind is int:
-        if number != int(number):
-            raise ValueError
-        return (
-            int(value)
-            if isinstance(value, int | str) and str(value).lstrip("+-").isdigit()
-            else int(number)
-        )
-    return number
-
-
-def in_range(value: Any, limits: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return True
-    above, least, most = limits["above"], limits["least"], limits["most"]
-    return (
-        (above is None or value > above)
-        and (least is None or value >= least)
-        and (most is None or value <= most)
-    )
+def alternatives(annotation: Any) -> list[Any]:
+    """The types that an annotation unites, bare of their constraints."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (UnionType, Union):
+        return [kind for each in get_args(annotation) for kind in alternatives(each)]
+    return [annotation]
 
 
 def allowed(key: str) -> str:
@@ -390,26 +398,31 @@ def allowed(key: str) -> str:
         NoneType: "null",
     }
     words: list[str] = []
-    for kind in alternatives(TYPES[key]):
+    kinds = alternatives(FIELDS[key].annotation)
+    for kind in sorted(kinds, key=lambda each: each is not NoneType):
         if get_origin(kind) is Literal:
             words += get_args(kind)
         elif get_origin(kind) is list:
-            item = get_args(kind)[0]
-            words.append(
-                f"a list of {', '.join(get_args(item)) if get_origin(item) is Literal else 'text'}"
-            )
+            (item,) = alternatives(get_args(kind)[0])
+            words.append(f"a list of {', '.join(get_args(item)) or 'text'}")
         else:
             words.append(names[kind])
-    limits = FIELDS[key].metadata
-    bounds = [
-        f"{word} {limits[name]:g}"
-        for name, word in (("above", "above"), ("least", "at least"), ("most", "at most"))
-        if limits[name] is not None
+    bounds = " and ".join(_bounds(key))
+    return " or ".join(words) + (f", {bounds}" if bounds else "")
+
+
+def _bounds(key: str) -> list[str]:
+    """The limits of a number, in words; those of one of several types stand at that type."""
+    nested = [limit for each in get_args(FIELDS[key].annotation) for limit in get_args(each)[1:]]
+    words = {Gt: ("above", "gt"), Ge: ("at least", "ge"), Le: ("at most", "le")}
+    return [
+        f"{words[type(limit)][0]} {getattr(limit, words[type(limit)][1]):g}"
+        for limit in [*FIELDS[key].metadata, *nested]
+        if type(limit) in words
     ]
-    return " or ".join(words) + (f", {' and '.join(bounds)}" if bounds else "")
 
 
-def unknown(where: str, key: str) -> str:
+def _unknown(where: str, key: str) -> str:
     close = difflib.get_close_matches(key, FIELDS, n=3)
     hint = (
         f"did you mean {' or '.join(close)}?"
@@ -445,6 +458,12 @@ def check_consistency(recipe: Recipe) -> None:
         raise UserError(
             f"exp_name {recipe.exp_name!r} must be a plain name; use output_dir for a path"
         )
+    for entry in recipe.eval_task_files or []:
+        if entry.partition("=")[0] not in get_args(Benchmark) or not entry.partition("=")[2]:
+            raise UserError(
+                f"eval_task_files: {entry!r} is not TASK=FILE with a TASK of "
+                f"{', '.join(get_args(Benchmark))}"
+            )
 
 
 # What weights, optimizer state and rows depend on. The stream guards what else decides the data.
@@ -471,16 +490,15 @@ def refuse_changes(recipe: Recipe, saved: dict[str, Any]) -> None:
 
 def differences(recipe: Recipe, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """`(field, then, now)` of every field that decides the training and differs from `saved`."""
-    now = dataclasses.asdict(recipe)
     ignored = ("resume", "output_dir", "exp_name")
     return [
-        (key, saved[key], now[key])
-        for key in now
-        if key in saved and saved[key] != now[key] and key not in ignored
+        (key, saved[key], now)
+        for key, now in recipe.model_dump().items()
+        if key in saved and saved[key] != now and key not in ignored
     ]
 
 
-# --- Batch arithmetic ---------------------------------------------------------------------------
+# --- Batch arithmetic -----------------------------------------------------------------------------
 
 
 def accumulation_steps(recipe: Recipe, world_size: int, micro_batch_size: int) -> int:

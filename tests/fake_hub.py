@@ -232,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         raise Refused(404, "NotFound")
 
-    # ------------------------------------------------------------------------------------ handlers
+    # --- handlers ---------------------------------------------------------------------------------
 
     def info(self, kind: str, name: str, rest: str = "main") -> None:
         repository, commit, _ = self.find(kind, name, rest)
@@ -294,7 +294,7 @@ class Handler(BaseHTTPRequestHandler):
         )
         self.answer_file(repository.commits[commit][path], {})
 
-    # --------------------------------------------------------------------------------------- parts
+    # --- parts ------------------------------------------------------------------------------------
 
     def find(self, kind: str, name: str, rest: str) -> tuple[Repository, str, str]:
         """Repository, commit and path of "REVISION/PATH", where a ref may have slashes."""

@@ -14,10 +14,13 @@ import json
 import re
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from fake_hub import NAME, FakeHub, Handler, Refused, Repository, is_large, oid
+
+from gpt2repro.system import patience
 
 # Tried before fake_hub's.
 ROUTES = (
@@ -59,6 +62,21 @@ class UploadHub(FakeHub):
         self._server.RequestHandlerClass = type("Hub", (UploadHandler,), {"hub": self})
         return self
 
+    def use_as_me(self, monkeypatch: Any) -> None:
+        """Make it this process's Hub, with the token of `me`, and repeat without waiting."""
+        self.use_in_process(monkeypatch)
+        monkeypatch.setenv("HF_TOKEN", "hf_me")
+        monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)
+        monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.05)
+        monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0.2)
+        monkeypatch.setattr(patience, "_outages", patience._Outages())  # as in a new process
+        real_sleep = time.sleep  # the client's own backoff waits whole seconds
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: real_sleep(0.01))
+
+    def put(self) -> int:
+        """Bodies of large files that arrived whole."""
+        return sum(request.status == 200 for request in self.requests("^/lfs/[0-9a-f]", "PUT"))
+
     def files(self, name: str, ref: str = "main") -> dict[str, bytes]:
         repository = self.repositories["models", name]
         return repository.commits[repository.refs[ref]]
@@ -95,7 +113,7 @@ class UploadHandler(Handler):
                 return
         super().route()
 
-    # ------------------------------------------------------------------------------------ accounts
+    # --- accounts ---------------------------------------------------------------------------------
 
     @property
     def account(self) -> Account | None:
@@ -129,7 +147,7 @@ class UploadHandler(Handler):
         self.writable(name)
         self.answer_json({})
 
-    # -------------------------------------------------------------------------------- repositories
+    # --- repositories -----------------------------------------------------------------------------
 
     def create(self) -> None:
         asked = json.loads(self.body)
@@ -165,7 +183,7 @@ class UploadHandler(Handler):
     def validate_yaml(self) -> None:
         self.answer_json({"warnings": [], "errors": []})
 
-    # ------------------------------------------------------------------------------------- commits
+    # --- commits ----------------------------------------------------------------------------------
 
     def preupload(self, name: str, revision: str) -> None:
         repository = self.writable(name)
@@ -201,7 +219,7 @@ class UploadHandler(Handler):
         answer = {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""}
         self.answer_json(answer)
 
-    # ----------------------------------------------------------------------------------------- LFS
+    # --- LFS --------------------------------------------------------------------------------------
 
     def lfs_batch(self, name: str) -> None:
         self.writable(name)

@@ -8,6 +8,7 @@ import pytest
 from tiny_run import as_if_in_its_own_process, write_inputs
 
 from gpt2repro import UserError
+from gpt2repro.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--vocab_size", "99"]
@@ -84,22 +85,21 @@ def test_nanogpts_file_must_be_one(tmp_path):
 def test_the_script_and_a_bare_loop_take_turns_within_one_run(tmp_path, monkeypatch):
     import loop
 
-    import train_accelerate
+    script_step, bare_steps, order = Run.train_step, loop.bare_steps, []
 
-    script_step, bare_steps, order = train_accelerate.train_step, loop.bare_steps, []
-
-    def recorded_script_step(run, batch, lr):
+    def recorded_script_step(self, step, rows):
         order.append("script")
-        return script_step(run, batch, lr)
+        return script_step(self, step, rows)
 
-    def recorded_bare_steps(run, rows, num_steps):
-        weights = [p.detach().clone() for p in run.model.parameters()]
-        bare_steps(run, rows, num_steps)
+    def recorded_bare_steps(learner, rows, num_steps):
+        weights = [p.detach().clone() for p in learner.model.parameters()]
+        bare_steps(learner, rows, num_steps)
         order.append(f"bare x {num_steps}")
         assert rows.shape == (8, 33)  # the tiny run's batch
-        assert any((p != w).any() for p, w in zip(run.model.parameters(), weights, strict=True))
+        pairs = zip(learner.model.parameters(), weights, strict=True)
+        assert any((p != w).any() for p, w in pairs)
 
-    monkeypatch.setattr(train_accelerate, "train_step", recorded_script_step)
+    monkeypatch.setattr(Run, "train_step", recorded_script_step)
     monkeypatch.setattr(loop, "bare_steps", recorded_bare_steps)
     record = tmp_path / "record.json"
     with as_if_in_its_own_process():

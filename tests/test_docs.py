@@ -94,7 +94,7 @@ def commands(block: Block) -> Iterator[str]:
             yield command
 
 
-# --- What a command means -----------------------------------------------------------------------
+# --- What a command means -------------------------------------------------------------------------
 
 
 class Parsed(Exception):
@@ -199,7 +199,7 @@ def call(command: str, monkeypatch, run: bool) -> None:
         assert run or program in OUTSIDERS, f"who is {program}?"
 
 
-# --- The blocks ---------------------------------------------------------------------------------
+# --- The blocks -----------------------------------------------------------------------------------
 
 SET_UP = [
     "accelerate launch --config_file launch/cpu.yaml train_accelerate.py --recipe demo",
@@ -277,7 +277,7 @@ def test_blocks_that_do_not_run_say_why():
     assert sum(block.runs for block in found) > len(found) / 2
 
 
-# --- What the pages name ------------------------------------------------------------------------
+# --- What the pages name --------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
@@ -352,7 +352,7 @@ def test_every_recipe_is_described():
         assert f"`{path.stem}`" in TEXT["docs/training.md"], path.name
 
 
-# --- What is generated or quoted ----------------------------------------------------------------
+# --- What is generated or quoted ------------------------------------------------------------------
 
 
 def test_the_picture_of_the_stream_is_the_streams():

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from ours_and_theirs import SHAPE, ours_and_theirs, random_ids
 from tiny_language_models import random_gpt2, tiny_tokenizer
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -82,3 +84,51 @@ def test_two_checkpoints_are_compared_on_the_same_text(run, checkpoint, text, tm
     assert second > first + 0.1
     rows = re.findall(r"^ *'.+'  +(\d+\.\d{3})  +(\d+\.\d{3})$", out, re.MULTILINE)
     assert len(rows) == 3
+
+
+# --- GPT-2 in a hundred lines ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    return runpy.run_path(str(EXAMPLES / "gpt2_plain.py"))
+
+
+def test_the_plain_model_computes_what_the_model_file_computes(plain):
+    ours, _ = ours_and_theirs()
+    shape = {
+        key: SHAPE[key] for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    }
+    theirs = plain["GPT2"](**shape)
+    theirs.load_state_dict(ours.transformer.state_dict())  # the same names and layouts, all of them
+    rows = random_ids(3, 21)
+    logits, loss = theirs(rows[:, :-1], rows[:, 1:])
+    expected = ours(rows[:, :-1], shift_labels=rows[:, 1:])
+    # Written out, attention and loss round at other places: a few units in the last of float32.
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-6)
+    assert torch.equal(theirs(rows[:, :-1]), logits)
+
+
+def test_the_plain_model_starts_as_the_model_file_does(plain):
+    torch.manual_seed(0)
+    model = plain["GPT2"](vocab_size=500, n_positions=64, n_embd=128, n_layer=8, n_head=2)
+    plain["initialize"](model)
+    # Standard deviations of 16,384 numbers and more are known to half a percent, times five.
+    for weight, std in ((model.h[0].mlp.c_fc.weight, 0.02), (model.wte.weight, 0.02)):
+        assert weight.std().item() == pytest.approx(std, rel=0.03)
+    for weight in (model.h[3].mlp.c_proj.weight, model.h[7].attn.c_proj.weight):
+        assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+
+
+def test_the_plain_model_names_its_size_and_what_guessing_costs(run):
+    shown = run("gpt2_plain.py")
+    assert "124,439,808 parameters" in shown and f"ln V = {math.log(50257):.2f}" in shown
+    assert float(re.search(r"loss ([\d.]+)", shown)[1]) == pytest.approx(math.log(50257), abs=0.6)
+
+
+def test_every_class_of_the_model_file_names_a_twin_that_exists(plain):
+    source = (EXAMPLES.parent / "modeling_gpt2repro.py").read_text(encoding="utf-8")
+    twins = re.findall(r"Twin: (?:the last line of )?`(\w+)", source)
+    assert sorted(twins) == ["Attention", "Block", "GPT2", "GPT2", "MLP"]
+    assert all(twin in plain for twin in twins)

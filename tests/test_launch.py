@@ -23,6 +23,7 @@ from tiny_run import digests, metrics, train, write_inputs
 
 import train_accelerate
 from gpt2repro.records import checkpoints
+from gpt2repro.training.monitor import Monitor
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 180  # for a busy machine; on a quiet one every wait is a few seconds
@@ -65,14 +66,14 @@ def expected(hub, recipe, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("expected") / "run"
     with pytest.MonkeyPatch.context() as patch:
         hub.use_in_process(patch)
-        report = train_accelerate.report
+        report = Monitor.report
 
-        def report_and_stop(run, step, *rest):
-            report(run, step, *rest)
+        def report_and_stop(self, step, *rest):
+            report(self, step, *rest)
             if step == NUM_EXPECTED - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(train_accelerate, "report", report_and_stop)
+        patch.setattr(Monitor, "report", report_and_stop)
         assert train(recipe, directory) == train_accelerate.EXIT_PREEMPTED
     return directory
 
@@ -208,7 +209,7 @@ def test_a_run_through_launches_of_every_kind(hub, recipe, expected, tmp_path):
     torch.testing.assert_close(ours, undisturbed, rtol=1e-3, atol=0)
 
 
-# --- Slurm --------------------------------------------------------------------------------------
+# --- Slurm ----------------------------------------------------------------------------------------
 
 
 class SlurmJob(Launch):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import modeling_gpt2repro
-from gpt2repro.speed import fused_cross_entropy
+from gpt2repro.speed import fused_cross_entropy, lm_head
 
 # The same sums in float32, cut into chunks: a few units in the last place of gradients of order 1.
 REORDERED = {"rtol": 1e-5, "atol": 1e-6}
@@ -23,7 +23,7 @@ def several_chunks(monkeypatch):
 @pytest.fixture(params=["the model file's", "the training loop's"])
 def suit(request):
     """Prepares a model for `skip_logits`, in both ways there are."""
-    return fused_cross_entropy.use_in if "loop" in request.param else lambda model: None
+    return lm_head.use_in if "loop" in request.param else lambda model: None
 
 
 def rows_and_labels():

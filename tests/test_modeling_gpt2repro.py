@@ -18,7 +18,6 @@ from transformers import (
     StaticCache,
 )
 
-import modeling_gpt2repro
 from configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro import (
     GPT2ReproForCausalLM,
@@ -40,7 +39,7 @@ def gradients(model, **inputs) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-# --- the same numbers ---------------------------------------------------------------------------
+# --- the same numbers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -141,7 +140,7 @@ def test_initial_weights_follow_the_paper():
     assert not list(model.buffers())
 
 
-# --- positions, padding, masks ------------------------------------------------------------------
+# --- positions, padding, masks --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -235,26 +234,6 @@ def test_logits_to_keep():
     assert torch.equal(ours(ids, logits_to_keep=2).logits, theirs(ids, logits_to_keep=2).logits)
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (8, 1), (1, 3), (65,), (0, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_large_head_takes_few_rows_in_its_own_way(rows, dtype, monkeypatch):
-    monkeypatch.setattr(modeling_gpt2repro, "LARGE_WEIGHT", 0)
-    torch.manual_seed(0)
-    head = GPT2ReproLMHead(32, 99, bias=False, dtype=dtype)
-    hidden = torch.randn(*rows, 32, dtype=dtype, requires_grad=True)
-    logits, expected = head(hidden), F.linear(hidden, head.weight)
-    assert logits.shape == expected.shape and logits.is_contiguous()
-    if dtype == torch.float32:
-        torch.testing.assert_close(logits, expected, **REORDERED)
-    else:
-        assert torch.equal(logits, expected)
-    ours, theirs = (
-        torch.autograd.grad(each.square().sum(), (hidden, head.weight))
-        for each in (logits, expected)
-    )
-    torch.testing.assert_close(ours, theirs, **(REORDERED if dtype == torch.float32 else {}))
-
-
 def test_a_resized_head_is_still_one():
     ours, _ = ours_and_theirs()
     ours.resize_token_embeddings(120)
@@ -262,18 +241,7 @@ def test_a_resized_head_is_still_one():
     assert ours.lm_head.weight is ours.transformer.wte.weight
 
 
-def test_a_large_head_keeps_its_hooks_and_is_traced_for_all_lengths(monkeypatch):
-    monkeypatch.setattr(modeling_gpt2repro, "LARGE_WEIGHT", 0)
-    head = GPT2ReproLMHead(32, 99, bias=False)
-    seen = []
-    head.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    logits = head(torch.ones(1, 1, 32))
-    assert seen[0] is logits
-    traced = torch.jit.trace(GPT2ReproLMHead(32, 99, bias=False), torch.ones(1, 5, 32))
-    assert traced(torch.ones(2, 7, 32)).shape == (2, 7, 99)
-
-
-# --- attention kernels --------------------------------------------------------------------------
+# --- attention kernels ----------------------------------------------------------------------------
 
 
 def test_sdpa_takes_the_flash_kernel_in_training_prefill_and_decoding(monkeypatch):
@@ -336,7 +304,7 @@ def test_dropout_acts_in_training_alone():
         assert not torch.equal(model(ids).logits, model(ids).logits), place
 
 
-# --- caches -------------------------------------------------------------------------------------
+# --- caches ---------------------------------------------------------------------------------------
 
 
 def test_no_cache_is_made_in_training_unless_asked_for():
@@ -360,7 +328,7 @@ def test_a_cached_continuation_equals_the_whole(attention):
     torch.testing.assert_close(torch.cat(pieces, dim=1), ours(ids).logits, **REORDERED)
 
 
-# --- the rest of a modern model -----------------------------------------------------------------
+# --- the rest of a modern model -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

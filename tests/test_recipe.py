@@ -1,6 +1,7 @@
 """Recipes: layers, types, batch arithmetic; a bad input is one line that names the knob."""
 
-import dataclasses
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -93,7 +94,7 @@ def test_epochs_and_steps_replace_each_other(tmp_path):
 
 def test_a_saved_recipe_reads_back(tmp_path):
     recipe = load_recipe(["--recipe", "demo", "--max_lr", "1e-5"])
-    recipe.save(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe.as_yaml())
     assert load_recipe(["--recipe", str(tmp_path / "recipe.yaml")]) == recipe
     assert [*yaml.safe_load((tmp_path / "recipe.yaml").read_text())] == [*FIELDS]
 
@@ -131,6 +132,7 @@ BAD_ARGUMENTS = [
     (["--num_steps", "9", "--num_epochs", "1"], "set exactly one of num_steps and num_epochs"),
     (["--num_steps", "null"], "set exactly one of num_steps and num_epochs"),
     (["--push_to_hub"], "push_to_hub needs hub_model_id"),
+    (["--eval_task_files", "piqa=a.jsonl"], "'piqa=a.jsonl' is not TASK=FILE with a TASK of"),
     (["--exp_name", "../up"], "must be a plain name; use output_dir for a path"),
     (["--recipe", "gtp2"], "--recipe gtp2: no such file"),
     (["--recipe", "/no/such.yaml"], "no such file"),
@@ -183,7 +185,7 @@ def test_accumulation_follows_from_the_batch():
 
 def test_what_may_change_within_a_run():
     recipe = load_recipe([])
-    saved = dataclasses.asdict(recipe) | {"max_lr": 1e-3, "exp_name": "other"}
+    saved = recipe.model_dump() | {"max_lr": 1e-3, "exp_name": "other"}
     refuse_changes(recipe, saved)
     assert differences(recipe, saved) == [("max_lr", 1e-3, 6e-4)]
     with pytest.raises(UserError, match="n_layer is None but the checkpoint was made with 3"):
@@ -191,5 +193,47 @@ def test_what_may_change_within_a_run():
 
 
 def test_every_field_says_what_it_means():
-    for field in dataclasses.fields(Recipe):
-        assert len(field.metadata["help"]) > 10, field.name
+    for name, field in Recipe.model_fields.items():
+        assert len(field.description) > 10, name
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(UserError) as error:
+        load_recipe(["--nmu_steps", "3", "--zzz", "4", "--max_lr", "big", "--seed", "7"])
+    said = str(error.value)
+    assert all(
+        part in said for part in ("--nmu_steps: no such", "--zzz: no such", "--max_lr: 'big'")
+    )
+    assert "seed" not in said
+
+
+def test_a_benchmarks_own_file_is_an_entry_of_the_list(tmp_path):
+    recipe = load_recipe(["--hellaswag_file", "h.jsonl", "--lambada-file", "l.jsonl"])
+    assert recipe.eval_task_files == ["hellaswag=h.jsonl", "lambada=l.jsonl"]
+    assert recipe.eval_task_file("lambada") == "l.jsonl"
+    assert recipe.eval_task_file("wikitext2") is None
+
+
+def test_what_earlier_recipes_call_a_field_is_understood(tmp_path):
+    path = tmp_path / "earlier.yaml"
+    path.write_text("hellaswag_every: 7\nhellaswag_file: null\n")
+    recipe = load_recipe(["--recipe", str(path)])
+    assert (recipe.eval_tasks_every, recipe.eval_task_files) == (7, None)
+
+
+LIGHT = """
+import sys
+from gpt2repro.recipe import load_recipe
+from gpt2repro import UserError
+try:
+    load_recipe(["--num_stpes", "3"])
+except UserError:
+    pass
+large = {"torch", "transformers", "datasets", "accelerate", "numpy", "huggingface_hub"}
+sys.exit(" ".join(large & sys.modules.keys()) or 0)
+"""
+
+
+def test_a_typo_is_answered_before_anything_large_is_imported():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

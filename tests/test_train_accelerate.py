@@ -19,7 +19,10 @@ from gpt2repro import UserError
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.records import checkpoints, incidents
 from gpt2repro.speed import cpu_memory
-from gpt2repro.training import observation
+from gpt2repro.training import finish
+from gpt2repro.training import run as run_module
+from gpt2repro.training.monitor import Monitor
+from gpt2repro.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,31 +36,31 @@ def recipe(tmp_path_factory) -> Path:
 def no_export(request, monkeypatch):
     """The export has tests of its own; here one test is enough to see it called."""
     if "exports" not in request.keywords:
-        monkeypatch.setattr(train_accelerate, "finish", lambda run: 0)
+        monkeypatch.setattr(finish, "finish", lambda run: 0)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipe, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("uninterrupted") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_accelerate, "finish", lambda run: 0)
+        patch.setattr(finish, "finish", lambda run: 0)
         assert train(recipe, directory) == 0
     return directory
 
 
 def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal while the run is reporting `step`."""
-    report = train_accelerate.report
+    report = Monitor.report
 
-    def report_and_stop(run, at, *rest):
-        report(run, at, *rest)
+    def report_and_stop(self, at, *rest):
+        report(self, at, *rest)
         if at == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train_accelerate, "report", report_and_stop)
+    monkeypatch.setattr(Monitor, "report", report_and_stop)
 
 
-# --- What a run leaves --------------------------------------------------------------------------
+# --- What a run leaves ----------------------------------------------------------------------------
 
 
 def test_metrics_have_the_promised_fields(uninterrupted):
@@ -99,7 +102,7 @@ def test_the_whole_path_to_a_model_that_writes(recipe, tmp_path, capsys):
     assert "is finished: 2 of 2 steps" in capsys.readouterr().out
 
 
-# --- Resumes ------------------------------------------------------------------------------------
+# --- Resumes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -121,14 +124,14 @@ def test_a_signal_within_a_step_or_an_evaluation_loses_only_that(
 ):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        validate = observation.validate
+        validate = Monitor._validate
 
-        def stop_in_evaluation(run_, step):
+        def stop_in_evaluation(self, step):
             if step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return validate(run_, step)
+            return validate(self, step)
 
-        patch.setattr(observation, "validate", stop_in_evaluation)
+        patch.setattr(Monitor, "_validate", stop_in_evaluation)
         assert train(recipe, run) == train_accelerate.EXIT_PREEMPTED
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
     assert train(recipe, run) == 0
@@ -170,14 +173,14 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(
 ):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        train_step = train_accelerate.train_step
+        train_step = Run.train_step
 
-        def crash(run_, batch, lr):
+        def crash(self, step, rows):
             if len(metrics(run)) == 7:
                 raise KeyboardInterrupt
-            return train_step(run_, batch, lr)
+            return train_step(self, step, rows)
 
-        patch.setattr(train_accelerate, "train_step", crash)
+        patch.setattr(Run, "train_step", crash)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, run)
     (run / "metrics.jsonl").open("a").write('{"step": 7, "los')  # torn by the crash
@@ -280,7 +283,7 @@ def test_a_resume_says_what_changed(recipe, tmp_path, capsys):
     assert "num_steps was 4 until here and is 12 now" in shown
 
 
-# --- Equivalences -------------------------------------------------------------------------------
+# --- Equivalences ---------------------------------------------------------------------------------
 
 
 def test_accumulation_is_the_large_batch(recipe, uninterrupted, tmp_path):
@@ -340,25 +343,24 @@ def test_epochs_are_counted_in_steps(recipe, tmp_path):
     assert saved["num_epochs"] is None and saved["num_steps"] == len(metrics(run)) - 1 > 12
 
 
-# --- Incidents ----------------------------------------------------------------------------------
+# --- Incidents ------------------------------------------------------------------------------------
 
 
 def break_steps(monkeypatch, broken: set[int]) -> None:
     """Make the gradients of some steps infinite."""
-    train_step = train_accelerate.train_step
-    steps = iter(range(100))
+    train_step = Run.train_step
 
-    def train_broken_step(run, batch, lr):
-        if next(steps) not in broken:
-            return train_step(run, batch, lr)
-        parameter = next(run.model.parameters())
+    def train_broken_step(self, step, rows):
+        if step not in broken:
+            return train_step(self, step, rows)
+        parameter = next(self.learner.model.parameters())
         handle = parameter.register_hook(lambda gradient: gradient * float("inf"))
         try:
-            return train_step(run, batch, lr)
+            return train_step(self, step, rows)
         finally:
             handle.remove()
 
-    monkeypatch.setattr(train_accelerate, "train_step", train_broken_step)
+    monkeypatch.setattr(Run, "train_step", train_broken_step)
 
 
 def test_a_non_finite_gradient_skips_the_update_and_keeps_the_rows(recipe, tmp_path, monkeypatch):
@@ -386,7 +388,7 @@ def test_five_in_a_row_stop_the_run_with_advice(recipe, tmp_path, monkeypatch, c
     assert (run / "checkpoints" / "step_00000004" / "COMPLETE").exists()
 
 
-# --- Several processes --------------------------------------------------------------------------
+# --- Several processes ----------------------------------------------------------------------------
 
 
 def launch(recipe: Path, output_dir: Path, *options: str, config: str = "cpu2.yaml"):
@@ -428,7 +430,7 @@ def test_freed_memory_is_kept_once_a_step_has_compiled(recipe, tmp_path, monkeyp
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     note(cpu_memory, "return_freed_memory")
     note(cpu_memory, "keep_freed_memory")
-    note(train_accelerate, "train_step")
+    note(run_module, "train_step")
     of_a_run = ["return_freed_memory", "train_step", "keep_freed_memory", "train_step"]
     assert train(recipe, tmp_path / "run", "--num_steps", "2") == 0
     assert train(recipe, tmp_path / "run", "--num_steps", "4") == 0  # resumed: compiled again

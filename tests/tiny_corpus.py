@@ -1,14 +1,19 @@
 """Small deterministic texts, a corpus in memory and an encoder whose tokens are bytes."""
 
 import io
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from gpt2repro import UserError
 from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.opening import open_corpus
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "was", "which", "on", "that", "by", "with"]
 
@@ -30,6 +35,34 @@ def parquet_bytes(texts: Sequence[str | None], rows_per_group: int, **columns: l
     return buffer.getvalue()
 
 
+def write_parquet(
+    path: Path, texts: Sequence[str | None], rows_per_group: int = 10, **columns: list
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(parquet_bytes(texts, rows_per_group, **columns))
+
+
+def write_lines(path: Path, texts: Sequence[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts))
+
+
+def read_all(source: Corpus) -> list[list[str]]:
+    return [source.read_unit(unit_index) for unit_index in range(source.num_units)]
+
+
+def joined(source: Corpus) -> list[str]:
+    return [text for unit in read_all(source) for text in unit]
+
+
+def refusal(*arguments, **options) -> str:
+    """What `open_corpus` answers to what it does not open: one line."""
+    with pytest.raises(UserError) as raised:
+        open_corpus(*arguments, **options)
+    message = str(raised.value)
+    assert "\n" not in message.strip()
+    return message
+
+
 class MemoryCorpus(Corpus):
     """Units given as lists; counts its reads."""
 
@@ -39,12 +72,12 @@ class MemoryCorpus(Corpus):
         self.identity = {"dataset": name, "revision": None}
         self.reads: list[int] = []
 
-    def read_arrow(self, unit: int) -> pa.LargeStringArray:
-        self.reads.append(unit)
-        return pa.array(self.units[unit], pa.large_string())
+    def read_arrow(self, unit_index: int) -> pa.LargeStringArray:
+        self.reads.append(unit_index)
+        return pa.array(self.units[unit_index], pa.large_string())
 
-    def num_documents(self, unit: int) -> int:
-        return len(self.units[unit])
+    def num_documents(self, unit_index: int) -> int:
+        return len(self.units[unit_index])
 
 
 def in_units(texts: Sequence[str | None], documents_per_unit: int) -> list[Sequence[str | None]]:

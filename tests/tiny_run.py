@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny_corpus import documents, parquet_bytes
 
 import train_accelerate
-from gpt2repro.data.tokenizer import train_bpe
+from gpt2repro.data.bpe import train_bpe
 from gpt2repro.system.signals import SIGNALS
 
 # Fields of metrics.jsonl that say how fast this machine was, not what was computed.

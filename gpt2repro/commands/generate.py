@@ -3,19 +3,56 @@
 gpt2repro generate --model runs/demo/final --prompt "This function returns"
 """
 
-import argparse
 import sys
-from typing import Any
-
-import torch
-from transformers import TextStreamer, set_seed
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
+
+if TYPE_CHECKING:
+    import torch
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: list[str]) -> int:
+    """`gpt2repro generate --model DIR --prompt TEXT`; the prompt and its continuation on stdout."""
+    options = _parse(argv)
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
+    from gpt2repro.speed import lm_head
+
+    device = _find_device(options.device)
+    model: Any = load_causal_lm(options.model, dtype=options.dtype)
+    lm_head.use_in(model)
+    model.to(device)
+    tokenizer = find_tokenizer(options.model, options.tokenizer)
+    inputs = _encode(tokenizer, _read_prompt(options.prompt), device)
+    room = model.config.n_positions - inputs["input_ids"].shape[1]
+    if room < 1:
+        raise UserError(
+            f"--prompt: {model.config.n_positions - room} tokens leave no room in the model's "
+            f"context of {model.config.n_positions}"
+        )
+    if options.seed is not None:
+        set_seed(options.seed)
+    streamed = options.num_return_sequences == options.num_beams == 1
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streamed else None
+    with torch.inference_mode():
+        texts = model.generate(
+            **inputs,
+            **_sampling(options),
+            max_new_tokens=min(options.max_new_tokens, room),
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
+        )
+    if not streamed:
+        print("\n\n".join(tokenizer.batch_decode(texts, skip_special_tokens=True)))
+    return 0
+
+
+def _parse(argv: list[str]) -> Namespace:
     parser = OneLineParser(prog="gpt2repro generate", description="Continue a prompt.")
 
     add = parser.add_argument
@@ -38,10 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--device", help="such as cuda or cpu (default: the GPU if there is one)")
     add("--tokenizer", help="Hub id or directory (default: the model's own)")
-    return parser
+    options = parser.parse_args(argv)
+    _check(options)
+    return options
 
 
-def check(options: argparse.Namespace) -> None:
+def _check(options: Namespace) -> None:
     limits = {
         "max_new_tokens": options.max_new_tokens >= 1,
         "temperature": options.temperature >= 0,
@@ -60,39 +99,9 @@ def check(options: argparse.Namespace) -> None:
         )
 
 
-def main(argv: list[str]) -> int:
-    """`gpt2repro generate --model DIR --prompt TEXT`; the prompt and its continuation on stdout."""
-    options = build_parser().parse_args(argv)
-    check(options)
-    device = find_device(options.device)
-    model: Any = load_causal_lm(options.model, dtype=options.dtype)
-    model.to(device)
-    tokenizer = find_tokenizer(options.model, options.tokenizer)
-    inputs = encode(tokenizer, read_prompt(options.prompt), device)
-    room = model.config.n_positions - inputs["input_ids"].shape[1]
-    if room < 1:
-        raise UserError(
-            f"--prompt: {model.config.n_positions - room} tokens leave no room in the model's "
-            f"context of {model.config.n_positions}"
-        )
-    if options.seed is not None:
-        set_seed(options.seed)
-    streamed = options.num_return_sequences == options.num_beams == 1
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streamed else None
-    with torch.inference_mode():
-        texts = model.generate(
-            **inputs,
-            **sampling(options),
-            max_new_tokens=min(options.max_new_tokens, room),
-            pad_token_id=tokenizer.eos_token_id,
-            streamer=streamer,
-        )
-    if not streamed:
-        print("\n\n".join(tokenizer.batch_decode(texts, skip_special_tokens=True)))
-    return 0
+def _find_device(name: str | None) -> "torch.device":
+    import torch
 
-
-def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -101,18 +110,20 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def read_prompt(prompt: str | None) -> str:
+def _read_prompt(prompt: str | None) -> str:
     return sys.stdin.read() if prompt == "-" else prompt or ""
 
 
-def encode(tokenizer, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
+def _encode(tokenizer, prompt: str, device: "torch.device") -> dict[str, "torch.Tensor"]:
     """The prompt's ids (1, T); an empty prompt is `<|endoftext|>`, after which texts begin."""
+    import torch
+
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     input_ids = torch.tensor([ids], device=device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def sampling(options: argparse.Namespace) -> dict:
+def _sampling(options: Namespace) -> dict:
     """generate()'s arguments; a greedy search gets none of sampling's, which it would warn of."""
     common = {
         "num_beams": options.num_beams,

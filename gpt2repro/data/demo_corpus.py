@@ -17,7 +17,7 @@ from pathlib import Path
 from sysconfig import get_path
 
 from gpt2repro import UserError
-from gpt2repro.data.tokenizer import train_bpe
+from gpt2repro.data.bpe import train_bpe
 
 NAME = "python-docs"  # what a recipe's dataset_name and tokenizer_name call it
 VOCAB_SIZE = 4096
@@ -36,6 +36,14 @@ SKIPPED_FOLDERS = {
 }
 
 
+def built_in(name: str) -> Path | None:
+    """The directory of the corpus and its `tokenizer` if `name` means the demo's; made if need be.
+
+    It comes before a directory of that name in the working directory.
+    """
+    return prepare() if name == NAME else None
+
+
 def prepare(directory: Path | None = None) -> Path:
     """Write the corpus and its tokenizer unless they are there, and return their directory.
 
@@ -46,14 +54,14 @@ def prepare(directory: Path | None = None) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    directory = directory or default_directory()
+    directory = directory or _default_directory()
     if directory.exists():
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
             build = Path(scratch) / directory.name
-            write(build)
+            _write(build)
             if not directory.exists():
                 build.rename(directory)
     except OSError as error:
@@ -65,32 +73,32 @@ def prepare(directory: Path | None = None) -> Path:
     return directory
 
 
-def write(directory: Path) -> None:
+def _write(directory: Path) -> None:
     """Make `directory` with the corpus and a tokenizer trained on it."""
     directory.mkdir()
-    documents = list(read_documents())
+    documents = list(_read_documents())
     tokenizer = train_bpe((text for _, text in documents), VOCAB_SIZE)
     tokenizer.save_pretrained(directory / "tokenizer")
-    write_parquet(documents, tokenizer, directory / "train.parquet")
+    _write_parquet(documents, tokenizer, directory / "train.parquet")
 
 
-def default_directory() -> Path:
+def _default_directory() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "gpt2repro" / f"{NAME}-{platform.python_version()}"
 
 
-def read_documents() -> Iterator[tuple[str, str]]:
+def _read_documents() -> Iterator[tuple[str, str]]:
     """Yield `(source, text)` pairs, each text once, in an arbitrary order that is always the same.
 
     Ordering by hash mixes reference pages with docstrings, so that the validation units, which are
     the first ones, are a fair sample.
     """
-    documents = {text: source for source, text in [*docstrings(), *reference_pages()]}
+    documents = {text: source for source, text in [*_docstrings(), *_reference_pages()]}
     for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
         yield documents[text], text
 
 
-def reference_pages() -> Iterator[tuple[str, str]]:
+def _reference_pages() -> Iterator[tuple[str, str]]:
     """The pages that `help("topic")` shows."""
     from pydoc_data.topics import topics
 
@@ -98,7 +106,7 @@ def reference_pages() -> Iterator[tuple[str, str]]:
         yield f"pydoc_data/topics#{name}", text.strip()
 
 
-def docstrings() -> Iterator[tuple[str, str]]:
+def _docstrings() -> Iterator[tuple[str, str]]:
     """The docstrings of the standard library's Python files, read without importing anything."""
     library = Path(get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
@@ -112,11 +120,11 @@ def docstrings() -> Iterator[tuple[str, str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
-                if len(text) >= MIN_CHARACTERS and is_unicode(text):
+                if len(text) >= MIN_CHARACTERS and _is_unicode(text):
                     yield f"{relative.as_posix()}#{getattr(node, 'name', '')}", text
 
 
-def is_unicode(text: str) -> bool:
+def _is_unicode(text: str) -> bool:
     """False for a docstring that spells a lone surrogate, which no UTF-8 file can hold."""
     try:
         text.encode()
@@ -125,7 +133,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def write_parquet(documents: list[tuple[str, str]], tokenizer, path: Path) -> None:
+def _write_parquet(documents: list[tuple[str, str]], tokenizer, path: Path) -> None:
     """Write documents in FineWeb-Edu's columns, `ROWS_PER_GROUP` to a row group."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,197 +1,42 @@
-"""Tokenizers: load one, encode in bulk, train the small one of the offline demo.
+"""A tokenizer by the name a user gives: of the Hub, of a directory, of the demo."""
 
-A GPT-2 style byte-level BPE is encoded by tiktoken, built from the Hugging Face tokenizer's own
-vocabulary and merges: the same ids at several times the speed. Every other tokenizer encodes
-itself. Special tokens spelled out in a document ("<|endoftext|>" in a text about GPT-2) are plain
-text: only the stream puts the real one between documents.
-"""
-
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tiktoken
 from huggingface_hub import HfApi
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
-from gpt2repro.system.patience import patiently
+from gpt2repro.data import demo_corpus
+from gpt2repro.system import patience
+from gpt2repro.system.hub import is_hub_id
 
-REQUEST_TIMEOUT_SECONDS = 20.0
-
-END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one will do
-
-# Radford et al. 2019's pre-tokenizer in tiktoken's possessive spelling, which never backtracks into
-# a run of letters: the same pieces, faster.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-# What a wrong vocabulary, pattern or normalizer would get wrong: contractions, digits, runs of
-# whitespace, every byte, scripts, combining marks, symbols beyond the BMP, a spelled special token.
-PROBE_TEXT = (
-    "Hello world's  don't WE'LL I've 'tis\n\n\t  x1234567890 ½ ٣ Ⅷ !?... (a+b)^2 == c_d; \r\n"
-    "naïve cafe\u0301 Straße ΑΒΓ ДОМ 中文字符 日本語 한국어 हिन्दी עברית العربية ไทย "
-    "😀👩‍👩‍👧 𝔘𝔫𝔦 \u00a0\u2003\u3000\u200b\ufeff\x00\x1c\x85 " + END_OF_TEXT + " end   \n  "
-    + "".join(map(chr, range(256)))
-)  # fmt: skip
-
-
-class BulkEncoder:
-    """Texts to token ids, without special tokens; thread-safe, and it releases the GIL.
-
-    Attributes:
-        eot_id: the id that the stream puts before every document.
-        dtype: uint16, or uint32 for a vocabulary above 65,536 ids.
-        fingerprint: a hash of what the encoder does; equal fingerprints give equal ids.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        eot_id = tokenizer.eos_token_id
-        if eot_id is None:
-            eot_id = tokenizer.bos_token_id
-        if eot_id is None:
-            raise UserError(
-                "tokenizer_name: the tokenizer has neither an eos nor a bos token to put between "
-                "documents"
-            )
-        self.eot_id = int(eot_id)
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._fast.no_padding()
-        self._fast.no_truncation()
-        self._fast.encode_special_tokens = True  # as plain text
-        self._tiktoken = _as_tiktoken(self._fast)
-        self.fingerprint = self._hash(tokenizer)
-
-    @property
-    def uses_tiktoken(self) -> bool:
-        return self._tiktoken is not None
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One array (num_tokens,) of `dtype` for each text; lone surrogates become U+FFFD."""
-        if self._tiktoken is None:
-            texts = [_well_formed(text) for text in texts]
-            encodings = self._fast.encode_batch(texts, add_special_tokens=False)
-            return [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
-        return [self._encode_one(text) for text in texts]
-
-    def _encode_one(self, text: str) -> np.ndarray:
-        assert self._tiktoken is not None
-        ids: np.ndarray | list[int]
-        try:
-            ids = self._tiktoken.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            return self._encode_one(_well_formed(text))
-        except ValueError:  # tiktoken's regex runs out of stack on megabytes of whitespace
-            ids = self._fast.encode(text, add_special_tokens=False).ids
-        return np.asarray(ids, dtype=self.dtype)
-
-    def _hash(self, tokenizer: PreTrainedTokenizerFast) -> str:
-        """Vocabulary, merges and behaviour on the probe: independent of any file's spelling."""
-        description = json.loads(self._fast.to_str())["model"]
-        content = [
-            sorted(tokenizer.get_vocab().items()),
-            description.get("merges"),
-            self._fast.encode(PROBE_TEXT, add_special_tokens=False).ids,
-            self.eot_id,
-        ]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-def _well_formed(text: str) -> str:
-    """`text` without lone surrogates, which no UTF-8 encoder accepts."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2's byte alphabet: printable bytes stand for themselves, the rest for U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + index): byte for index, byte in enumerate(others)
-    }
-
-
-def _as_tiktoken(fast: Tokenizer) -> tiktoken.Encoding | None:
-    """tiktoken's twin of a GPT-2 style byte-level BPE; None if it is no such tokenizer.
-
-    tiktoken merges by the rank of the result, so ids must grow along the list of merges. Whatever
-    this reading of the description misses, ids that differ on the probe text tell.
-    """
-    description = json.loads(fast.to_str())
-    model, pre = description["model"], description["pre_tokenizer"] or {}
-    plain = (
-        model["type"] == "BPE"
-        and not any(
-            model.get(knob)
-            for knob in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-        )
-        and pre.get("type") == "ByteLevel"
-        and not pre.get("add_prefix_space")
-        and pre.get("use_regex", True)
-        and description["normalizer"] is None
-        and all(token["special"] for token in description["added_tokens"])
-    )
-    if not plain:
-        return None
-    ranks = _ranks(model["vocab"], model["merges"])
-    if ranks is None:
-        return None
-    # One special token, never allowed: without any, tiktoken looks for "" at every character.
-    twin = tiktoken.Encoding(
-        "gpt2repro",
-        pat_str=GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: max(ranks.values()) + 1},
-    )
-    same = twin.encode_ordinary(PROBE_TEXT) == fast.encode(PROBE_TEXT, add_special_tokens=False).ids
-    return twin if same else None
-
-
-def _ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int] | None:
-    """Bytes -> id for the 256 bytes and every merge; None if tiktoken would merge differently."""
-    symbols = _byte_of_symbol()
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    names = [*symbols, *("".join(pair) for pair in pairs)]
-    if any(name not in vocab for name in names):
-        return None
-    merged_ids = [vocab[name] for name in names[256:]]
-    if any(later <= earlier for earlier, later in pairwise(merged_ids)):
-        return None
-    return {bytes(symbols[symbol] for symbol in name): vocab[name] for name in names}
-
-
-def bulk_encoder(tokenizer: PreTrainedTokenizerFast) -> BulkEncoder:
-    """The fastest encoder that gives the tokenizer's own ids."""
-    return BulkEncoder(tokenizer)
 
 
 def load_tokenizer(
     name_or_directory: str | Path, *, if_unreachable: str = ""
 ) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from the Hub (or its cache) or from a directory.
+    """A fast tokenizer from the Hub (or its cache), from a directory, or the demo's.
 
-    Raises `UserError` that names `tokenizer_name`.
+    Raises:
+        UserError: it is not there or cannot be read; names `tokenizer_name`.
     """
     name = str(name_or_directory)
+    if demo := demo_corpus.built_in(name):
+        name = str(demo / "tokenizer")
     where = f"load the tokenizer {name!r} (tokenizer_name)"
     directory = Path(name)
     tokenizer: Any
     if directory.is_dir() and not any((directory / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"tokenizer_name: {name} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
-    if not directory.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not directory.is_dir() and not is_hub_id(name):
         raise UserError(f"tokenizer_name: {name} is neither a local directory nor a Hub name")
     try:
         if directory.is_dir():
             tokenizer = AutoTokenizer.from_pretrained(name)
         else:
-            tokenizer = patiently(
+            tokenizer = patience.patiently(
                 lambda: _from_hub(name),
                 where,
                 if_unreachable=if_unreachable,
@@ -210,7 +55,7 @@ def _from_hub(name: str) -> Any:
     `from_pretrained` itself would spend most of a minute on finding out that there is no network.
     """
     try:
-        HfApi().model_info(name, expand=["sha"], timeout=REQUEST_TIMEOUT_SECONDS)
+        HfApi().model_info(name, expand=["sha"], timeout=patience.REQUEST_TIMEOUT_SECONDS)
     except Exception:
         try:
             return AutoTokenizer.from_pretrained(name, local_files_only=True)
@@ -218,27 +63,3 @@ def _from_hub(name: str) -> Any:
             pass  # the Hub's answer is the one to tell
         raise
     return AutoTokenizer.from_pretrained(name)
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` ids, GPT-2's pre-tokenizer and `<|endoftext|>` included.
-
-    Deterministic: the same texts in the same order give the same tokenizer. Texts with too few
-    distinct pairs give fewer ids.
-    """
-    if vocab_size < 257:
-        raise UserError(f"vocab_size: {vocab_size} ids cannot hold 256 bytes and {END_OF_TEXT}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(_byte_of_symbol()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    merges: Any = [tuple(merge) for merge in model["merges"]]
-    # GPT-2's own class, whose bos, eos and unk are all <|endoftext|>: every GPT-2 tool knows it.
-    return GPT2Tokenizer(vocab=model["vocab"], merges=merges)

@@ -7,9 +7,7 @@ import hashlib
 import io
 import json
 import logging
-import os
 import threading
-import uuid
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -20,12 +18,14 @@ import pyarrow as pa
 
 from gpt2repro import UserError
 from gpt2repro.data.corpus import Corpus, as_bytes
-from gpt2repro.data.tokenizer import BulkEncoder
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.system import atomic
 from gpt2repro.system.threads import DaemonPool
 
 logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
+DOCUMENTS_PER_ENCODE = 8  # encoded at a time, so that the first step does not wait for whole units
 
 Documents = Sequence[int] | np.ndarray  # numbers of documents within a unit
 
@@ -89,40 +89,38 @@ class TokenCache:
         except OSError as error:
             raise UserError(f"token_cache_dir: cannot create {directory}: {error}") from error
 
-    def _path(self, unit: int) -> Path:
-        return self._directory / f"{unit:07d}.tokens"
+    def _path(self, unit_index: int) -> Path:
+        return self._directory / f"{unit_index:07d}.tokens"
 
-    def load(self, unit: int) -> TokenUnit | None:
+    def load(self, unit_index: int) -> TokenUnit | None:
         try:
-            content = self._path(unit).read_bytes()
+            content = self._path(unit_index).read_bytes()
         except OSError:
             return None
         checksum, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
         if hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest() != checksum:
-            logger.warning("%s is corrupt: reading unit %d again", self._path(unit), unit)
+            logger.warning(
+                "%s is corrupt: reading unit %d again", self._path(unit_index), unit_index
+            )
             return None
         buffer = io.BytesIO(payload)
         return TokenUnit(*(np.load(buffer, allow_pickle=False) for _ in range(3)))
 
-    def save(self, number: int, unit: TokenUnit) -> None:
+    def save(self, unit_index: int, unit: TokenUnit) -> None:
         """Keep a unit. A full disk costs the cache, not the run."""
         buffer = io.BytesIO()
         for array in (unit.tokens, unit.ends, unit.num_bytes):
             np.save(buffer, array, allow_pickle=False)
         payload = buffer.getbuffer()
-        path = self._path(number)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
         with self._lock:
             if not self._writable:
                 return
             try:
-                with partial.open("wb") as file:
+                with atomic.new_file(self._path(unit_index)) as scratch, scratch.open("wb") as file:
                     file.write(hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest())
                     file.write(payload)
-                partial.replace(path)
             except OSError as error:
                 self._writable = False
-                partial.unlink(missing_ok=True)
                 logger.warning("token_cache_dir: cannot write (%s); going on without", error)
 
 
@@ -150,28 +148,28 @@ class UnitReader:
         self._lock = threading.Lock()
         self._pool = DaemonPool(num_threads, "unit-reader")
 
-    def submit(self, unit: int) -> "Future[TextUnit | TokenUnit]":
-        return self._pool.submit(self._get, unit)
+    def submit(self, unit_index: int) -> "Future[TextUnit | TokenUnit]":
+        return self._pool.submit(self._get, unit_index)
 
     def close(self) -> None:
         self._pool.close()
 
-    def _get(self, number: int) -> TextUnit | TokenUnit:
+    def _get(self, unit_index: int) -> TextUnit | TokenUnit:
         with self._lock:
-            lock = self._locks.setdefault(number, threading.Lock())
+            lock = self._locks.setdefault(unit_index, threading.Lock())
         with lock:  # lanes that share a unit ask for it at the same time
-            unit = self._held.get(number)
+            unit = self._held.get(unit_index)
             if unit is None:
-                unit = self._held[number] = self._read(number)
+                unit = self._held[unit_index] = self._read(unit_index)
             return unit
 
-    def _read(self, number: int) -> TextUnit | TokenUnit:
-        if self._cache and (cached := self._cache.load(number)):
+    def _read(self, unit_index: int) -> TextUnit | TokenUnit:
+        if self._cache and (cached := self._cache.load(unit_index)):
             return cached
-        unit = TextUnit(self._corpus.read_arrow(number), self._encoder)
+        unit = TextUnit(self._corpus.read_arrow(unit_index), self._encoder)
         if not (self._cache or self._encode_whole_units):
             return unit
         encoded = TokenUnit.of(unit, self._encoder.dtype)
         if self._cache:
-            self._cache.save(number, encoded)
+            self._cache.save(unit_index, encoded)
         return encoded

@@ -21,6 +21,9 @@ NUM_SHAPES = 6  # lengths a compiled model is asked for; dynamo gives up at 8 re
 POSITIONS_AT_ONCE = 1024  # positions turned to float32 together: 1024 x 50257 x 4 bytes = 206 MB
 
 
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over the ranks
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Token ids of a context and its continuation; the last `num_scored` of them are scored."""
@@ -153,7 +156,7 @@ def loglikelihoods(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    reduce: Reduce | None = None,
     should_stop: Callable[[], bool] | None = None,
     on_batch: Callable[[int], None] | None = None,
     trim_logits: bool = False,

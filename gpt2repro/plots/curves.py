@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
 
 
-# --- Reading metrics ----------------------------------------------------------------------------
+# --- Reading metrics ------------------------------------------------------------------------------
 
 
 def series(metrics: Metrics, key: str, x_key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-# --- Loss ---------------------------------------------------------------------------------------
+# --- Loss -----------------------------------------------------------------------------------------
 
 
 def loss_curve(
@@ -296,15 +296,3 @@ def finish_panels(figure: Figure, top: Axes, bottom: Axes, runs: Mapping[str, Me
         if ax.get_legend_handles_labels()[0]:
             legend(ax, loc="best")
     return figure
-
-
-def known_baseline(dataset_name: str, tokenizer_name: str) -> tuple[str, float] | None:
-    """The published loss that a run on this dataset compares with, as (label, nats per token).
-
-    OpenAI's 124M weights on the validation shard of build-nanogpt, which are the row groups that
-    the stream holds out of FineWeb-Edu. A loss per token compares only under the same tokenizer.
-    """
-    gpt2_tokenizers = ("openai-community/gpt2", "gpt2")
-    if dataset_name == "HuggingFaceFW/fineweb-edu" and tokenizer_name in gpt2_tokenizers:
-        return "OpenAI GPT-2 124M, 3.2924 (build-nanogpt)", 3.2924
-    return None

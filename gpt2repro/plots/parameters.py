@@ -29,7 +29,7 @@ MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 SAMPLED_WEIGHTS = 100_000  # of a matrix; enough for the shape of its distribution
 
 
-# --- Embeddings ---------------------------------------------------------------------------------
+# --- Embeddings -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def neighbours_table(
     return "\n".join(lines) + "\n"
 
 
-# --- Weights ------------------------------------------------------------------------------------
+# --- Weights --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

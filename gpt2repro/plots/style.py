@@ -4,7 +4,6 @@ Figures are built without pyplot, so there is no global state: any thread may dr
 is needed.
 """
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from gpt2repro.system import atomic
 
 # Okabe & Ito 2008: eight colours that readers with any colour vision tell apart.
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -118,14 +119,10 @@ def save(figure: Figure, output: Path) -> list[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         path = output.with_suffix(f".{kind}")
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            # A date would make two drawings of the same numbers differ.
-            metadata = {"Date": None} if kind == "svg" else None
+        # A date would make two drawings of the same numbers differ.
+        metadata = {"Date": None} if kind == "svg" else None
+        with atomic.new_file(path) as scratch:
             figure.savefig(scratch, format=kind, dpi=DPI, metadata=metadata)
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
         paths.append(path)
     return paths
 

@@ -4,12 +4,9 @@ Two forms of the same tensors under the same names. `gpt2repro`, the native one,
 files as remote code. `gpt2` has a stock configuration instead, for tools that run no remote code.
 """
 
-import argparse
-import contextlib
 import copy
 import inspect
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,8 +20,7 @@ from transformers import GenerationConfig, GPT2Config, PreTrainedModel, PreTrain
 import configuration_gpt2repro
 import modeling_gpt2repro
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.publishing import model_card
+from gpt2repro.publishing.card import completed, model_card
 from gpt2repro.publishing.verification import (
     CLASSES,
     INDEX,
@@ -34,18 +30,9 @@ from gpt2repro.publishing.verification import (
     verify,
     write_sums,
 )
-from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm, locate
+from gpt2repro.system import atomic
 
-FORMATS = tuple(CLASSES)
 MAX_SHARD_SIZE = "5GB"  # a broken upload costs one shard again
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 def export(
@@ -73,49 +60,69 @@ def export(
         figures: PNG files to put beside the card; those that do not exist are left out.
 
     Raises:
-        UserError: `output` is not an export, the disk is full, or a check failed. Then nothing at
-            `output` has changed, and what failed a check is kept as `<output>.rejected`.
+        UserError: when `output` is not an export, the disk is full, or a check failed. Then nothing
+            at `output` has changed, and what failed a check is kept as `<output>.rejected`.
     """
-    refuse_to_overwrite(output)
-    partial = beside(output, "partial")
+    _refuse_to_overwrite(output)
+    dtype = dtype or model.dtype
     try:
-        remove(partial)
-        partial.mkdir(parents=True)
-        write_weights(model, partial, dtype or model.dtype, max_shard_size)
-        write_configs(model, tokenizer, partial, format, dtype or model.dtype)
-        write_tokenizer(tokenizer, partial, model.config.n_positions, plain_files=format == "gpt2")
-        for figure in figures:
-            if figure.is_file():
-                shutil.copy(figure, partial / figure.name)
-        write_sums(partial)
-    except (OSError, SafetensorError, UserError) as error:
-        remove(partial)
-        if isinstance(error, UserError):
+        scratch = atomic.partial(output)
+        try:
+            _write_weights(model, scratch, dtype, max_shard_size)
+            _write_configs(model, tokenizer, scratch, format, dtype)
+            _write_tokenizer(
+                tokenizer, scratch, model.config.n_positions, plain_files=format == "gpt2"
+            )
+            for figure in figures:
+                if figure.is_file():
+                    shutil.copy(figure, scratch / figure.name)
+            write_sums(scratch)
+        except BaseException:
+            atomic.remove(scratch)
             raise
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written: {error}") from None
-    try:
-        verification = verify(partial, model, tokenizer)
-    except UserError as error:
-        rejected = beside(output, "rejected")
-        remove(rejected)
-        partial.rename(rejected)
-        reason = str(error).replace(str(partial), "the export")
-        raise UserError(f"{output} was not written: {reason}. It is kept as {rejected}") from None
-    text = model_card.completed(
-        card or model_card.model_card(name=output.resolve().name),
+    verification = _verified(scratch, output, model, tokenizer)
+    text = completed(
+        card or model_card(name=output.resolve().name),
         where=str(output),
         format=format,
         verification=verification.lines(),
     )
-    (partial / "README.md").write_text(text, encoding="utf-8")
-    move_into_place(partial, output)
+    (scratch / "README.md").write_text(text, encoding="utf-8")
+    atomic.move_into_place(scratch, output)
     return verification
 
 
-# --- Writing ------------------------------------------------------------------------------------
+def _refuse_to_overwrite(output: Path) -> None:
+    """Only an earlier export or an empty directory may be replaced."""
+    if output.is_dir():
+        if any(output.iterdir()) and not (output / SUMS).is_file():
+            raise UserError(
+                f"--output {output} holds something else than an export; give another directory"
+            )
+    elif output.exists():
+        raise UserError(f"--output {output} is a file; give a directory")
 
 
-def write_weights(
+def _verified(
+    scratch: Path, output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> Verification:
+    """Verify what was written; what fails a check is kept as `<output>.rejected`."""
+    try:
+        return verify(scratch, model, tokenizer)
+    except UserError as error:
+        rejected = output.absolute().with_name(f"{output.absolute().name}.rejected")
+        atomic.remove(rejected)
+        scratch.rename(rejected)
+        reason = str(error).replace(str(scratch), "the export")
+        raise UserError(f"{output} was not written: {reason}. It is kept as {rejected}") from None
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def _write_weights(
     model: PreTrainedModel, directory: Path, dtype: torch.dtype, max_shard_size: int | str
 ) -> None:
     """safetensors by official names, in as many files as `max_shard_size` asks for."""
@@ -136,7 +143,7 @@ def write_weights(
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_configs(
+def _write_configs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     directory: Path,
@@ -174,7 +181,7 @@ def write_configs(
     GenerationConfig(**ids).save_pretrained(directory)
 
 
-def write_tokenizer(
+def _write_tokenizer(
     tokenizer: PreTrainedTokenizerFast, directory: Path, n_positions: int, *, plain_files: bool
 ) -> None:
     """tokenizer.json and its configuration; vocab.json and merges.txt for older tools."""
@@ -184,88 +191,3 @@ def write_tokenizer(
     bpe = tokenizer.backend_tokenizer.model
     if plain_files and type(bpe).__name__ == "BPE":
         bpe.save(str(directory))
-
-
-# --- Places -------------------------------------------------------------------------------------
-
-
-def beside(output: Path, state: str) -> Path:
-    """`.final.partial` or `final.rejected` for `final`: the same disk, so renaming is atomic."""
-    hidden = "." if state == "partial" else ""
-    path = output.absolute()
-    return path.with_name(f"{hidden}{path.name}.{state}")
-
-
-def refuse_to_overwrite(output: Path) -> None:
-    """Only an earlier export or an empty directory may be replaced."""
-    if output.is_dir():
-        if any(output.iterdir()) and not (output / SUMS).is_file():
-            raise UserError(
-                f"--output {output} holds something else than an export; give another directory"
-            )
-    elif output.exists():
-        raise UserError(f"--output {output} is a file; give a directory")
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-
-
-def move_into_place(partial: Path, output: Path) -> None:
-    """Flush `partial` and rename it to `output`; one whole export exists at every instant."""
-    for path in [*partial.iterdir(), partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    previous = beside(output, "previous")
-    remove(previous)
-    if output.exists():
-        output.rename(previous)
-    partial.rename(output)
-    with contextlib.suppress(OSError):
-        remove(previous)
-
-
-# --- The verb -----------------------------------------------------------------------------------
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="gpt2repro export", description=__doc__)
-    parser.add_argument(
-        "--model", required=True, help="a run, an export, a checkpoint, a GPT-2 directory or Hub id"
-    )
-    parser.add_argument("--output", required=True, type=Path, help="directory to write")
-    parser.add_argument("--format", choices=FORMATS, default="gpt2repro")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")
-    parser.add_argument(
-        "--max_shard_size",
-        default=MAX_SHARD_SIZE,
-        help="split larger models (default %(default)s)",
-    )
-    parser.add_argument("--tokenizer", help="Hub id or directory (default: the model's own)")
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    """`gpt2repro export --model DIR --format gpt2|gpt2repro --output OUT`."""
-    options = build_parser().parse_args(argv)
-    source = Path(locate(options.model))
-    model = load_causal_lm(options.model)
-    card = source / "README.md"
-    verification = export(
-        model,
-        find_tokenizer(options.model, options.tokenizer),
-        options.output,
-        format=options.format,
-        dtype=DTYPES[options.dtype] if options.dtype else None,
-        max_shard_size=options.max_shard_size,
-        card=card.read_text(encoding="utf-8") if card.is_file() else None,
-        figures=source.glob("*.png"),
-    )
-    print(f"{options.output}: verified")
-    for line in verification.lines():
-        print(f"  {line}")
-    return 0

@@ -1,4 +1,4 @@
-"""Load an export as a stranger would: the script that `export.verify` runs in a process of its own.
+"""Load an export as a stranger would: what `verification.verify` runs in a process of its own.
 
     python -P fresh_process.py SCRATCH
 
@@ -16,7 +16,7 @@ from typing import Any
 BLOCKED = ("gpt2repro", "modeling_gpt2repro", "configuration_gpt2repro", "train_accelerate")
 
 
-class NotInstalled(MetaPathFinder):
+class _NotInstalled(MetaPathFinder):
     """Stands before every other finder, an editable install's included."""
 
     def find_spec(self, fullname, path=None, target=None):
@@ -29,39 +29,41 @@ class CheckFailed(Exception):
     """The message completes "the export was rejected: "."""
 
 
-def check(condition: bool, problem: str) -> None:
+def _check(condition: bool, problem: str) -> None:
     if not condition:
         raise CheckFailed(problem)
 
 
-def check_loading(name: str, info: dict, allowed: tuple[str, ...] = ()) -> None:
+def _check_loading(name: str, info: dict, allowed: tuple[str, ...] = ()) -> None:
     """A tensor that is missing was made up at random, one that is unexpected was thrown away."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         keys = sorted(set(map(str, info.get(kind) or ())) - set(allowed))
-        check(not keys, f"{name} reports {kind.replace('_', ' ')}: {', '.join(keys[:3])}")
+        _check(not keys, f"{name} reports {kind.replace('_', ' ')}: {', '.join(keys[:3])}")
 
 
 def check_tokenizer(directory: str, trust: bool, want: dict) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
-    check(len(tokenizer) == want["num_tokens"], f"the tokenizer has {len(tokenizer)} tokens")
+    _check(len(tokenizer) == want["num_tokens"], f"the tokenizer has {len(tokenizer)} tokens")
     ids = tokenizer(want["text"])["input_ids"]
-    check(ids == want["ids"], "AutoTokenizer encodes the probe text to other ids")
-    check(tokenizer.decode(ids) == want["decoded"], "AutoTokenizer decodes the ids to another text")
+    _check(ids == want["ids"], "AutoTokenizer encodes the probe text to other ids")
+    _check(
+        tokenizer.decode(ids) == want["decoded"], "AutoTokenizer decodes the ids to another text"
+    )
     for token in ("eos", "bos", "pad"):
         got = getattr(tokenizer, f"{token}_token_id")
-        check(got == want[token], f"the tokenizer's {token}_token_id is {got}, not {want[token]}")
+        _check(got == want[token], f"the tokenizer's {token}_token_id is {got}, not {want[token]}")
 
 
-def check_ids(model, want: dict) -> None:
+def _check_ids(model, want: dict) -> None:
     """Configuration and generation configuration name the tokenizer's special tokens."""
     for token in ("eos", "bos"):
         got = getattr(model.config, f"{token}_token_id")
-        check(got == want[token], f"config.json's {token}_token_id is {got}, not {want[token]}")
+        _check(got == want[token], f"config.json's {token}_token_id is {got}, not {want[token]}")
     got = model.generation_config.pad_token_id
     want_pad = want["generation_pad"]
-    check(got == want_pad, f"generation_config.json's pad_token_id is {got}, not {want_pad}")
+    _check(got == want_pad, f"generation_config.json's pad_token_id is {got}, not {want_pad}")
 
 
 def same_greedy_tokens(got: list[int], want: list[int], margins: list[float], noise: float) -> bool:
@@ -72,76 +74,91 @@ def same_greedy_tokens(got: list[int], want: list[int], margins: list[float], no
     return len(got) == len(want)
 
 
-def run(request: dict, expected: dict) -> dict:
+def _load(auto_class: Any, request: dict, allowed: tuple[str, ...] = ()) -> Any:
+    """The model by an Auto class, whole: nothing of it missing, nothing thrown away."""
+    loaded: Any = auto_class.from_pretrained(
+        request["directory"],
+        trust_remote_code=request["trust_remote_code"],
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
+    model, info = loaded
+    _check_loading(auto_class.__name__, info, allowed)
+    return model
+
+
+def _check_kind(model: Any, request: dict) -> None:
+    """Class, dtype, special tokens and tying, as they came from the files."""
+    name = type(model).__name__
+    _check(name == request["class"], f"AutoModelForCausalLM gives a {name}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    _check(dtype == request["dtype"], f"it loads as {dtype}, not {request['dtype']}")
+    if request["tokenizer"]:
+        _check_ids(model, request["tokenizer"])
+    tied = model.lm_head.weight is model.transformer.wte.weight
+    found = "tied" if tied else "not tied"
+    _check(tied == request["tied"], f"lm_head and the token embedding are {found}")
+
+
+def _check_answers(model: Any, request: dict, expected: dict) -> tuple[Any, float]:
+    """Logits and greedy tokens; returns the hidden states and the logits' largest difference."""
+    import torch
+
+    ids, tolerance = expected["input_ids"], request["tolerance"]
+    hidden = model.transformer(input_ids=ids).last_hidden_state
+    logits = model(input_ids=ids).logits
+    _check(bool(logits.isfinite().all()), "the logits are not finite")
+    _check(logits.shape == expected["logits"].shape, f"logits of shape {tuple(logits.shape)}")
+    difference = (logits - expected["logits"]).abs().max().item()
+    _check(
+        difference <= tolerance,
+        f"logits differ from the live model's by {difference:.3g} (allowed: {tolerance:g})",
+    )
+    prompt = ids[:1, : request["prompt_length"]]
+    generated = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=request["max_new_tokens"],
+        do_sample=False,
+    )[0, prompt.shape[1] :]
+    want, margins = expected["generated"].tolist(), expected["margins"].tolist()
+    same = same_greedy_tokens(generated.tolist(), want, margins, tolerance)
+    _check(same, "greedy generate() gives other tokens than the live model")
+    return hidden, difference
+
+
+def _examine(request: dict, expected: dict) -> dict:
+    """Every check, in turn; returns the report.
+
+    Raises:
+        CheckFailed: when one of them failed.
+    """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
     torch.set_num_threads(request["num_threads"])  # another split of a sum rounds differently
-    directory, trust = request["directory"], request["trust_remote_code"]
-    tolerance = request["tolerance"]
     if request["tokenizer"]:
-        check_tokenizer(directory, trust, request["tokenizer"])
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=trust, attn_implementation="sdpa", output_loading_info=True
-    )
-    model, info = loaded
-    check_loading("AutoModelForCausalLM", info)
-    name = type(model).__name__
-    check(name == request["class"], f"AutoModelForCausalLM gives a {name}")
-    dtype = str(model.dtype).removeprefix("torch.")
-    check(dtype == request["dtype"], f"it loads as {dtype}, not {request['dtype']}")
-    if request["tokenizer"]:
-        check_ids(model, request["tokenizer"])
-    tied = model.lm_head.weight is model.transformer.wte.weight
-    check(
-        tied == request["tied"], f"lm_head and the token embedding are {'' if tied else 'not '}tied"
-    )
-
-    model.eval().float()
-    ids = expected["input_ids"]
+        check_tokenizer(request["directory"], request["trust_remote_code"], request["tokenizer"])
+    model = _load(AutoModelForCausalLM, request)
+    _check_kind(model, request)
     with torch.inference_mode():
-        hidden = model.transformer(input_ids=ids).last_hidden_state
-        logits = model(input_ids=ids).logits
-        check(bool(logits.isfinite().all()), "the logits are not finite")
-        check(logits.shape == expected["logits"].shape, f"logits of shape {tuple(logits.shape)}")
-        difference = (logits - expected["logits"]).abs().max().item()
-        check(
-            difference <= tolerance,
-            f"logits differ from the live model's by {difference:.3g} (allowed: {tolerance:g})",
-        )
-        prompt = ids[:1, : request["prompt_length"]]
-        generated = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=request["max_new_tokens"],
-            do_sample=False,
-        )[0, prompt.shape[1] :]
-    margins = expected["margins"].tolist()
-    want = expected["generated"].tolist()
-    same = same_greedy_tokens(generated.tolist(), want, margins, tolerance)
-    check(same, "greedy generate() gives other tokens than the live model")
-
-    untied_head = () if tied else ("lm_head.weight",)
-    del model, loaded
-    loaded_base: Any = AutoModel.from_pretrained(
-        directory, trust_remote_code=trust, attn_implementation="sdpa", output_loading_info=True
-    )
-    base, info = loaded_base
-    check_loading("AutoModel", info, untied_head)
+        hidden, difference = _check_answers(model.eval().float(), request, expected)
+    del model  # two of them may not fit
+    base = _load(AutoModel, request, () if request["tied"] else ("lm_head.weight",))
     with torch.inference_mode():
-        base_hidden = base.eval().float()(input_ids=ids).last_hidden_state
-    check(torch.equal(base_hidden, hidden), "AutoModel gives other hidden states than the LM class")
+        base_hidden = base.eval().float()(input_ids=expected["input_ids"]).last_hidden_state
+    same = torch.equal(base_hidden, hidden)
+    _check(same, "AutoModel gives other hidden states than the LM class")
     return {"max_abs_difference": difference}
 
 
 def main(scratch: Path) -> None:
-    sys.meta_path.insert(0, NotInstalled())
+    sys.meta_path.insert(0, _NotInstalled())
     from safetensors.torch import load_file
 
     try:
         request = json.loads((scratch / "request.json").read_text(encoding="utf-8"))
-        report = run(request, load_file(scratch / "expected.safetensors"))
+        report = _examine(request, load_file(scratch / "expected.safetensors"))
     except CheckFailed as failure:
         report = {"problem": str(failure)}
     except Exception as error:  # whatever loading raises is the verdict

@@ -92,16 +92,16 @@ def verify(
         model: a `GPT2ReproForCausalLM` on the CPU; its mode and attention are left as they were.
 
     Raises:
-        UserError: saying which check failed.
+        UserError: when a check failed; the message says which.
     """
     config = read_json(directory / "config.json")
     if config.get("model_type") not in CLASSES:
         raise UserError(f"{directory} is no GPT-2: its model_type is {config.get('model_type')!r}")
-    check_files(directory, config["model_type"])
-    check_sums(directory)
+    _check_files(directory, config["model_type"])
+    _check_sums(directory)
     model = model or load_causal_lm(str(directory))
     tokenizer = tokenizer or load_tokenizer(directory)
-    dtypes, num_parameters = check_tensors(directory, model)
+    dtypes, num_parameters = _check_tensors(directory, model)
     if dtypes != {config.get("dtype", config.get("torch_dtype"))}:
         raise UserError(f"{directory}: config.json does not name the tensors' dtype, {dtypes}")
     dtype = dtypes.pop()
@@ -111,7 +111,7 @@ def verify(
             f"{directory}: the tokenizer has {num_tokens} tokens, more than the model's vocabulary "
             f"of {model.config.vocab_size}"
         )
-    difference, num_greedy = compare_in_fresh_process(
+    difference, num_greedy = _compare_in_fresh_process(
         directory, config["model_type"], dtype, model, tokenizer
     )
     return Verification(
@@ -119,7 +119,7 @@ def verify(
         dtype=dtype,
         num_tensors=len(expected_tensors(model)),
         num_parameters=num_parameters,
-        tied=is_tied(model),
+        tied=_is_tied(model),
         vocab_size=model.config.vocab_size,
         num_tokens=num_tokens,
         max_abs_difference=difference,
@@ -128,7 +128,7 @@ def verify(
     )
 
 
-# --- Files --------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict:
@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def check_files(directory: Path, model_type: str) -> None:
+def _check_files(directory: Path, model_type: str) -> None:
     """Only what an export consists of: no pickle, no optimizer state, no stray code."""
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -149,7 +149,7 @@ def check_files(directory: Path, model_type: str) -> None:
             raise UserError(f"{directory} holds {name}, which does not belong in an export")
 
 
-def sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -157,11 +157,11 @@ def sha256(path: Path) -> str:
 def write_sums(directory: Path) -> None:
     """Record every file whose change would change the model; the card may be edited afterwards."""
     names = sorted(path.name for path in directory.iterdir() if not EDITABLE.fullmatch(path.name))
-    lines = [f"{sha256(directory / name)}  {name}\n" for name in names if name != SUMS]
+    lines = [f"{_sha256(directory / name)}  {name}\n" for name in names if name != SUMS]
     (directory / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def check_sums(directory: Path) -> None:
+def _check_sums(directory: Path) -> None:
     """Refuse a file that is not the one that was exported; a directory without sums passes."""
     if not (directory / SUMS).is_file():
         return
@@ -169,17 +169,17 @@ def check_sums(directory: Path) -> None:
         digest, _, name = line.partition("  ")
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {SUMS} lists; export it again")
-        if sha256(directory / name) != digest:
+        if _sha256(directory / name) != digest:
             raise UserError(
                 f"{directory}: {name} was changed or damaged after the export (its SHA-256 is not "
                 f"the one in {SUMS}); export it again"
             )
 
 
-# --- Tensors ------------------------------------------------------------------------------------
+# --- Tensors --------------------------------------------------------------------------------------
 
 
-def is_tied(model: Any) -> bool:
+def _is_tied(model: Any) -> bool:
     return model.lm_head.weight is model.transformer.wte.weight
 
 
@@ -193,11 +193,11 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return tensors
 
 
-def check_tensors(directory: Path, model: PreTrainedModel) -> tuple[set[str], int]:
+def _check_tensors(directory: Path, model: PreTrainedModel) -> tuple[set[str], int]:
     """Compare every stored tensor with the model's, bit for bit; returns dtypes and parameters."""
     missing = expected_tensors(model)
     dtypes, num_parameters = set(), 0
-    for path in safetensors_files(directory):
+    for path in _safetensors_files(directory):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
@@ -218,7 +218,7 @@ def check_tensors(directory: Path, model: PreTrainedModel) -> tuple[set[str], in
     return dtypes, num_parameters
 
 
-def safetensors_files(directory: Path) -> list[Path]:
+def _safetensors_files(directory: Path) -> list[Path]:
     """The weight files, and no others than the index lists."""
     found = {path.name for path in directory.glob("*.safetensors")}
     if (directory / INDEX).is_file():
@@ -238,10 +238,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-# --- A fresh process ----------------------------------------------------------------------------
+# --- A fresh process ------------------------------------------------------------------------------
 
 
-def compare_in_fresh_process(
+def _compare_in_fresh_process(
     directory: Path,
     model_type: str,
     dtype: str,
@@ -251,7 +251,7 @@ def compare_in_fresh_process(
     """Run `fresh_process.py` on `directory`; returns the logits' difference and greedy tokens."""
     prompt_length = max(1, min(8, model.config.n_positions // 2))
     max_new_tokens = max(1, min(16, model.config.n_positions // 2))
-    expected = live_answers(directory, dtype, model, prompt_length, max_new_tokens)
+    expected = _live_answers(directory, dtype, model, prompt_length, max_new_tokens)
     # Rounding in fp32 is relative to the logits' size. The native form runs the very same kernels
     # and comes out equal to the bit; stock GPT-2 spells GELU in seven operations, ours is one.
     tolerance = 1e-5 * max(10.0, expected["logits"].abs().max().item())
@@ -260,12 +260,12 @@ def compare_in_fresh_process(
         "class": CLASSES[model_type],
         "trust_remote_code": model_type == "gpt2repro",
         "dtype": dtype,
-        "tied": is_tied(model),
+        "tied": _is_tied(model),
         "tolerance": tolerance,
         "num_threads": torch.get_num_threads(),
         "prompt_length": prompt_length,
         "max_new_tokens": max_new_tokens,
-        "tokenizer": tokenizer_answers(tokenizer),
+        "tokenizer": _tokenizer_answers(tokenizer),
     }
     with tempfile.TemporaryDirectory(prefix="gpt2repro-verify-") as scratch:
         save_file(expected, Path(scratch) / "expected.safetensors")
@@ -307,7 +307,7 @@ def run_fresh_process(scratch: Path) -> dict:
     return {"problem": f"Python ended without a report: {last_words[0]}"}
 
 
-def live_answers(
+def _live_answers(
     directory: Path, dtype: str, model: PreTrainedModel, prompt_length: int, max_new_tokens: int
 ) -> dict[str, Tensor]:
     """The probe (2, T <= 64), the live model's fp32 logits on it and its greedy continuation.
@@ -329,7 +329,7 @@ def live_answers(
         return_dict_in_generate=True,
         output_logits=True,
     )
-    with evaluating(live), torch.inference_mode():
+    with _evaluating(live), torch.inference_mode():
         logits = live(input_ids=ids).logits
         prompt = ids[:1, :prompt_length]
         continuation = live.generate(
@@ -347,7 +347,7 @@ def live_answers(
 
 
 @contextlib.contextmanager
-def evaluating(model: PreTrainedModel):
+def _evaluating(model: PreTrainedModel):
     """Evaluation mode and SDPA for a while: what the fresh process uses, on any machine."""
     was_training, attention = model.training, model.config._attn_implementation
     model.eval().set_attn_implementation("sdpa")
@@ -357,7 +357,7 @@ def evaluating(model: PreTrainedModel):
         model.train(was_training).set_attn_implementation(attention)
 
 
-def tokenizer_answers(tokenizer: PreTrainedTokenizerFast) -> dict:
+def _tokenizer_answers(tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the fresh process's tokenizer must answer, as plain values."""
     ids = tokenizer(PROBE_TEXT)["input_ids"]
     pad = tokenizer.pad_token_id

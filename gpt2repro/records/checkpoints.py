@@ -15,7 +15,6 @@ Rank 0 alone touches the disk.
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -26,11 +25,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from gpt2repro import UserError
+from gpt2repro.system import atomic
 from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, world_size
 
 MARKER = "COMPLETE"
@@ -41,7 +46,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-# --- Saving -------------------------------------------------------------------------------------
+# --- Saving ---------------------------------------------------------------------------------------
 
 
 def save(
@@ -69,7 +74,7 @@ def save(
     problem = None
     if rank() == 0:
         try:
-            scratch = fresh_scratch(path)
+            scratch = atomic.partial(path)
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
             innermost(model).config.save_pretrained(scratch)
             save_file(optimizer_tensors, scratch / "optimizer.safetensors")
@@ -77,7 +82,8 @@ def save(
             commit(scratch, path)
             prune(directory, keep_last)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(scratch_path(path), ignore_errors=True)
+            for left in directory.glob(".step_*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
             problem = (
                 f"checkpoint {path} could not be written ({error}); earlier ones are untouched. "
                 "Free space, or lower keep_last, or set output_dir to another disk"
@@ -87,20 +93,29 @@ def save(
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters on the CPU by official name, each once: a tied head is its embedding.
+    """Whole parameters on rank 0's CPU by official name, each once: a tied head is its embedding.
 
-    Every rank must call: a sharded parameter is gathered from all of them.
+    Every rank must call, as a sharded parameter is gathered from all of them; the others get {}.
     """
-    return {name: whole(parameter) for name, parameter in innermost(model).named_parameters()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors: dict[str, Any] = get_model_state_dict(model, options=options)
+    names = dict(innermost(model).named_parameters())
+    return {name: tensors[name].contiguous() for name in names if name in tensors}
 
 
 def optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Whole optimizer state on the CPU as `<parameter>/<state>`; every rank must call."""
-    return {
-        f"{name}/{key}": whole(value)
-        for name, parameter in innermost(model).named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """Whole optimizer state on rank 0's CPU as `<parameter>/<state>`; every rank must call.
+
+    By hand, because torch's `get_optimizer_state_dict` fills an optimizer that has no state yet by
+    taking a step, which Adam counts; and its loading wants the groups, which are the recipe's.
+    """
+    tensors = {}
+    for name, parameter in innermost(model).named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            full = whole(value)
+            if rank() == 0:  # one after the other, so that no other rank holds them all
+                tensors[f"{name}/{key}"] = full
+    return tensors
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -110,42 +125,17 @@ def whole(tensor: Tensor) -> Tensor:
     return full.cpu().contiguous()
 
 
-def scratch_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def fresh_scratch(path: Path) -> Path:
-    scratch = scratch_path(path)
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left
-    scratch.mkdir(parents=True)
-    return scratch
-
-
 def commit(scratch: Path, path: Path) -> None:
     """Mark `scratch` complete, flush it to disk and give it its final name."""
     sizes = {file.name: file.stat().st_size for file in sorted(scratch.iterdir())}
     (scratch / MARKER).write_text(json.dumps(sizes))
-    for file in scratch.iterdir():
-        flush(file)
-    flush(scratch)
-    shutil.rmtree(path, ignore_errors=True)  # an invalid one of the same step, or a rerun's
-    scratch.rename(path)
-    flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a directory: a rename that overtakes its data would be a torn checkpoint."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    atomic.move_into_place(scratch, path)
 
 
 def prune(directory: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` valid checkpoints, and what killed writers left."""
     valid = [path for path in sorted(directory.glob("step_*")) if is_valid(path)]
-    for path in [*valid[:-keep_last], *directory.glob(".step_*.partial")]:
+    for path in [*valid[:-keep_last], *directory.glob(".step_*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -159,7 +149,7 @@ def supersede(directory: Path, step: int) -> None:
             path.rename(place)
 
 
-# --- Finding ------------------------------------------------------------------------------------
+# --- Finding --------------------------------------------------------------------------------------
 
 
 def is_valid(path: Path) -> bool:
@@ -202,7 +192,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume {path}: state.json cannot be read: {error}") from None
 
 
-# --- Loading ------------------------------------------------------------------------------------
+# --- Loading --------------------------------------------------------------------------------------
 
 
 def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
@@ -211,7 +201,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         UserError: a file cannot be read, or holds another architecture or optimizer.
     """
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
     rest: dict[str, Tensor] = {}
     problem = None
     if rank() == 0:
@@ -225,9 +215,11 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
 
     parameters = dict(innermost(model).named_parameters())
     states = [name for name in rest if not name.startswith("rng.")]
+    options = StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False
+    )
+    set_model_state_dict(model, weights, options=options)  # not strict: a tied head has no tensor
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            fill(parameter, weights.get(name))
         optimizer.state.clear()
         for name in broadcast(states):
             parameter, key = parameters[name.rsplit("/", 1)[0]], name.rsplit("/", 1)[1]
@@ -264,7 +256,7 @@ def mismatch(tensors: dict[str, Tensor], model: nn.Module) -> str | None:
     return None
 
 
-# --- Ranks --------------------------------------------------------------------------------------
+# --- Ranks ----------------------------------------------------------------------------------------
 
 
 def innermost(model: nn.Module) -> PreTrainedModel:

@@ -8,36 +8,50 @@ import torch
 MAX_IN_A_ROW = 5  # one bad batch is the data's fault; five in a row are the run's
 
 
-def advice(directory: Path) -> str:
-    """What to say when the run stops for it."""
-    return (
-        f"Stopped: loss or gradient was not finite in {MAX_IN_A_ROW} steps in a row. Lower max_lr, "
-        f"raise warmup_steps or set mixed_precision to no; {directory} holds the rows. "
-        "The same command goes on from the last checkpoint."
-    )
+class IncidentLog:
+    """Counts skipped updates in a row, and keeps their rows where a person can look at them."""
 
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._in_a_row = 0
 
-def record(
-    directory: Path,
-    *,
-    step: int,
-    rank: int,
-    rows: torch.Tensor,
-    tokenizer,
-    loss: float,
-    grad_norm: float,
-    rows_digest: str,
-) -> Path:
-    """Write this rank's rows (R, T+1) of a skipped step, as ids and as text; return the file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step_{step:08d}_rank_{rank}.json"
-    content = {
-        "step": step,
-        "loss": str(loss),
-        "grad_norm": str(grad_norm),
-        "rows_digest": rows_digest,
-        "rows": rows.tolist(),
-        "texts": tokenizer.batch_decode(rows),
-    }
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return path
+    @property
+    def too_many(self) -> bool:
+        return self._in_a_row >= MAX_IN_A_ROW
+
+    def over(self) -> None:
+        """An update was made: what came before was passing."""
+        self._in_a_row = 0
+
+    def record(
+        self,
+        *,
+        step: int,
+        rank: int,
+        rows: torch.Tensor,
+        tokenizer,
+        loss: float,
+        grad_norm: float,
+        rows_digest: str,
+    ) -> None:
+        """Write this rank's rows (R, T+1) of a skipped step, as ids and as text."""
+        self._in_a_row += 1
+        self.directory.mkdir(parents=True, exist_ok=True)
+        content = {
+            "step": step,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "rows_digest": rows_digest,
+            "rows": rows.tolist(),
+            "texts": tokenizer.batch_decode(rows),
+        }
+        path = self.directory / f"step_{step:08d}_rank_{rank}.json"
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+    def advice(self) -> str:
+        """What to say when the run stops for it."""
+        return (
+            f"Stopped: loss or gradient was not finite in {MAX_IN_A_ROW} steps in a row. Lower "
+            f"max_lr, raise warmup_steps or set mixed_precision to no; {self.directory} holds the "
+            "rows. The same command goes on from the last checkpoint."
+        )

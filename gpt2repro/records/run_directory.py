@@ -5,20 +5,22 @@ runs/<exp_name>/
 """
 
 import fcntl
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import rewind_metrics
+from gpt2repro.system import atomic
 
 LOCK = ".lock"
 
 
 @dataclass(frozen=True)
-class Resume:
+class Start:
     """Where a launch begins: `step` 0 without a checkpoint, else what the checkpoint recorded."""
 
     path: Path | None
@@ -29,13 +31,31 @@ class Resume:
     def step(self) -> int:
         return self.state.get("step", 0)
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe of the launch that saved the checkpoint; empty without one."""
+        return self.state.get("recipe", {})
 
-def made_with(path: Path | None) -> str | None:
-    """The `resume` field of the launch that saved the checkpoint at `path`."""
-    return checkpoints.read_state(path).get("recipe", {}).get("resume") if path else None
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """The fields of a run's recipe.yaml as they were saved; {} where there is none.
+
+    Raises:
+        UserError: the file is no recipe's.
+    """
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return fields if isinstance(fields, dict) else {}
 
 
 class RunDirectory:
+    """The paths of a run's files, and what may be done with them."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe = path / "recipe.yaml"
@@ -46,7 +66,7 @@ class RunDirectory:
         self.final = path / "final"
         self.preempted = path / "PREEMPTED"
 
-    def decide(self, resume: str) -> Resume:
+    def find_start(self, resume: str) -> Start:
         """Find the checkpoint to go on from; nothing is written.
 
         Args:
@@ -72,20 +92,22 @@ class RunDirectory:
                 "give another exp_name, or --resume auto to go on"
             )
         path, broken = checkpoints.find_latest(self.checkpoints)
-        if resume not in ("auto", "never") and resume != made_with(path):
+        state = checkpoints.read_state(path) if path else {}
+        if resume not in ("auto", "never") and resume != state.get("recipe", {}).get("resume"):
             path = Path(resume)
-            return Resume(path, checkpoints.read_state(path), f"Resuming from {path}.")
+            return Start(path, checkpoints.read_state(path), f"Resuming from {path}.")
         notes = [f"{each.name} is incomplete and is passed over." for each in broken]
         if path is None:
             if exists:
                 notes.append(f"{self.path} has no valid checkpoint: starting at step 0.")
-            return Resume(None, {}, " ".join(notes))
-        state = checkpoints.read_state(path)
+            return Start(None, {}, " ".join(notes))
         notes.append(f"{self.path} exists: going on from its step {state['step']}.")
-        return Resume(path, state, " ".join(notes))
+        return Start(path, state, " ".join(notes))
 
-    def open(self, first_step: int, save_recipe: Callable[[Path], None]) -> list[dict[str, Any]]:
+    def open(self, first_step: int, recipe: str) -> list[dict[str, Any]]:
         """Create or claim the directory and return the metrics before `first_step`.
+
+        `recipe` is the text of its recipe.yaml.
 
         Later steps that it knows of are of a line that is left here: their metrics are cut off,
         their checkpoints set aside in `checkpoints/superseded/`.
@@ -97,7 +119,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = (self.path / LOCK).open("w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it at exit
-            save_recipe(self.recipe)
+            with atomic.new_file(self.recipe) as scratch:
+                scratch.write_text(recipe, encoding="utf-8")
             self.preempted.unlink(missing_ok=True)
             checkpoints.supersede(self.checkpoints, first_step)
             return rewind_metrics(self.metrics, first_step)

@@ -1,22 +1,20 @@
 """Open a GPT-2 by the name a user gives: a run, an export, a checkpoint, a directory, a Hub id."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from gpt2repro import UserError
-from gpt2repro.data import demo_corpus
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.records import checkpoints
+from gpt2repro.records.run_directory import read_recipe
+from gpt2repro.system.hub import is_hub_id
 from gpt2repro.system.patience import patiently
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 OFFLINE_ADVICE = "; give a local directory, or run where the Hub answers"
 
 
@@ -31,12 +29,12 @@ def locate(name: str, option: str = "--model") -> str:
     """
     path = Path(name)
     if path.is_dir():
-        checkpoints = (checkpoints.find_latest(place)[0] for place in (path / "checkpoints", path))
-        for candidate in (path, path / "final", *checkpoints):
+        newest = (checkpoints.find_latest(place)[0] for place in (path / "checkpoints", path))
+        for candidate in (path, path / "final", *newest):
             if candidate and (candidate / "config.json").is_file():
                 return str(candidate)
         raise UserError(f"{option} {name}: a directory without a config.json")
-    if path.exists() or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+    if path.exists() or not is_hub_id(name):
         raise UserError(f"{option} {name}: no such directory, and no Hub id either")
     return name
 
@@ -105,10 +103,6 @@ def find_tokenizer(name: str, given: str | None = None) -> PreTrainedTokenizerFa
     for directory in (Path(where), run / "final"):
         if any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             return load_tokenizer(directory)
-    if (run / "recipe.yaml").is_file():
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        trained_with = recipe["tokenizer_name"]
-        if trained_with == demo_corpus.NAME:
-            trained_with = demo_corpus.prepare() / "tokenizer"
+    if trained_with := read_recipe(run).get("tokenizer_name"):
         return load_tokenizer(trained_with, if_unreachable=OFFLINE_ADVICE)
     raise UserError(f"--model {name} holds no tokenizer; name one with --tokenizer")

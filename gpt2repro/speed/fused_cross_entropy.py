@@ -13,17 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modeling_gpt2repro import GPT2ReproForCausalLM
-
 # Tokens whose logits exist at once (enough for a fast product), tokens whose probabilities do (a
 # CPU's cache wants few, a GPU few kernels), and tokens of the vocabulary that meet in one product.
 CHUNKS = {"cpu": (512, 32, 4096)}
 CHUNKS_ON_GPUS = (4096, 1024, 65536)  # by arithmetic: no GPU has been measured yet
-
-
-def use_in(model: GPT2ReproForCausalLM) -> None:
-    """Make it the loss that the model computes under `skip_logits`."""
-    model.linear_cross_entropy = linear_cross_entropy
 
 
 def linear_cross_entropy(
@@ -101,8 +94,7 @@ def cross_entropy_and_gradients(
     def cast(piece: Tensor) -> Tensor:
         return piece if room is None else room[: len(piece)].copy_(piece)
 
-    # Matrix units want rows that begin at multiples of 64 numbers.
-    vocab_size = len(weight)
+    vocab_size = len(weight)  # matrix units want rows that begin at multiples of 64 numbers
     buffer = hidden.new_empty(chunk_tokens, vocab_size + -vocab_size % 64, dtype=dtype)
     for start in range(0, len(labels), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
@@ -110,21 +102,17 @@ def cross_entropy_and_gradients(
         label = labels[chunk, None].where(counted, 0)
         inputs = hidden[chunk].to(dtype)
         logits = buffer[: len(inputs), :vocab_size]
-        for part, piece in zip(logits.split(piece_tokens, dim=1), pieces, strict=True):
+        parts = logits.split(piece_tokens, dim=1)
+        for part, piece in zip(parts, pieces, strict=True):
             torch.mm(inputs, cast(piece).T, out=part)
 
-        losses = []
-        for block, wanted in zip(
-            logits.split(block_tokens), label.split(block_tokens), strict=True
-        ):
-            losses.append(losses_of(block, wanted, wide, needs_hidden or needs_weight))
+        blocks = zip(logits.split(block_tokens), label.split(block_tokens), strict=True)
+        losses = [losses_of(*block, wide, needs_hidden or needs_weight) for block in blocks]
         loss += torch.cat(losses).where(counted, 0).sum()
 
         inputs = inputs.where(counted, 0)
         grad = inputs.new_zeros(inputs.shape if needs_hidden else 0, dtype=wide)
-        for number, (part, piece) in enumerate(
-            zip(logits.split(piece_tokens, dim=1), pieces, strict=True)
-        ):
+        for number, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
             if needs_hidden:
                 grad += part @ cast(piece)
             if needs_weight:

@@ -1,11 +1,14 @@
-"""The machine and the versions behind a number: every recorded result carries them."""
+"""What is behind a result: the machine, the versions, the command and the commit."""
 
 import functools
 import os
 import platform
+import shlex
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 
 PACKAGES = (
@@ -17,16 +20,19 @@ PACKAGES = (
     "safetensors",
     "tiktoken",
 )
+SECONDS_FOR_GIT = 10
+
+# --- Machine and versions -------------------------------------------------------------------------
 
 
 def describe(device: str | None = None) -> dict[str, str]:
     """Hardware (see there), Python and package versions, as strings."""
     return {"hardware": hardware(device), "python": platform.python_version()} | {
-        package: found for package in PACKAGES if (found := package_version(package))
+        package: found for package in PACKAGES if (found := _package_version(package))
     }
 
 
-def package_version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -44,22 +50,22 @@ def hardware(device: str | None = None) -> str:
     if torch.cuda.is_available() and not on_cpu:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {processor()} ({vector_instructions()})"
+    return f"{cores} cores of {_processor()} ({_vector_instructions()})"
 
 
-def vector_instructions() -> str:
+def _vector_instructions() -> str:
     """Such as AVX2, or AVX512 with bfloat16 where the processor has products of it."""
-    flags = first_core().get("flags", "").split()
+    flags = _first_core().get("flags", "").split()
     bfloat16 = " with bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else ""
     return torch.backends.cpu.get_cpu_capability() + bfloat16
 
 
-def processor() -> str:
-    return first_core().get("model name") or platform.processor() or platform.machine()
+def _processor() -> str:
+    return _first_core().get("model name") or platform.processor() or platform.machine()
 
 
 @functools.cache  # with many cores Linux takes its time, and every checkpoint asks
-def first_core() -> dict[str, str]:
+def _first_core() -> dict[str, str]:
     """What Linux says of the first core in /proc/cpuinfo; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -67,3 +73,55 @@ def first_core() -> dict[str, str]:
         return {}
     fields = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in fields}
+
+
+# --- Command and commit ---------------------------------------------------------------------------
+
+
+def launch_command(script_argv: list[str]) -> str:
+    """How this process was started, its launcher's options included, quoted for a shell.
+
+    A launcher is the parent of what it starts. Without one, or when it is gone, this is
+    `python train_accelerate.py` and `script_argv`.
+    """
+    try:
+        launcher = _launcher(psutil.Process(os.getppid()).cmdline())
+    except (psutil.Error, OSError):
+        launcher = []
+    return shlex.join(launcher or ["python", "train_accelerate.py", *script_argv])
+
+
+def _launcher(words: list[str]) -> list[str]:
+    """The command line of a launcher as one types it; empty if `words` are another program's."""
+    for place, word in enumerate(words):
+        program, rest = Path(word).name, words[place + 1 :]
+        if program in ("torchrun", "accelerate-launch"):
+            return [program, *rest]
+        if program == "accelerate" and rest[:1] == ["launch"]:
+            return [program, *rest]
+        if word == "-m" and rest[:1] in (["accelerate.commands.launch"], ["torch.distributed.run"]):
+            return ["python", "-m", *rest]
+    return []
+
+
+def code_commit() -> str | None:
+    """The commit of the checkout that this package lies in, `-dirty` if tracked files differ.
+
+    None where there is no git or no checkout, or where that does not track the package.
+    """
+    try:
+        _git("ls-files", "--error-unmatch", "gpt2repro/__init__.py")
+        return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*words: str) -> str:
+    """What git says in the directory that holds this package; an error unless its status is 0."""
+    place = Path(__file__).parent.parent.parent
+    # It takes no lock: what the user's own git does at this moment shall not fail.
+    command = ["git", "--no-optional-locks", "-C", str(place), *words]
+    found = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS_FOR_GIT, check=True
+    )
+    return found.stdout.strip()

@@ -35,6 +35,7 @@ PASSING_ERRNO = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH}
 )
 
+REQUEST_TIMEOUT_SECONDS = 20.0  # of our own requests without a byte: then they are tried again
 LONGEST_SILENCE_SECONDS = 100.0  # of a request that sets no limit of its own
 
 Result = TypeVar("Result")
@@ -214,10 +215,12 @@ def patiently(
     `if_unreachable` is advice for a machine without a network, appended to that error.
     `reaches_hub=False` is for calls that can succeed from a local cache: they prove nothing.
 
-    Raises `UserError` at once for what time does not mend (401, 404, gated), after
-    `OFFLINE_AFTER_SECONDS` if no server has ever answered, and otherwise after
-    `give_up_after_seconds` (half an hour).
     Exceptions that have nothing to do with the network pass through untouched.
+
+    Raises:
+        UserError: at once for what time does not mend (401, 404, gated), after
+            `OFFLINE_AFTER_SECONDS` if no server has ever answered, and otherwise after
+            `give_up_after_seconds` (half an hour).
     """
     if give_up_after_seconds is None:
         give_up_after_seconds = GIVE_UP_AFTER_SECONDS

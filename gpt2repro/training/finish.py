@@ -1,6 +1,5 @@
 """The end of a run: the loss curve, the verified export, and what the user sees."""
 
-import dataclasses
 import shlex
 import subprocess
 import sys
@@ -9,9 +8,9 @@ from typing import Any
 import torch
 
 from gpt2repro import UserError
-from gpt2repro.plots import curves
+from gpt2repro.evaluation.published import published_loss
+from gpt2repro.publishing.card import model_card
 from gpt2repro.publishing.export import export
-from gpt2repro.publishing.model_card import model_card
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import machine, ranks
@@ -29,64 +28,56 @@ def finish(run: Run) -> int:
         UserError: the export failed a check. The last checkpoint stands, and the same command tries
             again.
     """
-    tensors = checkpoints.model_tensors(run.model)
-    run.progress.close()
+    tensors = checkpoints.model_tensors(run.learner.model)
+    run.monitor.progress.close()
     if run.accelerator.is_main_process:
         run.directory.preempted.touch()  # until it is done, a scheduler should come back
     run.stop.close()
     try:
-        ranks.on_rank_0(lambda: publish(run, tensors))
+        ranks.on_rank_0(lambda: _publish(run, tensors))
     finally:
         if run.accelerator.is_main_process:
             run.directory.preempted.unlink(missing_ok=True)
     return 0
 
 
-def publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    draw_loss_curve(run)
-    model = GPT2ReproForCausalLM(checkpoints.innermost(run.model).config)
+def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    run.monitor.draw_loss_curve()
+    model = GPT2ReproForCausalLM(checkpoints.innermost(run.learner.model).config)
     model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
     model.tie_weights()
     print("Exporting, and checking the export in a fresh process ...", flush=True)
     metrics = read_metrics(run.directory.metrics)
     card = model_card(
         name=str(run.recipe.exp_name),
-        recipe=dataclasses.asdict(run.recipe),
+        recipe=run.recipe.model_dump(),
         num_parameters=model.num_parameters(),
         environment=machine.describe(run.accelerator.device.type),
         metrics=metrics,
-        command=shlex.join(["accelerate", "launch", "train_accelerate.py", *run.argv]),
+        command=run.command,
+        commit=machine.code_commit(),
         num_processes=run.accelerator.num_processes,
         loss_curve=run.directory.loss_curve.name,
-        published_loss=curves.known_baseline(run.recipe.dataset_name, run.recipe.tokenizer_name),
+        published_loss=published_loss(run.recipe.dataset_name, run.recipe.tokenizer_name),
     )
     export(
         model.eval(),
-        run.tokenizer,
+        run.inputs.tokenizer,
         run.directory.final,
         card=card,
         figures=[run.directory.loss_curve],
     )
-    summarize(run, metrics)
-    if run.push is not None:
-        run.push.submit(run.directory.final, "The trained model")
+    _summarize(run, metrics)
+    if (push := run.checkpoints.push) is not None:
+        push.submit(run.directory.final, "The trained model")
         print(f"Waiting for the push to {run.recipe.hub_model_id} ...", flush=True)
-        for problem in run.push.finish():
+        for problem in push.finish():
             print(f"push: {problem}")
-        if run.push.url:
-            print(f"Published       {run.push.url}")
+        if push.url:
+            print(f"Published       {push.url}")
 
 
-def draw_loss_curve(run: Run) -> None:
-    if run.accelerator.is_main_process:
-        curves.loss_curve(
-            read_metrics(run.directory.metrics),
-            run.directory.loss_curve,
-            baseline=curves.known_baseline(run.recipe.dataset_name, run.recipe.tokenizer_name),
-        )
-
-
-def summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
+def _summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
     """The last lines on the screen: where things are, what was reached, and what it writes."""
     directory = run.directory
     losses = [line["val_loss"] for line in metrics if line.get("val_loss") is not None]
@@ -98,12 +89,12 @@ def summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
     print(f"Model           {directory.final}")
     print(f"Loss curve      {directory.loss_curve}")
     print(f"Metrics         {directory.metrics}")
-    print(f"\n{paragraph(run)}\n")
+    print(f"\n{_paragraph(run)}\n")
     prompt = shlex.quote(run.recipe.sample_prompt)
     print(f"More of it: gpt2repro generate --model {directory.final} --prompt {prompt}")
 
 
-def paragraph(run: Run) -> str:
+def _paragraph(run: Run) -> str:
     """A paragraph written by `final/` in a fresh process, which loads it as anyone would."""
     command = [sys.executable, "-m", "gpt2repro", "generate", "--model", str(run.directory.final)]
     command += ["--prompt", run.recipe.sample_prompt, "--seed", str(run.recipe.seed)]

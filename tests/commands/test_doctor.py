@@ -9,6 +9,8 @@ from tiny_run import write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.commands import doctor
+from gpt2repro.training import examination
+from gpt2repro.training.examination import FAILURE, OK, WARNING
 
 CHECKS = ["batch", "precision", "tokenizer", "dataset", "model", "attention", "training", "data"]
 CHECKS += ["disk", "hub", "time"]
@@ -22,8 +24,8 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "STREAM_SECONDS", 0.1)
-    monkeypatch.setattr(doctor, "STEP_SECONDS", 0.1)
+    monkeypatch.setattr(examination, "STREAM_SECONDS", 0.1)
+    monkeypatch.setattr(examination, "STEP_SECONDS", 0.1)
     monkeypatch.chdir(tmp_path)
 
 
@@ -33,7 +35,7 @@ def examine(capsys, recipe: Path, *options: str) -> tuple[int, dict[str, tuple[s
     said = {}
     for line in capsys.readouterr().out.splitlines():
         verdict, _, rest = line.strip().partition("  ")
-        if verdict in (doctor.OK, doctor.WARNING, doctor.FAILURE):
+        if verdict in (OK, WARNING, FAILURE):
             name, _, text = rest.partition(" ")
             said[name] = (verdict, text.strip())
     return status, said
@@ -42,7 +44,7 @@ def examine(capsys, recipe: Path, *options: str) -> tuple[int, dict[str, tuple[s
 def test_a_healthy_run(recipe, capsys, tmp_path):
     status, said = examine(capsys, recipe)
     assert status == 0 and [*said] == CHECKS
-    assert {verdict for verdict, _ in said.values()} == {doctor.OK}
+    assert {verdict for verdict, _ in said.values()} == {OK}
     assert said["batch"][1] == "256 tokens = 4 x 2 rows a process"
     assert "8 units" in said["dataset"][1] and "300 tokens" in said["tokenizer"][1]
     assert "1 minutes for 0.0 M tokens" in said["time"][1]
@@ -67,7 +69,7 @@ def test_a_failure_names_the_field(recipe, capsys, options, check, field):
     status, said = examine(capsys, recipe, *options)
     assert status == 1
     assert [*said] == CHECKS  # one failure does not hide the next
-    failed = {name for name, (verdict, _) in said.items() if verdict == doctor.FAILURE}
+    failed = {name for name, (verdict, _) in said.items() if verdict == FAILURE}
     assert check in failed <= {check, "data"}  # the stream deals the lanes too
     assert field in said[check][1]
 
@@ -75,20 +77,20 @@ def test_a_failure_names_the_field(recipe, capsys, options, check, field):
 def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 9 * 10**5, 10**5))
     status, said = examine(capsys, recipe)
-    assert status == 1 and said["disk"][0] == doctor.FAILURE
+    assert status == 1 and said["disk"][0] == FAILURE
     assert "keep_last" in said["disk"][1] and "output_dir" in said["disk"][1]
 
 
 def test_data_that_cannot_keep_up(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "training_rate", lambda *_: 1e12)
+    monkeypatch.setattr(examination, "_training_rate", lambda *_: 1e12)
     status, said = examine(capsys, recipe)
-    assert status == 1 and said["data"][0] == doctor.FAILURE
+    assert status == 1 and said["data"][0] == FAILURE
     assert "num_reader_threads" in said["data"][1] and "token_cache_dir" in said["data"][1]
 
 
 def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch):
-    for fast, verdict in ((True, doctor.OK), (False, doctor.WARNING)):
-        monkeypatch.setattr(doctor, "multiplies_bf16_faster", lambda fast=fast: fast)
+    for fast, verdict in ((True, OK), (False, WARNING)):
+        monkeypatch.setattr(examination, "_multiplies_bf16_faster", lambda fast=fast: fast)
         status, said = examine(capsys, recipe, "--mixed_precision", "bf16")
         assert status == 0 and said["precision"][0] == verdict
     assert "mixed_precision to no" in said["precision"][1]
@@ -96,7 +98,7 @@ def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch
 
 def test_epochs_have_no_estimate(recipe, capsys):
     status, said = examine(capsys, recipe, "--num_epochs", "1")
-    assert status == 0 and said["time"][0] == doctor.WARNING
+    assert status == 0 and said["time"][0] == WARNING
 
 
 @pytest.mark.parametrize("number", ["0", "two", "-1", ""])

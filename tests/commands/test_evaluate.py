@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -9,6 +10,8 @@ from tiny_language_models import HELLASWAG, LAMBADA, WIKITEXT2, random_gpt2, rea
 
 from gpt2repro import UserError
 from gpt2repro.commands import evaluate
+from gpt2repro.evaluation.benchmarks import BENCHMARKS
+from gpt2repro.recipe import Benchmark
 from gpt2repro.system.command_line import EXIT_USAGE, run
 
 FILES = [
@@ -151,14 +154,14 @@ def test_limit_and_batch_size(model, tmp_path):
 
 
 def test_published_figures_are_a_column_of_their_own():
-    arguments = evaluate.parse_arguments(["--model", "x", "--baseline", "openai-community/gpt2"])
-    assert evaluate.published_for(arguments)["val/loss"][0] == 3.2924
+    arguments = evaluate._parse(["--model", "x", "--baseline", "openai-community/gpt2"])
+    assert evaluate._published_for(arguments)["val/loss"][0] == 3.2924
     arguments.num_validation_units = 7
-    assert "val/loss" not in evaluate.published_for(arguments), "other text, not comparable"
+    assert "val/loss" not in evaluate._published_for(arguments), "other text, not comparable"
     arguments.baseline = "openai-community/gpt2-xl"
-    assert evaluate.published_for(arguments)["hellaswag/completion_acc_norm"][0] == 0.4889
+    assert evaluate._published_for(arguments)["hellaswag/completion_acc_norm"][0] == 0.4889
     arguments.baseline = None
-    assert evaluate.published_for(arguments) == {}
+    assert evaluate._published_for(arguments) == {}
 
 
 @pytest.mark.parametrize(
@@ -192,3 +195,10 @@ def test_weights_that_are_not_all_there_are_refused(saved):
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"--model .* lacks 1 .*transformer\.h\.0\.mlp\.c_fc"):
         evaluate.main(["--model", str(directory), "--tasks", "lambada", *FILES])
+
+
+def test_the_command_knows_every_benchmark_and_convention():
+    """It repeats their names, so that `--help` and refusals need not import the benchmarks."""
+    assert [*evaluate.BENCHMARKS] == [*BENCHMARKS]
+    assert evaluate.CONVENTIONS["both"] == [*BENCHMARKS["hellaswag"].conventions]
+    assert set(get_args(Benchmark)) == BENCHMARKS.keys()  # the recipe's eval_tasks

@@ -11,6 +11,7 @@ from tiny_metrics import run_metrics
 
 from gpt2repro import UserError
 from gpt2repro.commands import plots
+from gpt2repro.plots import gallery
 
 CURVES = {"loss_curve", "learning_rate", "throughput"}
 INSIDES = {
@@ -84,15 +85,15 @@ def test_two_runs_are_overlaid_apart_from_the_runs_own_plots(tmp_path, capsys):
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_directories(tmp_path):
-    runs = [plots.read_run(str(make_run(tmp_path / d, exp_name="demo"))) for d in ("one", "two")]
-    assert plots.distinct_names(runs) == [str(tmp_path / "one"), str(tmp_path / "two")]
+    runs = [gallery.read_run(str(make_run(tmp_path / d, exp_name="demo"))) for d in ("one", "two")]
+    assert gallery._distinct_names(runs) == [str(tmp_path / "one"), str(tmp_path / "two")]
 
 
 def test_the_baseline_is_drawn_for_the_reproduction_only(tmp_path):
     published = {"dataset_name": "HuggingFaceFW/fineweb-edu", "tokenizer_name": "gpt2"}
     for name, recipe, expected in (("gpt2", published, True), ("other", {}, False)):
-        run = plots.read_run(str(make_run(tmp_path / name, **recipe)))
-        _, figure = next(plots.run_pictures([run]))
+        run = gallery.read_run(str(make_run(tmp_path / name, **recipe)))
+        _, figure = next(gallery.run_pictures([run]))
         assert ("OpenAI GPT-2 124M" in figure.get_suptitle().replace("\n", " ")) is expected
 
 

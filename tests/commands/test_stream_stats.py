@@ -7,7 +7,8 @@ from tiny_corpus import documents, parquet_bytes
 
 from gpt2repro import UserError
 from gpt2repro.commands.stream_stats import main
-from gpt2repro.data.tokenizer import bulk_encoder, train_bpe
+from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.encoder import BulkEncoder
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_figures_of_a_stream(recipe, tmp_path, capsys):
     assert (stats["lanes_per_process"], stats["pieces_per_lane"]) == (2, 4.5)
     assert stats["requests_per_epoch"] == 36
     assert stats["needed_tokens_per_second"] == 25
-    encoder = bulk_encoder(train_bpe(documents(400), 400))
+    encoder = BulkEncoder(train_bpe(documents(400), 400))
     true = sum(len(ids) + 1 for ids in encoder.encode(documents(400)[40:]))
     assert stats["epoch_tokens_estimate"] == pytest.approx(true, rel=0.3)  # from one unit of ten
     shown = capsys.readouterr().out

@@ -8,8 +8,9 @@ import pytest
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
-from gpt2repro.data.corpus import open_corpus
-from gpt2repro.data.tokenizer import bulk_encoder, load_tokenizer
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.tokenizer import load_tokenizer
 
 FINEWEB_EDU_COLUMNS = [
     *("text", "id", "dump", "url", "file_path"),
@@ -43,7 +44,7 @@ def test_it_is_an_ordinary_dataset_with_an_ordinary_tokenizer(directory):
     assert corpus.num_units > 20  # enough for the demo's 4 + 16 units
     tokenizer = load_tokenizer(directory / "tokenizer")
     assert len(tokenizer) == demo_corpus.VOCAB_SIZE and tokenizer.eos_token == "<|endoftext|>"
-    encoder = bulk_encoder(tokenizer)
+    encoder = BulkEncoder(tokenizer)
     assert encoder.uses_tiktoken
     [text, *_] = corpus.read_unit(0)
     [ids] = encoder.encode([text])
@@ -59,25 +60,36 @@ def test_the_order_is_that_of_hashes(directory):
     assert hashes == sorted(hashes)
 
 
+def test_its_name_opens_it(few_documents, tmp_path, monkeypatch):
+    """With the identity that checkpoints hold: that of a directory, without a config."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    corpus = open_corpus("python-docs", config="of another dataset")
+    directory = demo_corpus._default_directory()
+    assert corpus.identity == open_corpus(directory).identity
+    assert corpus.identity["dataset"] == "local files" and corpus.identity["config"] is None
+    theirs = load_tokenizer(directory / "tokenizer")
+    assert load_tokenizer("python-docs").get_vocab() == theirs.get_vocab()
+
+
 @pytest.fixture
 def few_documents(monkeypatch):
     documents = [
         (f"lib.py#{n}", f"Document number {n} of a very small library.") for n in range(50)
     ]
-    monkeypatch.setattr(demo_corpus, "read_documents", lambda: iter(documents))
+    monkeypatch.setattr(demo_corpus, "_read_documents", lambda: iter(documents))
     return documents
 
 
 def test_what_is_there_is_not_made_again(few_documents, tmp_path, monkeypatch):
     made = demo_corpus.prepare(tmp_path / "demo")
-    monkeypatch.setattr(demo_corpus, "read_documents", lambda: pytest.fail("made again"))
+    monkeypatch.setattr(demo_corpus, "_read_documents", lambda: pytest.fail("made again"))
     assert demo_corpus.prepare(tmp_path / "demo") == made
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_an_interrupted_making_leaves_nothing(few_documents, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(demo_corpus, "write_parquet", lambda *_: 1 / 0)
+        patch.setattr(demo_corpus, "_write_parquet", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             demo_corpus.prepare(tmp_path / "demo")
     assert not list(tmp_path.iterdir())
@@ -86,15 +98,15 @@ def test_an_interrupted_making_leaves_nothing(few_documents, tmp_path, monkeypat
 
 def test_a_faster_process_wins(few_documents, tmp_path, monkeypatch):
     """Two launches at once: the second finds the first one's result when it wants to rename."""
-    write_parquet = demo_corpus.write_parquet
+    write_parquet = demo_corpus._write_parquet
 
     def overtaken(*arguments) -> None:
         write_parquet(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(demo_corpus, "write_parquet", write_parquet)
+            patch.setattr(demo_corpus, "_write_parquet", write_parquet)
             demo_corpus.prepare(tmp_path / "demo")
 
-    monkeypatch.setattr(demo_corpus, "write_parquet", overtaken)
+    monkeypatch.setattr(demo_corpus, "_write_parquet", overtaken)
     made = demo_corpus.prepare(tmp_path / "demo")
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert len(pq.read_table(made / "train.parquet")) == 50
@@ -102,7 +114,7 @@ def test_a_faster_process_wins(few_documents, tmp_path, monkeypatch):
 
 def test_it_lies_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    place = demo_corpus.default_directory()
+    place = demo_corpus._default_directory()
     assert place.parent == tmp_path / "gpt2repro" and place.name.startswith("python-docs-3.")
 
 

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 from fake_hub import FakeHub, Fault
-from tiny_corpus import ByteEncoder, documents, parquet_bytes
+from tiny_corpus import ByteEncoder, documents, parquet_bytes, refusal
 
 from gpt2repro import UserError
-from gpt2repro.data import corpus
-from gpt2repro.data.corpus import open_corpus
+from gpt2repro.data import corpus, parquet
+from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.system import patience
 
@@ -61,7 +61,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.02)
     monkeypatch.setattr(patience, "LONGEST_SILENCE_SECONDS", 0.5)
     monkeypatch.setattr(patience, "_outages", patience._Outages())
-    monkeypatch.setattr(corpus, "REQUEST_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "REQUEST_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
     with FakeHub() as hub:
         hub.add("datasets", NAME, repository_files())
@@ -201,7 +201,7 @@ def test_requests_and_bytes(hub):
 
 
 def test_a_footer_longer_than_the_guess_costs_a_second_request(hub, expected, monkeypatch):
-    monkeypatch.setattr(corpus, "FOOTER_GUESS_BYTES", 64)
+    monkeypatch.setattr(parquet, "FOOTER_GUESS_BYTES", 64)
     source = open_fineweb()
     assert len(hub.requests(PARQUET)) == 4
     assert digests(5, source) == expected[:5]
@@ -217,15 +217,7 @@ def test_an_ignored_range_is_hung_up_on_before_the_file_comes(hub, monkeypatch):
     assert source.read_unit(2) == texts[2000:3000]
 
 
-# -------------------------------------------------------------------------------------------- final
-
-
-def refusal(*arguments, **options) -> str:
-    with pytest.raises(UserError) as raised:
-        open_corpus(*arguments, **options)
-    message = str(raised.value)
-    assert "\n" not in message.strip()
-    return message
+# --- final ----------------------------------------------------------------------------------------
 
 
 def test_what_does_not_exist_fails_at_once_by_name(hub):
@@ -258,7 +250,7 @@ def test_a_long_outage_gives_up_in_one_line(hub, monkeypatch):
         digests(source=source)
 
 
-# ----------------------------------------------------------------------------- revisions and caches
+# --- revisions and caches -------------------------------------------------------------------------
 
 
 def test_the_revision_is_pinned_at_start(hub, expected):
@@ -317,7 +309,7 @@ IN_ANOTHER_PROCESS = f"""
 from datasets import load_dataset
 theirs = load_dataset({NAME!r}, {CONFIG!r}, split="train", streaming=True)
 texts = [row["text"] for row in theirs]
-from gpt2repro.data.corpus import open_corpus
+from gpt2repro.data.opening import open_corpus
 ours = open_corpus({NAME!r}, config={CONFIG!r})
 read = [text for unit in range(ours.num_units) for text in ours.read_unit(unit)]
 print(texts == read, len(texts))

@@ -1,190 +1,21 @@
-"""Tokenizers: the bulk encoder gives the Hugging Face tokenizer's own ids, only faster."""
+"""A tokenizer by its name: of a directory, of the Hub, of the Hub's cache."""
 
-import json
-import time
-
-import numpy as np
 import pytest
 from fake_hub import FakeHub, Fault
 from huggingface_hub import constants
 from tiny_corpus import documents
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
-from gpt2repro.data.tokenizer import PROBE_TEXT, bulk_encoder, load_tokenizer, train_bpe
+from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.system import patience
-
-TEXTS = [*documents(200), PROBE_TEXT, "naïve 中文 😀 don't WE'LL 123 4567 \n\n\t x"] * 2
 
 
 @pytest.fixture(scope="module")
 def theirs() -> PreTrainedTokenizerFast:
-    return train_bpe(TEXTS, 600)
-
-
-def plain_ids(theirs, text: str) -> list[int]:
-    """The tokenizer's own ids with special tokens taken as plain text."""
-    backend = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    return backend.encode(text, add_special_tokens=False).ids
-
-
-def test_trained_bpe_is_a_gpt2_tokenizer(theirs):
-    assert isinstance(theirs, PreTrainedTokenizerFast)
-    assert len(theirs) == 600
-    end = theirs.convert_tokens_to_ids("<|endoftext|>")
-    assert end == theirs.eos_token_id == theirs.bos_token_id == theirs.unk_token_id
-    for text in TEXTS[-2:]:
-        assert theirs.decode(theirs(text)["input_ids"]) == text
-    assert theirs("a<|endoftext|>b")["input_ids"].count(end) == 1
-
-
-def test_training_is_deterministic_and_survives_saving(theirs, tmp_path):
-    again = train_bpe(iter(TEXTS), 600)
-    assert bulk_encoder(again).fingerprint == bulk_encoder(theirs).fingerprint
-    theirs.save_pretrained(tmp_path)
-    for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
-        assert bulk_encoder(loaded).fingerprint == bulk_encoder(theirs).fingerprint
-        assert [loaded(text)["input_ids"] for text in TEXTS[-3:]] == [
-            theirs(text)["input_ids"] for text in TEXTS[-3:]
-        ]
-
-
-def test_a_vocabulary_too_small_for_bytes_is_refused():
-    assert len(train_bpe(TEXTS, 257)) == 257
-    with pytest.raises(UserError, match="vocab_size: 256"):
-        train_bpe(TEXTS, 256)
-
-
-def test_bulk_encoder_gives_the_tokenizers_ids(theirs):
-    encoder = bulk_encoder(theirs)
-    assert encoder.uses_tiktoken
-    assert encoder.eot_id == theirs.eos_token_id
-    ours = encoder.encode(TEXTS)
-    assert all(ids.dtype == np.uint16 for ids in ours)
-    assert [ids.tolist() for ids in ours] == [plain_ids(theirs, text) for text in TEXTS]
-    assert encoder.encode([""])[0].tolist() == []
-    assert encoder.encode([]) == []
-
-
-def test_every_character_is_encoded_alike(theirs):
-    """All of Unicode's blocks by sample: the two regex engines agree on letters and spaces."""
-    encoder = bulk_encoder(theirs)
-    points = [*range(0x3000), *range(0x3000, 0xD800, 17), *range(0xE000, 0x110000, 97)]
-    for begin in range(0, len(points), 500):
-        text = "".join(f"a{chr(p)}1{chr(p)} {chr(p)}." for p in points[begin : begin + 500])
-        assert encoder.encode([text])[0].tolist() == plain_ids(theirs, text)
-
-
-def test_a_special_token_spelled_out_is_plain_text(theirs):
-    encoder = bulk_encoder(theirs)
-    [ids] = encoder.encode(["before <|endoftext|> after"])
-    assert encoder.eot_id not in ids
-    assert theirs.decode(ids) == "before <|endoftext|> after"
-
-
-def bert_like() -> PreTrainedTokenizerFast:
-    """A tokenizer of another kind: lower case, words, 70,000 ids."""
-    words = ["<unk>", "</s>", *(f"w{number}" for number in range(69_998))]
-    model = models.WordLevel({word: index for index, word in enumerate(words)}, "<unk>")
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.enable_truncation(5)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-
-
-def test_another_tokenizer_encodes_itself():
-    encoder = bulk_encoder(bert_like())
-    assert not encoder.uses_tiktoken
-    assert encoder.dtype == np.uint32  # 70,000 ids do not fit 16 bits
-    ours = encoder.encode(["W1 w69997 nothing", "", "w0 " * 20])
-    assert [ids.tolist() for ids in ours] == [[3, 69_999, 0], [], [2] * 20]  # never truncated
-
-
-def test_tokenizers_that_only_look_like_gpt2_encode_themselves(theirs):
-    """Each differs in one thing that tiktoken's twin would get wrong."""
-    description = json.loads(theirs.backend_tokenizer.to_str())
-
-    def variant(**changes):
-        model = description["model"] | changes.pop("model", {})
-        text = json.dumps(description | changes | {"model": model})
-        backend = Tokenizer.from_str(text)
-        return bulk_encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a"))
-
-    byte_level = description["pre_tokenizer"]
-    merges = description["model"]["merges"]
-    assert variant().uses_tiktoken
-    for changes in (
-        {"normalizer": {"type": "NFC"}},
-        {"pre_tokenizer": byte_level | {"add_prefix_space": True}},
-        {"pre_tokenizer": byte_level | {"use_regex": False}},
-        {"pre_tokenizer": {"type": "Digits", "individual_digits": True}},
-        {"model": {"merges": [merges[-1], *merges[:-1]]}},
-    ):
-        assert not variant(**changes).uses_tiktoken, changes
-
-
-def test_vocabulary_of_65536_ids_still_fits_16_bits():
-    """The largest id is then 65,535."""
-    vocab = {f"t{number}": number for number in range(65_535)} | {"</s>": 65_535}
-    backend = Tokenizer(models.WordLevel(vocab, "t0"))
-    backend.decoder = decoders.Fuse()
-    full = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    assert bulk_encoder(full).dtype == np.uint16
-    full.add_tokens(["one more"])
-    assert bulk_encoder(full).dtype == np.uint32
-
-
-def test_a_tokenizer_without_an_end_is_refused():
-    backend = Tokenizer(models.WordLevel({"a": 0}, "a"))
-    with pytest.raises(UserError, match=r"tokenizer_name: .*neither an eos nor a bos"):
-        bulk_encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a" * 300_000,
-        " " * 300_000 + "a",
-        "\n" * 300_000,
-        "\0" * 300_000,
-        "é" * 300_000,
-        "abcdefghij" * 30_000,
-        "!" * 300_000,
-        "😀" * 100_000,
-        "1234567890" * 30_000,
-    ],
-    ids=lambda text: repr(text[:4]),
-)
-def test_pathological_text_neither_crashes_nor_takes_for_ever(theirs, text):
-    encoder = bulk_encoder(theirs)
-    began = time.perf_counter()
-    [ids] = encoder.encode([text])
-    assert time.perf_counter() - began < 20  # linear: about 0.2 s; quadratic would take minutes
-    assert theirs.decode(ids) == text
-
-
-@pytest.mark.parametrize("make", [lambda: train_bpe(TEXTS, 300), bert_like], ids=["bpe", "words"])
-def test_lone_surrogates_are_replaced(make):
-    encoder = bulk_encoder(make())
-    ours = encoder.encode(["w1 \ud800 w2", "plain \udfff"])
-    theirs = encoder.encode(["w1 \ufffd\ufffd\ufffd w2", "plain \ufffd\ufffd\ufffd"])
-    assert [ids.tolist() for ids in ours] == [ids.tolist() for ids in theirs]
-
-
-def test_fingerprints_tell_tokenizers_apart(theirs):
-    prints = {
-        bulk_encoder(theirs).fingerprint,
-        bulk_encoder(train_bpe(TEXTS, 599)).fingerprint,
-        bulk_encoder(train_bpe(TEXTS[:50], 600)).fingerprint,
-        bulk_encoder(bert_like()).fingerprint,
-    }
-    assert len(prints) == 4
-
-
-# ------------------------------------------------------------------------------------------ loading
+    return train_bpe(documents(200), 600)
 
 
 def test_a_directory_that_holds_no_tokenizer_is_refused(tmp_path):
@@ -209,10 +40,10 @@ def test_loading_from_the_hub_and_then_from_its_cache(hub, theirs, monkeypatch):
     hub.faults.append(Fault("status:503", "api/models", times=8))
     first = load_tokenizer("openai-community/gpt2")
     assert isinstance(first, GPT2Tokenizer)
-    assert bulk_encoder(first).fingerprint == bulk_encoder(theirs).fingerprint
+    assert BulkEncoder(first).fingerprint == BulkEncoder(theirs).fingerprint
     hub.faults.append(Fault("status:503", "", "GET|HEAD", times=10**9))
     offline = load_tokenizer("openai-community/gpt2")
-    assert bulk_encoder(offline).fingerprint == bulk_encoder(theirs).fingerprint
+    assert BulkEncoder(offline).fingerprint == BulkEncoder(theirs).fingerprint
 
 
 def test_a_name_that_does_not_exist_is_refused_at_once(hub):

@@ -27,8 +27,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.evaluation.likelihoods import loglikelihoods
-from gpt2repro.evaluation.scoring import read_jsonl, score_task
-from gpt2repro.evaluation.tasks import Lambada, LMEvalHellaSwag, WikiText2
+from gpt2repro.evaluation.scoring import score_task
+from gpt2repro.evaluation.task import read_jsonl
+from gpt2repro.evaluation.tasks.hellaswag import LMEvalHellaSwag
+from gpt2repro.evaluation.tasks.lambada import Lambada
+from gpt2repro.evaluation.tasks.wikitext import WikiText2
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval, of the test extra, is not installed")

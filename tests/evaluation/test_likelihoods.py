@@ -137,7 +137,7 @@ def test_a_compiled_model_meets_few_shapes(model, requests):
     np.testing.assert_allclose(ours.log_likelihood, one_by_one(model, requests)[0], rtol=1e-5)
 
 
-# ---------------------------------------------------------------- batches
+# --- batches --------------------------------------------------------------------------------------
 
 
 def test_buckets_are_the_cheapest():
@@ -174,7 +174,7 @@ def test_no_shape_exceeds_the_model():
     assert batch.length == 62  # not 64
 
 
-# ---------------------------------------------------------------- tokens of a pair
+# --- tokens of a pair -----------------------------------------------------------------------------
 
 
 def test_pairs_are_split_where_the_context_ends():

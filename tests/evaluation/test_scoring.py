@@ -25,16 +25,11 @@ from torch.distributed.fsdp import fully_shard
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
-from gpt2repro.evaluation import scoring
+from gpt2repro.evaluation.benchmarks import BENCHMARKS, open_tasks
 from gpt2repro.evaluation.likelihoods import NUM_SHAPES
-from gpt2repro.evaluation.scoring import (
-    hellaswag_tasks,
-    read_jsonl,
-    read_rows,
-    score_hellaswag,
-    validation_loss,
-)
-from gpt2repro.evaluation.tasks import MalformedRow
+from gpt2repro.evaluation.scoring import score_tasks
+from gpt2repro.evaluation.task import MalformedRow, read_jsonl
+from gpt2repro.evaluation.validation import validation_loss
 from gpt2repro.system import patience, ranks
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -61,7 +56,7 @@ def ours() -> GPT2ReproForCausalLM:
     return model.eval()
 
 
-# ---------------------------------------------------------------- validation loss
+# --- validation loss ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [random_gpt2, ours])
@@ -158,16 +153,16 @@ def test_the_model_goes_on_training_afterwards():
     assert model.training
 
 
-# ---------------------------------------------------------------- HellaSwag in the loop
+# --- HellaSwag in the loop ------------------------------------------------------------------------
 
 
 def test_hellaswag_gives_both_conventions_with_errors():
-    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
-    found = score_hellaswag(random_gpt2(), tasks, batch_size=8)
+    tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
+    found = score_tasks(random_gpt2(), tasks, batch_size=8)
     names = [f"hellaswag/{c}_{m}" for c in ("completion", "lm_eval") for m in ("acc", "acc_norm")]
     assert set(found) == {*names, *(f"{name}_stderr" for name in names)}
     assert all(0 <= found[name] <= 1 for name in names)
-    assert found == score_hellaswag(random_gpt2(), tasks, batch_size=3)
+    assert found == score_tasks(random_gpt2(), tasks, batch_size=3)
 
 
 def test_hellaswag_between_compiled_training_steps_compiles_once():
@@ -175,29 +170,29 @@ def test_hellaswag_between_compiled_training_steps_compiles_once():
     torch._dynamo.reset()
     model = random_gpt2().train()
     model.compile(backend=counter)  # in place and with dynamo's defaults, as in training
-    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
+    tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
     graphs = []
     for _ in range(2):
         model(input_ids=torch.zeros(4, T, dtype=torch.int64)).logits.sum().backward()
         graphs.append(counter.frame_count)
-        found = score_hellaswag(model, tasks, batch_size=4)
+        found = score_tasks(model, tasks, batch_size=4)
         graphs.append(counter.frame_count)
     torch._dynamo.reset()
     assert graphs[0] == 1
     assert graphs[1] <= 1 + NUM_SHAPES
     assert graphs[1:] == [graphs[1]] * 3, "nothing is compiled again"
-    assert found == score_hellaswag(random_gpt2(), tasks, batch_size=4)
+    assert found == score_tasks(random_gpt2(), tasks, batch_size=4)
 
 
 def test_hellaswag_stops():
-    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
-    assert score_hellaswag(random_gpt2(), tasks, batch_size=8, should_stop=lambda: True) is None
+    tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
+    assert score_tasks(random_gpt2(), tasks, batch_size=8, should_stop=lambda: True) is None
 
 
 def _evaluate(model, **how):
-    tasks = hellaswag_tasks(tiny_tokenizer(), max_length=512, hellaswag_file=str(HELLASWAG))
+    tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
     loss = validation_loss(model, ROWS, batch_size=2, **how)
-    return loss.loss, score_hellaswag(model, tasks, batch_size=8, **how)
+    return loss.loss, score_tasks(model, tasks, batch_size=8, **how)
 
 
 def _one_rank(rank: int, port: int, queue) -> None:
@@ -233,7 +228,7 @@ def test_two_processes_agree_with_one():
         assert their_hellaswag == hellaswag
 
 
-# ---------------------------------------------------------------- rows
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_row_numbers_are_line_numbers(tmp_path):
@@ -254,7 +249,7 @@ def test_rows_that_are_all_bad_are_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"ctx": "a"}) + "\n")
     with pytest.raises(UserError, match="none of its 1 rows can be scored; row 1: 'endings'"):
-        hellaswag_tasks(tiny_tokenizer(), max_length=64, hellaswag_file=str(path))
+        open_tasks("hellaswag", tiny_tokenizer(), max_length=64, file=str(path))
 
 
 def test_wikitext_lines_are_grouped_and_limited(tmp_path):
@@ -263,8 +258,8 @@ def test_wikitext_lines_are_grouped_and_limited(tmp_path):
     lines = [f"{line}\n" for page in pages for line in page["page"].splitlines()]
     rows = [json.dumps({"text": "" if line == " \n" else line}) for line in lines]
     path.write_text("\n".join(rows))
-    assert read_rows("wikitext2", str(path), None) == pages
-    assert read_rows("wikitext2", str(WIKITEXT2), 1) == pages[:1]
+    assert BENCHMARKS["wikitext2"].read_rows(str(path)) == pages
+    assert BENCHMARKS["wikitext2"].read_rows(str(WIKITEXT2), 1) == pages[:1]
 
 
 def test_without_a_network_one_line_names_the_file_option(monkeypatch):
@@ -274,6 +269,6 @@ def test_without_a_network_one_line_names_the_file_option(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0)
     with pytest.raises(UserError) as raised:
-        scoring.read_rows("hellaswag", None, None)
+        BENCHMARKS["hellaswag"].read_rows(None)
     assert "give a local copy with --hellaswag_file" in str(raised.value)
     assert "\n" not in str(raised.value)

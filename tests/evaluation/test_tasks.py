@@ -15,15 +15,13 @@ from tiny_language_models import (
 )
 
 from gpt2repro.evaluation.likelihoods import Scores, loglikelihoods
-from gpt2repro.evaluation.tasks import (
-    CompletionHellaSwag,
-    Lambada,
-    LMEvalHellaSwag,
-    MalformedRow,
-    Task,
-    Validation,
+from gpt2repro.evaluation.task import MalformedRow, Task
+from gpt2repro.evaluation.tasks import hellaswag
+from gpt2repro.evaluation.tasks.held_out import Validation
+from gpt2repro.evaluation.tasks.hellaswag import CompletionHellaSwag, LMEvalHellaSwag
+from gpt2repro.evaluation.tasks.lambada import Lambada
+from gpt2repro.evaluation.tasks.wikitext import (
     WikiText2,
-    clean_hellaswag,
     detokenize_wikitext,
     rolling_windows,
     wikitext_pages,
@@ -55,7 +53,7 @@ def row(**changes) -> dict:
     return good | changes
 
 
-# ---------------------------------------------------------------- HellaSwag
+# --- HellaSwag ------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -110,7 +108,7 @@ def test_lm_eval_text_and_lengths(tokenizer):
 
 
 def test_cleaning():
-    assert clean_hellaswag(" [header] A [title] B  c [x] d ") == " A. B c d"
+    assert hellaswag._clean(" [header] A [title] B  c [x] d ") == " A. B c d"
 
 
 @BOTH
@@ -153,7 +151,7 @@ def test_a_long_context_is_cut_on_the_left_and_counted(tokenizer):
     assert scored(random_gpt2(positions=64), task)
 
 
-# ---------------------------------------------------------------- LAMBADA
+# --- LAMBADA --------------------------------------------------------------------------------------
 
 
 def test_lambada_asks_for_the_last_word(tokenizer):
@@ -188,7 +186,7 @@ def test_lambada_names_rows_without_a_word(tokenizer):
     assert task.skipped[3] == "no 'text'"
 
 
-# ---------------------------------------------------------------- WikiText-2
+# --- WikiText-2 -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
@@ -237,7 +235,7 @@ def test_an_empty_page_is_named(tokenizer):
     assert task.skipped == {1: "the page is empty"}
 
 
-# ---------------------------------------------------------------- held-out text
+# --- held-out text --------------------------------------------------------------------------------
 
 
 def test_validation_is_paired_by_its_tokens():

@@ -128,13 +128,6 @@ def test_smooth_is_a_centred_moving_average():
     np.testing.assert_allclose(curves.smooth(values), theirs, atol=1e-12)
 
 
-def test_the_published_baseline_needs_the_dataset_and_the_tokenizer():
-    fineweb = "HuggingFaceFW/fineweb-edu"
-    assert curves.known_baseline(fineweb, "openai-community/gpt2")[1] == 3.2924
-    assert curves.known_baseline(fineweb, "my/tokenizer") is None
-    assert curves.known_baseline("my/dataset", "openai-community/gpt2") is None
-
-
 def test_gradient_norm_and_throughput_say_their_findings():
     runs = {"": run_metrics()}
     schedule = curves.draw_learning_rate_and_gradient_norm(runs, max_grad_norm=1.0)

@@ -59,7 +59,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-# --- What an export holds -----------------------------------------------------------------------
+# --- What an export holds -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("form", "files"), [("gpt2repro", NATIVE_FILES), ("gpt2", STOCK_FILES)])
@@ -185,7 +185,7 @@ def test_bfloat16_in_shards_with_a_head_of_its_own(tmp_path):
     assert torch.equal(tensors["lm_head.weight"], model.lm_head.weight.bfloat16())
 
 
-# --- A wrong one is never published -------------------------------------------------------------
+# --- A wrong one is never published ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_the_live_model_is_left_as_it_was(tmp_path, monkeypatch):
     assert read(tmp_path / "final" / "config.json")["use_cache"] is True
 
 
-# --- The verb -----------------------------------------------------------------------------------
+# --- The verb -------------------------------------------------------------------------------------
 
 
 def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_verification):

@@ -251,7 +251,7 @@ def test_only_verified_exports_are_pushed(hub, exported, tmp_path):
     assert hub.log == []
 
 
-# --- In the background --------------------------------------------------------------------------
+# --- In the background ----------------------------------------------------------------------------
 
 
 def checkpoints(root: Path, number: int) -> Path:

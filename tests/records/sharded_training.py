@@ -11,7 +11,9 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parent))
 from test_checkpoints import make
 
+from gpt2repro.recipe import load_recipe
 from gpt2repro.records import checkpoints
+from gpt2repro.training.optim.registry import build_optimizer
 
 
 def sharded(optimizer_name: str):
@@ -20,19 +22,8 @@ def sharded(optimizer_name: str):
     for block in model.transformer.h:
         fully_shard(block)
     fully_shard(model)
-    from gpt2repro.training.optimizers import build_optimizer
-
-    optimizer = build_optimizer(
-        model,
-        name=optimizer_name,
-        max_lr=1e-2,
-        betas=(0.9, 0.95),
-        epsilon=1e-8,
-        weight_decay=0.1,
-        muon_lr=2e-2,
-        muon_momentum=0.95,
-        muon_weight_decay=0.0,
-    )
+    recipe = load_recipe(["--optimizer", optimizer_name, "--max_lr", "1e-2"])
+    optimizer = build_optimizer(model, recipe)
     return model, optimizer
 
 

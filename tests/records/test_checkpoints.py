@@ -12,8 +12,10 @@ import torch
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
+from gpt2repro.recipe import load_recipe
 from gpt2repro.records import checkpoints
-from gpt2repro.training.optimizers import build_optimizer
+from gpt2repro.system import atomic
+from gpt2repro.training.optim.registry import build_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
@@ -23,15 +25,7 @@ def make(optimizer: str = "adamw", **overrides):
     settings |= {"bos_token_id": 0, "eos_token_id": 0, **overrides}
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**settings))
     return model, build_optimizer(
-        model,
-        name=optimizer,
-        max_lr=1e-2,
-        betas=(0.9, 0.95),
-        epsilon=1e-8,
-        weight_decay=0.1,
-        muon_lr=2e-2,
-        muon_momentum=0.95,
-        muon_weight_decay=0.0,
+        model, load_recipe(["--optimizer", optimizer, "--max_lr", "1e-2"])
     )
 
 
@@ -134,14 +128,15 @@ def test_an_interrupted_write_is_never_valid(tmp_path, monkeypatch):
     """Cut the writer off before each of its file operations: nothing half-made has the name."""
     model, optimizer = make()
     good = save(tmp_path, model, optimizer, 1)
-    operations = ["save_file", "flush", "commit", "fresh_scratch"]
-    for name in operations:
+    operations = [(checkpoints, "save_file"), (checkpoints, "commit")]
+    operations += [(atomic, "flush"), (atomic, "partial"), (atomic, "move_into_place")]
+    for module, name in operations:
         with monkeypatch.context() as patch:
 
             def die(*args, **kwargs):
                 raise KeyboardInterrupt
 
-            patch.setattr(checkpoints, name, die)
+            patch.setattr(module, name, die)
             with pytest.raises(KeyboardInterrupt):
                 save(tmp_path, model, optimizer, 2)
         assert checkpoints.find_latest(tmp_path) == (good, [])
@@ -168,7 +163,7 @@ def test_garbage_is_an_error_and_not_a_model(tmp_path):
         checkpoints.load(path, model=model, optimizer=optimizer)
 
 
-# --- Sharded, in two gloo processes -------------------------------------------------------------
+# --- Sharded, in two gloo processes ---------------------------------------------------------------
 
 
 def two_processes(mode: str, optimizer: str, directory: Path) -> dict:

@@ -19,8 +19,7 @@ def add_checkpoint(run: Path, step: int, resume: str = "auto") -> Path:
     return path
 
 
-def save_recipe(path: Path) -> None:
-    path.write_text("exp_name: a\n")
+RECIPE = "exp_name: a\n"
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def run(tmp_path) -> Path:
     """A run of ten steps with checkpoints before steps 4 and 8."""
     path = tmp_path / "run"
     path.mkdir()
-    save_recipe(path / "recipe.yaml")
+    (path / "recipe.yaml").write_text(RECIPE)
     lines = [json.dumps({"step": step}) for step in range(10)]
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     add_checkpoint(path, 4)
@@ -38,52 +37,52 @@ def run(tmp_path) -> Path:
 
 def test_a_new_run_begins_at_step_0(tmp_path):
     directory = RunDirectory(tmp_path / "deep" / "run")
-    resume = directory.decide("auto")
-    assert (resume.path, resume.step, resume.note) == (None, 0, "")
+    start = directory.find_start("auto")
+    assert (start.path, start.step, start.note) == (None, 0, "")
     assert not directory.path.exists()  # deciding writes nothing
-    assert directory.open(0, save_recipe) == []
+    assert directory.open(0, RECIPE) == []
     assert directory.recipe.exists() and directory.metrics.read_text() == ""
 
 
 def test_an_existing_run_goes_on(run):
     directory = RunDirectory(run)
-    resume = directory.decide("auto")
-    assert resume.step == 8 and "going on from its step 8" in resume.note
-    assert [line["step"] for line in directory.open(8, save_recipe)] == [*range(8)]
+    start = directory.find_start("auto")
+    assert start.step == 8 and "going on from its step 8" in start.note
+    assert [line["step"] for line in directory.open(8, RECIPE)] == [*range(8)]
 
 
 def test_never_touches_nothing(run):
     with pytest.raises(UserError, match="--resume never forbids"):
-        RunDirectory(run).decide("never")
+        RunDirectory(run).find_start("never")
 
 
 def test_broken_ones_are_passed_over_and_named(run):
     (run / "checkpoints" / "step_00000008" / "COMPLETE").unlink()
-    resume = RunDirectory(run).decide("auto")
-    assert resume.step == 4 and "step_00000008 is incomplete and is passed over" in resume.note
+    start = RunDirectory(run).find_start("auto")
+    assert start.step == 4 and "step_00000008 is incomplete and is passed over" in start.note
     (run / "checkpoints" / "step_00000004" / "COMPLETE").unlink()
-    resume = RunDirectory(run).decide("auto")
-    assert resume.step == 0 and "no valid checkpoint: starting at step 0" in resume.note
+    start = RunDirectory(run).find_start("auto")
+    assert start.step == 0 and "no valid checkpoint: starting at step 0" in start.note
 
 
 def test_going_back_sets_later_checkpoints_aside(run):
     """They are of a line that is left; lost they are not."""
     directory, earlier = RunDirectory(run), str(run / "checkpoints" / "step_00000004")
-    resume = directory.decide(earlier)
-    assert resume.step == 4
-    directory.open(4, save_recipe)
+    start = directory.find_start(earlier)
+    assert start.step == 4
+    directory.open(4, RECIPE)
     names = sorted(path.name for path in directory.checkpoints.iterdir())
     assert names == ["step_00000004", "superseded"]
     assert (directory.checkpoints / "superseded" / "step_00000008" / "COMPLETE").exists()
-    assert RunDirectory(run).decide("auto").step == 4
+    assert RunDirectory(run).find_start("auto").step == 4
 
 
 def test_the_same_command_goes_on_when_it_names_a_checkpoint(run):
     """A scheduler repeats `--resume PATH`: what that launch saved since is where it goes on."""
     named = str(run / "checkpoints" / "step_00000004")
     add_checkpoint(run, 9, resume=named)
-    resume = RunDirectory(run).decide(named)
-    assert resume.step == 9 and "going on from its step 9" in resume.note
+    start = RunDirectory(run).find_start(named)
+    assert start.step == 9 and "going on from its step 9" in start.note
 
 
 def test_one_process_writes(run):
@@ -91,15 +90,15 @@ def test_one_process_writes(run):
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         with pytest.raises(UserError, match="is being written by another process"):
-            RunDirectory(run).open(4, save_recipe)
+            RunDirectory(run).open(4, RECIPE)
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    RunDirectory(run).open(8, save_recipe)
+    RunDirectory(run).open(8, RECIPE)
 
 
 def test_a_new_launch_is_not_preempted_yet(run):
     directory = RunDirectory(run)
     directory.preempted.touch()
-    directory.open(8, save_recipe)
+    directory.open(8, RECIPE)
     assert not directory.preempted.exists()
 
 
@@ -110,15 +109,15 @@ def test_a_launch_that_was_killed_while_it_opened_can_be_repeated(tmp_path, kill
     if killed_before != "lock":
         (directory.path / ".lock").touch()
     if killed_before == "metrics":
-        save_recipe(directory.recipe)
+        directory.recipe.write_text(RECIPE)
     again = RunDirectory(directory.path)
-    assert again.decide("auto").step == 0
-    assert again.open(0, save_recipe) == []
+    assert again.find_start("auto").step == 0
+    assert again.open(0, RECIPE) == []
 
 
 def test_files_of_something_else_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds files of something else"):
-        RunDirectory(tmp_path).decide("auto")
+        RunDirectory(tmp_path).find_start("auto")
     with pytest.raises(UserError, match="is a file"):
-        RunDirectory(tmp_path / "thesis.tex").decide("auto")
+        RunDirectory(tmp_path / "thesis.tex").find_start("auto")

@@ -10,10 +10,8 @@ from ours_and_theirs import ours_and_theirs, random_ids
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import modeling_gpt2repro
-from gpt2repro.speed import fused_cross_entropy
+from gpt2repro.speed import lm_head
 from gpt2repro.speed.compilation import RULES, ScatterIntoSum, compile_in_place
-from modeling_gpt2repro import GPT2ReproLMHead
 
 # Fused kernels round at other places than one kernel after another; logits are of order 10.
 FUSED = {"rtol": 1e-4, "atol": 1e-4}
@@ -45,7 +43,7 @@ def fresh_compiler():
 def test_a_compiled_training_step_is_one_graph_with_the_same_gradients(skip_logits, loop, backend):
     ours, _ = ours_and_theirs(n_layer=1)
     if loop:
-        fused_cross_entropy.use_in(ours)
+        lm_head.use_in(ours)
     ours.train()
     rows = random_ids(2, 17)
     step = {"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:], "skip_logits": skip_logits}
@@ -131,9 +129,9 @@ class DoublingHead(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("ids", [random_ids(1, 1), random_ids(1, 5), random_ids(3, 1)], ids=str)
-@pytest.mark.parametrize("head_class", [GPT2ReproLMHead, torch.nn.Linear, DoublingHead])
+@pytest.mark.parametrize("head_class", [lm_head.FusedLMHead, torch.nn.Linear, DoublingHead])
 def test_compiled_logits_of_one_row_and_of_several(ids, head_class, monkeypatch):
-    monkeypatch.setattr(modeling_gpt2repro, "LARGE_WEIGHT", 0)
+    monkeypatch.setattr(lm_head, "LARGE_WEIGHT", 0)
     ours, _ = ours_and_theirs(n_layer=1)
     ours.lm_head.__class__ = head_class
     with torch.no_grad():
@@ -153,7 +151,7 @@ def test_training_keeps_less_when_compiled_in_place():
         torch._dynamo.reset()
         model, _ = ours_and_theirs()
         model.train()
-        fused_cross_entropy.use_in(model)
+        lm_head.use_in(model)
         compile_model(model)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept = {}

@@ -79,7 +79,7 @@ def test_a_second_ctrl_c_leaves_at_once():
     assert "the last checkpoint stands" in process.communicate()[1]
 
 
-# --- The launcher -------------------------------------------------------------------------------
+# --- The launcher ---------------------------------------------------------------------------------
 
 CHILD = "from gpt2repro.system import signals; signals.end_with_launcher();" + SLEEP
 LAUNCHER = f"""

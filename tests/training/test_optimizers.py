@@ -1,4 +1,4 @@
-"""The schedule, the parameter groups, and both optimizers against torch's own."""
+"""The parameter groups, and both optimizers against torch's own."""
 
 import math
 
@@ -6,25 +6,18 @@ import pytest
 import torch
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.training.optimizers import (
-    MuonAdamW,
-    build_optimizer,
-    lr_at,
-    orthogonalize,
-    parameter_groups,
-    set_lr,
-)
+from gpt2repro.recipe import load_recipe
+from gpt2repro.training.optim.groups import parameter_groups
+from gpt2repro.training.optim.muon import MuonAdamW, orthogonalize
+from gpt2repro.training.optim.registry import build_optimizer
+from gpt2repro.training.schedule import set_lr
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-SETTINGS = {
-    "max_lr": 1e-2,
-    "betas": (0.9, 0.95),
-    "epsilon": 1e-8,
-    "weight_decay": 0.1,
-    "muon_lr": 2e-2,
-    "muon_momentum": 0.95,
-    "muon_weight_decay": 0.01,
-}
+SETTINGS = ("--max_lr", "1e-2", "--muon_lr", "2e-2", "--muon_weight_decay", "0.01")
+
+
+def build(model, name: str):
+    return build_optimizer(model, load_recipe([*SETTINGS, "--optimizer", name]))
 
 
 def tiny_model(**overrides) -> GPT2ReproForCausalLM:
@@ -40,34 +33,13 @@ def backward(model, seed: int) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
 
 
-# --- The schedule -------------------------------------------------------------------------------
-
-
-def test_warm_up_then_half_a_cosine():
-    schedule = {"max_lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 715, "num_steps": 19073}
-    assert lr_at(0, **schedule) == pytest.approx(6e-4 / 715)
-    assert lr_at(714, **schedule) == pytest.approx(6e-4)
-    assert lr_at(715, **schedule) == pytest.approx(6e-4)
-    middle = (715 + 19073) // 2
-    assert lr_at(middle, **schedule) == pytest.approx((6e-4 + 6e-5) / 2)
-    assert lr_at(19072, **schedule) == pytest.approx(6e-5, rel=1e-4)
-    rates = [lr_at(step, **schedule) for step in range(715, 19073)]
-    assert rates == sorted(rates, reverse=True)
-
-
-def test_schedules_without_warm_up_or_decay():
-    assert lr_at(0, max_lr=1.0, min_lr=0.0, warmup_steps=0, num_steps=10) == 1.0
-    assert lr_at(9, max_lr=1.0, min_lr=1.0, warmup_steps=0, num_steps=10) == 1.0
-    assert lr_at(4, max_lr=1.0, min_lr=0.0, warmup_steps=10, num_steps=5) == 0.5
-
-
-# --- Groups -------------------------------------------------------------------------------------
+# --- Groups ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_groups_cover_every_parameter_once(tied):
     model = tiny_model(tie_word_embeddings=tied)
-    groups = parameter_groups(model)
+    groups = {group["name"]: group["params"] for group in parameter_groups(model, 0.1)}
     grouped = [id(p) for parameters in groups.values() for p in parameters]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     assert len(groups["qkv"]) == 2 and len(groups["matrices"]) == 2 * 3
@@ -77,25 +49,25 @@ def test_groups_cover_every_parameter_once(tied):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_matrices_and_embeddings_decay(name):
-    optimizer = build_optimizer(tiny_model(), name=name, **SETTINGS)
+    optimizer = build(tiny_model(), name)
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     matrices = 0.01 if name == "muon" else 0.1
     assert decay == {"qkv": matrices, "matrices": matrices, "embeddings": 0.1, "vectors": 0.0}
 
 
 def test_one_schedule_drives_all_groups():
-    optimizer = build_optimizer(tiny_model(), name="muon", **SETTINGS)
+    optimizer = build(tiny_model(), "muon")
     set_lr(optimizer, 5e-3)  # half of max_lr
     lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert lrs["embeddings"] == 5e-3 and lrs["qkv"] == pytest.approx(1e-2)
 
 
-# --- Updates against torch's --------------------------------------------------------------------
+# --- Updates against torch's ----------------------------------------------------------------------
 
 
 def test_adamw_is_torchs():
     ours, theirs = tiny_model(), tiny_model()
-    optimizer = build_optimizer(ours, name="adamw", **SETTINGS)
+    optimizer = build(ours, "adamw")
     decayed = [p for p in theirs.parameters() if p.ndim >= 2]
     rest = [p for p in theirs.parameters() if p.ndim < 2]
     reference = torch.optim.AdamW(
@@ -117,7 +89,7 @@ def test_adamw_is_torchs():
 def test_muon_is_torchs_on_each_linear_map():
     """`torch.optim.Muon` on nn.Linear-layout copies of every map, Q, K and V apart."""
     model = tiny_model()
-    optimizer = build_optimizer(model, name="muon", **SETTINGS)
+    optimizer = build(model, "muon")
     fused = model.transformer.h[0].attn.c_attn.weight  # (16, 48)
     single = model.transformer.h[1].mlp.c_fc.weight  # (16, 64)
     maps = [w.detach().T.clone() for w in (*fused.chunk(3, dim=1), single)]
@@ -157,7 +129,9 @@ def test_newton_schulz_keeps_the_directions_and_levels_the_singular_values(shape
 def test_muon_orthogonalizes_q_k_and_v_each_on_its_own():
     """An update of one fused block could not have three orthogonal square maps."""
     model = tiny_model()
-    optimizer = build_optimizer(model, name="muon", **(SETTINGS | {"muon_weight_decay": 0.0}))
+    optimizer = build_optimizer(
+        model, load_recipe([*SETTINGS[:4], "--optimizer", "muon", "--muon_weight_decay", "0"])
+    )
     weight = model.transformer.h[0].attn.c_attn.weight
     before = weight.detach().clone()
     backward(model, 0)
@@ -171,8 +145,8 @@ def test_muon_orthogonalizes_q_k_and_v_each_on_its_own():
 
 def test_muon_trains_the_rest_with_adamw():
     ours, theirs = tiny_model(), tiny_model()
-    muon = build_optimizer(ours, name="muon", **SETTINGS)
-    adamw = build_optimizer(theirs, name="adamw", **SETTINGS)
+    muon = build(ours, "muon")
+    adamw = build(theirs, "adamw")
     for model, optimizer in ((ours, muon), (theirs, adamw)):
         backward(model, 0)
         optimizer.step()

@@ -5,7 +5,9 @@ import pytest
 import torch
 from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer
 
-from gpt2repro.plots import inspection
+from gpt2repro.plots import attention as attention_module
+from gpt2repro.plots import gradients
+from gpt2repro.plots import logit_lens as lens_module
 from gpt2repro.plots.style import finding, token_labels
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -26,7 +28,7 @@ def ours(theirs, tmp_path_factory):
 
 def test_attention_maps_are_those_of_transformers(ours, theirs):
     chosen = ours.config._attn_implementation
-    ours_maps, theirs_maps = (inspection.attention_maps(m, IDS) for m in (ours, theirs))
+    ours_maps, theirs_maps = (attention_module.attention_maps(m, IDS) for m in (ours, theirs))
 
     assert ours_maps.shape == (2, 2, 8, 8)
     # float32 sums in another order
@@ -47,7 +49,7 @@ def test_habits_of_heads_made_for_them():
         "what followed earlier copies": [0, 0, 0, 1, 2, 3],
     }
     attention = np.stack([np.eye(6)[target] for target in looks_at.values()])[None]
-    habits = inspection.attention_habits(attention, ids)
+    habits = attention_module.attention_habits(attention, ids)
 
     for head, habit in enumerate(looks_at):
         assert habits[habit][0, head] == 1, habit
@@ -56,13 +58,13 @@ def test_habits_of_heads_made_for_them():
 
 
 def test_without_repetition_there_are_no_habits_of_repetition():
-    habits = inspection.attention_habits(np.full((1, 1, 3, 3), 1 / 3), [1, 2, 3])
+    habits = attention_module.attention_habits(np.full((1, 1, 3, 3), 1 / 3), [1, 2, 3])
     assert "earlier copies" not in habits
 
 
 def test_habits_finding_counts_heads():
     habits = {"the previous token": np.array([[0.9, 0.1, 0.6]]), "itself": np.zeros((1, 3))}
-    assert inspection.habits_finding(habits) == (
+    assert attention_module._habits_finding(habits) == (
         "Where 3 attention heads mostly look: the previous token 2, no one place 1"
     )
 
@@ -70,18 +72,18 @@ def test_habits_finding_counts_heads():
 def test_typical_heads_are_distinct_and_one_for_each_habit_that_is_a_main_one():
     habits = {"a": np.array([[0.9, 0.8], [0.1, 0.0]]), "b": np.array([[0.5, 0.2], [0.3, 0.1]])}
     # a is most 0.0's, b is 1.0's; 0.1 is the strongest of the rest and fills the row of three.
-    assert inspection.typical_heads(habits) == [(0, 0), (1, 0), (0, 1)]
+    assert attention_module.typical_heads(habits) == [(0, 0), (1, 0), (0, 1)]
 
 
 def test_a_model_of_one_head_has_one_typical_head():
     habits = {"a": np.array([[0.9]]), "b": np.array([[0.1]])}
-    assert inspection.typical_heads(habits) == [(0, 0)]
+    assert attention_module.typical_heads(habits) == [(0, 0)]
 
 
 @pytest.mark.parametrize("kind", ["ours", "theirs"])
 def test_the_logit_lens_ends_at_the_prediction_and_begins_at_the_embedding(kind, request):
     model = request.getfixturevalue(kind)
-    lens = inspection.logit_lens(model, IDS, positions=3)
+    lens = lens_module.logit_lens(model, IDS, positions=3)
 
     assert lens.shape == (3, 3, VOCAB_SIZE)
     with torch.no_grad():
@@ -99,7 +101,7 @@ def test_the_lens_finding_names_the_layer_from_which_the_choice_stands():
     lens = np.full((4, 1, len(tokenizer)), 0.001)
     for row, winner in enumerate([a, b, a, a]):  # a leads at first, is lost, and comes back
         lens[row, 0, winner] = 0.5
-    text = inspection.lens_finding(lens, range(4), ["x"], tokenizer)
+    text = lens_module._lens_finding(lens, range(4), ["x"], tokenizer)
     assert (
         text
         == "After “x”, “a” becomes the first choice after layer 1 (the last is 2) and ends at 50%"
@@ -107,7 +109,7 @@ def test_the_lens_finding_names_the_layer_from_which_the_choice_stands():
 
 
 def test_gradient_norms_add_up_to_the_global_norm(ours):
-    norms = inspection.gradient_norms(ours, IDS)
+    norms = gradients.gradient_norms(ours, IDS)
 
     ours(IDS[None], labels=IDS[None]).loss.backward()
     theirs = torch.nn.utils.clip_grad_norm_(ours.parameters(), 1e9).item()
@@ -117,21 +119,21 @@ def test_gradient_norms_add_up_to_the_global_norm(ours):
 
 
 def test_gradient_norms_leave_no_gradients_behind(ours):
-    inspection.gradient_norms(ours, IDS)
+    gradients.gradient_norms(ours, IDS)
     assert all(parameter.grad is None for parameter in ours.parameters())
 
 
 def test_every_picture_has_a_finding(ours):
-    attention = inspection.attention_maps(ours, IDS)
-    habits = inspection.attention_habits(attention, IDS)
+    attention = attention_module.attention_maps(ours, IDS)
+    habits = attention_module.attention_habits(attention, IDS)
     tokenizer = tiny_tokenizer()
     labels = token_labels(tokenizer, IDS)
-    lens = inspection.logit_lens(ours, IDS, 8)
+    lens = lens_module.logit_lens(ours, IDS, 8)
     figures = [
-        inspection.draw_attention_maps(attention, habits),
-        inspection.draw_attention_heads(attention, habits, labels, [(1, 0)]),
-        inspection.draw_logit_lens(lens, labels, tokenizer),
-        inspection.draw_gradient_norms(inspection.gradient_norms(ours, IDS)),
+        attention_module.draw_attention_maps(attention, habits),
+        attention_module.draw_attention_heads(attention, habits, labels, [(1, 0)]),
+        lens_module.draw_logit_lens(lens, labels, tokenizer),
+        gradients.draw_gradient_norms(gradients.gradient_norms(ours, IDS)),
     ]
     assert all(finding(figure) for figure in figures)
     assert finding(figures[1]).startswith("Head 1.0 looks at ")

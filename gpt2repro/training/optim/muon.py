@@ -1,6 +1,5 @@
-"""Parameter groups, AdamW and Muon, and the learning rate as a pure function of the step."""
+"""Muon (Jordan et al. 2024) on the hidden matrices, AdamW on the rest."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,91 +8,27 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-
-def lr_at(step: int, *, max_lr: float, min_lr: float, warmup_steps: int, num_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then half a cosine.
-
-    The first step trains at `max_lr / warmup_steps` and the last at just above `min_lr`, as in
-    GPT-3 (Brown et al. 2020, appendix B) and build-nanogpt.
-    """
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+from gpt2repro.recipe import Recipe
+from gpt2repro.training.optim.groups import parameter_groups
+from gpt2repro.training.schedule import set_lr
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give every group `lr` times its own `lr_scale` (1 except for Muon's matrices)."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
-def build_optimizer(
-    model: nn.Module,
-    *,
-    name: str,
-    max_lr: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
-    muon_lr: float,
-    muon_momentum: float,
-    muon_weight_decay: float,
-) -> Optimizer:
-    """AdamW over all parameters (`name="adamw"`), or Muon on the hidden matrices (`name="muon"`).
-
-    Matrices and embeddings are decayed; biases and layer norms are not. The groups cover every
-    trainable parameter exactly once.
-    """
-    settings = [
-        {
-            "params": parameters,
-            "name": kind,
-            "weight_decay": 0.0 if kind == "vectors" else weight_decay,
-            "lr_scale": 1.0,
-        }
-        for kind, parameters in parameter_groups(model).items()
-        if parameters
-    ]
-    if name == "adamw":
-        fused = {p.device.type for p in model.parameters()} <= {"cpu", "cuda"}
-        return torch.optim.AdamW(settings, lr=max_lr, betas=betas, eps=epsilon, fused=fused)
-    assert name == "muon", name
-    for group in settings:
+def build(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """Matrices have a learning rate and a decay of their own."""
+    groups = parameter_groups(model, recipe.weight_decay)
+    for group in groups:
         if group["name"] in MuonAdamW.MATRICES:
-            group |= {"lr_scale": muon_lr / max_lr, "weight_decay": muon_weight_decay}
-    optimizer = MuonAdamW(settings, lr=max_lr, betas=betas, eps=epsilon, momentum=muon_momentum)
-    set_lr(optimizer, max_lr)
+            group["lr_scale"] = recipe.muon_lr / recipe.max_lr
+            group["weight_decay"] = recipe.muon_weight_decay
+    optimizer = MuonAdamW(
+        groups,
+        lr=recipe.max_lr,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        momentum=recipe.muon_momentum,
+    )
+    set_lr(optimizer, recipe.max_lr)
     return optimizer
-
-
-def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters by kind: `qkv`, `matrices`, `embeddings`, `vectors`.
-
-    `qkv` are the fused query, key and value projections, `matrices` the other weights of the
-    blocks, `vectors` the biases and layer norms. A tied output head is the token embedding and
-    appears once; an untied one counts as an embedding.
-    """
-    embedded = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    groups: dict[str, list[nn.Parameter]] = {
-        "qkv": [],
-        "matrices": [],
-        "embeddings": [],
-        "vectors": [],
-    }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2:
-            kind = "vectors"
-        elif id(parameter) in embedded or name.endswith("lm_head.weight"):
-            kind = "embeddings"
-        else:
-            kind = "qkv" if name.endswith("attn.c_attn.weight") else "matrices"
-        groups[kind].append(parameter)
-    return groups
 
 
 class MuonAdamW(Optimizer):
@@ -128,9 +63,9 @@ class MuonAdamW(Optimizer):
     def step(self, closure: Any = None) -> Any:
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
-            (self.muon_step if group["name"] in self.MATRICES else self.adamw_step)(group)
+            (self._muon_step if group["name"] in self.MATRICES else self._adamw_step)(group)
 
-    def muon_step(self, group: dict) -> None:
+    def _muon_step(self, group: dict) -> None:
         """One update; all layers' maps of one shape are orthogonalized at once."""
         maps = 3 if group["name"] == "qkv" else 1
         by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -138,7 +73,7 @@ class MuonAdamW(Optimizer):
             if parameter.grad is not None:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
         for parameters in by_shape.values():
-            ahead = [self.look_ahead(p, group["momentum"]) for p in parameters]
+            ahead = [self._look_ahead(p, group["momentum"]) for p in parameters]
             updates = orthogonalize(torch.cat([a.T.unflatten(0, (maps, -1)) for a in ahead]))
             # A tall map has more outputs than directions to fill them from: keep their size.
             rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
@@ -146,7 +81,7 @@ class MuonAdamW(Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update.flatten(0, 1).T, alpha=group["lr"] * rows_per_column**0.5)
 
-    def look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
         """The mean of past gradients, a step further along the present one, as Nesterov does."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
@@ -155,7 +90,7 @@ class MuonAdamW(Optimizer):
         mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         return gradient.lerp(mean, momentum)
 
-    def adamw_step(self, group: dict) -> None:
+    def _adamw_step(self, group: dict) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]

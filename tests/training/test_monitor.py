@@ -1,12 +1,55 @@
-"""Sampling during training leaves no trace: random numbers, mode and compiled code stay."""
+"""What a run says of itself: spikes, progress, the time of its steps, samples without a trace."""
 
+import time
+from types import SimpleNamespace
+
+import pytest
 import torch
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 from torch import nn
 
-from gpt2repro.training.sampling import sample_text
+from gpt2repro.training.monitor import Monitor, Progress, SpikeDetector, sample_text
 
 PROMPT = "This function"
+
+
+def test_a_spike_is_measured_against_recent_losses():
+    detector = SpikeDetector(3.0 + 0.01 * (step % 2) for step in range(32))
+    assert detector.z_score(3.005) == pytest.approx(0.0, abs=0.01)
+    # mean 3.005, standard deviation 0.005 (times sqrt(32/31))
+    assert detector.z_score(3.055) == pytest.approx(10, rel=0.03)
+    assert detector.z_score(3.055) < 10  # it is one of them now
+    assert SpikeDetector([3.0] * 31).z_score(9.0) == 0.0  # too few to know
+    assert SpikeDetector([3.0] * 40).z_score(9.0) == 0.0  # no spread to measure by
+
+
+def test_only_the_main_process_shows_progress(capsys):
+    for enabled in (False, True):
+        progress = Progress(first_step=2, num_steps=4, enabled=enabled)
+        progress.update(loss=1.5, tokens_per_second=1000.0)
+        progress.note("something happened")
+        progress.close()
+        shown = capsys.readouterr()
+        assert ("something happened" in shown.out) == enabled
+        assert ("loss 1.5000, 1,000 tok/s" in shown.err) == enabled
+
+
+def test_only_steps_are_timed_and_the_wait_for_rows_is_part_of_them():
+    added = []
+    parts = SimpleNamespace(
+        inputs=SimpleNamespace(stream=SimpleNamespace(wait_seconds=1.0)),
+        recipe=SimpleNamespace(batch_tokens=256),
+        _throughput=SimpleNamespace(add=lambda *figures: added.append(figures)),
+    )
+    for _ in range(2):
+        time.sleep(0.2)  # an evaluation
+        with Monitor.timing(parts):
+            parts.inputs.stream.wait_seconds += 0.25
+    for tokens, seconds, waited in added:
+        assert (tokens, waited) == (256, 0.25) and 0 <= seconds < 0.2
+
+
+# --- Samples --------------------------------------------------------------------------------------
 
 
 def test_a_continuation_is_decided_by_its_seed():

@@ -7,7 +7,7 @@ from tiny_run import reset_accelerate, write_inputs
 
 from gpt2repro.recipe import load_recipe
 from gpt2repro.speed import cpu_attention
-from gpt2repro.training import parts
+from gpt2repro.training.learner import place
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_on_a_cpu_bf16_has_its_attention(tmp_path, options, attention):
         accelerator = Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
         model = tiny_model()
         model.set_attn_implementation(recipe.attn_implementation)
-        model, _ = parts.place(recipe, accelerator, model)
+        model, _ = place(recipe, accelerator, model)
     finally:
         reset_accelerate()
     assert model.config._attn_implementation == attention

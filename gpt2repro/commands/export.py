@@ -1,0 +1,52 @@
+"""The verb `export`: write a run, a checkpoint or official files as a verified model.
+
+    gpt2repro export --model runs/gpt2 --format gpt2 --output OUT
+
+Two forms of the same tensors under the same names. `gpt2repro`, the native one, carries both model
+files as remote code. `gpt2` has a stock configuration instead, for tools that run no remote code.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from gpt2repro.commands.parser import DTYPES, OneLineParser
+
+
+def main(argv: list[str]) -> int:
+    """`gpt2repro export --model DIR --format gpt2|gpt2repro --output OUT`."""
+    options = _parse(argv)
+    import torch
+
+    from gpt2repro.publishing.export import MAX_SHARD_SIZE, export
+    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm, locate
+
+    source = Path(locate(options.model))
+    card = source / "README.md"
+    verification = export(
+        load_causal_lm(options.model),
+        find_tokenizer(options.model, options.tokenizer),
+        options.output,
+        format=options.format,
+        dtype=getattr(torch, DTYPES[options.dtype]) if options.dtype else None,
+        max_shard_size=options.max_shard_size or MAX_SHARD_SIZE,
+        card=card.read_text(encoding="utf-8") if card.is_file() else None,
+        figures=source.glob("*.png"),
+    )
+    print(f"{options.output}: verified")
+    for line in verification.lines():
+        print(f"  {line}")
+    return 0
+
+
+def _parse(argv: list[str]) -> Namespace:
+    parser = OneLineParser(prog="gpt2repro export", description=__doc__)
+    add = parser.add_argument
+    add(
+        "--model", required=True, help="a run, an export, a checkpoint, a GPT-2 directory or Hub id"
+    )
+    add("--output", required=True, type=Path, help="directory to write")
+    add("--format", choices=("gpt2repro", "gpt2"), default="gpt2repro")
+    add("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")
+    add("--max_shard_size", help="split larger models (default 5GB)")
+    add("--tokenizer", help="Hub id or directory (default: the model's own)")
+    return parser.parse_args(argv)

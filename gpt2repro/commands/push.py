@@ -1,0 +1,78 @@
+"""The verb `push`: verify an exported model and upload it to the Hub.
+
+    gpt2repro push --model runs/gpt2/final --repo me/gpt2-repro [--private] [--revision stock]
+
+Interrupted, it is taken up by the same command: files that have arrived are not sent twice.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from gpt2repro import UserError
+from gpt2repro.commands.parser import OneLineParser
+
+AGAIN = "run the same command again: files that have arrived are not sent twice"
+
+
+def main(argv: list[str]) -> int:
+    """`gpt2repro push --model DIR --repo me/name [--private] [--revision]`."""
+    options = _parse(argv)
+    from gpt2repro.publishing.card import add_evaluation
+    from gpt2repro.publishing.upload import check_hub_rights, to_publish, upload
+    from gpt2repro.publishing.verification import verify
+
+    directory = _find_export(options.model)
+    for line in verify(directory).lines():
+        print(f"  {line}")
+    if options.evaluation:
+        add_evaluation(directory / "README.md", options.evaluation, options.repo.partition("/")[2])
+    existed = check_hub_rights(options.repo, private=options.private, option="--repo")
+    files = to_publish(directory)
+    size = sum(path.stat().st_size for path in files) / 1e6
+    print(
+        f"Pushing {len(files)} files ({size:,.1f} MB) to {options.repo}, which "
+        f"{'exists: this adds a commit' if existed else 'was created'} ...",
+        flush=True,
+    )
+    try:
+        url = upload(
+            directory,
+            options.repo,
+            message=options.message,
+            private=options.private,
+            revision=options.revision,
+        )
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; {AGAIN}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from error
+    print(url)
+    return 0
+
+
+def _parse(argv: list[str]) -> Namespace:
+    parser = OneLineParser(prog="gpt2repro push", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="a run's final/ or what `export` wrote")
+    add("--repo", required=True, help="user/name on the Hub")
+    add("--private", action="store_true", help="create the repository private")
+    add("--revision", help="branch to commit to, created if absent (default main)")
+    add("--message", default="Upload model", help="of the commit")
+    add("--evaluation", type=Path, help="JSON of `gpt2repro evaluate --output`, for the card")
+    return parser.parse_args(argv)
+
+
+def _find_export(name: str) -> Path:
+    """The directory to push."""
+    from gpt2repro.records.checkpoints import MARKER
+    from gpt2repro.records.saved_models import locate
+
+    directory = Path(locate(name))
+    if not directory.is_dir():
+        raise UserError(f"--model {name}: give a directory")
+    if (directory / MARKER).is_file():
+        raise UserError(
+            f"--model {directory} is a training checkpoint; write a model from it first: "
+            f"gpt2repro export --model {directory} --output OUT"
+        )
+    return directory

@@ -1,0 +1,64 @@
+"""Whole units in dataset order, document after document: for validation, and for counting."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+
+from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.units import DOCUMENTS_PER_ENCODE, UnitReader
+
+
+def documents_in_order(
+    reader: UnitReader, units: range, num_ahead: int
+) -> Iterator[tuple[list[np.ndarray], int]]:
+    """The documents of `units` in dataset order, a few at a time, with their UTF-8 bytes."""
+    futures: deque[Future] = deque()
+    upcoming = iter(units)
+    while True:
+        while len(futures) < num_ahead and (unit_index := next(upcoming, None)) is not None:
+            futures.append(reader.submit(unit_index))
+        if not futures:
+            return
+        unit = futures.popleft().result()
+        for begin in range(0, len(unit), DOCUMENTS_PER_ENCODE):
+            yield unit.encode(range(begin, min(len(unit), begin + DOCUMENTS_PER_ENCODE)))
+
+
+def count_epoch_tokens(
+    corpus: Corpus,
+    encoder: BulkEncoder,
+    num_validation_units: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_reader_threads: int = 4,
+    token_cache_dir: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """How many tokens one epoch has, end-of-text tokens included, by reading all of it.
+
+    Process `rank` counts every `world_size`-th unit: add up the processes' counts.
+    `progress(units done, units in all)` is called after each unit.
+    """
+    units = range(num_validation_units + rank, corpus.num_units, world_size)
+    reader = UnitReader(
+        corpus,
+        encoder,
+        num_threads=num_reader_threads,
+        token_cache_dir=token_cache_dir,
+        encode_whole_units=True,
+    )
+    try:
+        num_tokens = 0
+        for done, unit_index in enumerate(units, 1):
+            for documents, _ in documents_in_order(reader, range(unit_index, unit_index + 1), 1):
+                num_tokens += len(documents) + sum(map(len, documents))
+            if progress:
+                progress(done, len(units))
+        return num_tokens
+    finally:
+        reader.close()

@@ -1,0 +1,149 @@
+"""Texts to token ids in bulk.
+
+A GPT-2 style byte-level BPE is encoded by tiktoken, built from the Hugging Face tokenizer's own
+vocabulary and merges: the same ids at several times the speed. Every other tokenizer encodes
+itself. Special tokens spelled out in a document ("<|endoftext|>" in a text about GPT-2) are plain
+text: only the stream puts the real one between documents.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import tiktoken
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from gpt2repro import UserError
+from gpt2repro.data.bpe import END_OF_TEXT, byte_of_symbol
+
+# Radford et al. 2019's pre-tokenizer in tiktoken's possessive spelling, which never backtracks into
+# a run of letters: the same pieces, faster.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# What a wrong vocabulary, pattern or normalizer would get wrong: contractions, digits, runs of
+# whitespace, every byte, scripts, combining marks, symbols beyond the BMP, a spelled special token.
+PROBE_TEXT = (
+    "Hello world's  don't WE'LL I've 'tis\n\n\t  x1234567890 ½ ٣ Ⅷ !?... (a+b)^2 == c_d; \r\n"
+    "naïve cafe\u0301 Straße ΑΒΓ ДОМ 中文字符 日本語 한국어 हिन्दी עברית العربية ไทย "
+    "😀👩‍👩‍👧 𝔘𝔫𝔦 \u00a0\u2003\u3000\u200b\ufeff\x00\x1c\x85 " + END_OF_TEXT + " end   \n  "
+    + "".join(map(chr, range(256)))
+)  # fmt: skip
+
+
+class BulkEncoder:
+    """Texts to token ids, without special tokens; thread-safe, and it releases the GIL.
+
+    Attributes:
+        eot_id: the id that the stream puts before every document.
+        dtype: uint16, or uint32 for a vocabulary above 65,536 ids.
+        fingerprint: a hash of what the encoder does; equal fingerprints give equal ids.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        eot_id = tokenizer.eos_token_id
+        if eot_id is None:
+            eot_id = tokenizer.bos_token_id
+        if eot_id is None:
+            raise UserError(
+                "tokenizer_name: the tokenizer has neither an eos nor a bos token to put between "
+                "documents"
+            )
+        self.eot_id = int(eot_id)
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self._fast.encode_special_tokens = True  # as plain text
+        self._tiktoken = _as_tiktoken(self._fast)
+        self.fingerprint = self._hash(tokenizer)
+
+    @property
+    def uses_tiktoken(self) -> bool:
+        return self._tiktoken is not None
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One array (num_tokens,) of `dtype` for each text; lone surrogates become U+FFFD."""
+        if self._tiktoken is None:
+            texts = [_well_formed(text) for text in texts]
+            encodings = self._fast.encode_batch(texts, add_special_tokens=False)
+            return [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> np.ndarray:
+        assert self._tiktoken is not None
+        ids: np.ndarray | list[int]
+        try:
+            ids = self._tiktoken.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self._encode_one(_well_formed(text))
+        except ValueError:  # tiktoken's regex runs out of stack on megabytes of whitespace
+            ids = self._fast.encode(text, add_special_tokens=False).ids
+        return np.asarray(ids, dtype=self.dtype)
+
+    def _hash(self, tokenizer: PreTrainedTokenizerFast) -> str:
+        """Vocabulary, merges and behaviour on the probe: independent of any file's spelling."""
+        description = json.loads(self._fast.to_str())["model"]
+        content = [
+            sorted(tokenizer.get_vocab().items()),
+            description.get("merges"),
+            self._fast.encode(PROBE_TEXT, add_special_tokens=False).ids,
+            self.eot_id,
+        ]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def _well_formed(text: str) -> str:
+    """`text` without lone surrogates, which no UTF-8 encoder accepts."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _as_tiktoken(fast: Tokenizer) -> tiktoken.Encoding | None:
+    """tiktoken's twin of a GPT-2 style byte-level BPE; None if it is no such tokenizer.
+
+    tiktoken merges by the rank of the result, so ids must grow along the list of merges. Whatever
+    this reading of the description misses, ids that differ on the probe text tell.
+    """
+    description = json.loads(fast.to_str())
+    model, pre = description["model"], description["pre_tokenizer"] or {}
+    plain = (
+        model["type"] == "BPE"
+        and not any(
+            model.get(knob)
+            for knob in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        )
+        and pre.get("type") == "ByteLevel"
+        and not pre.get("add_prefix_space")
+        and pre.get("use_regex", True)
+        and description["normalizer"] is None
+        and all(token["special"] for token in description["added_tokens"])
+    )
+    if not plain:
+        return None
+    ranks = _ranks(model["vocab"], model["merges"])
+    if ranks is None:
+        return None
+    # One special token, never allowed: without any, tiktoken looks for "" at every character.
+    twin = tiktoken.Encoding(
+        "gpt2repro",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: max(ranks.values()) + 1},
+    )
+    same = twin.encode_ordinary(PROBE_TEXT) == fast.encode(PROBE_TEXT, add_special_tokens=False).ids
+    return twin if same else None
+
+
+def _ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int] | None:
+    """Bytes -> id for the 256 bytes and every merge; None if tiktoken would merge differently."""
+    symbols = byte_of_symbol()
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    names = [*symbols, *("".join(pair) for pair in pairs)]
+    if any(name not in vocab for name in names):
+        return None
+    merged_ids = [vocab[name] for name in names[256:]]
+    if any(later <= earlier for earlier, later in pairwise(merged_ids)):
+        return None
+    return {bytes(symbols[symbol] for symbol in name): vocab[name] for name in names}

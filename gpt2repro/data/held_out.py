@@ -1,0 +1,81 @@
+"""Held-out rows: the first units in dataset order, which are never trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt2repro import UserError
+from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.documents import documents_in_order
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.units import UnitReader
+
+TOKENS_WORTH_READING_AHEAD = 2**20  # about a unit of FineWeb-Edu
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Held-out rows in dataset order.
+
+    rows: (N, T+1) token ids, the last of a row being the first of the next; never shuffled.
+    num_tokens, num_bytes: of all the encoded text, end-of-text tokens counted as tokens, so that
+    bits per byte = (nats per token / ln 2) * num_tokens / num_bytes.
+    """
+
+    rows: np.ndarray
+    num_tokens: int
+    num_bytes: int
+
+
+def validation_set(
+    corpus: Corpus,
+    encoder: BulkEncoder,
+    *,
+    sequence_length: int,
+    num_units: int,
+    max_tokens: int | None = None,
+    num_reader_threads: int = 4,
+    token_cache_dir: str | Path | None = None,
+) -> ValidationSet:
+    """The first `num_units` units as one stream of documents, cut into rows of T+1.
+
+    At most `max_tokens` tokens are predicted; reading stops as soon as there are enough.
+    """
+    if not 0 < num_units <= corpus.num_units:
+        raise UserError(
+            f"num_validation_units: {num_units} of the dataset's {corpus.num_units} units"
+        )
+    num_ahead = num_reader_threads
+    if max_tokens is not None:
+        num_ahead = min(num_ahead, 1 + max_tokens // TOKENS_WORTH_READING_AHEAD)
+    reader = UnitReader(
+        corpus,
+        encoder,
+        num_threads=num_reader_threads,
+        token_cache_dir=token_cache_dir,
+        encode_whole_units=num_ahead > 1,
+    )
+    end_of_text = np.array([encoder.eot_id], dtype=encoder.dtype)
+    held, num_tokens, num_bytes = [], 0, 0
+    try:
+        for documents, size in documents_in_order(reader, range(num_units), num_ahead):
+            held += [part for ids in documents for part in (end_of_text, ids)]
+            num_tokens += len(documents) + sum(map(len, documents))
+            num_bytes += size
+            if max_tokens is not None and num_tokens > max_tokens:
+                break
+    finally:
+        reader.close()
+    if num_bytes == 0:
+        raise UserError("text_column: the validation units hold no text, only empty documents")
+    usable = num_tokens - 1 if max_tokens is None else min(num_tokens - 1, max_tokens)
+    num_rows = usable // sequence_length
+    if num_rows < 1:
+        raise UserError(
+            f"num_validation_units: the {num_tokens} validation tokens do not fill one row of "
+            f"{sequence_length} + 1"
+        )
+    flat = np.concatenate(held)[: num_rows * sequence_length + 1]
+    rows = np.lib.stride_tricks.sliding_window_view(flat, sequence_length + 1)[::sequence_length]
+    return ValidationSet(np.ascontiguousarray(rows), num_tokens, num_bytes)

@@ -1,0 +1,73 @@
+"""Which documents a lane reads, and in what order: pure functions of seed, lane and epoch."""
+
+import hashlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Position(NamedTuple):
+    """Where a lane's next row begins."""
+
+    epoch: int
+    piece: int
+    document: int
+    offset: int
+
+
+def permutation(size: int, *key: int | str) -> np.ndarray:
+    """A permutation of range(size) that is a pure function of `key`, for ever.
+
+    NumPy promises no stream of its generators across versions, so each index is ranked by
+    SplitMix64 (Steele, Lea and Flood 2014) of the key's hash: integer arithmetic and a stable sort.
+    """
+    text = "/".join(map(str, key)).encode()
+    state = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    steps = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = np.uint64(state) + steps
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+
+
+class Piece(NamedTuple):
+    """Part `part` of `num_parts` contiguous ranges of a unit's documents."""
+
+    unit_index: int
+    part: int
+    num_parts: int
+
+    def document_order(self, num_documents: int, seed: int, epoch: int) -> np.ndarray:
+        begin = num_documents * self.part // self.num_parts
+        end = num_documents * (self.part + 1) // self.num_parts
+        return begin + permutation(
+            end - begin, "documents", seed, epoch, self.unit_index, self.part
+        )
+
+
+class Plan:
+    """Which pieces a lane reads, and in what order: a pure function of its four numbers."""
+
+    def __init__(
+        self, num_units: int, *, num_lanes: int, num_validation_units: int, seed: int
+    ) -> None:
+        self._num_lanes, self.seed = num_lanes, seed
+        self._first_unit = num_validation_units
+        self._num_training_units = num_units - num_validation_units
+        self._num_parts = -(-num_lanes // self._num_training_units)
+        self._order = lru_cache(maxsize=4)(self._order_of_epoch)
+
+    def _order_of_epoch(self, epoch: int) -> np.ndarray:
+        return permutation(self._num_training_units * self._num_parts, "units", self.seed, epoch)
+
+    def pieces(self, lane: int, epoch: int) -> list[Piece]:
+        """The lane's pieces of an epoch, in reading order; at least one."""
+        return [
+            Piece(
+                self._first_unit + int(n) // self._num_parts,
+                int(n) % self._num_parts,
+                self._num_parts,
+            )
+            for n in self._order(epoch)[lane :: self._num_lanes]
+        ]

@@ -1,0 +1,114 @@
+"""Documents of a lane one after the other, cut into rows of T+1 token ids."""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2repro import UserError
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.order import Piece, Plan, Position
+from gpt2repro.data.units import DOCUMENTS_PER_ENCODE, TextUnit, TokenUnit, UnitReader
+
+MAX_EMPTY_EPOCHS = 100
+
+
+class Segment(NamedTuple):
+    """A document's tokens, its end-of-text token first, from `position.offset` onwards."""
+
+    position: Position
+    tokens: np.ndarray
+
+
+class LaneDocuments:
+    """An endless iterator over the documents of a lane, as `Segment`s, from a position onwards.
+
+    Reads its next piece ahead: as soon as it exists, and when half of the current one is used up.
+    """
+
+    def __init__(
+        self, plan: Plan, reader: UnitReader, encoder: BulkEncoder, lane: int, start: Position
+    ) -> None:
+        self._plan, self._reader, self._lane = plan, reader, lane
+        self._end_of_text = encoder.eot_id
+        self._start = start
+        self._pieces = self._from(start.epoch, start.piece)
+        self._next = self._read_ahead()
+
+    def _from(self, epoch: int, piece: int) -> Iterator[tuple[int, int, Piece]]:
+        while True:
+            pieces = self._plan.pieces(self._lane, epoch)
+            for index in range(piece, len(pieces)):
+                yield epoch, index, pieces[index]
+            epoch, piece = epoch + 1, 0
+
+    def _read_ahead(self) -> tuple[int, int, Piece, Future]:
+        epoch, index, piece = next(self._pieces)
+        return epoch, index, piece, self._reader.submit(piece.unit_index)
+
+    def __iter__(self) -> Iterator[Segment]:
+        document, offset = self._start.document, self._start.offset
+        num_empty = 0
+        while True:
+            epoch, index, piece, future = self._next
+            unit = future.result()
+            order = piece.document_order(len(unit), self._plan.seed, epoch)
+            num_empty = 0 if len(order) else num_empty + 1
+            if num_empty > MAX_EMPTY_EPOCHS:
+                raise UserError(
+                    f"num_lanes: lane {self._lane} finds no documents; take fewer lanes"
+                )
+            yield from self._segments(unit, order, Position(epoch, index, document, offset))
+            document = offset = 0
+
+    def _segments(
+        self, unit: TextUnit | TokenUnit, order: np.ndarray, start: Position
+    ) -> Iterator[Segment]:
+        asked = False
+        for begin in range(start.document, max(len(order), 1), DOCUMENTS_PER_ENCODE):
+            if not asked and 2 * begin >= len(order):
+                self._next, asked = self._read_ahead(), True
+            encoded, _ = unit.encode(order[begin : begin + DOCUMENTS_PER_ENCODE])
+            for document, ids in enumerate(encoded, begin):
+                tokens = np.empty(len(ids) + 1, ids.dtype)
+                tokens[0], tokens[1:] = self._end_of_text, ids
+                offset = start.offset if document == start.document else 0
+                position = Position(start.epoch, start.piece, document, offset)
+                yield Segment(position, tokens[offset:])
+        if not asked:
+            self._next = self._read_ahead()
+
+
+def lane_rows(
+    segments: Iterator[Segment], num_rows: int, sequence_length: int
+) -> Iterator[tuple[np.ndarray, Position]]:
+    """Pack segments: yields (num_rows, T+1) token ids and the position of the row after them."""
+    stride = num_rows * sequence_length
+    held: deque[Segment] = deque()
+    num_held = 0
+    while True:
+        while num_held <= stride:  # one more than the stride: the last row's last target
+            held.append(next(segments))
+            num_held += len(held[-1].tokens)
+        flat = np.concatenate([segment.tokens for segment in held])[: stride + 1]
+        rows = np.lib.stride_tricks.sliding_window_view(flat, sequence_length + 1)
+        drop = stride
+        while drop >= len(held[0].tokens):
+            drop -= len(held.popleft().tokens)
+        position, tokens = held.popleft()
+        held.appendleft(Segment(position._replace(offset=position.offset + drop), tokens[drop:]))
+        num_held -= stride
+        yield rows[::sequence_length], held[0].position
+
+
+def rows_digest(rows: np.ndarray) -> int:
+    """Sum over rows, mod 2**64, of an 8-byte BLAKE2b of each row's ids as little-endian int32.
+
+    A sum, so that it depends on neither the order of the rows nor who holds them.
+    """
+    rows = np.ascontiguousarray(rows, dtype="<i4")
+    hashes = (hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
+    return sum(int.from_bytes(value, "little") for value in hashes) % 2**64

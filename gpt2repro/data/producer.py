@@ -1,0 +1,94 @@
+"""The background thread that encodes and packs a few steps ahead of the training."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpt2repro.data.order import Position
+from gpt2repro.data.packing import rows_digest
+from gpt2repro.data.units import UnitReader
+from gpt2repro.system.threads import PoolClosed
+
+NUM_STEPS_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One process's share of one optimizer step.
+
+    tokens: (rows_per_step / world_size, T+1) int64, lane after lane.
+    digest: `rows_digest` of these rows; add up the processes' mod 2**64 for the step's.
+    lanes: {lane: position of the lane's next row after this step}, of this process's lanes.
+    """
+
+    tokens: torch.Tensor
+    digest: int
+    lanes: dict[int, Position]
+
+
+class Producer:
+    """The background thread that encodes and packs a few steps ahead."""
+
+    def __init__(self, make_lanes: Callable[[], dict[int, Iterator]], reader: UnitReader) -> None:
+        self._make_lanes, self._reader = make_lanes, reader
+        self._steps: queue.Queue = queue.Queue(maxsize=NUM_STEPS_AHEAD)
+        self._next: StepRows | BaseException | None = None  # taken from the queue by `wait`
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="token-stream", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether `get` will answer at once; waits up to `seconds` for that."""
+        if self._next is None:
+            try:
+                self._next = self._steps.get(timeout=seconds)
+            except queue.Empty:
+                return False
+        return True
+
+    def get(self) -> StepRows:
+        item = self._steps.get() if self._next is None else self._next
+        if isinstance(item, BaseException):
+            self._next = item  # whoever asks again is told again
+            raise item
+        self._next = None
+        return item
+
+    def close(self) -> None:
+        """End the threads. A read that waits out an outage ends by itself later; nobody waits."""
+        self._stop.set()
+        self._reader.close()
+        while not self._steps.empty():  # wakes a thread that waits for room
+            self._steps.get_nowait()
+        if self._thread is not threading.current_thread():  # garbage is collected anywhere
+            self._thread.join(5.0)
+
+    def _put(self, item: StepRows | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._steps.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _run(self) -> None:
+        try:
+            lanes = self._make_lanes()
+            while not self._stop.is_set():
+                self._put(_step(lanes))
+        except PoolClosed:
+            pass
+        except BaseException as error:  # the consumer's to handle, whatever it is
+            self._put(error)
+
+
+def _step(lanes: dict[int, Iterator[tuple[np.ndarray, Position]]]) -> StepRows:
+    parts, positions = [], {}
+    for lane, rows_and_position in lanes.items():
+        rows, positions[lane] = next(rows_and_position)
+        parts.append(rows)
+    rows = np.concatenate(parts)
+    return StepRows(torch.from_numpy(rows.astype(np.int64)), rows_digest(rows), positions)

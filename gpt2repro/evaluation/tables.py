@@ -1,0 +1,127 @@
+"""Results as text and as JSON: a column for each model, their difference, the published figures."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gpt2repro.evaluation.benchmarks import BENCHMARKS
+from gpt2repro.evaluation.estimates import Estimate
+from gpt2repro.evaluation.scoring import TaskResult
+from gpt2repro.evaluation.task import Task
+
+NUM_NAMED_ROWS = 5  # of the skipped, on the screen; all are in the JSON
+
+
+def figures(results: list[TaskResult]) -> dict[str, Estimate]:
+    return {name: value for result in results for name, value in result.estimates.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Model minus baseline. Paired where both scored the same examples: then the examples'
+    common difficulty cancels, and the standard error is that of the mean of differences."""
+
+    value: float
+    stderr: float
+    paired: bool
+
+
+def differences(ours: list[TaskResult], theirs: list[TaskResult]) -> dict[str, Difference]:
+    found = {}
+    for one, other in zip(ours, theirs, strict=True):
+        paired = one.task.identity() == other.task.identity()
+        for name, a in one.estimates.items():
+            b = other.estimates[name]
+            stderr = (a - b).stderr if paired else math.hypot(a.stderr, b.stderr)
+            found[name] = Difference(a.value - b.value, stderr, paired)
+    return found
+
+
+def table(
+    names: list[str],
+    columns: list[list[TaskResult]],
+    difference: dict[str, Difference],
+    published: dict[str, tuple[float, str]],
+) -> str:
+    """The figures as text: a column for each model, then the difference, then the published."""
+    values = [figures(results) for results in columns]
+    rows = [["", *names]]
+    rows += [
+        [key, *(f"{_digits(v[key].value)} ± {_digits(v[key].stderr)}" for v in values)]
+        for key in values[0]
+    ]
+    if difference:
+        rows[0].append("difference")
+        for row in rows[1:]:
+            d = difference[row[0]]
+            mark = "" if d.paired else " unpaired"
+            row.append(f"{_digits(d.value, '+')} ± {_digits(d.stderr)}{mark}")
+    shown = {key: source for key, source in published.items() if key in values[0]}
+    if shown:
+        rows[0].append("published, not computed")
+        for row in rows[1:]:
+            row.append(f"{shown[row[0]][0]:g}" if row[0] in shown else "")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    sources = sorted({source for _, source in shown.values()})
+    return "\n".join([*lines, *(f"published by: {source}" for source in sources)])
+
+
+def _digits(value: float, sign: str = "") -> str:
+    """Four decimals; of an untrained model's huge perplexity five digits are enough."""
+    return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign}.5g}"
+
+
+def notes(name: str, results: list[TaskResult]) -> list[str]:
+    """What a reader of the table must know of each task: rows left out, rows cut, cost."""
+    lines = []
+    for result in results:
+        task = result.task
+        pace = len(task.rows) / result.seconds
+        lines.append(
+            f"{name}: {task.name}: {len(task.rows)} of {task.num_rows} rows scored, "
+            f"{len(task.skipped)} skipped, {len(task.truncated)} with a truncated context; "
+            f"{pace:.1f} rows/s, padding {100 * result.padding_waste:.1f} %" + task.note
+        )
+        named = list(task.skipped.items())
+        lines += [f"  row {row} skipped: {reason}" for row, reason in named[:NUM_NAMED_ROWS]]
+        if len(named) > NUM_NAMED_ROWS:
+            lines.append(f"  and {len(named) - NUM_NAMED_ROWS} more, all named in --output")
+    return lines
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def report(name: str, results: list[TaskResult]) -> dict[str, Any]:
+    """One model's part of the JSON file."""
+    return {
+        "model": name,
+        "results": {
+            key: {"value": number(e.value), "stderr": number(e.stderr)}
+            for key, e in figures(results).items()
+        },
+        "tasks": {
+            result.task.name: {
+                "dataset": _dataset_of(result.task),
+                "num_rows": result.task.num_rows,
+                "num_scored": len(result.task.rows),
+                "skipped": result.task.skipped,
+                "truncated": result.task.truncated,
+                "padding_waste": result.padding_waste,
+                "seconds": result.seconds,
+            }
+            for result in results
+        },
+    }
+
+
+def _dataset_of(task: Task) -> dict[str, str] | None:
+    """Where the task's rows are on the Hub, for a model card; None for held-out text."""
+    benchmark = BENCHMARKS.get(task.name.partition("/")[0])
+    return {"name": benchmark.dataset, "title": benchmark.title} if benchmark else None

@@ -1,0 +1,1 @@
+"""One file a benchmark; `benchmarks.py` beside this folder lists them."""

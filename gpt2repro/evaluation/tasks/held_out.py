@@ -1,0 +1,41 @@
+"""Text that the training data keep out of training."""
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from gpt2repro.evaluation.estimates import CorpusPerplexity, Estimate
+from gpt2repro.evaluation.likelihoods import Request, Scores
+from gpt2repro.evaluation.task import Task
+
+
+class Validation(Task):
+    """The rows of T+1 tokens that the training data keep out of training; all T are scored."""
+
+    name, prefix, asked = "val", "val/", "row"
+
+    def __init__(self, rows: np.ndarray, *, bytes_per_token: float = 0.0) -> None:
+        """`rows` (N, T+1) integers; `bytes_per_token` of the text behind them, 0 if unknown."""
+        self.bytes_per_token = bytes_per_token
+        self._crc32 = zlib.crc32(np.ascontiguousarray(rows).data)
+        super().__init__(rows, None, max_length=rows.shape[1] - 1)
+
+    def identity(self) -> Any:
+        return len(self.rows), self._crc32  # another tokenizer cuts the text elsewhere
+
+    def parse(self, row: Any) -> np.ndarray:
+        return row
+
+    def encode(self, tokenizer, examples: list[np.ndarray]) -> list[list[Request]]:
+        return [[Request(row, len(row) - 1)] for row in examples]
+
+    def score(self, scores: Scores) -> dict[str, Estimate]:
+        num_tokens = np.full(len(self.requests), self.max_length, dtype=np.float64)
+        return CorpusPerplexity(keep_in_memory=True).compute(
+            predictions=scores.log_likelihood,
+            num_tokens=num_tokens,
+            num_words=np.zeros_like(num_tokens),
+            num_bytes=num_tokens * self.bytes_per_token,
+            estimates=True,
+        )

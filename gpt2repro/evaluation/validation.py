@@ -1,0 +1,89 @@
+"""The loss on held-out rows, in a training loop or out of it, on any engine."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch.nn import functional as F
+
+from gpt2repro.evaluation.likelihoods import POSITIONS_AT_ONCE, Reduce, evaluating
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """`loss` in nats per token, the mean over `num_tokens` tokens."""
+
+    loss: float
+    num_tokens: int
+
+    def bits_per_byte(self, num_tokens: int, num_bytes: int) -> float:
+        """For a text of `num_bytes` bytes in `num_tokens` tokens: how tokenizers compare."""
+        return self.loss / math.log(2) * num_tokens / num_bytes
+
+
+def validation_loss(
+    model: torch.nn.Module,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    reduce: Reduce | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> ValidationResult | None:
+    """Mean loss of `rows` (N, T+1) of token ids, each predicting its last T. Call on all ranks.
+
+    The same for any batch size, world size and engine, up to float summation: batches of
+    consecutive rows are dealt to the ranks in turn, sums and counts are reduced once, and divided
+    once. Every forward has the same shape and every rank runs as many: what is missing is filled
+    with rows that do not count. Our model computes its own loss, as in training; of any other one
+    the (B, T, V) logits are taken.
+
+    `reduce` sums a tensor over the ranks. `should_stop` is polled before each batch and must answer
+    alike on all ranks; None is returned when it says so.
+    """
+    rows = np.asarray(rows)
+    assert rows.ndim == 2 and len(rows) > 0, "rows are (N, T+1), at least one"
+    device = next(model.parameters()).device
+    num_batches = -(-len(rows) // (batch_size * world_size)) * world_size
+    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    with evaluating(model):
+        for batch in range(rank, num_batches, world_size):
+            if should_stop is not None and should_stop():
+                return None
+            index = np.arange(batch * batch_size, (batch + 1) * batch_size)
+            tokens = torch.from_numpy(rows[index % len(rows)].astype(np.int64)).to(device)
+            targets = tokens[:, 1:].clone()
+            targets[torch.from_numpy(index >= len(rows)).to(device)] = IGNORED
+            num_tokens = int((index < len(rows)).sum()) * targets.shape[1]
+            # As training has it: a compiler takes rows of another stride for a model of its own.
+            nats = _summed_loss(model, tokens[:, :-1].contiguous(), targets, num_tokens)
+            if num_tokens:
+                sums += torch.tensor([nats, num_tokens], dtype=torch.float64)
+    if world_size > 1:
+        assert reduce is not None, "several ranks need a reduce"
+        sums = reduce(sums.to(device)).cpu()
+    return ValidationResult(float(sums[0] / sums[1]), int(sums[1]))
+
+
+def _summed_loss(
+    model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor, num_tokens: int
+) -> float:
+    """Nats, summed over the `num_tokens` targets (B, T) that are not IGNORED."""
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    if isinstance(bare, GPT2ReproForCausalLM):  # stock GPT-2 would swallow `shift_labels`
+        loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True).loss
+        return loss.item() * num_tokens
+    logits, targets = model(input_ids=inputs).logits.flatten(0, 1), targets.flatten()
+    chunks = zip(logits.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
+    parts = [
+        F.cross_entropy(some.float(), wanted, ignore_index=IGNORED, reduction="sum")
+        for some, wanted in chunks
+    ]
+    return torch.stack(parts).double().sum().item()

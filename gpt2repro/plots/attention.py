@@ -1,0 +1,168 @@
+"""Where the heads of a GPT-2 look while it reads a text.
+
+Shapes: L layers, H heads, T tokens of the text. Layers and heads count from 0, as in the names of
+the parameters.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from gpt2repro.plots.style import (
+    INK,
+    bare,
+    colour_bar,
+    new_figure,
+    shades,
+)
+
+HEADS_ABREAST = 3
+
+
+@torch.no_grad()
+def attention_maps(model: Any, ids: torch.Tensor) -> np.ndarray:
+    """Attention weights (L, H, T, T) of a text `ids` (T,): row t says where token t looks."""
+    chosen = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the others never hold the weights
+    try:
+        attentions = model(ids[None], output_attentions=True, use_cache=False).attentions
+    finally:
+        model.set_attn_implementation(chosen)
+    return torch.cat(attentions).float().numpy()
+
+
+def attention_habits(attention: np.ndarray, ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """How much of its attention each head spends in which way, on average over the text.
+
+    Returns:
+        habit -> shares (L, H) in [0, 1]. The last two habits are there if a token occurs twice:
+        attention to earlier copies of the token, and to the tokens that followed them, which is
+        what an induction head does (Olsson et al. 2022, arXiv 2209.11895).
+    """
+    length = attention.shape[-1]
+    diagonal = np.diagonal(attention, axis1=-2, axis2=-1)
+    previous = np.diagonal(attention, offset=-1, axis1=-2, axis2=-1)
+    habits = {
+        # In the first rows there is nowhere else to look.
+        "the previous token": previous[..., min(1, length - 2) :].mean(-1),
+        "the first token": attention[..., min(2, length - 1) :, 0].mean(-1),
+        "the token itself": diagonal[..., 1:].mean(-1),
+    }
+    tokens = np.asarray(ids)
+    copies = np.tril(tokens[:, None] == tokens, k=-1)  # (t, j): token j is an earlier copy of t
+    repeated = copies.any(-1)
+    if repeated.any():
+        followers = np.roll(copies, 1, axis=-1)  # j + 1 <= t, so nothing wraps
+        habits["earlier copies"] = (attention * copies).sum(-1)[..., repeated].mean(-1)
+        habits["what followed earlier copies"] = (
+            (attention * followers).sum(-1)[..., repeated].mean(-1)
+        )
+    return habits
+
+
+def draw_attention_maps(attention: np.ndarray, habits: dict[str, np.ndarray]) -> Figure:
+    """Every head's map, as tiles: layers down, heads across."""
+    layers, heads, length, _ = attention.shape
+    gap = max(1, length // 12)
+    pitch = length + gap
+    tiles = np.full((layers * pitch - gap, heads * pitch - gap), np.nan)
+    for layer in range(layers):
+        for head in range(heads):
+            top, left = layer * pitch, head * pitch
+            tiles[top : top + length, left : left + length] = attention[layer, head]
+    tile = min(1.4, max(0.42, 10 / heads, 6 / layers))
+    figure, ((ax,),) = new_figure(
+        _habits_finding(habits),
+        width=max(7.5, heads * tile + 2),
+        height=max(4.5, layers * tile + 1.6),
+    )
+    image = ax.imshow(tiles, cmap=shades(), norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    bare(ax)
+    centres = np.arange(max(layers, heads)) * pitch + (length - 1) / 2
+    ax.set_xticks(centres[:heads], range(heads))
+    ax.set_yticks(centres[:layers], range(layers))
+    ax.set_xlabel("head (in each tile: from the first to the last token that is looked at)")
+    ax.set_ylabel("layer (in each tile: from the first to the last token that looks)")
+    colour_bar(figure, image, ax, "attention weight")
+    return figure
+
+
+def _habits_finding(habits: dict[str, np.ndarray]) -> str:
+    """How many heads have which main habit."""
+    shares = np.stack(list(habits.values()))
+    main = np.where(shares.max(0) > 0.5, shares.argmax(0), -1)
+    counts = {name: int((main == i).sum()) for i, name in enumerate(habits)}
+    counts["no one place"] = int((main == -1).sum())
+    parts = [
+        f"{name} {counts[name]}" for name in sorted(counts, key=counts.__getitem__, reverse=True)
+    ]
+    shown = [part for part in parts if not part.endswith(" 0")]
+    return f"Where {main.size} attention heads mostly look: {', '.join(shown)}"
+
+
+def typical_heads(habits: dict[str, np.ndarray]) -> list[tuple[int, int]]:
+    """For each main habit the (layer, head) that has it most; the strongest others fill the row."""
+    shares = np.stack(list(habits.values()))  # (habits, L, H)
+    main, free = shares.argmax(0), np.ones(shares.shape[1:], dtype=bool)
+    chosen: list[tuple[int, int]] = []
+
+    def choose(candidates: np.ndarray) -> None:
+        if candidates.any():
+            best = np.where(candidates, shares.max(0), -1).argmax()
+            layer, head = map(int, np.unravel_index(best, free.shape))
+            free[layer, head] = False
+            chosen.append((layer, head))
+
+    for habit in range(len(shares)):
+        choose(free & (main == habit))
+    for _ in range(-(-len(shares) // HEADS_ABREAST) * HEADS_ABREAST - len(chosen)):
+        choose(free)
+    return chosen
+
+
+def draw_attention_heads(
+    attention: np.ndarray,
+    habits: dict[str, np.ndarray],
+    labels: Sequence[str],
+    heads: Sequence[tuple[int, int]],
+) -> Figure:
+    """The maps of chosen (layer, head) pairs, large, with the tokens written along both axes."""
+    columns = min(HEADS_ABREAST, len(heads))
+    rows = -(-len(heads) // columns)
+    side = max(2.6, min(6.0, 0.19 * len(labels) + 0.6))  # inches
+    size = min(8.0, 0.75 * 72 * side / len(labels))  # points: labels must not touch
+    described = [_describe_head(habits, place) for place in heads]
+    figure, axes = new_figure(
+        f"Head {'; '.join(described[:3])}",
+        width=max(7.0, columns * side + 1.6),
+        height=rows * (side + 0.4) + 1.4,
+        rows=rows,
+        columns=columns,
+        sharex=True,
+        sharey=True,
+    )
+    for ax in axes.flat[len(heads) :]:
+        ax.set_visible(False)
+    ticks = np.arange(len(labels))
+    for ax, (layer, head), text in zip(axes.flat, heads, described, strict=False):
+        weights = np.where(np.tri(len(labels), dtype=bool), attention[layer, head], np.nan)
+        image = ax.imshow(weights, cmap=shades(), norm=PowerNorm(0.5, 0, 1))
+        bare(ax)
+        ax.set_title(text, fontsize=9.5, loc="left", color=INK)
+        ax.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
+        ax.set_yticks(ticks, labels, fontsize=size, parse_math=False)
+    figure.supxlabel(
+        "the token that is looked at (heads are named layer.head)", fontsize=10, color=INK
+    )
+    figure.supylabel("the token that looks", fontsize=10, color=INK)
+    colour_bar(figure, image, axes, "attention weight")
+    return figure
+
+
+def _describe_head(habits: dict[str, np.ndarray], place: tuple[int, int]) -> str:
+    name = max(habits, key=lambda habit: habits[habit][place])
+    return f"{place[0]}.{place[1]} looks at {name} ({habits[name][place]:.0%})"

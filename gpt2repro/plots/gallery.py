@@ -1,0 +1,143 @@
+"""Every picture there is: of runs and of models, one line each."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from gpt2repro.evaluation.published import published_loss
+from gpt2repro.plots import attention, curves, gradients, logit_lens, parameters
+from gpt2repro.plots.style import token_labels
+from gpt2repro.records.metrics import read_metrics
+from gpt2repro.records.run_directory import read_recipe
+
+Heads = list[tuple[int, int]]  # (layer, head)
+
+LENS_POSITIONS = 12
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory says: the lines of its metrics, and its recipe if there is one."""
+
+    path: Path
+    metrics: curves.Metrics
+    recipe: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.recipe.get("exp_name") or self.path.resolve().name
+
+    @property
+    def baseline(self) -> tuple[str, float] | None:
+        dataset, tokenizer = self.recipe.get("dataset_name"), self.recipe.get("tokenizer_name")
+        return published_loss(dataset or "", tokenizer or "")
+
+
+def read_run(name: str) -> RunRecord | None:
+    """The run at `name`; None if there is no metrics.jsonl, so that it can only be a model."""
+    path = Path(name)
+    if not (path / "metrics.jsonl").is_file():
+        return None
+    return RunRecord(path, read_metrics(path / "metrics.jsonl"), read_recipe(path))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One run or several, and what is the same in all of them."""
+
+    metrics: dict[str, curves.Metrics]  # by name; the name of a single run is ""
+    baseline: tuple[str, float] | None
+    max_grad_norm: float | None
+
+
+RUN_PICTURES: dict[str, Callable[[Runs], Figure]] = {
+    "loss_curve": lambda runs: curves.draw_losses(runs.metrics, baseline=runs.baseline),
+    "learning_rate": lambda runs: curves.draw_learning_rate_and_gradient_norm(
+        runs.metrics, max_grad_norm=runs.max_grad_norm
+    ),
+    "throughput": lambda runs: curves.draw_throughput(runs.metrics),
+}
+
+
+def run_pictures(runs: list[RunRecord]) -> Iterator[tuple[str, Figure]]:
+    """File name and figure of each of the curves."""
+    # A line that holds for one of two runs only would be read as holding for both.
+    baselines = {run.baseline for run in runs}
+    thresholds = {run.recipe.get("max_grad_norm") for run in runs}
+    shown = Runs(
+        metrics={n: run.metrics for n, run in zip(_distinct_names(runs), runs, strict=True)},
+        baseline=baselines.pop() if len(baselines) == 1 else None,
+        max_grad_norm=thresholds.pop() if len(thresholds) == 1 else None,
+    )
+    for name, draw in RUN_PICTURES.items():
+        yield name, draw(shown)
+
+
+def _distinct_names(runs: list[RunRecord]) -> list[str]:
+    """Nothing for a single run; else names, or directories where two runs have the same name."""
+    if len(runs) == 1:
+        return [""]
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model that reads a text of T tokens."""
+
+    model: Any
+    tokenizer: Any
+    ids: torch.Tensor  # (T,)
+    heads: Heads | None  # drawn large; None for typical ones
+
+    @property
+    def labels(self) -> list[str]:
+        return token_labels(self.tokenizer, self.ids.tolist())
+
+    @cached_property
+    def attention(self) -> tuple[Any, dict[str, Any]]:
+        """Maps (L, H, T, T), and what the heads do."""
+        maps = attention.attention_maps(self.model, self.ids)
+        return maps, attention.attention_habits(maps, self.ids.tolist())
+
+
+MODEL_PICTURES: dict[str, Callable[[Reading], Figure]] = {
+    "attention_maps": lambda reading: attention.draw_attention_maps(*reading.attention),
+    "attention_heads": lambda reading: _attention_heads(reading),
+    "logit_lens": lambda reading: logit_lens.draw_logit_lens(
+        logit_lens.logit_lens(reading.model, reading.ids, min(LENS_POSITIONS, len(reading.ids))),
+        reading.labels[-LENS_POSITIONS:],
+        reading.tokenizer,
+    ),
+    "position_similarity": lambda reading: parameters.draw_position_similarity(
+        parameters.position_similarity(reading.model)
+    ),
+    "weights": lambda reading: parameters.draw_weights(
+        parameters.weight_samples(reading.model), reading.model.config.initializer_range
+    ),
+    "gradient_norms": lambda reading: gradients.draw_gradient_norms(
+        gradients.gradient_norms(reading.model, reading.ids)
+    ),
+}
+
+
+def model_pictures(reading: Reading) -> Iterator[tuple[str, Figure]]:
+    """File name and figure of each look inside, as it is drawn."""
+    for name, draw in MODEL_PICTURES.items():
+        yield name, draw(reading)
+
+
+def _attention_heads(reading: Reading) -> Figure:
+    maps, habits = reading.attention
+    heads = reading.heads or attention.typical_heads(habits)
+    return attention.draw_attention_heads(maps, habits, reading.labels, heads)

@@ -1,0 +1,302 @@
+"""README.md of a published model, written from what the run knows about itself.
+
+The values are computed here and laid out by `card_template.md`. Only known facts are stated: a
+value that nobody handed in leaves no row behind. The two sections that depend on where and in which
+form the model lies, loading and verification, are filled in (again) by `completed` whenever it is
+exported or pushed.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
+
+from gpt2repro import UserError
+from gpt2repro.data import demo_corpus
+from gpt2repro.publishing.verification import read_json
+from gpt2repro.system.hub import has_owner
+
+CARD = Path(__file__).with_name("card_template.md")
+HOW_TO_LOAD = Path(__file__).with_name("loading_template.md")
+# Sections that are replaced later, as the template names them.
+LOADING, VERIFICATION, BENCHMARKS = "How to load it", "Verification", "Benchmarks"
+
+# What may be said of training data without having been told.
+KNOWN_DATASETS = {
+    "HuggingFaceFW/fineweb-edu": {"language": "en", "note": "FineWeb-Edu is under ODC-By 1.0."},
+    demo_corpus.NAME: {"language": "en", "note": "The text is the documentation in every Python."},
+}
+# What a result's name contains -> what the Hub calls such a figure.
+METRIC_TYPES = {
+    "acc": "accuracy",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits_per_byte",
+}
+
+Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
+
+
+def model_card(
+    *,
+    name: str,
+    recipe: Mapping[str, Any] | None = None,
+    num_parameters: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    metrics: Metrics = (),
+    command: str | None = None,
+    commit: str | None = None,
+    num_processes: int | None = None,
+    loss_curve: str | None = None,
+    published_loss: tuple[str, float] | None = None,
+) -> str:
+    """The whole card, with YAML metadata that the Hub accepts.
+
+    Args:
+        name: of the model, as its title.
+        recipe: every field of the run's recipe, resolved (`dataset_revision` is a commit).
+        environment: hardware and versions, as `machine.describe()` gives them.
+        metrics: the run's `metrics.jsonl`; throughput, losses and the data ledger come from it.
+        command: the command line that trained the model, its launcher's options included.
+        commit: of the code that trained it.
+        loss_curve: name of the picture beside the card.
+        published_loss: whose validation loss others published for the same held-out text, and the
+            loss in nats per token.
+    """
+    known = recipe or {}
+    shown = {k: _cell(v) if isinstance(v, str) else v for k, v in known.items()}
+    recipe_yaml = yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True).rstrip()
+    dataset = known.get("dataset_name", "")
+    link = f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+    environment, validations = environment or {}, _validations(metrics)
+    card = ModelCard.from_template(
+        _metadata(name, known, metrics),
+        template_path=str(CARD),
+        name=name,
+        num_parameters=num_parameters,
+        corpus=link if _is_on_hub(dataset) else dataset,
+        note=KNOWN_DATASETS.get(dataset, {}).get("note"),
+        recipe=shown,
+        recipe_yaml=recipe_yaml,
+        fence=_fence(recipe_yaml, command or ""),
+        command=command,
+        commit=commit,
+        environment=environment,
+        versions=[f"{key} {value}" for key, value in environment.items() if key != "hardware"],
+        num_processes=num_processes,
+        tokens=max((r["tokens"] for r in metrics if _is_number(r.get("tokens"))), default=None),
+        rate=_median_of(metrics, "tokens_per_second"),
+        mfu=_median_of(metrics, "mfu"),
+        ledger=ledger_digest(metrics),
+        loss_curve=loss_curve,
+        validations=validations[:1] + validations[1:][-1:],
+        published_loss=published_loss,
+    )
+    return f"{str(card).rstrip()}\n"
+
+
+# --- Sections that are replaced -------------------------------------------------------------------
+
+
+def completed(card: str, *, where: str, format: str, verification: Sequence[str]) -> str:
+    """`card` with its sections on loading (from `where`: Hub id or path) and verification."""
+    checked = "\n".join(f"- {line}" for line in verification)
+    found = f"Before it was published, these were checked and found right:\n\n{checked}"
+    return _with_section(with_loading(card, where, format), VERIFICATION, found)
+
+
+def with_loading(card: str, where: str, format: str) -> str:
+    """`card` with examples that load the model from `where`: Hub id or path."""
+    template = Template(HOW_TO_LOAD.read_text(encoding="utf-8"))
+    examples = template.render(where=where, native=format == "gpt2repro")
+    return _with_section(card, LOADING, examples)
+
+
+def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
+    """`card` with table and metadata of `gpt2repro evaluate --output`, earlier ones replaced."""
+    card = _with_section(card, BENCHMARKS, _benchmark_table(evaluation), before=VERIFICATION)
+    parsed = ModelCard(card)
+    data: Any = parsed.data
+    results = _eval_results(evaluation)
+    names = {each.metric_name for each in results}
+    kept = [each for each in data.eval_results or [] if each.metric_name not in names]
+    data.eval_results = kept + results or None
+    data.model_name = data.model_name or name
+    return str(parsed)
+
+
+def add_evaluation(card: Path, evaluation: Path, name: str) -> None:
+    """Put what `gpt2repro evaluate --output` wrote into the card on disk of the model `name`.
+
+    Raises:
+        UserError: when `evaluation` is another file.
+    """
+    results = read_json(evaluation)
+    if "results" not in results:
+        raise UserError(f"--evaluation {evaluation}: not what `gpt2repro evaluate --output` writes")
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    card.write_text(with_evaluation(text, results, name), encoding="utf-8")
+
+
+def _with_section(card: str, title: str, text: str, before: str | None = None) -> str:
+    """Replace the text of the section `title`, or insert it `before` another or at the end."""
+    section = f"## {title}\n\n{text}\n\n"
+    pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if pattern.search(card):
+        card = pattern.sub(lambda _: section, card, count=1)
+    elif before and f"\n## {before}\n" in card:
+        card = card.replace(f"\n## {before}\n", f"\n{section}## {before}\n", 1)
+    else:
+        card = f"{card.rstrip()}\n\n{section}"
+    return card.rstrip() + "\n"
+
+
+# --- Metadata -------------------------------------------------------------------------------------
+
+
+def _metadata(name: str, recipe: Mapping, metrics: Metrics) -> ModelCardData:
+    """What the Hub reads: licence, library, task, data and the validation loss."""
+    dataset, start = recipe.get("dataset_name", ""), recipe.get("init_from")
+    results = [
+        _result(dataset, f"{dataset} (held out)", kind, kind, value)
+        for _, loss, bits in _validations(metrics)[-1:]
+        for kind, value in (("loss", loss), ("bits_per_byte", bits))
+        if dataset and value is not None
+    ]
+    return ModelCardData(
+        license="mit",
+        language=KNOWN_DATASETS.get(dataset, {}).get("language"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "gpt2repro"],
+        datasets=[dataset] if _is_on_hub(dataset) else None,
+        base_model=start if _is_on_hub(start) else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _is_on_hub(name: str | None) -> bool:
+    return bool(name and has_owner(name) and not Path(name).exists())
+
+
+def _eval_results(evaluation: Mapping) -> list[EvalResult]:
+    """What was computed for this model on a dataset of the Hub, which the evaluation names."""
+    datasets = {
+        task.partition("/")[0]: report["dataset"]
+        for task, report in evaluation.get("tasks", {}).items()
+        if "dataset" in report
+    }
+    found = []
+    for key, estimate in evaluation.get("results", {}).items():
+        task, _, metric = key.partition("/")
+        kind = next((kind for end, kind in METRIC_TYPES.items() if end in metric), None)
+        if task in datasets and kind and estimate["value"] is not None:
+            name, title = datasets[task]["name"], datasets[task]["title"]
+            found.append(_result(name, title, key, kind, estimate["value"]))
+    return found
+
+
+def _result(dataset: str, title: str, metric_name: str, kind: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text generation",
+        dataset_type=dataset,
+        dataset_name=title,
+        metric_type=kind,
+        metric_name=metric_name,
+        metric_value=round(value, 6),
+    )
+
+
+# --- What the run says ----------------------------------------------------------------------------
+
+
+def ledger_digest(metrics: Metrics) -> tuple[str, int] | None:
+    """SHA-256 over `step rows_digest` lines, and their number: the text this model saw, in order.
+
+    Two runs with equal digests trained on the same rows at every logged step.
+    """
+    lines = [f"{r['step']} {r['rows_digest']}\n" for r in metrics if r.get("rows_digest")]
+    if not lines:
+        return None
+    return hashlib.sha256("".join(lines).encode()).hexdigest(), len(lines)
+
+
+def _validations(metrics: Metrics) -> list[tuple[int, float, float | None]]:
+    """Step, loss in nats per token, and bits per byte where they are known, of each validation."""
+    return [
+        (r["step"], r["val_loss"], bits if _is_number(bits) else None)
+        for r in metrics
+        if _is_number(r.get("val_loss"))
+        for bits in [r.get("val_bits_per_byte")]
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _median_of(metrics: Metrics, key: str) -> float | None:
+    """The middle value of a column, which start-up and evaluation steps do not move."""
+    values = sorted(record[key] for record in metrics if _is_number(record.get(key)))
+    return values[len(values) // 2] if values else None
+
+
+def _fence(*texts: str) -> str:
+    """Backticks for a block that holds the texts: more than any of them has in a row."""
+    longest = max((len(run) for text in texts for run in re.findall("`+", text)), default=0)
+    return "`" * max(3, longest + 1)
+
+
+# --- Benchmarks -----------------------------------------------------------------------------------
+
+
+def _benchmark_table(evaluation: Mapping) -> str:
+    """Ours, the baseline computed beside it, and what others published, each in a column."""
+    ours = evaluation.get("results", {})
+    if not ours:
+        return ""
+    baseline = evaluation.get("baseline", {})
+    published = evaluation.get("published_not_computed", {})
+    header = ["", "this model"]
+    header += [f"{baseline['model']}, computed here"] if baseline else []
+    header += ["OpenAI's GPT-2, published"] if published else []
+    rows = []
+    for key in ours:
+        row = [key, _estimate_text(ours[key])]
+        row += [_estimate_text(baseline["results"].get(key))] if baseline else []
+        row += [f"{published[key]['value']:g}" if key in published else ""] if published else []
+        rows.append(row)
+    sources = sorted({each["source"] for each in published.values()})
+    note = f"Published figures were not computed here; they are from {'; '.join(sources)}."
+    limit = evaluation.get("settings", {}).get("limit")
+    short = f"Only the first {limit} rows of each task were scored." if limit else ""
+    return "\n\n".join(
+        filter(None, [markdown_table(header, rows), short, note if published else ""])
+    )
+
+
+def _estimate_text(estimate: Mapping | None) -> str:
+    """`0.2955 ± 0.0046`; an empty cell where there is no figure."""
+    if not estimate or estimate["value"] is None:
+        return ""
+    error = estimate.get("stderr")
+    return f"{estimate['value']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as the lines of a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A bar would begin the next cell."""
+    return text.replace("|", "/")

@@ -1,0 +1,93 @@
+"""What a run runs on: the processes that `accelerate launch` started, and the tracker they tell."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
+
+from gpt2repro import UserError
+from gpt2repro.recipe import Recipe, check_world_size
+from gpt2repro.speed import cpu_memory
+from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS
+from gpt2repro.system.signals import end_with_launcher
+
+LONGEST_WAIT = 2 * GIVE_UP_AFTER_SECONDS
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start_engine(recipe: Recipe) -> Accelerator:
+    """The engine that `accelerate launch` chose, one process or many.
+
+    Raises:
+        UserError: the processes of this launch do not see each other, or cannot share the lanes.
+    """
+    end_with_launcher()
+    _check_tracker(recipe.report_to)
+    try:
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        accelerator = Accelerator(
+            cpu=_cpu_is_asked_for(),
+            mixed_precision=recipe.mixed_precision,
+            log_with=None if recipe.report_to == "none" else recipe.report_to,
+            project_dir=recipe.run_dir,
+            step_scheduler_with_optimizer=False,
+            # While one rank sits out an outage of its data, or publishes, the others wait for it.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=LONGEST_WAIT))],
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the engine cannot start: {error} (mixed_precision {recipe.mixed_precision}; the "
+            f"launcher sets {', '.join(f'{v} {os.environ.get(v)}' for v in LAUNCH_VARIABLES)})"
+        ) from None
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched but each sees only itself, for want of a GPU: all "
+            "would write the same run. To train on CPUs use launch/cpu2.yaml, or set "
+            "ACCELERATE_USE_CPU=true"
+        )
+    check_world_size(recipe, accelerator.num_processes)
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    if accelerator.device.type == "cpu":
+        cpu_memory.return_freed_memory()  # until the first step has compiled: see there
+    return accelerator
+
+
+def _cpu_is_asked_for() -> bool:
+    """Whether the launch wants CPU processes: it says so, or hides every GPU from them."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return asked or visible == "" or (visible or "").startswith("-1")
+
+
+# --- Tracker --------------------------------------------------------------------------------------
+
+
+def _check_tracker(name: str) -> None:
+    """Refuse a tracker whose package is missing; accelerate would go on without a word."""
+    available = {getattr(each, "value", each) for each in get_available_trackers()}
+    if name != "none" and name not in available:
+        raise UserError(
+            f"report_to {name}: its package is not installed; `pip install {name}`, or set "
+            "report_to to none (metrics.jsonl has every figure)"
+        )
+
+
+def start_tracker(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Log in to the recipe's tracker, if it names one."""
+    if recipe.report_to == "none":
+        return
+    try:
+        accelerator.init_trackers("gpt2repro", config=_tracked(recipe))
+    except Exception as error:  # each has its own: no login, no network, a version
+        raise UserError(f"report_to {recipe.report_to}: {error}; or set it to none") from error
+
+
+def _tracked(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as trackers take it: scalars and text only."""
+    values = recipe.model_dump().items()
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in values}

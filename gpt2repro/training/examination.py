@@ -1,0 +1,219 @@
+"""Everything that can be known to fail, before hours are spent: what `gpt2repro doctor` asks.
+
+It builds the parts of the run as the training script would, one after the other, and says of each
+whether it will do. A failure names the field to change. Nothing is written.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from gpt2repro import UserError
+from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.publishing.upload import check_hub_rights
+from gpt2repro.recipe import Recipe, accumulation_steps, check_world_size
+from gpt2repro.training.inputs import open_dataset, open_stream, open_tokenizer
+from gpt2repro.training.learner import build_model
+from gpt2repro.training.throughput import model_flops_per_token, peak_flops
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+OK, WARNING, FAILURE = "ok", "warning", "FAIL"
+STREAM_SECONDS = 5.0  # how long the data stream is timed
+STEP_SECONDS = 5.0  # how long training is timed
+LARGEST_ON_CPU = 500e6  # parameters; a larger model would take minutes and much memory to time
+ASSUMED_MFU = 0.40  # where training cannot be timed here
+
+Finding = tuple[str, str]  # status, what it says
+
+
+class Examination:
+    """The checks in the order in which a run would meet their subjects."""
+
+    def __init__(self, recipe: Recipe, num_processes: int) -> None:
+        self.recipe = recipe
+        self.num_processes = num_processes
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # What the checks find, for those after them; None where one failed.
+        self.tokenizer: Any = None
+        self.corpus: Corpus | None = None
+        self.model: GPT2ReproForCausalLM | None = None
+        self.need: float | None = None  # tokens/s that training takes, all processes
+
+    def findings(self) -> Iterator[tuple[str, Finding]]:
+        checks: list[tuple[str, Callable[[], Finding]]] = [
+            ("batch", self._batch),
+            ("precision", self._precision),
+            ("tokenizer", self._tokenizer),
+            ("dataset", self._dataset),
+            ("model", self._model),
+            ("attention", self._attention),
+            ("training", self._training),
+            ("data", self._data),
+            ("disk", self._disk),
+            ("hub", self._hub),
+            ("time", self._time),
+        ]
+        for name, check in checks:
+            try:
+                yield name, check()
+            except UserError as error:
+                yield name, (FAILURE, " ".join(str(error).split()))
+
+    def _batch(self) -> Finding:
+        check_world_size(self.recipe, self.num_processes)
+        size = self.recipe.micro_batch_size
+        if size == "auto":
+            rows = self.recipe.rows_per_step // self.num_processes
+            return OK, f"{rows} rows a step and process; the micro-batch is found at start"
+        steps = accumulation_steps(self.recipe, self.num_processes, size)
+        return OK, f"{self.recipe.batch_tokens:,} tokens = {steps} x {size} rows a process"
+
+    def _precision(self) -> Finding:
+        if self.recipe.mixed_precision == "no":
+            return OK, "fp32"
+        if self.device.type == "cuda" and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        ):
+            return FAILURE, "this GPU has no bf16: set mixed_precision to no"
+        if self.device.type == "cpu" and not _multiplies_bf16_faster():
+            return WARNING, "this CPU emulates bf16, many times slower: set mixed_precision to no"
+        return OK, "bf16"
+
+    def _tokenizer(self) -> Finding:
+        self.tokenizer = open_tokenizer(self.recipe)
+        return OK, f"{self.recipe.tokenizer_name}, {len(self.tokenizer):,} tokens"
+
+    def _dataset(self) -> Finding:
+        self.corpus = open_dataset(self.recipe)
+        revision = self.corpus.identity.get("revision")
+        at = f" at {revision[:10]}" if revision else ""
+        return OK, f"{self.recipe.dataset_name}{at}, {self.corpus.num_units:,} units"
+
+    def _model(self) -> Finding:
+        if self.tokenizer is None:
+            return WARNING, "not built without a tokenizer"
+        self.model = build_model(self.recipe, self.tokenizer)
+        return OK, f"{self.model.num_parameters():,} parameters"
+
+    def _attention(self) -> Finding:
+        implementation = self.recipe.attn_implementation
+        if implementation != "sdpa" or self.device.type != "cuda" or self.model is None:
+            return OK, implementation
+        config = self.model.config
+        shape = (1, config.n_head, self.recipe.sequence_length, config.n_embd // config.n_head)
+        dtype = torch.float32 if self.recipe.mixed_precision == "no" else torch.bfloat16
+        query = torch.zeros(shape, device=self.device, dtype=dtype)
+        arguments = torch.backends.cuda.SDPAParams(query, query, query, None, 0.0, True, False)
+        if torch.backends.cuda.can_use_flash_attention(arguments):
+            return OK, "sdpa with the flash kernel"
+        return WARNING, "sdpa without the flash kernel: slower; it needs mixed_precision bf16"
+
+    def _training(self) -> Finding:
+        """Time forward and backward passes here, and multiply by the processes."""
+        if self.model is None:
+            return WARNING, "not timed without a model"
+        model = self.model
+        if self.device.type == "cpu" and model.num_parameters() > LARGEST_ON_CPU:
+            return WARNING, "not timed: the model is too large for this CPU"
+        rows = 1 if self.recipe.micro_batch_size == "auto" else self.recipe.micro_batch_size
+        rate = _training_rate(model, self.recipe, rows, self.device)
+        self.need = rate * self.num_processes
+        per_token = model_flops_per_token(model, self.recipe.sequence_length)
+        peak = peak_flops(self.device)
+        note = ""
+        if peak:  # an uncompiled micro-batch of this size understates what the run will reach
+            self.need = max(self.need, ASSUMED_MFU * peak / per_token * self.num_processes)
+            note = f", {rate * per_token / peak:.0%} MFU uncompiled"
+        return OK, f"{rate:,.0f} tokens/s on one {self.device.type} with {rows} row(s){note}"
+
+    def _data(self) -> Finding:
+        """Time the stream of one process against what training takes."""
+        if self.corpus is None or self.tokenizer is None:
+            return WARNING, "not timed without dataset and tokenizer"
+        encoder = BulkEncoder(self.tokenizer)
+        stream = open_stream(self.recipe, self.corpus, encoder, 0, self.num_processes)
+        try:
+            next(stream)  # the start-up
+            began, tokens = time.perf_counter(), 0
+            while (seconds := time.perf_counter() - began) < STREAM_SECONDS:
+                tokens += next(stream).tokens.numel()
+        finally:
+            stream.close()
+        rate = tokens / seconds
+        need = self.need / self.num_processes if self.need else 0.0
+        text = f"{rate:,.0f} tokens/s a process"
+        if need > rate:
+            more = "raise num_reader_threads or set token_cache_dir"
+            return FAILURE, f"{text}, but training takes {need:,.0f}: {more}"
+        return OK, f"{text}, {rate / need:.0f} x what training takes" if need else text
+
+    def _disk(self) -> Finding:
+        """Weights and optimizer state of every checkpoint kept, one being written, the export."""
+        if self.model is None:
+            return WARNING, "not checked without a model"
+        weights = 4 * self.model.num_parameters()
+        states = 2 if self.recipe.optimizer == "adamw" else 1.5  # Muon keeps one for its matrices
+        needed = (self.recipe.keep_last + 1) * (1 + states) * weights + weights
+        place = self.recipe.run_dir.absolute()
+        existing = next(path for path in (place, *place.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        text = f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free in {existing}"
+        if free > needed:
+            return OK, text
+        return FAILURE, f"{text}: set output_dir or lower keep_last"
+
+    def _hub(self) -> Finding:
+        if not self.recipe.push_to_hub or self.recipe.hub_model_id is None:
+            return OK, "not pushing"
+        check_hub_rights(self.recipe.hub_model_id, private=self.recipe.hub_private)
+        return OK, f"may write to {self.recipe.hub_model_id}"
+
+    def _time(self) -> Finding:
+        if self.recipe.num_steps is None or not self.need:
+            return WARNING, "no estimate: training was not timed, or its length is in epochs"
+        tokens = self.recipe.num_steps * self.recipe.batch_tokens
+        hours = tokens / self.need / 3600
+        spoken = f"{hours:,.1f} hours" if hours >= 1 else f"{math.ceil(hours * 60)} minutes"
+        return OK, f"about {spoken} for {tokens / 1e6:,.1f} M tokens (an estimate)"
+
+
+def _multiplies_bf16_faster() -> bool:
+    """Whether this CPU is no slower in bf16 than in fp32: tried, not asked."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(512, 512, dtype=dtype)
+        matrix @ matrix  # the first product builds its kernel
+        began = time.perf_counter()
+        matrix @ matrix
+        return time.perf_counter() - began
+
+    return seconds(torch.bfloat16) <= seconds(torch.float32)
+
+
+def _training_rate(
+    model: torch.nn.Module, recipe: Recipe, rows: int, device: torch.device
+) -> float:
+    """Tokens/s of uncompiled forward and backward passes of `rows` rows on `device`."""
+    model.to(device).train()
+    ids = torch.zeros((rows, recipe.sequence_length), dtype=torch.long, device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
+
+    def forward_backward() -> None:
+        with autocast:
+            loss = model(input_ids=ids, shift_labels=ids, skip_logits=True).loss
+        loss.backward()
+        model.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    forward_backward()  # the first one allocates
+    began, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - began) < STEP_SECONDS or count == 0:
+        forward_backward()
+        count += 1
+    return count * ids.numel() / seconds

@@ -1,0 +1,166 @@
+"""What learns: the model on its device, its optimizer, and how many rows it takes at a time."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro import UserError
+from gpt2repro.recipe import Recipe, accumulation_steps, divisors
+from gpt2repro.records import checkpoints
+from gpt2repro.records.run_directory import Start
+from gpt2repro.records.saved_models import load_causal_lm
+from gpt2repro.speed import cpu_attention, cpu_memory, lm_head
+from gpt2repro.speed.compilation import compile_in_place
+from gpt2repro.system import ranks
+from gpt2repro.training.micro_batch import largest_that_fits
+from gpt2repro.training.optim.registry import build_optimizer
+from gpt2repro.training.throughput import model_flops_per_token
+from modeling_gpt2repro import GPT2ReproBlock, GPT2ReproForCausalLM
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Model and optimizer as accelerate prepared them, with the state of the step to come."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Optimizer
+    micro_batch_size: int
+    max_grad_norm: float
+    num_parameters: int
+    flops_per_token: float
+
+    def settle(self) -> None:
+        """After the first step, when compilation is over."""
+        if self.accelerator.device.type == "cpu":
+            cpu_memory.keep_freed_memory()
+
+
+def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Start) -> Learner:
+    """Build the model, suit it to the device, and load the checkpoint it begins from.
+
+    Raises:
+        UserError: naming the field to change.
+    """
+    bare = build_model(recipe, tokenizer)
+    num_parameters = bare.num_parameters()
+    flops_per_token = model_flops_per_token(bare, recipe.sequence_length)
+    model, optimizer = place(recipe, accelerator, bare)
+    micro_batch_size = recipe.micro_batch_size
+    if micro_batch_size == "auto" and start.state.get("world_size") == ranks.world_size():
+        micro_batch_size = int(start.recipe["micro_batch_size"])
+    if micro_batch_size == "auto":
+        micro_batch_size = _largest_micro_batch(recipe, accelerator, model)
+    accelerator.gradient_accumulation_steps = accumulation_steps(
+        recipe, ranks.world_size(), micro_batch_size
+    )
+    if start.path is not None:
+        checkpoints.load(start.path, model=model, optimizer=optimizer)
+    return Learner(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        micro_batch_size=micro_batch_size,
+        max_grad_norm=recipe.max_grad_norm,
+        num_parameters=num_parameters,
+        flops_per_token=flops_per_token,
+    )
+
+
+def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
+    """Random weights by the seed, or those of `init_from`, in fp32 on the CPU."""
+    torch.manual_seed(recipe.seed)
+    start = None
+    if recipe.init_from is not None:
+        start = load_causal_lm(recipe.init_from, option="init_from", dtype=torch.float32)
+    config = start.config if start else _architecture(recipe, tokenizer)
+    config.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout))
+    attention = recipe.attn_implementation
+    try:
+        model = GPT2ReproForCausalLM._from_config(config, attn_implementation=attention)
+    except ImportError as error:
+        raise UserError(f"attn_implementation {attention}: {error}") from None
+    if start:
+        model.load_state_dict(start.state_dict())
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"tokenizer_name has {len(tokenizer)} tokens, init_from only {model.config.vocab_size}"
+        )
+    if recipe.sequence_length > model.config.n_positions:
+        raise UserError(
+            f"sequence_length {recipe.sequence_length} is more than the {model.config.n_positions} "
+            "positions of init_from"
+        )
+    if recipe.gradient_checkpointing:
+        # The second name goes with transformers 6; versions that we support lack the first.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
+    return model
+
+
+def _architecture(recipe: Recipe, tokenizer) -> GPT2ReproConfig:
+    """Its vocabulary is exactly the tokenizer's, its context the recipe's."""
+    overrides = {
+        name: value
+        for name in ("n_layer", "n_head", "n_embd")
+        if (value := getattr(recipe, name)) is not None
+    }
+    try:
+        return GPT2ReproConfig.from_size(
+            recipe.model_size,
+            vocab_size=len(tokenizer),
+            n_positions=recipe.sequence_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **overrides,
+        )
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(str(error.__cause__ or error)) from None
+
+
+def place(
+    recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM
+) -> tuple[nn.Module, Optimizer]:
+    """Suit the model to its device, compile it in place, and hand it and an optimizer over."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    on_cpu = accelerator.device.type == "cpu"
+    lm_head.use_in(model)
+    if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
+        cpu_attention.use_in(model)
+    if recipe.compile:
+        # FSDP gathers parameters block by block, between the compiled regions.
+        blocks = [m for m in model.modules() if isinstance(m, GPT2ReproBlock)]
+        for module in blocks if sharded else [model]:
+            compile_in_place(module)
+    optimizer = build_optimizer(model.to(accelerator.device), recipe)
+    return accelerator.prepare(model, optimizer)
+
+
+def _largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> int:
+    """The largest divisor of a process's rows that fits its device."""
+
+    def forward_backward(num_rows: int) -> None:
+        shape = (num_rows, recipe.sequence_length)
+        rows = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
+        # Eager code needs at least as much memory as compiled code. DDP must not sum gradients:
+        # it would wait for a rank that has run out of memory.
+        alone = getattr(model, "no_sync", contextlib.nullcontext)
+        with torch.compiler.set_stance("force_eager"), alone():
+            accelerator.backward(model(input_ids=rows, shift_labels=rows, skip_logits=True).loss)
+        model.zero_grad()
+
+    return largest_that_fits(
+        divisors(recipe.rows_per_step // accelerator.num_processes),
+        forward_backward,
+        device=accelerator.device,
+        # Adam keeps two values for each parameter.
+        reserve_bytes=2 * sum(p.numel() * p.element_size() for p in model.parameters()),
+    )

@@ -1,0 +1,324 @@
+"""All that a run says of itself: evaluations, samples, metrics, incidents, the bar on the screen.
+
+None of this touches the weights, the optimizer or the random number generators.
+"""
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from gpt2repro.data.producer import StepRows
+from gpt2repro.evaluation.published import published_loss
+from gpt2repro.evaluation.scoring import score_tasks
+from gpt2repro.evaluation.validation import validation_loss
+from gpt2repro.plots.curves import loss_curve
+from gpt2repro.recipe import ResolvedRecipe
+from gpt2repro.records.checkpoints import innermost
+from gpt2repro.records.incidents import IncidentLog
+from gpt2repro.records.metrics import MetricsLog, read_metrics
+from gpt2repro.records.run_directory import RunDirectory
+from gpt2repro.system import machine, ranks
+from gpt2repro.system.signals import StopRequest
+from gpt2repro.training.inputs import Inputs
+from gpt2repro.training.learner import Learner
+from gpt2repro.training.step import StepResult
+from gpt2repro.training.throughput import Throughput, peak_flops, peak_memory_gib
+
+SPIKE_Z = 5.0  # standard deviations above the recent mean that make a loss worth a line
+SAMPLE_TOKENS = 48
+
+
+def due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class Monitor:
+    """What happens beside the steps. Every rank calls its methods; the main process speaks."""
+
+    def __init__(
+        self,
+        recipe: ResolvedRecipe,
+        directory: RunDirectory,
+        inputs: Inputs,
+        learner: Learner,
+        stop: StopRequest,
+        first_step: int,
+        history: Sequence[dict[str, Any]],
+    ) -> None:
+        """`history`: the lines of metrics.jsonl before `first_step`."""
+        accelerator = learner.accelerator
+        main = accelerator.is_main_process
+        self.recipe, self.directory, self.inputs, self.learner = recipe, directory, inputs, learner
+        self.progress = Progress(first_step=first_step, num_steps=recipe.num_steps, enabled=main)
+        self._stop = stop
+        self._log = MetricsLog(directory.metrics) if main else None
+        self._throughput = Throughput(
+            learner.flops_per_token, peak_flops(accelerator.device), accelerator.num_processes
+        )
+        self._spikes = SpikeDetector(
+            line["loss"] for line in history if line.get("loss") is not None
+        )
+        self._incidents = IncidentLog(directory.incidents)
+
+    def close(self) -> None:
+        """End the bar, the file and the trackers."""
+        self.progress.close()
+        if self._log is not None:
+            self._log.close()
+        for tracker in self.learner.accelerator.trackers:
+            tracker.finish()
+
+    def introduce(self, notes: Iterable[str]) -> None:
+        """The first lines on the screen: what this run is, before hours are spent on it."""
+        recipe, accelerator = self.recipe, self.learner.accelerator
+        if not accelerator.is_main_process:
+            return
+        device, rows = accelerator.device.type, recipe.micro_batch_size
+        processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
+        lines = {
+            "run": f"{recipe.run_dir}",
+            "model": f"GPT-2, {self.learner.num_parameters / 1e6:.1f} M parameters, "
+            f"{recipe.sequence_length} tokens of context",
+            "data": f"{recipe.dataset_name} {recipe.dataset_config or ''}".rstrip(),
+            "batch": f"{recipe.batch_tokens:,} tokens = {processes} process(es) x {steps} "
+            f"micro-batch(es) x {rows} rows x {recipe.sequence_length} tokens",
+            "optimizer": f"{recipe.optimizer}, {recipe.num_steps:,} steps, "
+            f"{recipe.num_steps * recipe.batch_tokens / 1e6:,.1f} M tokens in all",
+            "engine": f"{accelerator.distributed_type.value.lower()} on "
+            f"{machine.hardware(device)}, mixed_precision {recipe.mixed_precision}, "
+            f"compile {str(recipe.compile).lower()}",
+        }
+        for name, value in [*lines.items(), *(("note", note) for note in notes if note)]:
+            print(f"{name:>10}  {value}")
+        print(flush=True)
+
+    # --- Before a step ----------------------------------------------------------------------------
+
+    def observe(self, step: int) -> dict[str, float]:
+        """What is due before `step` trains: validation, benchmarks, a sample; the figures among it.
+
+        A stop request cuts it short; figures that were not finished are left out.
+        """
+        recipe, last = self.recipe, step == self.recipe.num_steps
+        figures: dict[str, float] = {}
+        if self.inputs.validation and (step == 0 or last or due(recipe.eval_every, step)):
+            figures |= self._validate(step)
+        if self.inputs.tasks and (last or (step > 0 and due(recipe.eval_tasks_every, step))):
+            figures |= self._score_tasks(step)
+        if 0 < step < recipe.num_steps and due(recipe.sample_every, step) and not self._stop.agreed:
+            self._sample(step)
+        return figures
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Validation loss in nats per token, and bits per byte."""
+        held_out = self.inputs.validation
+        assert held_out is not None
+        result = validation_loss(self.learner.model, held_out.rows, **self._collectively())
+        if result is None:
+            return {}
+        bits_per_byte = result.bits_per_byte(held_out.num_tokens, held_out.num_bytes)
+        self.progress.note(
+            f"step {step}: validation loss {result.loss:.4f} ({bits_per_byte:.4f} bits per byte)"
+        )
+        return {"val_loss": result.loss, "val_bits_per_byte": bits_per_byte}
+
+    def _score_tasks(self, step: int) -> dict[str, float]:
+        """The benchmarks' figures, with standard errors."""
+        figures = score_tasks(self.learner.model, self.inputs.tasks, **self._collectively())
+        if figures is None:
+            return {}
+        shown = ", ".join(
+            f"{name} {value:.4f}" for name, value in figures.items() if not name.endswith("_stderr")
+        )
+        self.progress.note(f"step {step}: {shown}")
+        return figures
+
+    def _collectively(self) -> dict[str, Any]:
+        """How an evaluation is shared among the ranks and stopped on all of them."""
+        return {
+            "batch_size": self.recipe.micro_batch_size,
+            "rank": ranks.rank(),
+            "world_size": ranks.world_size(),
+            "reduce": ranks.reduce_sum,
+            "should_stop": self._stop.poll,
+        }
+
+    def _sample(self, step: int) -> None:
+        """Show how the model continues the recipe's prompt."""
+        text = sample_text(
+            self.learner.model,
+            self.inputs.tokenizer,
+            self.recipe.sample_prompt,
+            num_tokens=SAMPLE_TOKENS,
+            seed=self.recipe.seed + step,
+        )
+        self.progress.note(f"step {step}: {' '.join(text.split())}")
+
+    # --- After a step -----------------------------------------------------------------------------
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Around a step: its tokens, its seconds, and how long it waited for data."""
+        stream = self.inputs.stream
+        began, waited = time.perf_counter(), stream.wait_seconds
+        yield
+        seconds = time.perf_counter() - began
+        self._throughput.add(self.recipe.batch_tokens, seconds, stream.wait_seconds - waited)
+
+    def report(
+        self, step: int, rows: StepRows, result: StepResult, figures: dict[str, float]
+    ) -> None:
+        """The step's line in metrics.jsonl and the tracker, the progress bar and the loss curve.
+
+        `figures`: what `observe` found before the step.
+        """
+        z_score = self._spikes.z_score(result.loss) if result.finite else 0.0
+        if z_score > SPIKE_Z:
+            figures = figures | {"loss_z_score": z_score}
+            self.progress.note(
+                f"step {step}: loss {result.loss:.4f} is {z_score:.1f} standard deviations above "
+                "its recent mean"
+            )
+        rate = self._throughput.tokens_per_second
+        self.progress.update(loss=result.loss, tokens_per_second=rate)
+        if figures or due(self.recipe.log_every, step):
+            record: dict[str, Any] = {"step": step, "tokens": (step + 1) * self.recipe.batch_tokens}
+            record |= {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
+            record |= {"rows_digest": result.rows_digest} | self._throughput.read()
+            record |= {"peak_memory_gib": peak_memory_gib(self.learner.accelerator.device)}
+            self._write(record | figures)
+        if "val_loss" in figures:
+            self.draw_loss_curve()
+        if result.finite:
+            self._incidents.over()
+        else:
+            self._note_incident(step, rows, result)
+
+    def report_end(self, figures: dict[str, float]) -> None:
+        """The last line of metrics.jsonl: what the trained model scores."""
+        step = self.recipe.num_steps
+        self._write({"step": step, "tokens": step * self.recipe.batch_tokens, **figures})
+
+    def diverged(self) -> bool:
+        """Whether so many updates in a row were skipped that the run should end; says so then."""
+        if self._incidents.too_many:
+            self.progress.note(self._incidents.advice())
+        return self._incidents.too_many
+
+    def _note_incident(self, step: int, rows: StepRows, result: StepResult) -> None:
+        self._incidents.record(
+            step=step,
+            rank=ranks.rank(),
+            rows=rows.tokens,
+            tokenizer=self.inputs.tokenizer,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            rows_digest=result.rows_digest,
+        )
+        self.progress.note(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped, "
+            f"rows kept in {self._incidents.directory}"
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """A line in metrics.jsonl, and in the tracker if there is one."""
+        if self._log is not None:
+            self._log.write(record)
+        if self.recipe.report_to != "none":
+            scalars = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            self.learner.accelerator.log(scalars, step=record["step"])
+
+    def draw_loss_curve(self) -> None:
+        """Draw what metrics.jsonl has by now; no failure of it ends a run."""
+        if self.learner.accelerator.is_main_process:
+            loss_curve(
+                read_metrics(self.directory.metrics),
+                self.directory.loss_curve,
+                baseline=published_loss(self.recipe.dataset_name, self.recipe.tokenizer_name),
+            )
+
+
+class Progress:
+    """The main process's progress bar: step, loss, tokens/s and time left; notes go above it."""
+
+    def __init__(self, *, first_step: int, num_steps: int, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not enabled,
+            smoothing=0.1,
+            mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a log file wants few lines
+        )
+
+    def update(self, *, loss: float, tokens_per_second: float) -> None:
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
+        self._bar.update()
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar, on the main process only."""
+        if self._enabled:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class SpikeDetector:
+    """How many standard deviations a loss lies above the mean of the last `window` losses."""
+
+    def __init__(self, losses: Iterable[float] = (), window: int = 128, least: int = 32) -> None:
+        self._losses: deque[float] = deque(losses, maxlen=window)
+        self._least = least  # fewer losses say nothing about their spread
+
+    def z_score(self, loss: float) -> float:
+        """Score `loss` against those before it, then remember it; 0 while too few are known."""
+        score = 0.0
+        if len(self._losses) >= self._least:
+            mean = sum(self._losses) / len(self._losses)
+            variance = sum((x - mean) ** 2 for x in self._losses) / (len(self._losses) - 1)
+            score = (loss - mean) / math.sqrt(variance) if variance else 0.0
+        self._losses.append(loss)
+        return score
+
+
+def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, seed: int) -> str:
+    """Continue `prompt` by `num_tokens` sampled tokens and return both as text.
+
+    Every rank must call: a sharded model gathers its parameters from all of them. The length is
+    fixed so that all ranks run the same number of forward passes. The compiled code is left alone
+    (lengths vary), and so is the state of the random number generators.
+    """
+    inner: Any = innermost(model)
+    device = next(inner.parameters()).device
+    prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    room = inner.config.n_positions - prompt_ids.shape[1]
+    num_tokens = min(num_tokens, room)
+    if num_tokens < 1:
+        return prompt
+    was_training = inner.training
+    inner.eval()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(seed)
+        ids = inner.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            do_sample=True,
+            top_k=50,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    inner.train(was_training)
+    return tokenizer.decode(ids[0])

@@ -1,0 +1,19 @@
+"""Which optimizer a recipe's `optimizer` is: one line each."""
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from gpt2repro.recipe import Recipe
+from gpt2repro.training.optim import adamw, muon
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], Optimizer]] = {
+    "adamw": adamw.build,
+    "muon": muon.build,
+}
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """The recipe's optimizer, whose groups cover every trainable parameter exactly once."""
+    return OPTIMIZERS[recipe.optimizer](model, recipe)

@@ -1,0 +1,85 @@
+"""One optimizer step, and the waiting for its rows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gpt2repro.data.producer import StepRows
+from gpt2repro.data.stream import TokenStream
+from gpt2repro.records import checkpoints
+from gpt2repro.system import ranks
+from gpt2repro.training.learner import Learner
+from gpt2repro.training.schedule import set_lr
+
+LOOK_UP_SECONDS = 1.0  # how often a run that waits for data looks for signals
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports, the same on every rank."""
+
+    loss: float  # mean over the step's tokens, nats
+    grad_norm: float  # L2, before clipping
+    lr: float
+    rows_digest: str  # of all ranks' rows, 64 bits in hex
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def next_rows(
+    stream: TokenStream, device: torch.device, should_stop: Callable[[], bool]
+) -> StepRows | None:
+    """This rank's rows of the next step, once all ranks have theirs; None if a stop was agreed on.
+
+    Waiting together keeps every rank reachable by signals while one of them sits out an outage.
+    """
+    while not should_stop():
+        if ranks.all_ranks(stream.wait(LOOK_UP_SECONDS), device):
+            return next(stream)
+    return None
+
+
+def train_step(
+    learner: Learner, batch: StepRows, lr: float, should_stop: Callable[[], bool]
+) -> StepResult | None:
+    """One optimizer step on this rank's rows; None, and nothing changed, if a stop was agreed on.
+
+    A step whose loss or gradient is not finite leaves the weights as they are.
+    """
+    accelerator, model, optimizer = learner.accelerator, learner.model, learner.optimizer
+    device = accelerator.device
+    set_lr(optimizer, lr)
+    # From pinned memory the copy waits in the GPU's queue, and not this process for the copy.
+    tokens = batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens
+    rows = tokens.to(device, non_blocking=True)
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    size = learner.micro_batch_size
+    micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+    # Asking costs nothing in one process, and on CPUs a step may take minutes.
+    looks_up = ranks.world_size() == 1 or device.type == "cpu"
+    loss = torch.zeros((), device=device)
+    for input_ids, shift_labels in micro_batches:
+        if looks_up and should_stop():
+            optimizer.zero_grad()
+            return None
+        with accelerator.accumulate(model):  # gradients sync on the last micro-batch only
+            # Rows all have T targets, so a mean over micro-batches and ranks is one over tokens.
+            micro_loss = model(
+                input_ids=input_ids, shift_labels=shift_labels, skip_logits=True
+            ).loss
+            accelerator.backward(micro_loss)
+        loss += micro_loss.detach() / len(micro_batches)
+    grad_norm = checkpoints.whole(
+        accelerator.clip_grad_norm_(model.parameters(), learner.max_grad_norm)
+    )
+    loss_mean = ranks.reduce_sum(loss) / ranks.world_size()
+    digest = ranks.sum_uint64(batch.digest, device)
+    result = StepResult(loss_mean.item(), grad_norm.item(), lr, f"{digest:016x}")
+    if result.finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return result

@@ -1,0 +1,155 @@
+"""The bulk encoder gives the Hugging Face tokenizer's own ids, only faster."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from tiny_corpus import documents
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gpt2repro import UserError
+from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.encoder import PROBE_TEXT, BulkEncoder
+
+TEXTS = [*documents(200), PROBE_TEXT, "naïve 中文 😀 don't WE'LL 123 4567 \n\n\t x"] * 2
+
+
+@pytest.fixture(scope="module")
+def theirs() -> PreTrainedTokenizerFast:
+    return train_bpe(TEXTS, 600)
+
+
+def plain_ids(theirs, text: str) -> list[int]:
+    """The tokenizer's own ids with special tokens taken as plain text."""
+    backend = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def test_bulk_encoder_gives_the_tokenizers_ids(theirs):
+    encoder = BulkEncoder(theirs)
+    assert encoder.uses_tiktoken
+    assert encoder.eot_id == theirs.eos_token_id
+    ours = encoder.encode(TEXTS)
+    assert all(ids.dtype == np.uint16 for ids in ours)
+    assert [ids.tolist() for ids in ours] == [plain_ids(theirs, text) for text in TEXTS]
+    assert encoder.encode([""])[0].tolist() == []
+    assert encoder.encode([]) == []
+
+
+def test_every_character_is_encoded_alike(theirs):
+    """All of Unicode's blocks by sample: the two regex engines agree on letters and spaces."""
+    encoder = BulkEncoder(theirs)
+    points = [*range(0x3000), *range(0x3000, 0xD800, 17), *range(0xE000, 0x110000, 97)]
+    for begin in range(0, len(points), 500):
+        text = "".join(f"a{chr(p)}1{chr(p)} {chr(p)}." for p in points[begin : begin + 500])
+        assert encoder.encode([text])[0].tolist() == plain_ids(theirs, text)
+
+
+def test_a_special_token_spelled_out_is_plain_text(theirs):
+    encoder = BulkEncoder(theirs)
+    [ids] = encoder.encode(["before <|endoftext|> after"])
+    assert encoder.eot_id not in ids
+    assert theirs.decode(ids) == "before <|endoftext|> after"
+
+
+def bert_like() -> PreTrainedTokenizerFast:
+    """A tokenizer of another kind: lower case, words, 70,000 ids."""
+    words = ["<unk>", "</s>", *(f"w{number}" for number in range(69_998))]
+    model = models.WordLevel({word: index for index, word in enumerate(words)}, "<unk>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.enable_truncation(5)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def test_another_tokenizer_encodes_itself():
+    encoder = BulkEncoder(bert_like())
+    assert not encoder.uses_tiktoken
+    assert encoder.dtype == np.uint32  # 70,000 ids do not fit 16 bits
+    ours = encoder.encode(["W1 w69997 nothing", "", "w0 " * 20])
+    assert [ids.tolist() for ids in ours] == [[3, 69_999, 0], [], [2] * 20]  # never truncated
+
+
+def test_tokenizers_that_only_look_like_gpt2_encode_themselves(theirs):
+    """Each differs in one thing that tiktoken's twin would get wrong."""
+    description = json.loads(theirs.backend_tokenizer.to_str())
+
+    def variant(**changes):
+        model = description["model"] | changes.pop("model", {})
+        text = json.dumps(description | changes | {"model": model})
+        backend = Tokenizer.from_str(text)
+        return BulkEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a"))
+
+    byte_level = description["pre_tokenizer"]
+    merges = description["model"]["merges"]
+    assert variant().uses_tiktoken
+    for changes in (
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": byte_level | {"add_prefix_space": True}},
+        {"pre_tokenizer": byte_level | {"use_regex": False}},
+        {"pre_tokenizer": {"type": "Digits", "individual_digits": True}},
+        {"model": {"merges": [merges[-1], *merges[:-1]]}},
+    ):
+        assert not variant(**changes).uses_tiktoken, changes
+
+
+def test_vocabulary_of_65536_ids_still_fits_16_bits():
+    """The largest id is then 65,535."""
+    vocab = {f"t{number}": number for number in range(65_535)} | {"</s>": 65_535}
+    backend = Tokenizer(models.WordLevel(vocab, "t0"))
+    backend.decoder = decoders.Fuse()
+    full = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert BulkEncoder(full).dtype == np.uint16
+    full.add_tokens(["one more"])
+    assert BulkEncoder(full).dtype == np.uint32
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    backend = Tokenizer(models.WordLevel({"a": 0}, "a"))
+    with pytest.raises(UserError, match=r"tokenizer_name: .*neither an eos nor a bos"):
+        BulkEncoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 300_000,
+        " " * 300_000 + "a",
+        "\n" * 300_000,
+        "\0" * 300_000,
+        "é" * 300_000,
+        "abcdefghij" * 30_000,
+        "!" * 300_000,
+        "😀" * 100_000,
+        "1234567890" * 30_000,
+    ],
+    ids=lambda text: repr(text[:4]),
+)
+def test_pathological_text_neither_crashes_nor_takes_for_ever(theirs, text):
+    encoder = BulkEncoder(theirs)
+    began = time.perf_counter()
+    [ids] = encoder.encode([text])
+    assert time.perf_counter() - began < 20  # linear: about 0.2 s; quadratic would take minutes
+    assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("make", [lambda: train_bpe(TEXTS, 300), bert_like], ids=["bpe", "words"])
+def test_lone_surrogates_are_replaced(make):
+    encoder = BulkEncoder(make())
+    ours = encoder.encode(["w1 \ud800 w2", "plain \udfff"])
+    theirs = encoder.encode(["w1 \ufffd\ufffd\ufffd w2", "plain \ufffd\ufffd\ufffd"])
+    assert [ids.tolist() for ids in ours] == [ids.tolist() for ids in theirs]
+
+
+def test_fingerprints_tell_tokenizers_apart(theirs):
+    prints = {
+        BulkEncoder(theirs).fingerprint,
+        BulkEncoder(train_bpe(TEXTS, 599)).fingerprint,
+        BulkEncoder(train_bpe(TEXTS[:50], 600)).fingerprint,
+        BulkEncoder(bert_like()).fingerprint,
+    }
+    assert len(prints) == 4

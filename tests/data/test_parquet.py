@@ -1,0 +1,122 @@
+"""Parquet on disk: what its units hold, and how broken files are refused."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+from tiny_corpus import (
+    documents,
+    joined,
+    parquet_bytes,
+    read_all,
+    refusal,
+    write_parquet,
+)
+
+from gpt2repro import UserError
+from gpt2repro.data import parquet
+from gpt2repro.data.opening import open_corpus
+
+TEXTS = documents(95)
+
+
+def test_units_are_row_groups_in_dataset_order(tmp_path):
+    write_parquet(tmp_path / "train-00000.parquet", TEXTS[:50], id=list(range(50)))
+    write_parquet(tmp_path / "train-00001.parquet", TEXTS[50:], 20, id=list(range(45)))
+    source = open_corpus(tmp_path)
+    units = read_all(source)
+    assert [len(unit) for unit in units] == [10] * 5 + [20, 20, 5]
+    assert [source.num_documents(unit) for unit in range(8)] == [len(unit) for unit in units]
+    theirs = load_dataset(str(tmp_path), split="train", streaming=True)
+    assert joined(source) == [row["text"] for row in theirs] == TEXTS
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), "dictionary"])
+def test_every_way_to_write_a_text_column(tmp_path, compression, type_):
+    texts = [None, "", "a\0b", "naïve 中文 😀", *TEXTS]
+    column = pa.array(texts, pa.string() if type_ == "dictionary" else type_)
+    if type_ == "dictionary":
+        column = column.dictionary_encode()
+    other = pa.array(np.arange(len(texts)))
+    table = pa.table({"before": other, "text": column, "after": other})
+    options = {"compression": compression, "row_group_size": 30, "data_page_size": 200}
+    pq.write_table(table, tmp_path / "a.parquet", **options)
+    source = open_corpus(tmp_path)
+    assert joined(source) == ["", *texts[1:]]
+
+
+def test_bytes_that_are_no_utf8_become_replacement_characters(tmp_path):
+    """Arrow does not check what a writer calls a string."""
+    data = b"good" + b"b\xffd" + "é".encode()
+    offsets = np.array([0, 4, 7, 9], np.int32)
+    column = pa.StringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(data))
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert open_corpus(tmp_path).read_unit(0) == ["good", "b\ufffdd", "é"]
+
+
+def test_a_unit_is_read_without_its_other_columns(tmp_path, monkeypatch):
+    heavy = [bytes(1000).hex() + str(i) for i in range(95)]
+    write_parquet(tmp_path / "a.parquet", TEXTS, aaa=heavy)
+    source = open_corpus(tmp_path)
+    reads = []
+    read = parquet.LocalSource.read
+    monkeypatch.setattr(
+        parquet.LocalSource, "read", lambda *args: (reads.append(args[2]), read(*args))[1]
+    )
+    source.read_unit(4)
+    assert reads == [source.num_bytes(4)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"PAR1",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-8] + b"\xff\xff\xff\x7fPAR1",
+        lambda content: content[:-300] + bytes(292) + content[-8:],
+    ],
+    ids=["empty", "stub", "truncated", "footer length", "footer"],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path, damage):
+    (tmp_path / "a.parquet").write_bytes(damage(parquet_bytes(TEXTS, 10)))
+    message = refusal(tmp_path)
+    assert message.startswith("dataset_name: a.parquet") and "\n" not in message
+
+
+def test_a_broken_page_is_refused_when_it_is_read(tmp_path):
+    content = bytearray(parquet_bytes(TEXTS, 10))
+    source = open_corpus(_written(tmp_path / "a.parquet", content))
+    start = source._unit(3).start
+    content[start : start + 60] = b"\xff" * 60
+    _written(tmp_path / "a.parquet", content)
+    with pytest.raises(UserError, match=r"dataset_name: cannot read row group 3 of a\.parquet"):
+        source.read_unit(3)
+    assert source.read_unit(4) == TEXTS[40:50]
+
+
+def test_a_file_that_shrinks_is_refused_when_it_is_read(tmp_path):
+    content = parquet_bytes(TEXTS, 10)
+    source = open_corpus(_written(tmp_path / "a.parquet", content))
+    _written(tmp_path / "a.parquet", content[:1000])
+    with pytest.raises(UserError, match="ends early"):
+        source.read_unit(9)
+
+
+def _written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_a_reader_may_stray_beyond_its_chunk(tmp_path):
+    """Some writers' chunks are read with padding: such a read goes to the file."""
+    path = _written(tmp_path / "a", bytes(range(100)))
+    chunk = parquet._OneChunk(parquet.LocalSource("a", path, 100), 40, 20)
+    chunk.seek(50)
+    assert chunk.read(20) == bytes(range(50, 70)) and chunk.tell() == 70
+    chunk.seek(-4, io.SEEK_END)
+    assert chunk.read(50) == bytes(range(96, 100))

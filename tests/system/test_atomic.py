@@ -1,0 +1,83 @@
+"""Whole or not at all, whoever is interrupted where."""
+
+import pytest
+
+from gpt2repro.system import atomic
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_takes_its_place_when_it_is_written(tmp_path, durable):
+    path = tmp_path / "a.txt"
+    for text in ("first", "second"):
+        with atomic.new_file(path, durable=durable) as scratch:
+            assert scratch.parent == tmp_path and scratch != path
+            scratch.write_text(text)
+            assert text == "first" or path.read_text() == "first"
+        assert path.read_text() == text and names(tmp_path) == ["a.txt"]
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), atomic.new_file(path) as scratch:
+        scratch.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "before" and names(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic.new_file(path) as one, atomic.new_file(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one" and names(tmp_path) == ["a.txt"]
+
+
+def test_a_directory_replaces_the_one_before(tmp_path):
+    path = tmp_path / "final"
+    for text in ("first", "second"):
+        scratch = atomic.partial(path)
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "file").write_text(text)
+        atomic.move_into_place(scratch, path)
+        assert (path / "deep" / "file").read_text() == text
+        assert names(tmp_path) == ["final"]
+
+
+@pytest.mark.parametrize("instant", ["flush", "rename"])
+def test_one_whole_directory_exists_at_every_instant(tmp_path, monkeypatch, instant):
+    path = tmp_path / "final"
+    path.mkdir()
+    (path / "file").write_text("before")
+    scratch = atomic.partial(path)
+    (scratch / "file").write_text("after")
+    renamed = []
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    rename = type(path).rename
+
+    def rename_once(self, target):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(rename(self, target))
+
+    if instant == "flush":
+        monkeypatch.setattr(atomic, "flush", die)
+    else:
+        monkeypatch.setattr(type(path), "rename", rename_once)
+    with pytest.raises(KeyboardInterrupt):
+        atomic.move_into_place(scratch, path)
+    whole = [each for each in tmp_path.iterdir() if (each / "file").read_text() == "before"]
+    assert len(whole) == 1 and (scratch / "file").read_text() == "after"
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    scratch = atomic.partial(tmp_path / "final")
+    (scratch / "half").write_text("")
+    assert atomic.partial(tmp_path / "final") == scratch and not names(scratch)
