@@ -184,7 +184,7 @@ class Recipe(BaseModel):
     @classmethod
     def _null_is_none(cls, value: Any, info: Any) -> Any:
         """On the command line `null` is text; where nothing is allowed it means that."""
-        nullable = NoneType in alternatives(cls.model_fields[info.field_name].annotation)
+        nullable = NoneType in _alternatives(cls.model_fields[info.field_name].annotation)
         return None if value == "null" and nullable else value
 
     @property
@@ -244,7 +244,7 @@ def load_recipe(argv: list[str]) -> Recipe:
     if values["exp_name"] is None:
         values["exp_name"] = path.stem
     recipe = Recipe(**values)
-    check_consistency(recipe)
+    _check_consistency(recipe)
     return recipe
 
 
@@ -301,7 +301,7 @@ def parse_arguments(argv: list[str]) -> dict[str, Any]:
     to the letter; an `argparse` parser of fifty generated options says it differently.
     """
     if "-h" in argv or "--help" in argv:
-        print(help_text())
+        print(_help_text())
         sys.exit(0)
     values: dict[str, Any] = {}
     words = list(argv)
@@ -315,7 +315,7 @@ def parse_arguments(argv: list[str]) -> dict[str, Any]:
         if not equals:
             if words and not words[0].startswith("--"):
                 text = words.pop(0)
-            elif key in FIELDS and bool in alternatives(FIELDS[key].annotation):
+            elif key in FIELDS and bool in _alternatives(FIELDS[key].annotation):
                 text = "true"
             elif key in FIELDS or key == "recipe":
                 raise UserError(f"--{key} needs a value: {allowed(key)}")
@@ -327,7 +327,7 @@ def parse_arguments(argv: list[str]) -> dict[str, Any]:
 
 def _is_yaml(key: str) -> bool:
     """False for fields that take text: what is typed is it, and never a number."""
-    return key in FIELDS and str not in alternatives(FIELDS[key].annotation)
+    return key in FIELDS and str not in _alternatives(FIELDS[key].annotation)
 
 
 def _parse_value(text: str) -> Any:
@@ -337,7 +337,7 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def help_text() -> str:
+def _help_text() -> str:
     lines = [
         "usage: accelerate launch [...] train_accelerate.py [--recipe FILE] [--FIELD VALUE ...]",
         "",
@@ -377,12 +377,12 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], where: str) -> dict[s
         ) from None
 
 
-def alternatives(annotation: Any) -> list[Any]:
+def _alternatives(annotation: Any) -> list[Any]:
     """The types that an annotation unites, bare of their constraints."""
     if get_origin(annotation) is Annotated:
-        return alternatives(get_args(annotation)[0])
+        return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (UnionType, Union):
-        return [kind for each in get_args(annotation) for kind in alternatives(each)]
+        return [kind for each in get_args(annotation) for kind in _alternatives(each)]
     return [annotation]
 
 
@@ -398,12 +398,12 @@ def allowed(key: str) -> str:
         NoneType: "null",
     }
     words: list[str] = []
-    kinds = alternatives(FIELDS[key].annotation)
+    kinds = _alternatives(FIELDS[key].annotation)
     for kind in sorted(kinds, key=lambda each: each is not NoneType):
         if get_origin(kind) is Literal:
             words += get_args(kind)
         elif get_origin(kind) is list:
-            (item,) = alternatives(get_args(kind)[0])
+            (item,) = _alternatives(get_args(kind)[0])
             words.append(f"a list of {', '.join(get_args(item)) or 'text'}")
         else:
             words.append(names[kind])
@@ -432,7 +432,7 @@ def _unknown(where: str, key: str) -> str:
     return f"{where}: no such field; {hint}"
 
 
-def check_consistency(recipe: Recipe) -> None:
+def _check_consistency(recipe: Recipe) -> None:
     """Refuse fields that contradict each other."""
     if (recipe.num_steps is None) == (recipe.num_epochs is None):
         raise UserError("set exactly one of num_steps and num_epochs (the other to null)")

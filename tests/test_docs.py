@@ -30,12 +30,12 @@ from tiny_run import reset_accelerate, write_inputs
 import train_accelerate
 from gpt2repro import recipe
 from gpt2repro.__main__ import VERBS
-from gpt2repro.commands import doctor, parser
+from gpt2repro.commands import parser
 from gpt2repro.publishing import verification
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import command_line
 from gpt2repro.system.signals import SIGNALS
-from gpt2repro.training import finish
+from gpt2repro.training import examination, finish
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -238,9 +238,9 @@ def clone(tmp_path_factory) -> Iterator[Path]:
         patch.setattr(recipe, "recipes_directory", lambda: clone / "recipes")
         # Fresh processes have tests of their own, in test_export.py and test_train_accelerate.py.
         patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-        patch.setattr(finish, "paragraph", lambda run: "")
-        patch.setattr(doctor, "STREAM_SECONDS", 0.1)
-        patch.setattr(doctor, "STEP_SECONDS", 0.1)
+        patch.setattr(finish, "_paragraph", lambda run: "")
+        patch.setattr(examination, "STREAM_SECONDS", 0.1)
+        patch.setattr(examination, "STEP_SECONDS", 0.1)
         for command in SET_UP:
             call(command, patch, run=True)
         yield clone
@@ -314,15 +314,10 @@ def known_options(monkeypatch) -> set[str]:
         raise Parsed
 
     monkeypatch.setattr(parser.OneLineParser, "parse_known_args", remember)
-    monkeypatch.setattr(doctor, "load_recipe", remember_nothing)
     for module, _ in VERBS.values():
         with pytest.raises(Parsed):
-            import_module(f"gpt2repro.{module}").main([])
+            import_module(f"gpt2repro.commands.{module}").main([])
     return known
-
-
-def remember_nothing(_):
-    raise Parsed
 
 
 def test_options_in_the_text_exist(monkeypatch):
@@ -343,7 +338,7 @@ def test_every_metric_is_explained(clone):
 
 
 def test_the_map_names_every_module():
-    modules = {path.name for path in (ROOT / "gpt2repro").glob("*.py")} - {"__init__.py"}
+    modules = {path.name for path in (ROOT / "gpt2repro").rglob("*.py")} - {"__init__.py"}
     assert [name for name in modules if name not in TEXT["CONTRIBUTING.md"]] == []
 
 
@@ -378,7 +373,7 @@ def test_the_hours_on_cpus_are_those_of_the_record():
 
 def literals() -> Iterator[str]:
     """The string literals of the code; what an f-string fills in is `...`."""
-    for path in [ROOT / "train_accelerate.py", *(ROOT / "gpt2repro").glob("*.py")]:
+    for path in [ROOT / "train_accelerate.py", *(ROOT / "gpt2repro").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (v.value if isinstance(v, ast.Constant) else "..." for v in node.values)

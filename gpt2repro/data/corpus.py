@@ -34,7 +34,7 @@ class Corpus(ABC):
     def read_unit(self, unit_index: int) -> list[str]:
         """The unit's documents in order; a null is an empty document."""
         documents = self.read_arrow(unit_index)
-        return [as_text(document) for document in documents]
+        return [_as_text(document) for document in documents]
 
     def num_documents(self, unit_index: int) -> int | None:
         """How many documents the unit has; None where only reading it would tell."""
@@ -51,7 +51,7 @@ def as_bytes(document: pa.LargeStringScalar) -> bytes:
     return b"" if buffer is None else buffer.to_pybytes()
 
 
-def as_text(document: pa.LargeStringScalar) -> str:
+def _as_text(document: pa.LargeStringScalar) -> str:
     """A document as `str`; bytes that are no UTF-8 become U+FFFD."""
     return as_bytes(document).decode("utf-8", "replace")
 

@@ -33,7 +33,7 @@ Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
 # --- Reading metrics ------------------------------------------------------------------------------
 
 
-def series(metrics: Metrics, key: str, x_key: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(metrics: Metrics, key: str, x_key: str) -> tuple[np.ndarray, np.ndarray]:
     """The records that hold finite `x_key` and `key`, as two float arrays (n,)."""
     points = [
         (record[x_key], record[key])
@@ -48,14 +48,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def x_key_of(runs: Mapping[str, Metrics]) -> str:
+def _x_key_of(runs: Mapping[str, Metrics]) -> str:
     """Runs with different batches compare by tokens; `step` serves where tokens were not logged."""
     has_tokens = all(any("tokens" in record for record in run) for run in runs.values())
     return "tokens" if has_tokens else "step"
-
-
-def last_step(metrics: Metrics) -> int:
-    return max((int(record["step"]) for record in metrics if "step" in record), default=0)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -102,19 +98,19 @@ def draw_losses(
     baseline: tuple[str, float] | None = None,
 ) -> Figure:
     """Training and validation loss of one run, or of several overlaid, against tokens seen."""
-    figure, ((ax,),) = new_figure(title or loss_finding(runs, baseline))
-    x_key = x_key_of(runs)
+    figure, ((ax,),) = new_figure(title or _loss_finding(runs, baseline))
+    x_key = _x_key_of(runs)
     curves = []
     for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
         of = f"{name}: " if name else ""
-        x, loss = series(metrics, "loss", x_key)
+        x, loss = _series(metrics, "loss", x_key)
         if len(x):
             # A single run's two curves differ in colour, several runs' in weight.
             tint = color if name else MUTED
             ax.plot(x, loss, color=tint, linewidth=0.6, alpha=0.35)
             label = f"{of}training (moving average)"
             ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label)
-        x_val, val = series(metrics, "val_loss", x_key)
+        x_val, val = _series(metrics, "val_loss", x_key)
         if len(x_val):
             label = f"{of}validation, {val[-1]:.3f} at the end"
             if len(x_val) <= 40:  # between few evaluations a line would claim what nobody measured
@@ -128,24 +124,24 @@ def draw_losses(
         reference_line(ax, value, label)
     ax.set_ylim(loss_limits(curves, baseline))
     ax.set_ylabel("cross-entropy loss (nats per token)")
-    label_progress(ax, ax, runs)
+    _label_progress(ax, ax, runs)
     if ax.get_legend_handles_labels()[0]:
         legend(ax, loc="upper right")
     return figure
 
 
-def loss_finding(runs: Mapping[str, Metrics], baseline: tuple[str, float] | None) -> str:
+def _loss_finding(runs: Mapping[str, Metrics], baseline: tuple[str, float] | None) -> str:
     """What the loss plot shows, in a sentence."""
     if len(runs) > 1:
         ends = []
         for name, metrics in runs.items():
-            steps, val = series(metrics, "val_loss", "step")
+            steps, val = _series(metrics, "val_loss", "step")
             if len(val):
                 ends.append(f"{name} {val[-1]:.2f} after {steps[-1]:,.0f} steps")
         return f"Validation loss (nats per token): {', '.join(ends) or 'none yet'}"
     (metrics,) = runs.values()
     for key, name in (("val_loss", "Validation"), ("loss", "Training")):
-        steps, values = series(metrics, key, "step")
+        steps, values = _series(metrics, key, "step")
         if len(values) < 2:
             continue
         passed = f"{steps[-1] - steps[0]:,.0f} steps"
@@ -177,17 +173,17 @@ def loss_limits(
     return low - margin, high + margin
 
 
-def label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> None:
+def _label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> None:
     """The x axis: tokens seen below, and optimizer steps above if there is one run."""
     for ax in (bottom, top):
         ax.margins(x=0.01)
-    if x_key_of(runs) == "step":
+    if _x_key_of(runs) == "step":
         bottom.set_xlabel("optimizer step")
         return
     bottom.set_xlabel("tokens seen")
     bottom.xaxis.set_major_formatter(FuncFormatter(short_number))
     (metrics, *others) = runs.values()
-    step, tokens = series(metrics, "tokens", "step")
+    step, tokens = _series(metrics, "tokens", "step")
     if others or not len(step) or not step[-1] or not tokens[-1]:
         return
     rate = tokens[-1] / step[-1]
@@ -204,23 +200,23 @@ def draw_learning_rate_and_gradient_norm(
 ) -> Figure:
     """The learning rate above the global L2 gradient norm (before clipping), of all runs."""
     figure, ((top,), (bottom,)) = new_figure(
-        schedule_finding(runs, max_grad_norm), height=6, rows=2, sharex=True
+        _schedule_finding(runs, max_grad_norm), height=6, rows=2, sharex=True
     )
-    traces(top, runs, "lr")
+    _traces(top, runs, "lr")
     top.set_ylabel("learning rate")
     top.set_ylim(bottom=0)
-    traces(bottom, runs, "grad_norm", raw=True)
+    _traces(bottom, runs, "grad_norm", raw=True)
     logarithmic(bottom)
     bottom.set_ylabel("gradient norm (L2, log scale)")
     if max_grad_norm:
         reference_line(bottom, max_grad_norm, f"clipped to {max_grad_norm:g}")
-    return finish_panels(figure, top, bottom, runs)
+    return _finish_panels(figure, top, bottom, runs)
 
 
-def schedule_finding(runs: Mapping[str, Metrics], max_grad_norm: float | None) -> str:
+def _schedule_finding(runs: Mapping[str, Metrics], max_grad_norm: float | None) -> str:
     def describe(metrics: Metrics) -> str:
-        steps, rates = series(metrics, "lr", "step")
-        norms = series(metrics, "grad_norm", "step")[1]
+        steps, rates = _series(metrics, "lr", "step")
+        norms = _series(metrics, "grad_norm", "step")[1]
         parts = []
         if len(rates):
             peak = int(rates.argmax())
@@ -231,30 +227,30 @@ def schedule_finding(runs: Mapping[str, Metrics], max_grad_norm: float | None) -
                 parts.append(f"{np.mean(norms > max_grad_norm):.0%} of steps clipped")
         return ", ".join(parts) or "nothing logged yet"
 
-    return each_run(runs, describe)
+    return _each_run(runs, describe)
 
 
 def draw_throughput(runs: Mapping[str, Metrics]) -> Figure:
     """Tokens per second above the share of time spent waiting for data, of one or more runs."""
     figure, ((top,), (bottom,)) = new_figure(
-        throughput_finding(runs), height=6, rows=2, sharex=True
+        _throughput_finding(runs), height=6, rows=2, sharex=True
     )
-    traces(top, runs, "tokens_per_second", raw=True)
+    _traces(top, runs, "tokens_per_second", raw=True)
     top.set_ylabel("tokens per second")
     top.set_ylim(bottom=0)
     top.yaxis.set_major_formatter(FuncFormatter(short_number))
-    traces(bottom, runs, "data_wait_fraction", raw=True)
+    _traces(bottom, runs, "data_wait_fraction", raw=True)
     bottom.set_ylabel("time waiting for data")
     # At least to 5%: a wait that costs nothing should look like nothing.
     bottom.set_ylim(0, max(0.05, bottom.get_ylim()[1]))
     bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-    return finish_panels(figure, top, bottom, runs)
+    return _finish_panels(figure, top, bottom, runs)
 
 
-def throughput_finding(runs: Mapping[str, Metrics]) -> str:
+def _throughput_finding(runs: Mapping[str, Metrics]) -> str:
     def describe(metrics: Metrics) -> str:
         rates, mfu, waits = (
-            series(metrics, key, "step")[1]
+            _series(metrics, key, "step")[1]
             for key in ("tokens_per_second", "mfu", "data_wait_fraction")
         )
         parts = []
@@ -266,10 +262,10 @@ def throughput_finding(runs: Mapping[str, Metrics]) -> str:
             parts.append(f"{waits.mean():.1%} of the time waiting for data")
         return ", ".join(parts) or "nothing logged yet"
 
-    return each_run(runs, describe)
+    return _each_run(runs, describe)
 
 
-def each_run(runs: Mapping[str, Metrics], describe: Callable[[Metrics], str]) -> str:
+def _each_run(runs: Mapping[str, Metrics], describe: Callable[[Metrics], str]) -> str:
     """`describe` for each run, under its name if there are several."""
     if len(runs) > 1:
         return "; ".join(f"{name}: {describe(metrics)}" for name, metrics in runs.items())
@@ -278,11 +274,11 @@ def each_run(runs: Mapping[str, Metrics], describe: Callable[[Metrics], str]) ->
     return text[:1].upper() + text[1:]
 
 
-def traces(ax: Axes, runs: Mapping[str, Metrics], key: str, *, raw: bool = False) -> None:
+def _traces(ax: Axes, runs: Mapping[str, Metrics], key: str, *, raw: bool = False) -> None:
     """One line per run; with `raw`, the values themselves lie faintly under their average."""
-    x_key = x_key_of(runs)
+    x_key = _x_key_of(runs)
     for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
-        x, y = series(metrics, key, x_key)
+        x, y = _series(metrics, key, x_key)
         if not len(x):
             continue
         if raw:
@@ -290,8 +286,8 @@ def traces(ax: Axes, runs: Mapping[str, Metrics], key: str, *, raw: bool = False
         ax.plot(x, smooth(y) if raw else y, color=color, linewidth=1.8, label=name or None)
 
 
-def finish_panels(figure: Figure, top: Axes, bottom: Axes, runs: Mapping[str, Metrics]) -> Figure:
-    label_progress(bottom, top, runs)
+def _finish_panels(figure: Figure, top: Axes, bottom: Axes, runs: Mapping[str, Metrics]) -> Figure:
+    _label_progress(bottom, top, runs)
     for ax in (top, bottom):
         if ax.get_legend_handles_labels()[0]:
             legend(ax, loc="best")

@@ -191,7 +191,7 @@ def _eval_results(evaluation: Mapping) -> list[EvalResult]:
     datasets = {
         task.partition("/")[0]: report["dataset"]
         for task, report in evaluation.get("tasks", {}).items()
-        if "dataset" in report
+        if report.get("dataset")  # held-out text has none, nor have older reports
     }
     found = []
     for key, estimate in evaluation.get("results", {}).items():

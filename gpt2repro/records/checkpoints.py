@@ -69,7 +69,7 @@ def save(
             in `directory` before is untouched.
     """
     tensors = model_tensors(model)
-    optimizer_tensors = optimizer_state_tensors(model, optimizer) | gather_rng_states()
+    optimizer_tensors = _optimizer_state_tensors(model, optimizer) | _gather_rng_states()
     path = checkpoint_path(directory, step)
     problem = None
     if rank() == 0:
@@ -80,7 +80,7 @@ def save(
             save_file(optimizer_tensors, scratch / "optimizer.safetensors")
             (scratch / "state.json").write_text(json.dumps(state | {"step": step}))
             commit(scratch, path)
-            prune(directory, keep_last)
+            _prune(directory, keep_last)
         except (OSError, SafetensorError) as error:
             for left in directory.glob(".step_*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -103,7 +103,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensors[name].contiguous() for name in names if name in tensors}
 
 
-def optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Whole optimizer state on rank 0's CPU as `<parameter>/<state>`; every rank must call.
 
     By hand, because torch's `get_optimizer_state_dict` fills an optimizer that has no state yet by
@@ -132,7 +132,7 @@ def commit(scratch: Path, path: Path) -> None:
     atomic.move_into_place(scratch, path)
 
 
-def prune(directory: Path, keep_last: int) -> None:
+def _prune(directory: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` valid checkpoints, and what killed writers left."""
     valid = [path for path in sorted(directory.glob("step_*")) if is_valid(path)]
     for path in [*valid[:-keep_last], *directory.glob(".step_*")]:
@@ -208,7 +208,7 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
         try:
             weights = load_file(path / "model.safetensors")
             rest = load_file(path / "optimizer.safetensors")
-            problem = mismatch(weights, innermost(model))
+            problem = _mismatch(weights, innermost(model))
         except (OSError, SafetensorError) as error:
             problem = f"cannot be read: {error}"
     agree_on(problem and f"--resume {path}: {problem}")
@@ -225,11 +225,11 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
             parameter, key = parameters[name.rsplit("/", 1)[0]], name.rsplit("/", 1)[1]
             # Besides tensors of the parameter's shape there is only Adam's step count, a scalar.
             like = torch.zeros((), device=parameter.device) if key == "step" else parameter
-            optimizer.state[parameter][key] = fill(torch.zeros_like(like), rest.get(name))
-    restore_rng_state({name: rest[name] for name in rest.keys() - set(states)})
+            optimizer.state[parameter][key] = _fill(torch.zeros_like(like), rest.get(name))
+    _restore_rng_state({name: rest[name] for name in rest.keys() - set(states)})
 
 
-def fill(target: Tensor, source: Tensor | None) -> Tensor:
+def _fill(target: Tensor, source: Tensor | None) -> Tensor:
     """Copy rank 0's whole `source` into every rank's `target`, sharded or not; return it."""
     full = torch.empty(target.shape, dtype=target.dtype, device=target.device)
     if source is not None:
@@ -241,7 +241,7 @@ def fill(target: Tensor, source: Tensor | None) -> Tensor:
     return target.copy_(full)
 
 
-def mismatch(tensors: dict[str, Tensor], model: nn.Module) -> str | None:
+def _mismatch(tensors: dict[str, Tensor], model: nn.Module) -> str | None:
     """What keeps `tensors` from being this model's parameters, or None."""
     expected = {name: p.shape for name, p in model.named_parameters()}
     for name in sorted(expected.keys() | tensors.keys()):
@@ -266,7 +266,7 @@ def innermost(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def gather_rng_states() -> dict[str, Tensor]:
+def _gather_rng_states() -> dict[str, Tensor]:
     """Every rank's random number generator states by names like `rng.3.cuda`."""
     mine = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -278,7 +278,7 @@ def gather_rng_states() -> dict[str, Tensor]:
     }
 
 
-def restore_rng_state(rng: dict[str, Tensor]) -> None:
+def _restore_rng_state(rng: dict[str, Tensor]) -> None:
     """Restore this rank's generators; ranks that the saving run did not have keep their own."""
     states = broadcast(rng)
     if (cpu := states.get(f"rng.{rank()}.cpu")) is not None:

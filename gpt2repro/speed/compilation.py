@@ -51,7 +51,7 @@ class ScatterIntoSum(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
             for scattered, other in (add.args, add.args[::-1]):
-                if is_scattered_like(scattered, other) and not add.kwargs:
+                if _is_scattered_like(scattered, other) and not add.kwargs:
                     with graph.inserting_before(add):
                         arguments = other, *scattered.args[1:]
                         into = graph.call_function(scattered.target, arguments, scattered.kwargs)
@@ -66,11 +66,11 @@ class ScatterIntoSum(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-def is_scattered_like(node: Any, other: Any) -> bool:
+def _is_scattered_like(node: Any, other: Any) -> bool:
     """Whether `node` is rows among zeros, needed once, of the shape and type of `other`."""
     if not (isinstance(node, fx.Node) and isinstance(other, fx.Node)) or node is other:
         return False
-    if not accumulates(node):
+    if not _accumulates(node):
         return False
     zeros, value = node.args[0], other.meta["val"]
     assert isinstance(zeros, fx.Node)
@@ -79,6 +79,6 @@ def is_scattered_like(node: Any, other: Any) -> bool:
     return bool(is_zero and is_like and len(node.users) == 1)
 
 
-def accumulates(node: fx.Node) -> bool:
+def _accumulates(node: fx.Node) -> bool:
     """Whether it adds rows to a matrix, and does not put them in place of what is there."""
     return node.target == MASKED_PUT or (node.target == PUT and node.args[3:] == (True,))

@@ -43,7 +43,7 @@ def blocks(length: int) -> list[tuple[int, int]]:
     return [(a, min(a + BLOCK_QUERIES, length)) for a in range(0, length, BLOCK_QUERIES)]
 
 
-def weights_of_block(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+def _weights_of_block(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     """Of a block of N scaled queries for the S keys up to its own end: (H, N, S)."""
     scores = torch.bmm(query, key.transpose(1, 2))
     size = query.shape[1]
@@ -51,7 +51,7 @@ def weights_of_block(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-def mask_of_block(like: Tensor) -> Tensor:
+def _mask_of_block(like: Tensor) -> Tensor:
     """-inf where a query of a block would see a key after it."""
     return like.new_full((BLOCK_QUERIES, BLOCK_QUERIES), -torch.inf).triu(1)
 
@@ -59,12 +59,12 @@ def mask_of_block(like: Tensor) -> Tensor:
 @torch.library.custom_op("gpt2repro::causal_attention", mutates_args=(), device_types="cpu")
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """softmax(Q Kᵀ · scaling, causal) V: (B, H, T, D) three times -> (B, T, H, D)."""
-    mixed = empty_rows(query)
-    mask = mask_of_block(query)
+    mixed = _empty_rows(query)
+    mask = _mask_of_block(query)
     for row, q, k, v in zip(mixed.transpose(1, 2), query, key, value, strict=True):
         q = q * scaling
         for start, end in blocks(q.shape[1]):
-            weights = weights_of_block(q[:, start:end].contiguous(), k[:, :end].contiguous(), mask)
+            weights = _weights_of_block(q[:, start:end].contiguous(), k[:, :end].contiguous(), mask)
             row[:, start:end] = torch.bmm(weights, v[:, :end].contiguous())
     return mixed
 
@@ -72,12 +72,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 @torch.library.custom_op(
     "gpt2repro::causal_attention_backward", mutates_args=(), device_types="cpu"
 )
-def causal_attention_backward(
+def _causal_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, each (B, H, T, D), laid out as (B, T, H, D)."""
-    query_grads, key_grads, value_grads = empty_gradients(query, key, value)
-    mask = mask_of_block(query)
+    query_grads, key_grads, value_grads = _empty_gradients(query, key, value)
+    mask = _mask_of_block(query)
     for query_grad, key_grad, value_grad, row_g, row_q, row_k, row_v in zip(
         query_grads, key_grads, value_grads, grad.transpose(1, 2), query, key, value, strict=True
     ):
@@ -87,7 +87,7 @@ def causal_attention_backward(
         for start, end in blocks(row_q.shape[1]):
             g, q = row_g[:, start:end].contiguous(), row_q[:, start:end].contiguous()
             k, v = row_k[:, :end].contiguous(), row_v[:, :end].contiguous()
-            weights = weights_of_block(q, k, mask)
+            weights = _weights_of_block(q, k, mask)
             value_sum[:, :end] += torch.bmm(weights.transpose(1, 2), g)
             weights_grad = torch.bmm(g, v.transpose(1, 2))
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
@@ -99,32 +99,32 @@ def causal_attention_backward(
     return query_grads, key_grads, value_grads
 
 
-def empty_rows(part: Tensor) -> Tensor:
+def _empty_rows(part: Tensor) -> Tensor:
     """(B, T, H, D), contiguous, for a `part` of (B, H, T, D)."""
     return part.new_empty(part.shape[0], part.shape[2], part.shape[1], part.shape[3])
 
 
-def empty_gradients(*parts: Tensor) -> tuple[Tensor, ...]:
-    return tuple(empty_rows(part).transpose(1, 2) for part in parts)
+def _empty_gradients(*parts: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_empty_rows(part).transpose(1, 2) for part in parts)
 
 
 @causal_attention.register_fake
 def _(query, key, value, scaling):
-    return empty_rows(query)
+    return _empty_rows(query)
 
 
-@causal_attention_backward.register_fake
+@_causal_attention_backward.register_fake
 def _(grad, query, key, value, scaling):
-    return empty_gradients(query, key, value)
+    return _empty_gradients(query, key, value)
 
 
-def setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scaling = inputs
     ctx.save_for_backward(*tensors)  # views of one (B, T, 3C): nothing is kept twice
 
 
 def backward(ctx, grad):
-    return *causal_attention_backward(grad, *ctx.saved_tensors, ctx.scaling), None
+    return *_causal_attention_backward(grad, *ctx.saved_tensors, ctx.scaling), None
 
 
-causal_attention.register_autograd(backward, setup_context=setup_context)
+causal_attention.register_autograd(backward, setup_context=_setup_context)

@@ -26,10 +26,10 @@ def linear_cross_entropy(
 
     From hidden (N, C), weight (V, C) and labels (N,) to a scalar of at least float32.
     """
-    return SummedCrossEntropy.apply(hidden, weight, labels, ignore_index)
+    return _SummedCrossEntropy.apply(hidden, weight, labels, ignore_index)
 
 
-class SummedCrossEntropy(torch.autograd.Function):
+class _SummedCrossEntropy(torch.autograd.Function):
     """`cross_entropy_and_gradients`, whose gradients wait for the backward pass."""
 
     @staticmethod
@@ -80,12 +80,12 @@ def cross_entropy_and_gradients(
     Logits are multiplied in `dtype`. Loss and weight gradient are of at least float32; gradients
     that nobody needs are empty. In compiled code, logits become their gradient by Inductor's.
     """
-    losses_of = compiled_losses_and_gradient if in_compiled_code else losses_and_gradient
+    losses_of = _compiled_losses_and_gradient if in_compiled_code else losses_and_gradient
     wide = torch.promote_types(dtype, torch.float32)
     chunk_tokens, block_tokens, piece_tokens = CHUNKS.get(hidden.device.type, CHUNKS_ON_GPUS)
     loss = hidden.new_zeros((), dtype=wide)
     hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    weight_grad = zeros_apart(weight, wide) if needs_weight else weight.new_empty(0, dtype=wide)
+    weight_grad = _zeros_apart(weight, wide) if needs_weight else weight.new_empty(0, dtype=wide)
     # A product of 50257 columns is slower on CPUs than several of 4096. There each piece is cast
     # when it is met: 1 % of a step, and the whole weight in bfloat16 would be another 77 MB.
     pieces = (weight if weight.is_cpu else weight.to(dtype)).split(piece_tokens)
@@ -140,7 +140,7 @@ def losses_and_gradient(
     return losses
 
 
-def compiled_losses_and_gradient(
+def _compiled_losses_and_gradient(
     logits: Tensor, label: Tensor, wide: torch.dtype, needs_gradient: bool
 ) -> Tensor:
     """The same by compiled code, which holds nothing else that is as large as the logits."""
@@ -170,7 +170,7 @@ def fusible_losses_and_gradient(
     return losses
 
 
-def zeros_apart(like: Tensor, dtype: torch.dtype) -> Tensor:
+def _zeros_apart(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of a tensor's shape, on CPUs in a block of their own that goes back to the kernel.
 
     The weight's gradient is by far the largest block of a step. Where malloc keeps what is freed

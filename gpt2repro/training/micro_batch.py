@@ -35,7 +35,7 @@ def largest_that_fits(
     candidates = sorted(candidates)
     if device.type != "cuda":
         return max(size for size in candidates if size <= max(CPU_ROWS, candidates[0]))
-    small, double = (peak_bytes(forward_backward, size, device) for size in (1, 2))
+    small, double = (_peak_bytes(forward_backward, size, device) for size in (1, 2))
     if math.inf in gather(small):
         raise UserError(
             "micro_batch_size auto: not even one row fits the device; set gradient_checkpointing, "
@@ -47,20 +47,20 @@ def largest_that_fits(
     budget = HEADROOM * (free - reserve_bytes) + torch.cuda.memory_allocated(device)
     fitting = [size for size in candidates if small + (size - 1) * per_row <= budget]
     size = min(gather(fitting[-1] if fitting else candidates[0]))
-    while not all(gather(runs(forward_backward, size))) and size > candidates[0]:
+    while not all(gather(_runs(forward_backward, size))) and size > candidates[0]:
         size = candidates[candidates.index(size) - 1]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)  # what the run reports later is its own
     return size
 
 
-def peak_bytes(forward_backward: Callable[[int], None], size: int, device: torch.device) -> float:
+def _peak_bytes(forward_backward: Callable[[int], None], size: int, device: torch.device) -> float:
     """Bytes in use at the height of a batch of `size` rows; infinite if it does not fit."""
     torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.max_memory_allocated(device) if runs(forward_backward, size) else math.inf
+    return torch.cuda.max_memory_allocated(device) if _runs(forward_backward, size) else math.inf
 
 
-def runs(forward_backward: Callable[[int], None], size: int) -> bool:
+def _runs(forward_backward: Callable[[int], None], size: int) -> bool:
     try:
         forward_backward(size)
         return True

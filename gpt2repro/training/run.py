@@ -132,13 +132,13 @@ def open_run(recipe: Recipe, argv: list[str], monitor: Callable[..., Monitor] = 
         AlreadyFinished: the run has all its steps and its export.
     """
     accelerator = start_engine(recipe)
-    start = find_start(recipe)
+    start = _find_start(recipe)
     inputs = open_inputs(recipe, start)
     learner = open_learner(recipe, accelerator, inputs.tokenizer, start)
-    return claim(recipe, start, inputs, learner, monitor, machine.launch_command(argv))
+    return _claim(recipe, start, inputs, learner, monitor, machine.launch_command(argv))
 
 
-def find_start(recipe: Recipe) -> Start:
+def _find_start(recipe: Recipe) -> Start:
     """Where the run begins: nothing is written. What would fail at its end is asked now."""
     directory = RunDirectory(recipe.run_dir)
     start: Start = ranks.on_rank_0(lambda: directory.find_start(recipe.resume))
@@ -152,7 +152,7 @@ def find_start(recipe: Recipe) -> Start:
     return start
 
 
-def claim(
+def _claim(
     recipe: Recipe,
     start: Start,
     inputs: Inputs,
@@ -168,7 +168,7 @@ def claim(
         output_dir=str(recipe.run_dir),
         dataset_revision=inputs.corpus.identity.get("revision"),
     )
-    push = open_push(recipe, inputs.tokenizer)
+    push = _open_push(recipe, inputs.tokenizer)
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
     stop = StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device))
     run = Run(
@@ -198,7 +198,7 @@ def claim(
     return run
 
 
-def open_push(recipe: Recipe, tokenizer: Any) -> BackgroundPush | None:
+def _open_push(recipe: Recipe, tokenizer: Any) -> BackgroundPush | None:
     """What uploads beside the training, on the main process, if the recipe asks for it."""
     name = recipe.hub_model_id
     if not recipe.push_to_hub or name is None:

@@ -12,13 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
-from torch.optim import AdamW
+from tiny_export import VERIFIED
+from tiny_gpt2 import tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
-from gpt2repro.__main__ import VERBS
 from gpt2repro.publishing import export, fresh_process, verification
-from gpt2repro.records import checkpoints, saved_models
 
 NATIVE_FILES = {
     "README.md",
@@ -45,7 +43,7 @@ def exported(tmp_path_factory):
         form: export.export(
             tiny_model(), tiny_tokenizer(), root / form, format=form, figures=[picture, root / "no"]
         )
-        for form in export.FORMATS
+        for form in verification.CLASSES
     }
 
 
@@ -80,19 +78,19 @@ def test_files_and_tensors(exported, form, files):
 
 
 def test_both_forms_hold_the_same_bytes(exported):
-    forms = [exported[0] / form / "model.safetensors" for form in export.FORMATS]
+    forms = [exported[0] / form / "model.safetensors" for form in verification.CLASSES]
     assert forms[0].read_bytes() == forms[1].read_bytes()
 
 
 def test_configuration(exported):
-    native, stock = (read(exported[0] / form / "config.json") for form in export.FORMATS)
+    native, stock = (read(exported[0] / form / "config.json") for form in verification.CLASSES)
     assert native["auto_map"].keys() >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert native["architectures"] == ["GPT2ReproForCausalLM"]
     assert stock["model_type"] == "gpt2" and stock["architectures"] == ["GPT2LMHeadModel"]
     assert "auto_map" not in stock
     assert stock["n_ctx"] == stock["n_positions"] == 32  # llama.cpp's converter reads n_ctx
     eos = tiny_tokenizer().eos_token_id
-    for form in export.FORMATS:
+    for form in verification.CLASSES:
         config = read(exported[0] / form / "config.json")
         generation = read(exported[0] / form / "generation_config.json")
         assert config["dtype"] == "float32" and config["tie_word_embeddings"] is True
@@ -191,8 +189,7 @@ def test_bfloat16_in_shards_with_a_head_of_its_own(tmp_path):
 @pytest.fixture
 def no_verification(monkeypatch):
     """For tests of what happens around it."""
-    answer = verification.Verification("gpt2repro", "float32", 1, 1, True, 1, 1, 0.0, 1, "5")
-    monkeypatch.setattr(export, "verify", lambda *_: answer)
+    monkeypatch.setattr(export, "verify", lambda *_: VERIFIED)
 
 
 def without_modeling_file(directory):
@@ -231,7 +228,7 @@ def test_a_failed_check_keeps_the_export_out(exported, tmp_path, monkeypatch, sp
 
 
 def test_another_tokenizer_is_refused(copy):
-    want = verification.tokenizer_answers(tiny_tokenizer())
+    want = verification._tokenizer_answers(tiny_tokenizer())
     fresh_process.check_tokenizer(str(copy), True, want)
     for token in ("eos", "bos", "pad"):
         with pytest.raises(fresh_process.CheckFailed, match=f"tokenizer's {token}_token_id is"):
@@ -334,57 +331,6 @@ def test_the_live_model_is_left_as_it_was(tmp_path, monkeypatch):
     assert model.training and model.config._attn_implementation == "eager"
     assert model.config.to_dict() == before
     assert read(tmp_path / "final" / "config.json")["use_cache"] is True
-
-
-# --- The verb -------------------------------------------------------------------------------------
-
-
-def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_verification):
-    assert VERBS["export"][0] == "export"
-    model = tiny_model()
-    step = checkpoints.save(
-        tmp_path / "run" / "checkpoints",
-        step=3,
-        model=model,
-        optimizer=AdamW(model.parameters()),
-        state={},
-        keep_last=1,
-    )
-    with pytest.raises(UserError, match="holds no tokenizer; name one with --tokenizer"):
-        export.main(["--model", str(step), "--output", str(tmp_path / "out")])
-    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    official = save_official(model, tmp_path / "official")
-    assert saved_models.locate(str(tmp_path / "run")) == str(step)  # no final/ yet
-    for source in (step, official, step.parent):
-        output = tmp_path / f"of-{source.name}"
-        arguments = ["--model", str(source), "--tokenizer", str(tmp_path / "tokenizer")]
-        arguments += ["--output", str(output), "--format", "gpt2", "--max-shard-size", "1GB"]
-        assert export.main(arguments) == 0
-        stored = load_file(output / "model.safetensors")
-        for name, parameter in model.named_parameters():
-            assert torch.equal(stored[name], parameter)
-    assert "verified" in capsys.readouterr().out
-    # a run's directory means its final/, and its card goes along
-    final = tmp_path / "run" / "final"
-    export.export(model, tiny_tokenizer(), final, card="# Mine\n")
-    assert export.main(["--model", str(tmp_path / "run"), "--output", str(tmp_path / "again")]) == 0
-    assert (tmp_path / "again" / "README.md").read_text().startswith("# Mine\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--model", "./nowhere", "--output", "out"], "--model ./nowhere: no such directory"),
-        (["--model", "a/b/c", "--output", "out"], "--model a/b/c: no such directory"),
-        (["--model", ".", "--output", "out"], "a directory without a config.json"),
-        (["--model", ".", "--output", "out", "--dtype", "int3"], "--dtype"),
-        (["--model", ".", "--output", "out", "--format", "onnx"], "--format"),
-    ],
-)
-def test_the_verb_names_the_option_to_mend(arguments, said, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=said):
-        export.main(arguments)
 
 
 def test_a_wrong_shard_size_names_the_option(tmp_path):

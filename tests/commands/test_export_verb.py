@@ -1,0 +1,75 @@
+"""The verb `export`: from a checkpoint, official files, a run; refusals name the option."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_export import VERIFIED
+from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
+from torch.optim import AdamW
+
+from gpt2repro import UserError
+from gpt2repro.commands import export
+from gpt2repro.publishing import export as publishing
+from gpt2repro.publishing import verification
+from gpt2repro.records import checkpoints, saved_models
+
+
+@pytest.fixture
+def no_verification(monkeypatch):
+    """It takes seconds and is tested in tests/publishing/test_export.py."""
+    monkeypatch.setattr(publishing, "verify", lambda *_: VERIFIED)
+
+
+def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_verification):
+    model = tiny_model()
+    step = checkpoints.save(
+        tmp_path / "run" / "checkpoints",
+        step=3,
+        model=model,
+        optimizer=AdamW(model.parameters()),
+        state={},
+        keep_last=1,
+    )
+    with pytest.raises(UserError, match="holds no tokenizer; name one with --tokenizer"):
+        export.main(["--model", str(step), "--output", str(tmp_path / "out")])
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    official = save_official(model, tmp_path / "official")
+    assert saved_models.locate(str(tmp_path / "run")) == str(step)  # no final/ yet
+    for source in (step, official, step.parent):
+        output = tmp_path / f"of-{source.name}"
+        arguments = ["--model", str(source), "--tokenizer", str(tmp_path / "tokenizer")]
+        arguments += ["--output", str(output), "--format", "gpt2", "--max-shard-size", "1GB"]
+        assert export.main(arguments) == 0
+        stored = load_file(output / "model.safetensors")
+        for name, parameter in model.named_parameters():
+            assert torch.equal(stored[name], parameter)
+    assert "verified" in capsys.readouterr().out
+    # a run's directory means its final/, and its card goes along
+    final = tmp_path / "run" / "final"
+    publishing.export(model, tiny_tokenizer(), final, card="# Mine\n")
+    assert export.main(["--model", str(tmp_path / "run"), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "README.md").read_text().startswith("# Mine\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "./nowhere", "--output", "out"], "--model ./nowhere: no such directory"),
+        (["--model", "a/b/c", "--output", "out"], "--model a/b/c: no such directory"),
+        (["--model", ".", "--output", "out"], "a directory without a config.json"),
+        (["--model", ".", "--output", "out", "--dtype", "int3"], "--dtype"),
+        (["--model", ".", "--output", "out", "--format", "onnx"], "--format"),
+    ],
+)
+def test_the_verb_names_the_option_to_mend(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        export.main(arguments)
+
+
+def test_the_help_tells_the_librarys_defaults(capsys):
+    with pytest.raises(SystemExit):
+        export.main(["--help"])
+    shown = capsys.readouterr().out
+    assert f"default {publishing.MAX_SHARD_SIZE}" in shown
+    assert f"{{{','.join(verification.CLASSES)}}}" in shown

@@ -1,0 +1,105 @@
+"""Uploads beside a training: it is never held up, and hears of what failed."""
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_hub import Fault
+from fake_hub_uploads import UploadHub
+from safetensors.torch import save_file
+from tiny_gpt2 import tiny_tokenizer
+
+from gpt2repro.publishing import background
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with UploadHub() as hub:
+        hub.use_as_me(monkeypatch)
+        yield hub
+
+
+def checkpoints(root: Path, number: int) -> Path:
+    """A checkpoint's directory, as training leaves it."""
+    directory = root / f"step_{number}"
+    directory.mkdir()
+    config = {"step": number, "model_type": "gpt2repro"}
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        save_file({"x": torch.full((1000,), float(number))}, directory / name)
+    for name in ("state.json", "COMPLETE"):
+        (directory / name).write_text("{}")
+    return directory
+
+
+def test_background_push_never_blocks_and_newest_supersedes(hub, tmp_path, monkeypatch):
+    """The first upload hangs on a closed gate; of three submitted meanwhile, only the last goes."""
+    gate = threading.Event()
+    real = background.upload
+
+    def slow(*args, **kwargs):
+        gate.wait(30)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(background, "upload", slow)
+    push = background.BackgroundPush("me/name", tokenizer=tiny_tokenizer())
+    try:
+        for number in range(1, 5):
+            directory = checkpoints(tmp_path, number)
+            began = time.monotonic()
+            push.submit(directory, f"Step {number}")
+            assert time.monotonic() - began < 1  # hard links, not an upload
+            for path in directory.iterdir():  # pruned at once: the submission outlives it
+                path.unlink()
+            directory.rmdir()
+            if number == 1:
+                while push._current is None:
+                    time.sleep(0.01)
+    finally:
+        gate.set()
+        problems = push.finish(30)
+    assert problems == [] and push.url == f"{hub.url}/me/name"
+    assert hub.messages == ["Step 1", "Step 4"]
+    files = hub.files("me/name")
+    assert json.loads(files["config.json"])["step"] == 4
+    loadable = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    loadable |= {"configuration_gpt2repro.py", "modeling_gpt2repro.py"}
+    assert files.keys() == loadable | {".gitattributes"}  # and no optimizer state
+    assert list(tmp_path.iterdir()) == []  # no snapshot is left
+
+
+def test_background_push_reports_what_failed_and_goes_on(hub, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    # every request of the first submission is refused for good, the second gets through
+    hub.faults.append(Fault("status:403", path="/preupload/", method="POST"))
+    push = background.BackgroundPush("me/name")
+    first, second = checkpoints(tmp_path, 1), checkpoints(tmp_path, 2)
+    push.submit(first, "Step 1")
+    while not push._problems:
+        time.sleep(0.01)
+    push.submit(second, "Step 2")
+    push.submit(tmp_path / "missing", "Step 3")
+    problems = push.finish(30)
+    assert len(problems) == 2
+    assert f"the push of {first} (Step 1) to me/name failed: " in problems[0]
+    assert "no right to write" in problems[0] and "gpt2repro push --model DIR" in problems[0]
+    assert "missing could not be prepared" in problems[1]
+    assert hub.messages == ["Step 2"]
+
+
+def test_background_push_gives_up_waiting_but_says_so(hub, tmp_path):
+    hub.faults.append(Fault("hang", path="/preupload/", method="POST"))
+    push = background.BackgroundPush("me/name")
+    directory = checkpoints(tmp_path, 1)
+    push.submit(directory, "Step 1")
+    began = time.monotonic()
+    problems = push.finish(timeout=0.5)
+    assert time.monotonic() - began < 5
+    assert len(problems) == 1 and "was not done after 0.5 s" in problems[0]
+    hub.closing.set()  # ends the silence: no thread outlives the test
+    push._thread.join(30)
+    assert not push._thread.is_alive()
