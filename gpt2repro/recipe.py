@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from gpt2repro import UserError
+from gpt2repro.data.lanes import check_lanes, divisors
 from gpt2repro.system.command_line import underscored
 
 DEFAULT_RECIPE = "gpt2"
@@ -444,12 +445,7 @@ def _check_consistency(recipe: Recipe) -> None:
             f"batch_tokens {recipe.batch_tokens} is not a multiple of sequence_length "
             f"{recipe.sequence_length}; the nearest that fits is {nearest}"
         )
-    if recipe.rows_per_step % recipe.num_lanes:
-        fits = [n for n in divisors(recipe.rows_per_step) if n <= 2 * recipe.num_lanes]
-        raise UserError(
-            f"num_lanes {recipe.num_lanes} does not divide the {recipe.rows_per_step} rows of a "
-            f"step (batch_tokens / sequence_length); these would: {', '.join(map(str, fits))}"
-        )
+    check_lanes(recipe.num_lanes, rows_per_step=recipe.rows_per_step)
     if recipe.min_lr > recipe.max_lr:
         raise UserError(f"min_lr {recipe.min_lr:g} is above max_lr {recipe.max_lr:g}")
     if recipe.push_to_hub and not recipe.hub_model_id:
@@ -507,7 +503,7 @@ def accumulation_steps(recipe: Recipe, world_size: int, micro_batch_size: int) -
     Raises:
         UserError: the division is not exact; the message lists the micro-batch sizes that fit.
     """
-    check_world_size(recipe, world_size)
+    check_lanes(recipe.num_lanes, rows_per_step=recipe.rows_per_step, world_size=world_size)
     rows = recipe.rows_per_step // world_size
     if rows % micro_batch_size:
         raise UserError(
@@ -516,17 +512,3 @@ def accumulation_steps(recipe: Recipe, world_size: int, micro_batch_size: int) -
             f"{', '.join(map(str, divisors(rows)))}"
         )
     return rows // micro_batch_size
-
-
-def check_world_size(recipe: Recipe, world_size: int) -> None:
-    """Refuse a number of processes among which the lanes cannot be dealt evenly."""
-    if recipe.num_lanes % world_size:
-        raise UserError(
-            f"num_lanes {recipe.num_lanes} is not divisible by the {world_size} processes of this "
-            f"launch; launch {', '.join(map(str, divisors(recipe.num_lanes)))} processes, "
-            "or change num_lanes"
-        )
-
-
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -11,7 +11,6 @@ from gpt2repro.recipe import (
     FIELDS,
     Recipe,
     accumulation_steps,
-    check_world_size,
     differences,
     find_recipe,
     load_recipe,
@@ -180,7 +179,7 @@ def test_accumulation_follows_from_the_batch():
     with pytest.raises(UserError, match=r"these would: 1, 2, 4, 8, 16, 32, 64, 128, 256"):
         accumulation_steps(recipe, world_size=2, micro_batch_size=48)
     with pytest.raises(UserError, match=r"num_lanes 64 is not divisible by the 3 processes"):
-        check_world_size(recipe, 3)
+        accumulation_steps(recipe, world_size=3, micro_batch_size=1)
 
 
 def test_what_may_change_within_a_run():

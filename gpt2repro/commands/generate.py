@@ -8,7 +8,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.commands.parser import DTYPES, OneLineParser
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     from gpt2repro.speed import lm_head
 
     device = _find_device(options.device)
-    model: Any = load_causal_lm(options.model, dtype=options.dtype)
+    model: Any = load_causal_lm(options.model, dtype=DTYPES.get(options.dtype, options.dtype))
     lm_head.use_in(model)
     model.to(device)
     tokenizer = find_tokenizer(options.model, options.tokenizer)
@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> Namespace:
     )
     add("--num_beams", type=int, default=1, help="beam search, not streamed if above 1")
     add("--seed", type=int, help="the same seed gives the same text")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--dtype", choices=("auto", *DTYPES), default="auto")
     add("--device", help="such as cuda or cpu (default: the GPU if there is one)")
     add("--tokenizer", help="Hub id or directory (default: the model's own)")
     options = parser.parse_args(argv)

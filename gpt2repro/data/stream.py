@@ -27,6 +27,7 @@ from typing import Any
 from gpt2repro import UserError
 from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.lanes import check_lanes
 from gpt2repro.data.order import Plan, Position
 from gpt2repro.data.packing import LaneDocuments, lane_rows
 from gpt2repro.data.producer import Producer, StepRows
@@ -81,7 +82,7 @@ class TokenStream:
         token_cache_dir: str | Path | None = None,
     ) -> None:
         assert 0 <= rank < world_size and sequence_length > 0
-        _check_lanes(num_lanes, rows_per_step, world_size)
+        check_lanes(num_lanes, rows_per_step=rows_per_step, world_size=world_size)
         _check_units(corpus, num_lanes, num_validation_units)
         self.identity: dict[str, Any] = corpus.identity | {
             "tokenizer": encoder.fingerprint,
@@ -203,22 +204,6 @@ class TokenStream:
                 )
         self.close()
         self._positions = {lane: Position(*state["lanes"][lane]) for lane in self._positions}
-
-
-def _check_lanes(num_lanes: int, rows_per_step: int, world_size: int) -> None:
-    if num_lanes > 0 and num_lanes % world_size == 0 and rows_per_step % num_lanes == 0:
-        return
-    fitting = [
-        n for n in range(world_size, rows_per_step + 1, world_size) if rows_per_step % n == 0
-    ]
-    if not fitting:
-        raise UserError(
-            f"batch_tokens: {rows_per_step} rows a step cannot be shared by {world_size} processes"
-        )
-    raise UserError(
-        f"num_lanes: {num_lanes} must be a multiple of the {world_size} processes and divide the "
-        f"{rows_per_step} rows of a step; these fit: {', '.join(map(str, fitting))}"
-    )
 
 
 def _check_units(corpus: Corpus, num_lanes: int, num_validation_units: int) -> None:

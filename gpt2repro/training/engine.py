@@ -10,7 +10,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from gpt2repro import UserError
-from gpt2repro.recipe import Recipe, check_world_size
+from gpt2repro.data.lanes import check_lanes
+from gpt2repro.recipe import Recipe
 from gpt2repro.speed import cpu_memory
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS
 from gpt2repro.system.signals import end_with_launcher
@@ -49,7 +50,11 @@ def start_engine(recipe: Recipe) -> Accelerator:
             "would write the same run. To train on CPUs use launch/cpu2.yaml, or set "
             "ACCELERATE_USE_CPU=true"
         )
-    check_world_size(recipe, accelerator.num_processes)
+    check_lanes(
+        recipe.num_lanes,
+        rows_per_step=recipe.rows_per_step,
+        world_size=accelerator.num_processes,
+    )
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if accelerator.device.type == "cpu":

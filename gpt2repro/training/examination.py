@@ -15,8 +15,9 @@ import torch
 from gpt2repro import UserError
 from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.lanes import check_lanes
 from gpt2repro.publishing.upload import check_hub_rights
-from gpt2repro.recipe import Recipe, accumulation_steps, check_world_size
+from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.training.inputs import open_dataset, open_stream, open_tokenizer
 from gpt2repro.training.learner import build_model
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
@@ -65,7 +66,11 @@ class Examination:
                 yield name, (FAILURE, " ".join(str(error).split()))
 
     def _batch(self) -> Finding:
-        check_world_size(self.recipe, self.num_processes)
+        check_lanes(
+            self.recipe.num_lanes,
+            rows_per_step=self.recipe.rows_per_step,
+            world_size=self.num_processes,
+        )
         size = self.recipe.micro_batch_size
         if size == "auto":
             rows = self.recipe.rows_per_step // self.num_processes

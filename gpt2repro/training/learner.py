@@ -12,7 +12,8 @@ from torch.optim.optimizer import Optimizer
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
-from gpt2repro.recipe import Recipe, accumulation_steps, divisors
+from gpt2repro.data.lanes import divisors
+from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import Start
 from gpt2repro.records.saved_models import load_causal_lm

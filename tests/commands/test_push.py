@@ -128,7 +128,11 @@ def test_private_and_revision(hub, exported, verified):
 
 
 def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path):
-    results = {"results": {"hellaswag/completion_acc_norm": {"value": 0.25, "stderr": 0.01}}}
+    dataset = {"name": "Rowan/hellaswag", "title": "HellaSwag"}
+    results = {
+        "results": {"hellaswag/completion_acc_norm": {"value": 0.25, "stderr": 0.01}},
+        "tasks": {"hellaswag/completion": {"dataset": dataset}},
+    }
     (tmp_path / "results.json").write_text(json.dumps(results))
     before = (exported / "README.md").read_text()
     command = ["--model", str(exported), "--repo", "me/name", "--evaluation"]

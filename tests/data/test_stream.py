@@ -131,11 +131,11 @@ def test_another_tokenizer_is_refused():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"num_lanes": 5}, r"num_lanes: 5 must .* these fit: 1, 2, 4, 8, 16$"),
-        ({"num_lanes": 32}, "num_lanes: 32 must"),
-        ({"num_lanes": 0}, "num_lanes: 0 must"),
-        ({"num_lanes": 2, "world_size": 4}, r"4 processes .* these fit: 4, 8, 16$"),
-        ({"world_size": 3}, "batch_tokens: 16 rows .* 3 processes"),
+        ({"num_lanes": 5}, r"num_lanes 5 does not divide the 16 rows .* these would: 1, 2, 4, 8$"),
+        ({"num_lanes": 32}, "num_lanes 32 does not divide the 16 rows"),
+        ({"num_lanes": 0}, "num_lanes 0 does not divide the 16 rows"),
+        ({"num_lanes": 2, "world_size": 4}, r"2 is not .* launch 1, 2 .* num_lanes to 4, 8, 16$"),
+        ({"world_size": 3}, "the 3 processes .* launch 1, 2, 4, 8 processes, or change batch_tok"),
         ({"num_validation_units": 30}, "num_validation_units: 30 of the dataset's 30 units"),
         ({"rows_per_step": 512, "num_lanes": 512}, "num_lanes: 512 lanes .* 280 documents"),
     ],

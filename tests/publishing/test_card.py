@@ -1,40 +1,21 @@
 """The card: valid metadata, every known fact, nothing that nobody handed in."""
 
 import hashlib
+import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from tiny_run import digests, train, write_inputs
 
-from gpt2repro.publishing import model_card
+from gpt2repro.data import demo_corpus
+from gpt2repro.publishing import verification
+from gpt2repro.publishing.card import completed, ledger_digest, model_card, with_evaluation
+from gpt2repro.recipe import load_recipe
+from gpt2repro.records.metrics import read_metrics
+from gpt2repro.training import finish
 
-RECIPE = {
-    "dataset_name": "HuggingFaceFW/fineweb-edu",
-    "dataset_config": "sample-10BT",
-    "dataset_split": "train",
-    "dataset_revision": "0123abc",
-    "data_files": None,
-    "num_validation_units": 100,
-    "tokenizer_name": "openai-community/gpt2",
-    "model_size": "gpt2",
-    "n_layer": None,
-    "sequence_length": 1024,
-    "batch_tokens": 524288,
-    "num_steps": 19073,
-    "warmup_steps": 715,
-    "max_lr": 6e-4,
-    "min_lr": 6e-5,
-    "optimizer": "adamw",
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "adam_epsilon": 1e-8,
-    "weight_decay": 0.1,
-    "max_grad_norm": 1.0,
-    "mixed_precision": "bf16",
-    "dropout": 0.0,
-    "seed": 1337,
-    "init_from": None,
-}
+RECIPE = load_recipe(["--recipe", "gpt2"]).model_dump() | {"dataset_revision": "0123abc"}
 METRICS = [
     {"step": 0, "tokens": 524288, "val_loss": 10.9, "val_bits_per_byte": 3.3, "rows_digest": "0a"},
     {"step": 1, "tokens": 1048576, "tokens_per_second": 100.0, "mfu": 0.4, "rows_digest": "0b"},
@@ -58,6 +39,11 @@ EVALUATION = {
         "hellaswag/completion_acc_norm": {"value": 0.2955, "source": "karpathy/build-nanogpt"}
     },
     "settings": {"limit": None},
+    "tasks": {
+        "hellaswag/completion": {"dataset": {"name": "Rowan/hellaswag", "title": "HellaSwag"}},
+        "lambada": {"dataset": {"name": "EleutherAI/lambada_openai", "title": "LAMBADA"}},
+        "val": {"num_rows": 1},
+    },
 }
 ENVIRONMENT = {"hardware": "8 x NVIDIA H100", "python": "3.11.7", "torch": "2.13.0"}
 
@@ -69,17 +55,23 @@ def card(**changes) -> str:
         "num_parameters": 124_439_808,
         "environment": ENVIRONMENT,
         "metrics": METRICS,
-        "evaluation": EVALUATION,
         "command": "accelerate launch train_accelerate.py --recipe gpt2",
+        "commit": "89abcdef",
         "num_processes": 8,
         "loss_curve": "loss_curve.png",
         "published_loss": ("OpenAI's", 3.2924),
     }
-    return model_card.model_card(**facts | changes)
+    return model_card(**facts | changes)
+
+
+def evaluated(evaluation: dict = EVALUATION) -> str:
+    """As `push --evaluation` leaves the card that the run wrote."""
+    return with_evaluation(card(), evaluation, "gpt2")
 
 
 def test_metadata_is_what_the_hub_reads():
-    data = ModelCard(card()).data
+    text = evaluated()
+    data = ModelCard(text).data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert (data.license, data.language) == ("mit", "en")
     assert data.datasets == ["HuggingFaceFW/fineweb-edu"]
@@ -90,15 +82,16 @@ def test_metadata_is_what_the_hub_reads():
     assert hellaswag.metric_value == 0.3012  # ours, not the published figure
     assert found["lambada/perplexity"].metric_type == "perplexity"
     assert "lambada/acc" not in found  # not a number: not a result
+    assert "val/loss" not in found  # held-out text is no dataset of the Hub
     assert found["loss"].metric_value == 3.25 and found["bits_per_byte"].metric_value == 1.01
     # as plain YAML, the form that the Hub's model-index has
-    metadata = yaml.safe_load(card().split("---\n")[1])
+    metadata = yaml.safe_load(text.split("---\n")[1])
     assert metadata["model-index"][0]["name"] == "gpt2"
     assert all(result["task"]["type"] for result in metadata["model-index"][0]["results"])
 
 
 def test_every_known_fact_is_there():
-    text = card()
+    text = evaluated()
     for fact in (
         "124.4 M parameters",
         "revision `0123abc`",
@@ -113,7 +106,12 @@ def test_every_known_fact_is_there():
         "45.0 % (median)",
         "8 x NVIDIA H100",
         "torch 2.13.0",
-        "accelerate launch train_accelerate.py --recipe gpt2",
+        "```\naccelerate launch train_accelerate.py --recipe gpt2\n```",
+        "of commit `89abcdef`",
+        "8 processes",
+        "tokenizer openai-community/gpt2",
+        "gradients clipped to norm 1.0",
+        "dropout 0.0",
         "![Training and validation loss](loss_curve.png)",
         "| step 0 | 10.9000 | 3.3000 |",
         "| step 4 | 3.2500 | 1.0100 |",
@@ -130,25 +128,25 @@ def test_every_known_fact_is_there():
 
 def test_the_data_ledger_is_a_digest_of_all_steps():
     digest = hashlib.sha256(b"0 0a\n1 0b\n2 0c\n3 0d\n").hexdigest()
-    assert model_card.ledger_digest(METRICS) == (digest, 4)
+    assert ledger_digest(METRICS) == (digest, 4)
     assert digest in card()
     other = [METRICS[0], METRICS[1] | {"rows_digest": "ff"}, *METRICS[2:]]
-    assert model_card.ledger_digest(other) != (digest, 4)
+    assert ledger_digest(other) != (digest, 4)
 
 
 def test_what_nobody_said_is_not_there():
-    text = model_card.model_card(name="mine")
+    text = model_card(name="mine")
     for absent in ("None", "nan", "## Training", "## Validation", "MFU", "datasets", "model-index"):
         assert absent not in text, absent
     assert ModelCard(text).data.license == "mit"
-    cpu = card(metrics=[METRICS[1] | {"mfu": None}], evaluation=None, loss_curve=None)
-    for absent in ("MFU", "## Validation", "## Benchmarks", "loss_curve", "None"):
+    cpu = card(metrics=[METRICS[1] | {"mfu": None}], commit=None, loss_curve=None)
+    for absent in ("MFU", "## Validation", "## Benchmarks", "loss_curve", "None", "commit"):
         assert absent not in cpu, absent
     assert "100 tokens/s" in cpu
 
 
 def test_a_local_dataset_is_not_called_the_hubs(tmp_path):
-    for name in ("python-docs", str(tmp_path), "parquet"):
+    for name in (demo_corpus.NAME, str(tmp_path), "parquet"):
         data = ModelCard(card(recipe=RECIPE | {"dataset_name": name, "dataset_config": None})).data
         assert data.datasets is None
     assert ModelCard(card(recipe=RECIPE | {"dataset_name": "mc4"})).data.language is None
@@ -164,43 +162,99 @@ def test_muon_and_a_start_from_other_weights_are_told():
     }
     text = card(recipe=recipe)
     assert "Muon on the hidden matrices (lr 0.02" in text
-    assert "| Started from | openai-community/gpt2 |" in text
+    assert "started from openai-community/gpt2 |" in text
     assert ModelCard(text).data.base_model == "openai-community/gpt2"
 
 
 def test_a_limited_evaluation_says_so():
-    text = card(evaluation=EVALUATION | {"settings": {"limit": 100}})
+    text = evaluated(EVALUATION | {"settings": {"limit": 100}})
     assert "Only the first 100 rows" in text
 
 
 @pytest.mark.parametrize("form", ["gpt2repro", "gpt2"])
 def test_loading_lines_fit_the_form(form):
-    text = model_card.completed(card(), where="me/name", format=form, verification=["all well"])
+    text = completed(card(), where="me/name", format=form, verification=["all well"])
     code = text.split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) == 3 and '"me/name"' in code
     assert ("trust_remote_code=True" in code) == (form == "gpt2repro")
     assert "- all well" in text
-    again = model_card.completed(text, where="me/other", format=form, verification=["again"])
+    again = completed(text, where="me/other", format=form, verification=["again"])
     assert "me/name" not in again and "all well" not in again
     assert again.count("## How to load it") == again.count("## Verification") == 1
     assert again.index("## How to load it") < again.index("## Training")  # it stays in its place
 
 
 def test_sections_are_added_to_somebody_elses_card():
-    text = model_card.completed(
-        "# Theirs\n\nWords.\n", where="d", format="gpt2", verification=["v"]
-    )
+    text = completed("# Theirs\n\nWords.\n", where="d", format="gpt2", verification=["v"])
     assert text.startswith("# Theirs\n\nWords.\n\n## How to load it\n")
     assert text.endswith("- v\n")
 
 
-def test_an_evaluation_is_added_later_and_replaced():
-    """As `push --evaluation` does to the card that the run wrote."""
-    text = model_card.with_evaluation(card(evaluation=None), EVALUATION, "gpt2")
-    assert text == card()
+def test_an_evaluation_is_replaced_by_another():
+    text = evaluated()
+    assert with_evaluation(text, EVALUATION, "gpt2") == text
     better = {"hellaswag/completion_acc_norm": {"value": 0.31, "stderr": 0.004}}
-    text = model_card.with_evaluation(text, {"results": better}, "gpt2")
+    text = with_evaluation(text, EVALUATION | {"results": better}, "gpt2")
     assert text.count("## Benchmarks") == 1 and "0.3100 ± 0.0040" in text and "0.3012" not in text
     found = {each.metric_name: each.metric_value for each in ModelCard(text).data.eval_results}
     assert found["hellaswag/completion_acc_norm"] == 0.31 and found["loss"] == 3.25
     assert text.index("## Benchmarks") < text.index("## Verification")
+
+
+def test_an_evaluation_without_datasets_gives_a_table_only():
+    """As its JSON was before it named them."""
+    old = {key: value for key, value in EVALUATION.items() if key != "tasks"}
+    text = evaluated(old)
+    assert "0.3012 ± 0.0046" in text
+    assert {each.metric_name for each in ModelCard(text).data.eval_results} == {
+        "loss",
+        "bits_per_byte",
+    }
+
+
+# --- The card determines the run ------------------------------------------------------------------
+
+
+def recipe_of(text: str) -> str:
+    """The YAML block of a card."""
+    return re.search(r"^(`{3,})yaml\n(.*?)\n\1$", text, re.M | re.S)[2]
+
+
+def test_the_table_is_a_dozen_rows_and_the_block_has_every_field():
+    text = card(num_processes=1)
+    table = text.split("## Training\n\n")[1].split("\n\n")[0].splitlines()
+    assert len(table) - 2 == 12 and all(line.count("|") == 3 for line in table)
+    assert "8 x NVIDIA H100, 1 process |" in text
+    assert yaml.safe_load(recipe_of(text)) == RECIPE
+    assert [*yaml.safe_load(recipe_of(text))] == [*RECIPE]
+    assert text.index("<details>") < text.index("```yaml") < text.index("</details>")
+    assert text.index("</details>") < text.index("The exact command")
+    assert "\n\n\n" not in text and "\n\n\n" not in model_card(name="mine")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["```\nend", "a ````` b", "|x|", "naïve: 😀 {{ 7 }} # x", "null"]
+)
+def test_any_text_survives_the_block(prompt):
+    text = card(recipe=RECIPE | {"sample_prompt": prompt, "tokenizer_name": "a|b"}, command=prompt)
+    assert yaml.safe_load(recipe_of(text))["sample_prompt"] == prompt
+    fence = re.search("(`+)yaml", text)[1]
+    assert f"\n{fence}\n{prompt}\n{fence}\n" in text and fence not in prompt
+    assert "tokenizer a/b," in text  # a bar would end the cell
+
+
+def test_a_run_is_repeated_from_its_card_alone(tmp_path, monkeypatch):
+    """The same rows at every step, from nothing but the text of `final/README.md`."""
+    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    monkeypatch.setattr(finish, "_paragraph", lambda run: "")
+    assert train(write_inputs(tmp_path), tmp_path / "first", "--num_steps", "3") == 0
+    text = (tmp_path / "first" / "final" / "README.md").read_text(encoding="utf-8")
+    assert "train_accelerate.py --recipe" in text
+
+    (tmp_path / "from_card.yaml").write_text(recipe_of(text), encoding="utf-8")
+    monkeypatch.setattr(finish, "finish", lambda run: 0)
+    assert train(tmp_path / "from_card.yaml", tmp_path / "second") == 0
+    assert digests(tmp_path / "second") == digests(tmp_path / "first")
+    digest, num_steps = ledger_digest(read_metrics(tmp_path / "second" / "metrics.jsonl"))
+    assert num_steps == 3
+    assert f"| Data ledger | `{digest}` (SHA-256 over `rows_digest` of 3 steps) |" in text

@@ -1,5 +1,10 @@
-"""What a recorded figure says of its machine."""
+"""What a result says of its machine, its command and its commit."""
 
+import os
+import subprocess
+import sys
+
+import psutil
 import pytest
 import torch
 
@@ -17,7 +22,7 @@ from gpt2repro.system import machine
 def test_a_processor_is_named_with_what_it_can_do(monkeypatch, flags, suffix):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     core = {"model name": "Some CPU", "flags": flags}
-    monkeypatch.setattr(machine, "first_core", lambda: core)
+    monkeypatch.setattr(machine, "_first_core", lambda: core)
     capability = torch.backends.cpu.get_cpu_capability()
     assert machine.hardware().endswith(f" cores of Some CPU ({capability}{suffix})")
 
@@ -31,6 +36,94 @@ def test_a_run_on_the_processor_does_not_name_an_idle_gpu(monkeypatch):
 
 
 def test_where_the_kernel_says_nothing_there_is_still_a_name(monkeypatch):
-    monkeypatch.setattr(machine, "first_core", dict)
-    assert machine.processor()
-    assert machine.vector_instructions() == torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(machine, "_first_core", dict)
+    assert machine._processor()
+    assert machine._vector_instructions() == torch.backends.cpu.get_cpu_capability()
+
+
+# --- Command and commit ---------------------------------------------------------------------------
+
+ARGUMENTS = ["--recipe", "demo", "--sample_prompt", "It's $5"]
+SHOWN = """train_accelerate.py --recipe demo --sample_prompt 'It'"'"'s $5'"""
+
+
+@pytest.mark.parametrize(
+    ("parent", "shown"),
+    [
+        (
+            ["/venv/bin/python3", "/venv/bin/accelerate", "launch", "--config_file", "cpu.yaml"],
+            "accelerate launch --config_file cpu.yaml",
+        ),
+        (["python", "-m", "accelerate.commands.launch"], "python -m accelerate.commands.launch"),
+        (["/bin/python", "-u", "/bin/accelerate-launch", "--cpu"], "accelerate-launch --cpu"),
+        (["/bin/python", "/bin/torchrun", "--nproc_per_node=2"], "torchrun --nproc_per_node=2"),
+        (["python", "-m", "torch.distributed.run"], "python -m torch.distributed.run"),
+        (["bash", "train.sh"], "python"),
+        (["python", "/bin/accelerate", "config"], "python"),
+        ([], "python"),
+    ],
+)
+def test_the_command_has_its_launchers_options(monkeypatch, parent, shown):
+    class Parent:
+        def __init__(self, pid):
+            assert pid == os.getppid()
+
+        def cmdline(self):
+            return [*parent, "train_accelerate.py", *ARGUMENTS] if parent else []
+
+    monkeypatch.setattr(psutil, "Process", Parent)
+    assert machine.launch_command(ARGUMENTS) == f"{shown} {SHOWN}"
+
+
+def test_a_launcher_that_is_gone_or_hidden_gives_the_plain_command(monkeypatch):
+    for problem in (psutil.NoSuchProcess(1), psutil.AccessDenied(1), PermissionError()):
+
+        def gone(pid, problem=problem):
+            raise problem
+
+        monkeypatch.setattr(psutil, "Process", gone)
+        assert machine.launch_command(ARGUMENTS) == f"python {SHOWN}"
+
+
+def test_a_real_parent(tmp_path):
+    launcher = tmp_path / "torchrun"
+    launcher.write_text("import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])")
+    script = tmp_path / "train_accelerate.py"
+    script.write_text(
+        "import sys; from gpt2repro.system import machine; "
+        "print(machine.launch_command(sys.argv[1:]))"
+    )
+    command = [sys.executable, launcher, "--standalone", script, *ARGUMENTS]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == f"torchrun --standalone {tmp_path}/{SHOWN}\n"
+
+
+def test_the_commit_is_the_packages_own(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=me", "-c", "user.email=me@example.com")
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    file = tmp_path / "gpt2repro" / "system" / "machine.py"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "gpt2repro" / "__init__.py").write_text("")
+    file.write_text("")
+    monkeypatch.setattr(machine, "__file__", str(file))
+    assert machine.code_commit() is None  # no checkout
+    (tmp_path / "other").write_text("")
+    git("init", "--quiet")
+    git("add", "other")
+    assert machine.code_commit() is None  # one of something else, and without a commit
+    git("commit", "--quiet", "--message", "other")
+    assert machine.code_commit() is None  # installed within somebody's project
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    git("tag", "--annotate", "v1", "--message", "v1")
+    commit = git("rev-parse", "HEAD")
+    assert machine.code_commit() == commit and len(commit) == 40
+    (tmp_path / "runs").write_text("untracked")
+    assert machine.code_commit() == commit
+    file.write_text("changed")
+    assert machine.code_commit() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.code_commit() is None  # no git
