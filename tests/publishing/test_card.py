@@ -42,7 +42,7 @@ EVALUATION = {
     "tasks": {
         "hellaswag/completion": {"dataset": {"name": "Rowan/hellaswag", "title": "HellaSwag"}},
         "lambada": {"dataset": {"name": "EleutherAI/lambada_openai", "title": "LAMBADA"}},
-        "val": {"num_rows": 1},
+        "val": {"dataset": None},
     },
 }
 ENVIRONMENT = {"hardware": "8 x NVIDIA H100", "python": "3.11.7", "torch": "2.13.0"}
