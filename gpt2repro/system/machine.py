@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -76,6 +77,19 @@ def _first_core() -> dict[str, str]:
 
 
 # --- Command and commit ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to do to get the same again."""
+
+    command: str  # its launcher's options included, quoted for a shell
+    commit: str | None  # of the code that runs
+
+
+def launch(script_argv: list[str]) -> Launch:
+    """How this process was started; to be asked at its start, before anybody edits the code."""
+    return Launch(launch_command(script_argv), code_commit())
 
 
 def launch_command(script_argv: list[str]) -> str:

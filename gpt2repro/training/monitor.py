@@ -20,13 +20,14 @@ from gpt2repro.evaluation.published import published_loss
 from gpt2repro.evaluation.scoring import score_tasks
 from gpt2repro.evaluation.validation import validation_loss
 from gpt2repro.plots.curves import loss_curve
-from gpt2repro.recipe import ResolvedRecipe
+from gpt2repro.recipe import ResolvedRecipe, differences
 from gpt2repro.records.checkpoints import innermost
 from gpt2repro.records.incidents import IncidentLog
 from gpt2repro.records.metrics import MetricsLog, read_metrics
-from gpt2repro.records.run_directory import RunDirectory
+from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
+from gpt2repro.training.engine import start_tracker
 from gpt2repro.training.inputs import Inputs
 from gpt2repro.training.learner import Learner
 from gpt2repro.training.step import StepResult
@@ -50,15 +51,21 @@ class Monitor:
         inputs: Inputs,
         learner: Learner,
         stop: StopRequest,
-        first_step: int,
+        start: Start,
         history: Sequence[dict[str, Any]],
     ) -> None:
-        """`history`: the lines of metrics.jsonl before `first_step`."""
+        """Introduce the run, log in to its tracker, and begin the bar.
+
+        `history`: the lines of metrics.jsonl before the step where this launch begins.
+        """
         accelerator = learner.accelerator
         main = accelerator.is_main_process
         self.recipe, self.directory, self.inputs, self.learner = recipe, directory, inputs, learner
-        self.progress = Progress(first_step=first_step, num_steps=recipe.num_steps, enabled=main)
         self._stop = stop
+        if main:
+            self._introduce(start)
+        start_tracker(recipe, accelerator)
+        self.progress = Progress(first_step=start.step, num_steps=recipe.num_steps, enabled=main)
         self._log = MetricsLog(directory.metrics) if main else None
         self._throughput = Throughput(
             learner.flops_per_token, peak_flops(accelerator.device), accelerator.num_processes
@@ -76,11 +83,9 @@ class Monitor:
         for tracker in self.learner.accelerator.trackers:
             tracker.finish()
 
-    def introduce(self, notes: Iterable[str]) -> None:
+    def _introduce(self, start: Start) -> None:
         """The first lines on the screen: what this run is, before hours are spent on it."""
         recipe, accelerator = self.recipe, self.learner.accelerator
-        if not accelerator.is_main_process:
-            return
         device, rows = accelerator.device.type, recipe.micro_batch_size
         processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
         lines = {
@@ -96,7 +101,12 @@ class Monitor:
             f"{machine.hardware(device)}, mixed_precision {recipe.mixed_precision}, "
             f"compile {str(recipe.compile).lower()}",
         }
-        for name, value in [*lines.items(), *(("note", note) for note in notes if note)]:
+        changes = [
+            f"{key} was {then} until here and is {now} now"
+            for key, then, now in differences(recipe, start.recipe)
+        ]
+        notes = [("note", note) for note in (start.note, *changes) if note]
+        for name, value in [*lines.items(), *notes]:
             print(f"{name:>10}  {value}")
         print(flush=True)
 

@@ -1,7 +1,7 @@
 """A run put together: what the training loop holds, and how it comes to be from a recipe."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
@@ -10,12 +10,12 @@ from gpt2repro.data.order import Position
 from gpt2repro.data.producer import StepRows
 from gpt2repro.publishing.background import BackgroundPush
 from gpt2repro.publishing.upload import check_hub_rights
-from gpt2repro.recipe import Recipe, ResolvedRecipe, differences, refuse_changes
+from gpt2repro.recipe import Recipe, ResolvedRecipe, refuse_changes
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
-from gpt2repro.training.engine import start_engine, start_tracker
+from gpt2repro.training.engine import start_engine
 from gpt2repro.training.inputs import Inputs, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
@@ -36,7 +36,7 @@ class Run:
     checkpoints: "Checkpoints"
     stop: StopRequest
     lanes: dict[int, Position]  # where this rank's lanes go on after its last step
-    command: str  # what the user typed
+    launch: machine.Launch
 
     def __enter__(self) -> "Run":
         return self
@@ -96,7 +96,7 @@ class Checkpoints:
     keep_last: int
     first_step: int  # of this launch
     saved_step: int  # of the newest checkpoint, -1 without one
-    push: BackgroundPush | None = field(default=None)  # on the main process
+    push: BackgroundPush | None  # on the main process, if the recipe asks
 
     def save(self, step: int, learner: Learner, state: dict[str, Any]) -> None:
         if step == self.saved_step:
@@ -135,11 +135,11 @@ def open_run(recipe: Recipe, argv: list[str], monitor: Callable[..., Monitor] = 
     start = _find_start(recipe)
     inputs = open_inputs(recipe, start)
     learner = open_learner(recipe, accelerator, inputs.tokenizer, start)
-    return _claim(recipe, start, inputs, learner, monitor, machine.launch_command(argv))
+    return _claim(recipe, start, inputs, learner, monitor, machine.launch(argv))
 
 
 def _find_start(recipe: Recipe) -> Start:
-    """Where the run begins: nothing is written. What would fail at its end is asked now."""
+    """Where the run begins. Nothing is written, and what the Hub would refuse later is told now."""
     directory = RunDirectory(recipe.run_dir)
     start: Start = ranks.on_rank_0(lambda: directory.find_start(recipe.resume))
     if start.step == recipe.num_steps and ranks.on_rank_0(directory.final.is_dir):
@@ -149,6 +149,8 @@ def _find_start(recipe: Recipe) -> Start:
             "--exp_name; to train this one on, a larger --num_steps."
         )
     refuse_changes(recipe, start.recipe)
+    if (name := recipe.hub_model_id) and recipe.push_to_hub:
+        ranks.on_rank_0(lambda: check_hub_rights(name, private=recipe.hub_private))
     return start
 
 
@@ -158,7 +160,7 @@ def _claim(
     inputs: Inputs,
     learner: Learner,
     monitor: Callable[..., Monitor],
-    command: str,
+    launch: machine.Launch,
 ) -> Run:
     """Write to the directory for the first time, and say what this run is."""
     accelerator, directory = learner.accelerator, RunDirectory(recipe.run_dir)
@@ -168,42 +170,31 @@ def _claim(
         output_dir=str(recipe.run_dir),
         dataset_revision=inputs.corpus.identity.get("revision"),
     )
-    push = _open_push(recipe, inputs.tokenizer)
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
     stop = StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device))
-    run = Run(
+    return Run(
         recipe=resolved,
         accelerator=accelerator,
         directory=directory,
         inputs=inputs,
         learner=learner,
-        monitor=monitor(resolved, directory, inputs, learner, stop, start.step, history),
+        monitor=monitor(resolved, directory, inputs, learner, stop, start, history),
         checkpoints=Checkpoints(
             directory=directory,
             keep_last=recipe.keep_last,
             first_step=start.step,
             saved_step=start.step if start.path else -1,
-            push=push,
+            push=_open_push(recipe, inputs.tokenizer),
         ),
         stop=stop,
         lanes=inputs.stream.lanes,
-        command=command,
+        launch=launch,
     )
-    changes = [
-        f"{key} was {then} until here and is {now} now"
-        for key, then, now in differences(resolved, start.recipe)
-    ]
-    run.monitor.introduce([start.note, *changes])
-    start_tracker(resolved, accelerator)
-    return run
 
 
 def _open_push(recipe: Recipe, tokenizer: Any) -> BackgroundPush | None:
     """What uploads beside the training, on the main process, if the recipe asks for it."""
     name = recipe.hub_model_id
-    if not recipe.push_to_hub or name is None:
-        return None
-    ranks.on_rank_0(lambda: check_hub_rights(name, private=recipe.hub_private))
-    if ranks.rank() != 0:
+    if not recipe.push_to_hub or name is None or ranks.rank() != 0:
         return None
     return BackgroundPush(name, private=recipe.hub_private, tokenizer=tokenizer)
