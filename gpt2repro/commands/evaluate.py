@@ -13,23 +13,18 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import DTYPES, OneLineParser
+from gpt2repro.recipe import Benchmark
 
 if TYPE_CHECKING:
     from gpt2repro.data.corpus import Corpus
     from gpt2repro.evaluation.scoring import TaskResult
     from gpt2repro.evaluation.task import Task
 
-# Name -> what a local file of it holds.
-BENCHMARKS = {
-    "hellaswag": "rows of the official schema",
-    "lambada": "rows with 'text'",
-    "wikitext2": "articles as 'page', or lines as 'text'",
-}
-TASKS = ("val", *BENCHMARKS)
+TASKS = ("val", *get_args(Benchmark))
 CONVENTIONS = {
     "completion": ["completion"],
     "lm_eval": ["lm_eval"],
@@ -84,8 +79,8 @@ def _parse(argv: list[str]) -> Namespace:
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add("--output", help="write everything to this JSON file")
     local = parser.add_argument_group("local data (JSON lines) instead of the Hub's")
-    for name, rows in BENCHMARKS.items():
-        local.add_argument(f"--{name}_file", help=rows)
+    for name in get_args(Benchmark):
+        local.add_argument(f"--{name}_file", help="its fields are in docs/evaluation.md")
     how = parser.add_argument_group("conventions")
     how.add_argument("--hellaswag_convention", choices=CONVENTIONS, default="both")
     how.add_argument("--wikitext2_stride", type=int, help="tokens; default: the whole context")
