@@ -8,12 +8,18 @@ Exit status 1 if a stated rate is not reached.
 
 import argparse
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from gpt2repro.data.corpus import Corpus
+    from gpt2repro.data.encoder import BulkEncoder
+    from gpt2repro.data.stream import TokenStream
 
 Stats = dict[str, Any]  # figures by name; None where the dataset does not tell without being read
 
@@ -46,17 +52,16 @@ def _measure(
 ) -> Stats:
     """Open what the recipe names and stream it as process 0 of `num_processes` for `seconds`."""
     from gpt2repro.data.encoder import BulkEncoder
-    from gpt2repro.data.measuring import estimate_tokens, stored_bytes, time_stream
     from gpt2repro.training.inputs import open_dataset, open_stream, open_tokenizer
 
     encoder = BulkEncoder(open_tokenizer(recipe))
     corpus = open_dataset(recipe)
     stream = open_stream(recipe, corpus, encoder, 0, num_processes)
     training = range(recipe.num_validation_units, corpus.num_units)
-    num_bytes = stored_bytes(corpus, training)
-    epoch_tokens = estimate_tokens(corpus, encoder, training)
+    num_bytes = _stored_bytes(corpus, training)
+    epoch_tokens = _estimate_tokens(corpus, encoder, training)
     run_tokens = recipe.batch_tokens * recipe.num_steps if recipe.num_steps else None
-    first, rate = time_stream(stream, recipe.batch_tokens // num_processes, seconds)
+    first, rate = _time_stream(stream, recipe.batch_tokens // num_processes, seconds)
     num_pieces = len(training) * -(-recipe.num_lanes // len(training))
     return {
         "units": corpus.num_units,
@@ -77,6 +82,38 @@ def _measure(
         "tokens_per_second": round(rate),
         "needed_tokens_per_second": tokens_per_second and tokens_per_second / num_processes,
     }
+
+
+def _stored_bytes(corpus: "Corpus", units: range) -> int | None:
+    """What reading the units moves, compressed; None where the dataset does not tell."""
+    sizes = [corpus.num_bytes(unit_index) for unit_index in units]
+    return None if None in sizes else sum(filter(None, sizes))
+
+
+def _estimate_tokens(corpus: "Corpus", encoder: "BulkEncoder", training: range) -> int | None:
+    """From the tokens of the first of the units, in proportion to the stored bytes."""
+    num_bytes = _stored_bytes(corpus, training)
+    sample_bytes = corpus.num_bytes(training[0])
+    if not (num_bytes and sample_bytes):
+        return None
+    sample = encoder.encode(corpus.read_unit(training[0]))
+    num_tokens = len(sample) + sum(map(len, sample))
+    return round(num_tokens * num_bytes / sample_bytes)
+
+
+def _time_stream(stream: "TokenStream", step_tokens: int, seconds: float) -> tuple[float, float]:
+    """Seconds to the first step, and the tokens a second of the steps after it."""
+    began = time.perf_counter()
+    next(stream)
+    first = time.perf_counter() - began
+    began, num_steps = time.perf_counter(), 0
+    try:
+        while num_steps < 2 or time.perf_counter() - began < seconds:
+            next(stream)
+            num_steps += 1
+    finally:
+        stream.close()
+    return first, num_steps * step_tokens / (time.perf_counter() - began)
 
 
 def _keeps_up(stats: Stats) -> bool:
