@@ -26,6 +26,7 @@ from modeling_gpt2repro import (
     GPT2ReproForTokenClassification,
     GPT2ReproLMHead,
     GPT2ReproModel,
+    eager_attention,
 )
 
 # Two kernels that sum the same float32 products in another order differ in the last bits; logits
@@ -284,6 +285,20 @@ def test_attention_implementations_agree():
         with torch.no_grad():
             logits = ours(ids, attention_mask=mask).logits[real]
         torch.testing.assert_close(logits, expected, **REORDERED)
+
+
+@pytest.mark.parametrize("num_cached", [0, 5])
+def test_the_written_triangle_is_causal_attention(num_cached):
+    """Without a mask `eager` draws it itself: token t sees the cached ones and 0 ... t."""
+    ours, _ = ours_and_theirs()
+    module = ours.transformer.h[0].attn
+    query, key, value = torch.randn(3, 2, 4, 7 + num_cached, 8)
+    query = query[:, :, num_cached:]
+    mixed, weights = eager_attention(module, query, key, value, None, module.scaling)
+    seen = torch.ones(7, 7 + num_cached, dtype=torch.bool).tril(num_cached)
+    expected = F.scaled_dot_product_attention(query, key, value, seen, scale=module.scaling)
+    torch.testing.assert_close(mixed, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+    assert torch.equal(weights != 0, seen.expand_as(weights))
 
 
 def test_flash_attention_is_declared_and_known_to_transformers():
