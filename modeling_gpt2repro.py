@@ -294,8 +294,7 @@ class GPT2ReproLMHead(nn.Linear):
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     """The language model: the decoder, and logits for the next token."""
 
-    # "Using the output embedding to improve language models" (Press & Wolf 2017): one matrix.
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # Press & Wolf 2017
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GPT2ReproConfig):
@@ -370,7 +369,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         """Also called when the vocabulary is resized, with a plain layer of the new size."""
         if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:
             head = GPT2ReproLMHead(*new_embeddings.weight.shape[::-1], bias=False, device="meta")
-            head.weight, new_embeddings = new_embeddings.weight, head
+            head.weight, head._is_hf_initialized = new_embeddings.weight, True
+            new_embeddings = head
         super().set_output_embeddings(new_embeddings)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is read

@@ -235,11 +235,15 @@ def test_logits_to_keep():
     assert torch.equal(ours(ids, logits_to_keep=2).logits, theirs(ids, logits_to_keep=2).logits)
 
 
-def test_a_resized_head_is_still_one():
-    ours, _ = ours_and_theirs()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_head_is_still_one(tied):
+    ours, _ = ours_and_theirs(tie_word_embeddings=tied)
     ours.resize_token_embeddings(120)
     assert type(ours.lm_head) is GPT2ReproLMHead and ours.lm_head.out_features == 120
-    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert (ours.lm_head.weight is ours.transformer.wte.weight) == tied
+    before = ours.lm_head.weight.detach().clone()
+    ours.post_init()  # whoever calls it again: what is there is not made up anew
+    assert torch.equal(ours.lm_head.weight, before)
 
 
 # --- attention kernels ----------------------------------------------------------------------------
