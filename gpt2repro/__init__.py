@@ -1,7 +1,9 @@
 """Everything around a GPT-2 pretraining run that a checkpoint does not need.
 
-The modules are leaves: each takes plain values, none knows the recipe, and the only arrows between
-them are part-of relations. `train_accelerate.py` and the command-line verbs put them together.
+Rooms, from what imports nothing to what imports all: `system`, `data`, `speed`, `records`,
+`evaluation`, `plots`, `publishing`, `training`, `commands`. Each is entered through its own modules,
+and the arrows between them go one way (tests/test_architecture.py). Below `training` nobody knows
+the recipe: what is there takes plain values.
 """
 
 __version__ = "0.1.0"
