@@ -1,6 +1,7 @@
 """`python benchmarks/summary.py` prints the records in results/ as the table of README.md."""
 
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ def loop(record: dict[str, Any]) -> Iterator[Row]:
         yield f"recipe {recipe}, launch to first step", f"{max(seconds):.1f} s", "", ""
 
 
+def startup(record: dict[str, Any]) -> Iterator[Row]:
+    median = statistics.median
+    torch = f"import torch: {median(record['seconds']['import torch']):.2f} s"
+    for name, ratio in record["over_import_torch"].items():
+        if name != "import torch":
+            ours = f"{median(record['seconds'][name]):.2f} s"
+            yield f"`{name}` answers", ours, torch, ratio_text(ratio)
+
+
 def data(record: dict[str, Any]) -> Iterator[Row]:
     speed = record["speed"]
     tokens = speed["tokens_per_cpu_second"]
@@ -88,6 +98,7 @@ BENCHMARKS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "train_step": train_step,
     "generate": generate,
     "loop": loop,
+    "startup": startup,
     "data": data,
     "evaluation": evaluation,
     "muon": muon,

@@ -1,9 +1,9 @@
 """Everything around a GPT-2 pretraining run that a checkpoint does not need.
 
-Rooms, from what imports nothing to what imports all: `system`, `data`, `speed`, `records`,
-`evaluation`, `plots`, `publishing`, `training`, `commands`. Each is entered through its own modules,
-and the arrows between them go one way (tests/test_architecture.py). Below `training` nobody knows
-the recipe: what is there takes plain values.
+Rooms, from what imports nothing to what imports all: system, data, speed, records, evaluation,
+plots, publishing, training, commands. Each is entered through its own modules, and the arrows
+between them go one way (tests/test_architecture.py). Below training nobody knows the recipe: what
+is there takes plain values.
 """
 
 __version__ = "0.1.0"

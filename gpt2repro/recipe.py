@@ -5,7 +5,9 @@ is the reproduction itself; the chosen recipe, which states what it changes; the
 three pass through the same checks. Rooms below `training` read no recipe: they are handed plain
 values.
 
-Nothing large is imported here: a misspelled option is answered before torch is.
+Nothing large is imported here: a misspelled option is answered before torch is. The layers are laid
+over each other by hand, a dozen lines: a message names the layer and the field as the user spelled
+them, and setting one of the two lengths of a run replaces the other.
 """
 
 import difflib

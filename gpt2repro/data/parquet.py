@@ -76,7 +76,11 @@ class LocalSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A file of a Hub repository at one commit. Every read asks for its (signed) address anew."""
+    """A file of a Hub repository at one commit. Every read asks for its (signed) address anew.
+
+    By hand, because `HfFileSystem` takes what a server sends for the range it asked for, also where
+    the answer is not 206: a whole file read as a part of it.
+    """
 
     name: str
     repository: str

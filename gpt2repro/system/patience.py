@@ -5,6 +5,9 @@ again, with exponential backoff and jitter, for half an hour. What time cannot m
 does not exist, a missing permission) is a `UserError` at once. A Hub that has not answered a single
 time since the process began is not an outage but a machine without a network: that fails in
 seconds.
+
+By hand, because no library knows which of these is which: `huggingface_hub` gives one request 23
+seconds in all, `datasets` ends on a 503 at start-up, and a general retrier repeats what is final.
 """
 
 import errno
