@@ -238,12 +238,10 @@ def load_recipe(argv: list[str]) -> Recipe:
     """
     overrides = parse_arguments(argv)
     path = find_recipe(overrides.pop("recipe", DEFAULT_RECIPE))
-    values = _checked(
-        {}, read_recipe(find_recipe(DEFAULT_RECIPE)), f"recipes/{DEFAULT_RECIPE}: {{}}"
-    )
-    values["exp_name"] = None
-    for layer, where in ((read_recipe(path), f"{path}: {{}}"), (overrides, "--{}")):
-        values = _checked(values, layer, where)
+    default = find_recipe(DEFAULT_RECIPE)
+    values = _checked({}, read_recipe(default), f"{default}: ") | {"exp_name": None}
+    for layer, prefix in ((read_recipe(path), f"{path}: "), (overrides, "--")):
+        values = _checked(values, layer, prefix)
     if values["exp_name"] is None:
         values["exp_name"] = path.stem
     recipe = Recipe(**values)
@@ -355,11 +353,11 @@ def _help_text() -> str:
 # --- Checking -------------------------------------------------------------------------------------
 
 
-def _checked(below: dict[str, Any], layer: dict[str, Any], where: str) -> dict[str, Any]:
+def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[str, Any]:
     """`layer` over the valid values `below`; all that is wrong in it is one `UserError`.
 
     Args:
-        where: how a field of the layer is named in a message, `{}` being the field.
+        prefix: what a message puts before a field of the layer, such as `--`.
     """
     layer = dict(layer)
     # A layer that sets one of the two lengths of a run means to replace the other.
@@ -372,9 +370,9 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], where: str) -> dict[s
         names = dict.fromkeys(str(each["loc"][0]) for each in error.errors())
         raise UserError(
             "; ".join(
-                f"{where.format(key)}: {layer[key]!r} is not allowed; it takes {allowed(key)}"
+                f"{prefix}{key}: {layer[key]!r} is not allowed; it takes {allowed(key)}"
                 if key in FIELDS
-                else _unknown(where.format(key), key)
+                else _unknown(f"{prefix}{key}", key)
                 for key in names
             )
         ) from None
