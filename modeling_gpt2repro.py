@@ -345,18 +345,16 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # (B, T, C)
-        if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=kwargs.get("ignore_index", -100))[..., 1:]
         loss = logits = None
         # An adapter around the head changes its logits: then the loss takes all of them.
         if skip_logits and isinstance(self.lm_head, GPT2ReproLMHead):
-            loss = mean_loss(self.lm_head, hidden_states, shift_labels, **kwargs)
+            loss = mean_loss(self.lm_head, hidden_states, labels, shift_labels, **kwargs)
         else:
             hidden_states = select_positions(hidden_states, logits_to_keep)
             logits = self.lm_head(hidden_states)  # (B, T, V), 124M: (B, 1024, 50257)
-            if shift_labels is not None:
-                labels, vocab_size = shift_labels.contiguous(), self.config.vocab_size
-                loss = self.loss_function(logits, None, vocab_size, shift_labels=labels, **kwargs)
+            if labels is not None or shift_labels is not None:
+                kwargs["shift_labels"] = None if shift_labels is None else shift_labels.contiguous()
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
@@ -368,9 +366,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Also called when the vocabulary is resized, with a plain layer of the new size."""
         if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:
-            head = GPT2ReproLMHead(*new_embeddings.weight.shape[::-1], bias=False, device="meta")
-            head.weight, head._is_hf_initialized = new_embeddings.weight, True
-            new_embeddings = head
+            new_embeddings.__class__ = GPT2ReproLMHead  # keeps what others have put on the layer
         super().set_output_embeddings(new_embeddings)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is read
@@ -401,13 +397,17 @@ def refuse_beyond_context(config, length, position_ids) -> None:
         raise ValueError(f"a sequence of {int(length)} tokens does not fit: n_positions is {limit}")
 
 
-def mean_loss(head, hidden_states, labels, num_items_in_batch=None, ignore_index=-100, **kwargs):
+def mean_loss(
+    head, states, labels, shift_labels=None, num_items_in_batch=None, ignore_index=-100, **kwargs
+) -> torch.Tensor:
     """The head's loss by transformers' rules: a mean over the labels, or what it is told."""
-    labels = labels.to(hidden_states.device)
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.to(states.device)
     if num_items_in_batch is None:
-        num_items_in_batch = (labels != ignore_index).sum()
-    count = torch.as_tensor(num_items_in_batch, device=hidden_states.device)
-    return head(hidden_states, labels, ignore_index) / count
+        num_items_in_batch = (shift_labels != ignore_index).sum()
+    loss = head(states, shift_labels, ignore_index)
+    return loss / torch.as_tensor(num_items_in_batch, device=loss.device)
 
 
 def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

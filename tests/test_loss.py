@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from ours_and_theirs import SHAPE, ours_and_theirs, random_ids
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
@@ -50,6 +51,29 @@ def test_labels_are_shifted_and_shift_labels_are_not():
     shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:-1].flatten())
     labelled = ours(rows[:, :-1], labels=rows[:, :-1]).loss
     torch.testing.assert_close(labelled, shifted, **REORDERED)
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_a_loss_of_the_users_gets_what_the_user_gave(name):
+    ours, _ = ours_and_theirs()
+    ids, given = random_ids(2, 20), {}
+    ours.loss_function = lambda logits, labels, vocab_size, **kwargs: given.update(
+        labels=labels, shift_labels=kwargs["shift_labels"]
+    )
+    ours(ids, **{name: ids})
+    assert [key for key, value in given.items() if value is not None] == [name]
+    assert torch.equal(given[name], ids)
+
+
+def test_an_offloaded_model_has_its_loss_without_logits(suit):
+    ours, _ = ours_and_theirs()
+    suit(ours)
+    ids, labels = rows_and_labels()
+    with torch.no_grad():
+        expected = ours(ids, labels=labels, skip_logits=True).loss
+        cpu_offload(ours, execution_device="cpu")
+        assert ours.lm_head.weight.is_meta
+        assert torch.equal(ours(ids, labels=labels, skip_logits=True).loss, expected)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from ours_and_theirs import NO_DROPOUT, SHAPE, ours_and_theirs, random_ids
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -244,6 +245,14 @@ def test_a_resized_head_is_still_one(tied):
     before = ours.lm_head.weight.detach().clone()
     ours.post_init()  # whoever calls it again: what is there is not made up anew
     assert torch.equal(ours.lm_head.weight, before)
+
+
+def test_a_resized_head_keeps_the_hook_of_its_place():
+    """What brings an offloaded weight in, or the hidden states to another GPU."""
+    ours, _ = ours_and_theirs(tie_word_embeddings=False)
+    add_hook_to_module(ours.lm_head, ModelHook())
+    ours.resize_token_embeddings(120)
+    assert isinstance(ours.lm_head._hf_hook, ModelHook)
 
 
 # --- attention kernels ----------------------------------------------------------------------------

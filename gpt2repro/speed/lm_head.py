@@ -16,7 +16,7 @@ FEW_ROWS, LARGE_WEIGHT = 64, 2**22  # products on a CPU that wait for memory: (F
 def use_in(model: GPT2ReproForCausalLM) -> None:
     """Give the model this head, if its own is the plain one, before it is wrapped or compiled."""
     plain = model.lm_head
-    if isinstance(plain, FusedLMHead) or not isinstance(plain, GPT2ReproLMHead):
+    if type(plain) is not GPT2ReproLMHead:  # an adapter's, a parametrized one, or this already
         return
     head = FusedLMHead(plain.in_features, plain.out_features, bias=False, device="meta")
     head.weight = plain.weight

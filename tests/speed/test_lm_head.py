@@ -44,6 +44,15 @@ def test_another_head_is_left_alone():
     assert type(ours.lm_head) is torch.nn.Linear
 
 
+def test_a_parametrized_head_is_left_alone():
+    ours, _ = ours_and_theirs(tie_word_embeddings=False)
+    torch.nn.utils.parametrizations.weight_norm(ours.lm_head)
+    ids = random_ids(2, 9)
+    loss = ours(ids, labels=ids).loss
+    lm_head.use_in(ours)
+    torch.testing.assert_close(ours(ids, labels=ids, skip_logits=True).loss, loss, **REORDERED)
+
+
 @pytest.mark.parametrize("rows", [(1, 1), (8, 1), (1, 3), (65,), (0, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_head_takes_few_rows_in_its_own_way(rows, dtype, monkeypatch):
