@@ -225,9 +225,8 @@ FIELDS = Recipe.model_fields
 
 # --- Reading --------------------------------------------------------------------------------------
 
-# What earlier recipes call a field. A benchmark's own file is short for an entry of a list.
-FORMER_NAMES = {"hellaswag_every": "eval_tasks_every"}
-TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}
+FORMER_NAMES = {"hellaswag_every": "eval_tasks_every"}  # what earlier recipes call a field
+TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}  # entries of eval_task_files
 
 
 def load_recipe(argv: list[str]) -> Recipe:
@@ -269,7 +268,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The mapping in one YAML file, by present names and not checked yet."""
+    """The mapping in one YAML file, not checked yet."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -283,16 +282,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"--recipe {path}: a recipe is a mapping of fields to values, "
             f"not a {type(values).__name__}"
         )
-    return _by_present_names({str(key): value for key, value in values.items()})
-
-
-def _by_present_names(layer: dict[str, Any]) -> dict[str, Any]:
-    layer = {FORMER_NAMES.get(key, key): value for key, value in layer.items()}
-    named = {key: layer.pop(key) for key in TASK_FILES if key in layer}
-    files = [
-        f"{TASK_FILES[key]}={file}" for key, file in named.items() if file not in (None, "null")
-    ]
-    return layer | {"eval_task_files": files} if files else layer
+    return {str(key): value for key, value in values.items()}
 
 
 def parse_arguments(argv: list[str]) -> dict[str, Any]:
@@ -323,7 +313,7 @@ def parse_arguments(argv: list[str]) -> dict[str, Any]:
         if key in values:
             raise UserError(f"--{key} is given twice")
         values[key] = _parse_value(text) if _is_yaml(key) else text
-    return _by_present_names(values)
+    return values
 
 
 def _is_yaml(key: str) -> bool:
@@ -359,10 +349,16 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
     Args:
         prefix: what a message puts before a field of the layer, such as `--`.
     """
-    layer = dict(layer)
+    layer = _with_task_files(below, dict(layer), prefix)
+    spelled = {}  # as the user did, where a field has a former name
+    for former, key in FORMER_NAMES.items():
+        if former in layer and key in layer:
+            raise UserError(f"{prefix}{former} is what {key} was called: give one of them")
+        if former in layer:
+            layer[key], spelled[key] = layer.pop(former), former
     # A layer that sets one of the two lengths of a run means to replace the other.
     for one, other in (("num_epochs", "num_steps"), ("num_steps", "num_epochs")):
-        if layer.get(one) and other not in layer:
+        if layer.get(one) not in (None, "null") and other not in layer:
             layer[other] = None
     try:
         return Recipe(**(below | layer)).model_dump()
@@ -370,12 +366,33 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
         names = dict.fromkeys(str(each["loc"][0]) for each in error.errors())
         raise UserError(
             "; ".join(
-                f"{prefix}{key}: {layer[key]!r} is not allowed; it takes {allowed(key)}"
+                f"{prefix}{spelled.get(key, key)}: {layer[key]!r} is not allowed; "
+                f"it takes {allowed(key)}"
                 if key in FIELDS
                 else _unknown(f"{prefix}{key}", key)
                 for key in names
             )
         ) from None
+
+
+def _with_task_files(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """`layer`, its `TASK_file: FILE` made entries of `eval_task_files`; null removes one."""
+    files = {key: layer.pop(key) for key in TASK_FILES if key in layer}
+    if not files:
+        return layer
+    for key, file in files.items():
+        if file is not None and not (isinstance(file, str) and file):
+            raise UserError(f"{prefix}{key}: {file!r} is not allowed; it takes null or text")
+        if "eval_task_files" in layer:
+            raise UserError(f"{prefix}{key} is an entry of eval_task_files: give one of them")
+    tasks = {TASK_FILES[key]: file for key, file in files.items()}
+    kept = [
+        entry
+        for entry in below.get("eval_task_files") or []
+        if entry.partition("=")[0] not in tasks
+    ]
+    named = [f"{task}={file}" for task, file in tasks.items() if file not in (None, "null")]
+    return layer | {"eval_task_files": [*kept, *named] or None}
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -454,12 +471,17 @@ def _check_consistency(recipe: Recipe) -> None:
         raise UserError(
             f"exp_name {recipe.exp_name!r} must be a plain name; use output_dir for a path"
         )
+    named = set()
     for entry in recipe.eval_task_files or []:
-        if entry.partition("=")[0] not in get_args(Benchmark) or not entry.partition("=")[2]:
+        task, _, file = entry.partition("=")
+        if task not in get_args(Benchmark) or not file:
             raise UserError(
                 f"eval_task_files: {entry!r} is not TASK=FILE with a TASK of "
                 f"{', '.join(get_args(Benchmark))}"
             )
+        if task in named:
+            raise UserError(f"eval_task_files names two files for {task}: give one")
+        named.add(task)
 
 
 # What weights, optimizer state and rows depend on. The stream guards what else decides the data.

@@ -213,6 +213,38 @@ def test_a_benchmarks_own_file_is_an_entry_of_the_list(tmp_path):
     assert recipe.eval_task_files == ["hellaswag=h.jsonl", "lambada=l.jsonl"]
     assert recipe.eval_task_file("lambada") == "l.jsonl"
     assert recipe.eval_task_file("wikitext2") is None
+    path = tmp_path / "own.yaml"
+    path.write_text("hellaswag_file: h.jsonl\n")
+    above = load_recipe(["--recipe", str(path), "--lambada_file", "l.jsonl"])
+    assert above.eval_task_files == recipe.eval_task_files  # the layer below keeps its own
+    for words, left in (
+        (["--hellaswag_file", "null"], None),
+        (["--hellaswag_file", "i.jsonl"], ["hellaswag=i.jsonl"]),
+        (["--eval_task_files", "lambada=l.jsonl"], ["lambada=l.jsonl"]),
+    ):
+        assert load_recipe(["--recipe", str(path), *words]).eval_task_files == left
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lambada_file l --eval_task_files hellaswag=h", "--lambada_file is an entry of eval_ta"),
+        ("--eval_task_files lambada=k,lambada=l", "eval_task_files names two files for lambada"),
+        ("--hellaswag_file", "--hellaswag_file: '' is not allowed; it takes null or text"),
+        ("--hellaswag_every x", "--hellaswag_every: 'x' is not allowed; it takes a whole number"),
+        ("--hellaswag_every 1 --eval_tasks_every 2", "--hellaswag_every is what eval_tasks_every"),
+    ],
+)
+def test_a_message_names_the_field_as_the_user_spelled_it(words, said):
+    with pytest.raises(UserError) as error:
+        load_recipe(words.split())
+    assert said in str(error.value)
+
+
+def test_a_length_of_null_replaces_nothing(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text('num_epochs: "null"\n')
+    assert load_recipe(["--recipe", str(path)]).num_steps == 19073
 
 
 def test_what_earlier_recipes_call_a_field_is_understood(tmp_path):
