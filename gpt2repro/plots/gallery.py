@@ -13,7 +13,7 @@ from gpt2repro.evaluation.published import published_loss
 from gpt2repro.plots import attention, curves, gradients, logit_lens, parameters
 from gpt2repro.plots.style import token_labels
 from gpt2repro.records.metrics import read_metrics
-from gpt2repro.records.run_directory import read_recipe
+from gpt2repro.records.run_directory import saved_recipe
 
 Heads = list[tuple[int, int]]  # (layer, head)
 
@@ -45,7 +45,7 @@ def read_run(name: str) -> RunRecord | None:
     path = Path(name)
     if not (path / "metrics.jsonl").is_file():
         return None
-    return RunRecord(path, read_metrics(path / "metrics.jsonl"), read_recipe(path))
+    return RunRecord(path, read_metrics(path / "metrics.jsonl"), saved_recipe(path))
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ class Start:
         return self.state.get("recipe", {})
 
 
-def read_recipe(run: Path) -> dict[str, Any]:
+def saved_recipe(run: Path) -> dict[str, Any]:
     """The fields of a run's recipe.yaml as they were saved; {} where there is none.
 
     Raises:
-        UserError: the file is no recipe's.
+        UserError: the file cannot be read.
     """
     path = run / "recipe.yaml"
     if not path.is_file():
@@ -81,7 +81,8 @@ class RunDirectory:
             names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be read: {error}") from None
-        exists = bool(names - {LOCK})  # a launch may have been killed between its first two files
+        # A launch may have been killed before its first file was whole.
+        exists = bool(names - {LOCK} - {path.name for path in atomic.leftovers(self.recipe)})
         if exists and not self.recipe.exists():
             raise UserError(
                 f"output_dir {self.path} holds files of something else; give a new or empty one"
@@ -119,6 +120,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = (self.path / LOCK).open("w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it at exit
+            for left in (*atomic.leftovers(self.recipe), *atomic.leftovers(self.metrics)):
+                left.unlink()  # nobody else writes them
             with atomic.new_file(self.recipe) as scratch:
                 scratch.write_text(recipe, encoding="utf-8")
             self.preempted.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from gpt2repro import UserError
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.records import checkpoints
-from gpt2repro.records.run_directory import read_recipe
+from gpt2repro.records.run_directory import saved_recipe
 from gpt2repro.system.hub import is_hub_id
 from gpt2repro.system.patience import patiently
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -103,6 +103,6 @@ def find_tokenizer(name: str, given: str | None = None) -> PreTrainedTokenizerFa
     for directory in (Path(where), run / "final"):
         if any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             return load_tokenizer(directory)
-    if trained_with := read_recipe(run).get("tokenizer_name"):
+    if trained_with := saved_recipe(run).get("tokenizer_name"):
         return load_tokenizer(trained_with, if_unreachable=OFFLINE_ADVICE)
     raise UserError(f"--model {name} holds no tokenizer; name one with --tokenizer")

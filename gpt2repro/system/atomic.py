@@ -5,6 +5,7 @@ run that goes on after a crash, never meets half of one. A rename may reach the 
 it names; what must survive a power failure is flushed first (`durable`, fsync(2)).
 """
 
+import glob
 import os
 import shutil
 import uuid
@@ -30,6 +31,11 @@ def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
             flush(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What writers of the file `path` left that were killed, or still write."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*"))
 
 
 def partial(path: Path) -> Path:

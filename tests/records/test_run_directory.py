@@ -102,17 +102,25 @@ def test_a_new_launch_is_not_preempted_yet(run):
     assert not directory.preempted.exists()
 
 
-@pytest.mark.parametrize("killed_before", ["lock", "recipe", "metrics"])
+@pytest.mark.parametrize(
+    "killed_before", ["lock", "recipe", "whole recipe", "metrics", "whole metrics"]
+)
 def test_a_launch_that_was_killed_while_it_opened_can_be_repeated(tmp_path, killed_before):
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     if killed_before != "lock":
         (directory.path / ".lock").touch()
-    if killed_before == "metrics":
+    if killed_before == "whole recipe":
+        (directory.path / ".recipe.yaml.123.abc").write_text(RECIPE[:3])
+    if "metrics" in killed_before:
         directory.recipe.write_text(RECIPE)
+    if killed_before == "whole metrics":
+        (directory.path / ".metrics.jsonl.123.abc").touch()
     again = RunDirectory(directory.path)
     assert again.find_start("auto").step == 0
     assert again.open(0, RECIPE) == []
+    names = {path.name for path in directory.path.iterdir()}
+    assert names == {".lock", "recipe.yaml", "metrics.jsonl"}
 
 
 def test_files_of_something_else_are_left_alone(tmp_path):
