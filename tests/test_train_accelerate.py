@@ -19,6 +19,7 @@ from gpt2repro import UserError
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.records import checkpoints, incidents
 from gpt2repro.speed import cpu_memory
+from gpt2repro.system.signals import SIGNALS
 from gpt2repro.training import finish
 from gpt2repro.training import run as run_module
 from gpt2repro.training.monitor import Monitor
@@ -58,6 +59,20 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Monitor, "report", report_and_stop)
+
+
+def test_while_the_tracker_logs_in_a_signal_ends_the_process(recipe, tmp_path, monkeypatch):
+    """It may ask for a key and wait for ever; there is nothing to save yet."""
+    before, found = [signal.getsignal(number) for number in SIGNALS], []
+
+    def login(*_):
+        found.extend(signal.getsignal(number) for number in SIGNALS)
+        raise UserError("no key")
+
+    monkeypatch.setattr(run_module, "start_tracker", login)
+    with pytest.raises(UserError, match="no key"):
+        train(recipe, tmp_path / "run")
+    assert found == before
 
 
 # --- What a run leaves ----------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _open_validation(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> Va
 def _open_benchmarks(recipe: Recipe, tokenizer: Any) -> list[Task]:
     return [
         task
-        for name in recipe.eval_tasks
+        for name in dict.fromkeys(recipe.eval_tasks)
         for task in open_tasks(
             name,
             tokenizer,

@@ -27,7 +27,6 @@ from gpt2repro.records.metrics import MetricsLog, read_metrics
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
-from gpt2repro.training.engine import start_tracker
 from gpt2repro.training.inputs import Inputs
 from gpt2repro.training.learner import Learner
 from gpt2repro.training.step import StepResult
@@ -54,7 +53,7 @@ class Monitor:
         start: Start,
         history: Sequence[dict[str, Any]],
     ) -> None:
-        """Introduce the run, log in to its tracker, and begin the bar.
+        """Introduce the run and begin the bar.
 
         `history`: the lines of metrics.jsonl before the step where this launch begins.
         """
@@ -64,7 +63,6 @@ class Monitor:
         self._stop = stop
         if main:
             self._introduce(start)
-        start_tracker(recipe, accelerator)
         self.progress = Progress(first_step=start.step, num_steps=recipe.num_steps, enabled=main)
         self._log = MetricsLog(directory.metrics) if main else None
         self._throughput = Throughput(
@@ -76,12 +74,10 @@ class Monitor:
         self._incidents = IncidentLog(directory.incidents)
 
     def close(self) -> None:
-        """End the bar, the file and the trackers."""
+        """End the bar and the file."""
         self.progress.close()
         if self._log is not None:
             self._log.close()
-        for tracker in self.learner.accelerator.trackers:
-            tracker.finish()
 
     def _introduce(self, start: Start) -> None:
         """The first lines on the screen: what this run is, before hours are spent on it."""

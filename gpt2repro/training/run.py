@@ -15,7 +15,7 @@ from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
-from gpt2repro.training.engine import start_engine
+from gpt2repro.training.engine import start_engine, start_tracker
 from gpt2repro.training.inputs import Inputs, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
@@ -43,8 +43,10 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         """End threads, files and trackers; what was saved stays saved."""
-        self.monitor.close()
         self.inputs.stream.close()
+        self.monitor.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def next_rows(self) -> StepRows | None:
         """This rank's rows of the next step; None if a stop was agreed on."""
@@ -131,15 +133,16 @@ def open_run(recipe: Recipe, argv: list[str], monitor: Callable[..., Monitor] = 
         UserError: something in the recipe, the files, the Hub or the launch must be mended.
         AlreadyFinished: the run has all its steps and its export.
     """
+    launch = machine.launch(argv)
     accelerator = start_engine(recipe)
     start = _find_start(recipe)
     inputs = open_inputs(recipe, start)
     learner = open_learner(recipe, accelerator, inputs.tokenizer, start)
-    return _claim(recipe, start, inputs, learner, monitor, machine.launch(argv))
+    return _claim(recipe, start, inputs, learner, monitor, launch)
 
 
 def _find_start(recipe: Recipe) -> Start:
-    """Where the run begins. Nothing is written, and what the Hub would refuse later is told now."""
+    """Where the run begins. Nothing is written here; the Hub is asked for the run's repository."""
     directory = RunDirectory(recipe.run_dir)
     start: Start = ranks.on_rank_0(lambda: directory.find_start(recipe.resume))
     if start.step == recipe.num_steps and ranks.on_rank_0(directory.final.is_dir):
@@ -171,6 +174,7 @@ def _claim(
         dataset_revision=inputs.corpus.identity.get("revision"),
     )
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
+    start_tracker(resolved, accelerator)  # may ask for a login: signals still end the process
     stop = StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device))
     return Run(
         recipe=resolved,
