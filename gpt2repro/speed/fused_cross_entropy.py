@@ -26,14 +26,17 @@ def linear_cross_entropy(
 
     From hidden (N, C), weight (V, C) and labels (N,) to a scalar of at least float32.
     """
-    return _SummedCrossEntropy.apply(hidden, weight, labels, ignore_index)
+    # Within a function of autograd gradients are off, and what it is told that tensors need does
+    # not heed `no_grad`: a validation would compute the weight's gradient, a third of the work.
+    with_gradients = torch.is_grad_enabled()
+    return _SummedCrossEntropy.apply(hidden, weight, labels, ignore_index, with_gradients)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """`cross_entropy_and_gradients`, whose gradients wait for the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, ignore_index):
+    def forward(ctx, hidden, weight, labels, ignore_index, with_gradients):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -43,7 +46,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             labels,
             ignore_index,
             dtype,
-            *ctx.needs_input_grad[:2],
+            *(with_gradients and needed for needed in ctx.needs_input_grad[:2]),
             torch.compiler.is_compiling(),
         )
         ctx.save_for_backward(*gradients)
@@ -57,8 +60,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return (
             hidden_grad * grad if needs_hidden else None,
             (weight_grad * grad).to(ctx.weight_dtype) if needs_weight else None,
-            None,
-            None,
+            *(None, None, None),
         )
 
 

@@ -28,6 +28,22 @@ def test_the_gradient_is_the_derivative():
     )
 
 
+def test_without_gradients_none_are_computed(monkeypatch):
+    asked = []
+
+    def spy(*args):
+        asked.append(args[5:7])
+        return cross_entropy_and_gradients(*args)
+
+    monkeypatch.setattr(module, "cross_entropy_and_gradients", spy)
+    hidden, weight = torch.ones(9, 5, requires_grad=True), torch.ones(11, 5, requires_grad=True)
+    labels = torch.arange(9)
+    with torch.no_grad():
+        bare = linear_cross_entropy(hidden, weight, labels, -100)
+    assert torch.equal(bare, linear_cross_entropy(hidden, weight.detach(), labels, -100))
+    assert asked == [(False, False), (True, False)]
+
+
 def test_logits_far_apart_neither_overflow_nor_vanish():
     hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
