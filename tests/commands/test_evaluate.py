@@ -54,6 +54,9 @@ def test_all_benchmarks(model, tmp_path, capsys):
     }
     assert all(figure["stderr"] >= 0 for figure in found["results"].values())
     assert found["tasks"]["lambada"]["num_scored"] == found["tasks"]["lambada"]["num_rows"] == 12
+    for name, task in found["tasks"].items():  # what a model card links to
+        benchmark = BENCHMARKS[name.partition("/")[0]]
+        assert task["dataset"] == {"name": benchmark.dataset, "title": benchmark.title}
     assert found["environment"]["torch"]
     table, notes = capsys.readouterr()
     line = next(line for line in table.splitlines() if line.startswith("wikitext2/bits"))
@@ -77,6 +80,7 @@ def test_held_out_text(model, tmp_path):
     bits = loss / 0.6931471805599453 * num_tokens / num_bytes
     assert found["results"]["val/bits_per_byte"]["value"] == pytest.approx(bits)
     assert found["tasks"]["val"]["num_scored"] == (num_tokens - 1) // 64
+    assert not found["tasks"]["val"].get("dataset"), "not on the Hub: no link on a model card"
     few = evaluated(tmp_path, *arguments, "--limit", "2")
     assert few["tasks"]["val"]["num_scored"] == 2
 
