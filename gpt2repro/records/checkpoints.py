@@ -112,9 +112,10 @@ def _optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str
     tensors = {}
     for name, parameter in innermost(model).named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            full = whole(value)
-            if rank() == 0:  # one after the other, so that no other rank holds them all
-                tensors[f"{name}/{key}"] = full
+            if rank() == 0:
+                tensors[f"{name}/{key}"] = whole(value)
+            elif isinstance(value, DTensor):
+                value.full_tensor()  # its part in the gathering
     return tensors
 
 
