@@ -11,9 +11,12 @@ attention is causal, so no scored position sees it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 from gpt2repro import UserError
 
@@ -136,6 +139,15 @@ def plan_batches(
     return batches + [Batch(batches[-1].index, 0, batches[-1].length)] * missing
 
 
+def without_cache(model: torch.nn.Module) -> dict[str, Any]:
+    """What to call the model with so that it builds no cache, which an evaluation has no use for.
+
+    It would be gigabytes, and compiled blocks would specialize on which layer's part is theirs.
+    """
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    return {"use_cache": False} if "use_cache" in signature(bare.forward).parameters else {}
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """No dropout and no gradients inside; the model's mode is as before afterwards."""
@@ -225,8 +237,8 @@ def _score_batch(
     if trim_logits:  # in quarters, so that there are few shapes
         first = int(scored.any(dim=0).int().argmax())
         kept = -(-length * -(-4 * (length - first) // length) // 4)
-    trim = {"logits_to_keep": kept} if kept < length else {}
-    logits = model(input_ids=inputs.to(device), **trim).logits
+    how = without_cache(model) | ({"logits_to_keep": kept} if kept < length else {})
+    logits = model(input_ids=inputs.to(device), **how).logits
     targets, scored = targets[:, length - kept :], scored[:, length - kept :]
     rows, columns = scored.nonzero(as_tuple=True)
     # Only scored positions are turned to float32: log p(t) = logit(t) - logsumexp(logits).

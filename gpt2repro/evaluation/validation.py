@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch.nn import functional as F
 
-from gpt2repro.evaluation.likelihoods import POSITIONS_AT_ONCE, Reduce, evaluating
+from gpt2repro.evaluation.likelihoods import POSITIONS_AT_ONCE, Reduce, evaluating, without_cache
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -78,9 +78,10 @@ def _summed_loss(
     """Nats, summed over the `num_tokens` targets (B, T) that are not IGNORED."""
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(bare, GPT2ReproForCausalLM):  # stock GPT-2 would swallow `shift_labels`
-        loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True).loss
+        loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True, use_cache=False).loss
         return loss.item() * num_tokens
-    logits, targets = model(input_ids=inputs).logits.flatten(0, 1), targets.flatten()
+    logits = model(input_ids=inputs, **without_cache(model)).logits.flatten(0, 1)
+    targets = targets.flatten()
     chunks = zip(logits.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
     parts = [
         F.cross_entropy(some.float(), wanted, ignore_index=IGNORED, reduction="sum")

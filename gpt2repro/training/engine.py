@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro import UserError
 from gpt2repro.data.lanes import check_lanes
@@ -55,11 +56,25 @@ def start_engine(recipe: Recipe) -> Accelerator:
         rows_per_step=recipe.rows_per_step,
         world_size=accelerator.num_processes,
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        own_precision(accelerator)
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if accelerator.device.type == "cpu":
         cpu_memory.return_freed_memory()  # until the first step has compiled: see there
     return accelerator
+
+
+def own_precision(accelerator: Accelerator) -> None:
+    """FSDP2's share of bf16: parameters are gathered in it, sums and outputs stay as they are.
+
+    accelerate would round all three: losses to multiples of 1/32, and gradients at every one of
+    their sums over ranks and micro-batches. To be called before `prepare`.
+    """
+    if accelerator.mixed_precision == "bf16":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def _cpu_is_asked_for() -> bool:
