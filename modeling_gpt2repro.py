@@ -350,8 +350,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         if skip_logits and isinstance(self.lm_head, GPT2ReproLMHead):
             loss = mean_loss(self.lm_head, hidden_states, labels, shift_labels, **kwargs)
         else:
-            hidden_states = select_positions(hidden_states, logits_to_keep)
-            logits = self.lm_head(hidden_states)  # (B, T, V), 124M: (B, 1024, 50257)
+            logits = self.lm_head(select_positions(hidden_states, logits_to_keep))  # (B, T, V)
             if labels is not None or shift_labels is not None:
                 kwargs["shift_labels"] = None if shift_labels is None else shift_labels.contiguous()
                 loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
@@ -364,10 +363,12 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         )
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Also called when the vocabulary is resized, with a plain layer of the new size."""
-        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:
-            new_embeddings.__class__ = GPT2ReproLMHead  # keeps what others have put on the layer
-        super().set_output_embeddings(new_embeddings)
+        """A plain layer, as a resized vocabulary has, gives its weight: the head's hooks stay."""
+        head, new = self.lm_head, new_embeddings
+        if isinstance(head, GPT2ReproLMHead) and type(new) is nn.Linear and new.bias is None:
+            head.weight, head.out_features = new.weight, new.out_features
+        else:
+            super().set_output_embeddings(new)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is read
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
@@ -390,11 +391,10 @@ def refuse_beyond_context(config, length, position_ids) -> None:
     unknown = isinstance(length, torch.Tensor) or position_ids is not None
     if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and unknown):
         return
-    limit = config.n_positions
-    if length > limit and position_ids is not None:
+    if length > config.n_positions and position_ids is not None:
         length = position_ids.max() + 1
-    if length > limit:
-        raise ValueError(f"a sequence of {int(length)} tokens does not fit: n_positions is {limit}")
+    if length > config.n_positions:
+        raise ValueError(f"{int(length)} tokens do not fit: n_positions is {config.n_positions}")
 
 
 def mean_loss(

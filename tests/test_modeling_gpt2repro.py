@@ -195,7 +195,7 @@ def test_documents_packed_by_position_resets_do_not_see_each_other(attention):
 
 def test_a_sequence_beyond_the_context_is_refused_with_both_lengths():
     ours, _ = ours_and_theirs()
-    message = "49 tokens does not fit: n_positions is 48"
+    message = "49 tokens do not fit: n_positions is 48"
     with pytest.raises(ValueError, match=message):
         ours(random_ids(1, 49))
     with pytest.raises(ValueError, match=message):  # in two pieces
@@ -253,6 +253,9 @@ def test_a_resized_head_keeps_the_hook_of_its_place():
     add_hook_to_module(ours.lm_head, ModelHook())
     ours.resize_token_embeddings(120)
     assert isinstance(ours.lm_head._hf_hook, ModelHook)
+    ids = random_ids(2, 9)
+    bare, loss = (ours(ids, labels=ids, skip_logits=skip).loss for skip in (True, False))
+    torch.testing.assert_close(bare, loss, **REORDERED)
 
 
 # --- attention kernels ----------------------------------------------------------------------------

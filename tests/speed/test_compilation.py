@@ -93,7 +93,7 @@ def test_compiling_in_place_leaves_names_and_generation_alone():
 )
 def test_the_context_is_guarded_in_compiled_code_too():
     ours, _ = ours_and_theirs(n_layer=1)
-    with pytest.raises(ValueError, match="49 tokens does not fit: n_positions is 48"):
+    with pytest.raises(ValueError, match="49 tokens do not fit: n_positions is 48"):
         torch.compile(ours, backend="eager")(random_ids(1, 49))
 
 
