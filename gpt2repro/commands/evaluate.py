@@ -7,7 +7,6 @@ Both models go through the same loader, the same requests and the same batches. 
 by others are shown in a column of their own and are never mixed with computed ones.
 """
 
-import inspect
 import json
 import sys
 from argparse import Namespace
@@ -244,11 +243,12 @@ def _score_all(loaded: Loaded, tasks: list["Task"], batch_size: int) -> list["Ta
     import torch
     from tqdm import tqdm
 
+    from gpt2repro.evaluation.likelihoods import takes
     from gpt2repro.evaluation.scoring import score_task
     from gpt2repro.system import ranks
 
     rank, world_size = ranks.rank(), ranks.world_size()
-    trim = "logits_to_keep" in inspect.signature(type(loaded.model).forward).parameters
+    trim = takes(loaded.model, "logits_to_keep")
     results = []
     for task in tasks:
         with tqdm(

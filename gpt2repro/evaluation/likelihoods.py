@@ -144,8 +144,13 @@ def without_cache(model: torch.nn.Module) -> dict[str, Any]:
 
     It would be gigabytes, and compiled blocks would specialize on which layer's part is theirs.
     """
+    return {"use_cache": False} if takes(model, "use_cache") else {}
+
+
+def takes(model: torch.nn.Module, argument: str) -> bool:
+    """Whether `forward` of the model within its wrappers has this argument."""
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
-    return {"use_cache": False} if "use_cache" in signature(bare.forward).parameters else {}
+    return argument in signature(bare.forward).parameters
 
 
 @contextmanager
@@ -199,13 +204,14 @@ def loglikelihoods(
         lengths, batch_size=batch_size, max_length=max_length, world_size=world_size
     )
     device = next(model.parameters()).device
+    options = without_cache(model)
     found = torch.zeros(2, len(requests), dtype=torch.float64)  # log-likelihood, is greedy
     with evaluating(model):
         for batch in batches[rank::world_size]:
             if should_stop is not None and should_stop():
                 return None
             rows = [requests[i] for i in batch.index]
-            scored = _score_batch(model, rows, batch.length, device, trim_logits)
+            scored = _score_batch(model, rows, batch.length, device, trim_logits, options)
             found[:, batch.index[: batch.num_counted]] = scored[:, : batch.num_counted]
             if on_batch is not None:
                 on_batch(batch.num_counted)
@@ -223,8 +229,12 @@ def _score_batch(
     length: int,
     device: torch.device,
     trim_logits: bool,
+    options: dict[str, Any],
 ) -> torch.Tensor:
-    """(2, B) float64: the log-likelihoods of a batch padded to `length`, and who is greedy."""
+    """(2, B) float64: the log-likelihoods of a batch padded to `length`, and who is greedy.
+
+    `options` go to the model.
+    """
     inputs = torch.zeros(len(requests), length, dtype=torch.int64)
     targets = torch.zeros_like(inputs)
     scored = torch.zeros_like(inputs, dtype=torch.bool)
@@ -237,8 +247,8 @@ def _score_batch(
     if trim_logits:  # in quarters, so that there are few shapes
         first = int(scored.any(dim=0).int().argmax())
         kept = -(-length * -(-4 * (length - first) // length) // 4)
-    how = without_cache(model) | ({"logits_to_keep": kept} if kept < length else {})
-    logits = model(input_ids=inputs.to(device), **how).logits
+    trim = {"logits_to_keep": kept} if kept < length else {}
+    logits = model(input_ids=inputs.to(device), **options, **trim).logits
     targets, scored = targets[:, length - kept :], scored[:, length - kept :]
     rows, columns = scored.nonzero(as_tuple=True)
     # Only scored positions are turned to float32: log p(t) = logit(t) - logsumexp(logits).

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ def validation_loss(
     assert rows.ndim == 2 and len(rows) > 0, "rows are (N, T+1), at least one"
     device = next(model.parameters()).device
     num_batches = -(-len(rows) // (batch_size * world_size)) * world_size
+    options = without_cache(model)
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     with evaluating(model):
         for batch in range(rank, num_batches, world_size):
@@ -63,7 +65,7 @@ def validation_loss(
             targets[torch.from_numpy(index >= len(rows)).to(device)] = IGNORED
             num_tokens = int((index < len(rows)).sum()) * targets.shape[1]
             # As training has it: a compiler takes rows of another stride for a model of its own.
-            nats = _summed_loss(model, tokens[:, :-1].contiguous(), targets, num_tokens)
+            nats = _summed_loss(model, tokens[:, :-1].contiguous(), targets, num_tokens, options)
             if num_tokens:
                 sums += torch.tensor([nats, num_tokens], dtype=torch.float64)
     if world_size > 1:
@@ -73,14 +75,21 @@ def validation_loss(
 
 
 def _summed_loss(
-    model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor, num_tokens: int
+    model: torch.nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    num_tokens: int,
+    options: dict[str, Any],
 ) -> float:
-    """Nats, summed over the `num_tokens` targets (B, T) that are not IGNORED."""
+    """Nats, summed over the `num_tokens` targets (B, T) that are not IGNORED.
+
+    `options` go to the model.
+    """
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(bare, GPT2ReproForCausalLM):  # stock GPT-2 would swallow `shift_labels`
-        loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True, use_cache=False).loss
+        loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True, **options).loss
         return loss.item() * num_tokens
-    logits = model(input_ids=inputs, **without_cache(model)).logits.flatten(0, 1)
+    logits = model(input_ids=inputs, **options).logits.flatten(0, 1)
     targets = targets.flatten()
     chunks = zip(logits.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
     parts = [
