@@ -10,6 +10,7 @@ import pytest
 import torch
 from ours_and_theirs import SHAPE, ours_and_theirs, random_ids
 from safetensors.torch import load_file
+from tiny_export import WITHOUT_THE_PACKAGE
 
 from configuration_gpt2repro import AUTO_MAP, GPT2ReproConfig
 from modeling_gpt2repro import (
@@ -19,20 +20,16 @@ from modeling_gpt2repro import (
     GPT2ReproModel,
 )
 
-# The editable install would make a broken import look sound: this process must not find us.
-PREAMBLE = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"configuration_gpt2repro", "modeling_gpt2repro", "gpt2repro"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+PREAMBLE = (
+    WITHOUT_THE_PACKAGE
+    + """
 import torch
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 )
 directory, = sys.argv[1:]
 """
+)
 
 
 def run_elsewhere(script: str, directory: Path, tmp_path: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from fake_hub import Fault
 from fake_hub_uploads import UploadHub
 from safetensors.torch import load_file
-from tiny_export import VERIFIED, export_unverified
+from tiny_export import VERIFIED, WITHOUT_THE_PACKAGE, export_unverified
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
@@ -37,16 +37,12 @@ def verified(monkeypatch, exported):
     monkeypatch.setattr(verification, "verify", lambda _: VERIFIED)
 
 
-FRESH = """
-import sys
+FRESH = (
+    WITHOUT_THE_PACKAGE
+    + """
 from safetensors.torch import save_file
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("gpt2repro", "modeling_gpt2repro", "configuration_gpt2repro"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained("me/name", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("me/name")
@@ -54,6 +50,7 @@ ids = tokenizer("This function returns", return_tensors="pt").input_ids
 greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
 save_file({"ids": ids, "logits": model(ids).logits.detach(), "greedy": greedy}, sys.argv[1])
 """
+)
 
 
 def test_push_with_faults_and_reload_by_a_fresh_process(exported, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_export import VERIFIED
+from tiny_export import VERIFIED, WITHOUT_THE_PACKAGE
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
@@ -112,13 +112,9 @@ def test_verification_says_how_equal_the_logits_are(exported):
     assert "trust_remote_code" not in (exported[0] / "gpt2" / "README.md").read_text()
 
 
-STRANGER = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("gpt2repro", "modeling_gpt2repro", "configuration_gpt2repro"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -135,6 +131,7 @@ for form, trust in (("gpt2repro", {"trust_remote_code": True}), ("gpt2", {})):
     assert text.startswith("This"), text
 save_file(answers, sys.argv[1])
 """
+)
 
 
 def test_a_stranger_gets_the_live_models_answers(exported, tmp_path):
