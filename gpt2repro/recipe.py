@@ -124,8 +124,17 @@ class Recipe(BaseModel):
     sequence_length: WholeNumber = knob("context length T in tokens", ge=1)
     dropout: Number = knob("dropout probability everywhere GPT-2 has it", ge=0, le=0.99)
     attn_implementation: Literal[
-        "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
-    ] = knob("transformers' attention implementation")
+        "sdpa",
+        "sdpa_flash_3",
+        "sdpa_flash_4",
+        "eager",
+        "flex_attention",
+        "flash_attention_2",
+        "flash_attention_3",
+    ] = knob(
+        "transformers' attention implementation; sdpa_flash_3 and 4 are sdpa with the kernel of "
+        "that package"
+    )
     gradient_checkpointing: Switch = knob(
         "recompute activations in the backward pass to save memory"
     )
@@ -161,6 +170,16 @@ class Recipe(BaseModel):
     # Engine
     mixed_precision: Precision = knob("autocast of the forward pass")
     compile: Switch = knob("torch.compile the model")
+    max_autotune: Switch = knob(
+        "let the compiler time several kernels for each product; costs minutes at every start"
+    )
+    bf16_residual: Switch = knob(
+        "hold the residual stream in bfloat16: less memory to move, for sums that round to 8 bits"
+    )
+    fp8_head: Switch = knob(
+        "multiply the output layer in 8 bits: for GPUs from compute capability 8.9 (Ada, Hopper) "
+        "on; the gradient is coarser"
+    )
 
     # What the run shows and keeps
     log_every: WholeNumber = knob("steps between lines in metrics.jsonl", ge=1)
@@ -471,6 +490,11 @@ def _check_consistency(recipe: Recipe) -> None:
         raise UserError(
             f"exp_name {recipe.exp_name!r} must be a plain name; use output_dir for a path"
         )
+    for name in ("bf16_residual", "fp8_head"):
+        if getattr(recipe, name) and recipe.mixed_precision != "bf16":
+            raise UserError(f"{name} needs mixed_precision bf16")
+    if recipe.max_autotune and not recipe.compile:
+        raise UserError("max_autotune chooses among the compiler's kernels: it needs compile")
     named = set()
     for entry in recipe.eval_task_files or []:
         task, _, file = entry.partition("=")

@@ -7,36 +7,36 @@ products as with all logits in memory, and memory for one chunk of them.
 
 import contextlib
 import functools
-import mmap
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# Tokens whose logits exist at once (enough for a fast product), tokens whose probabilities do (a
-# CPU's cache wants few, a GPU few kernels), and tokens of the vocabulary that meet in one product.
-CHUNKS = {"cpu": (512, 32, 4096)}
-CHUNKS_ON_GPUS = (4096, 1024, 65536)  # by arithmetic: no GPU has been measured yet
+from gpt2repro.speed.low_precision import Fp8Products
+
+LARGE_GPU = 32 * 2**30  # bytes: the logits of the larger chunk take 1.6 GB
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, fp8: bool = False
 ) -> Tensor:
     """Σ -log softmax(hidden Wᵀ)[label] in nats, multiplied in the type that autocast asks for.
 
-    From hidden (N, C), weight (V, C) and labels (N,) to a scalar of at least float32.
+    From hidden (N, C), weight (V, C) and labels (N,) to a scalar of at least float32. With `fp8`
+    the products of a training step are multiplied in 8 bits; without gradients nothing is.
     """
     # Within a function of autograd gradients are off, and what it is told that tensors need does
     # not heed `no_grad`: a validation would compute the weight's gradient, a third of the work.
     with_gradients = torch.is_grad_enabled()
-    return _SummedCrossEntropy.apply(hidden, weight, labels, ignore_index, with_gradients)
+    return _SummedCrossEntropy.apply(hidden, weight, labels, ignore_index, with_gradients, fp8)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """`cross_entropy_and_gradients`, whose gradients wait for the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, ignore_index, with_gradients):
+    def forward(ctx, hidden, weight, labels, ignore_index, with_gradients, fp8):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -48,6 +48,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             dtype,
             *(with_gradients and needed for needed in ctx.needs_input_grad[:2]),
             torch.compiler.is_compiling(),
+            fp8 and with_gradients,
         )
         ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight.dtype
@@ -60,7 +61,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return (
             hidden_grad * grad if needs_hidden else None,
             (weight_grad * grad).to(ctx.weight_dtype) if needs_weight else None,
-            *(None, None, None),
+            *(None, None, None, None),
         )
 
 
@@ -76,57 +77,95 @@ def cross_entropy_and_gradients(
     needs_hidden: bool,
     needs_weight: bool,
     in_compiled_code: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, and its gradients by hidden (N, C) and weight (V, C).
 
-    Logits are multiplied in `dtype`. Loss and weight gradient are of at least float32; gradients
-    that nobody needs are empty. In compiled code, logits become their gradient by Inductor's.
+    Logits are multiplied in `dtype`, or in 8 bits. Loss and weight gradient are of at least
+    float32; gradients that nobody needs are empty. In compiled code, logits become their gradient
+    by Inductor's.
     """
     losses_of = _compiled_losses_and_gradient if in_compiled_code else losses_and_gradient
     wide = torch.promote_types(dtype, torch.float32)
-    chunk_tokens, block_tokens, piece_tokens = CHUNKS.get(hidden.device.type, CHUNKS_ON_GPUS)
     loss = hidden.new_zeros((), dtype=wide)
     hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    weight_grad = _zeros_apart(weight, wide) if needs_weight else weight.new_empty(0, dtype=wide)
-    # A product of 50257 columns is slower on CPUs than several of 4096. There each piece is cast
-    # when it is met: 1 % of a step, and the whole weight in bfloat16 would be another 77 MB.
-    pieces = (weight if weight.is_cpu else weight.to(dtype)).split(piece_tokens)
-    room = None if pieces[0].dtype == dtype else torch.empty_like(pieces[0], dtype=dtype)
-
-    def cast(piece: Tensor) -> Tensor:
-        return piece if room is None else room[: len(piece)].copy_(piece)
-
+    weight_grad = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide)
+    products: HeadProducts = Fp8Products(weight, dtype) if fp8 else Products(weight, dtype)
+    chunk_tokens, block_tokens = tokens_at_once(hidden.device)
     vocab_size = len(weight)  # matrix units want rows that begin at multiples of 64 numbers
-    buffer = hidden.new_empty(chunk_tokens, vocab_size + -vocab_size % 64, dtype=dtype)
+    width = vocab_size + -vocab_size % 64
+    buffer = hidden.new_zeros(min(chunk_tokens, len(labels)), width, dtype=dtype)
     for start in range(0, len(labels), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         counted = (labels[chunk] != ignore_index)[:, None]
         label = labels[chunk, None].where(counted, 0)
-        inputs = hidden[chunk].to(dtype)
-        logits = buffer[: len(inputs), :vocab_size]
-        parts = logits.split(piece_tokens, dim=1)
-        for part, piece in zip(parts, pieces, strict=True):
-            torch.mm(inputs, cast(piece).T, out=part)
+        states = hidden[chunk].to(dtype)
+        padded = buffer[: len(states)]
+        logits = padded[:, :vocab_size]
+        products.logits(states, padded)
 
         blocks = zip(logits.split(block_tokens), label.split(block_tokens), strict=True)
         losses = [losses_of(*block, wide, needs_hidden or needs_weight) for block in blocks]
         loss += torch.cat(losses).where(counted, 0).sum()
 
-        inputs = inputs.where(counted, 0)
-        grad = inputs.new_zeros(inputs.shape if needs_hidden else 0, dtype=wide)
-        for number, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
-            if needs_hidden:
-                grad += part @ cast(piece)
-            if needs_weight:
-                summed = weight_grad[number * piece_tokens :][: len(piece)]
-                product = part.T @ inputs
-                if start == 0:  # a page that is read before it is written costs two faults
-                    summed.copy_(product)
-                else:
-                    summed += product
         if needs_hidden:
-            hidden_grad[chunk] = grad.where(counted, 0)
+            hidden_grad[chunk] = products.hidden_grad(padded).where(counted, 0)
+        if needs_weight:
+            products.add_weight_grad(weight_grad, padded, states.where(counted, 0))
     return loss, hidden_grad, weight_grad
+
+
+def tokens_at_once(device: torch.device) -> tuple[int, int]:
+    """Tokens whose logits exist at once, and of them those whose probabilities do.
+
+    The products want many, to fill a GPU's last wave of tiles; a CPU's cache wants few, and a GPU
+    few kernels. By arithmetic: no GPU has been measured yet.
+    """
+    if device.type != "cuda":
+        return 512, 32
+    large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
+    return (16384 if large else 4096), 1024
+
+
+class HeadProducts(Protocol):
+    """The three matrix products of a head of V tokens, for N of its inputs at a time.
+
+    The columns of `padded` (N, V and a few more) beyond the vocabulary are zero, and stay so.
+    """
+
+    def logits(self, states: Tensor, padded: Tensor) -> None:
+        """states (N, C) Wᵀ into `padded`."""
+
+    def hidden_grad(self, padded: Tensor) -> Tensor:
+        """From the gradient of the logits to that of the states, (N, C)."""
+
+    def add_weight_grad(self, total: Tensor, padded: Tensor, states: Tensor) -> None:
+        """Add the gradient of W (V, C) to `total`."""
+
+
+class Products:
+    """In the type that the weight is cast to, once for all chunks."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight = weight.to(dtype)
+
+    def logits(self, states, padded):
+        torch.mm(states, self.weight.T, out=padded[:, : len(self.weight)])
+
+    def hidden_grad(self, padded):
+        return padded[:, : len(self.weight)] @ self.weight
+
+    def add_weight_grad(self, total, padded, states):
+        grad = padded[:, : len(self.weight)]
+        if SUM_WITHIN_PRODUCT and total.is_cuda and total.dtype != states.dtype:
+            torch.addmm(total, grad.T, states, out_dtype=total.dtype, out=total)
+        else:
+            total += grad.T @ states
+
+
+# Whether cuBLAS adds to the float32 sum itself, with no rounding to bfloat16 in between. It should
+# be faster by a percent of a step; off until a GPU has run it.
+SUM_WITHIN_PRODUCT = False
 
 
 def losses_and_gradient(
@@ -172,20 +211,8 @@ def fusible_losses_and_gradient(
     return losses
 
 
-def _zeros_apart(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros of a tensor's shape, on CPUs in a block of their own that goes back to the kernel.
-
-    The weight's gradient is by far the largest block of a step. Where malloc keeps what is freed
-    (cpu_memory.py), it would leave a gap of 154 MB that others break up before the next one comes.
-    """
-    if not like.is_cpu:
-        return torch.zeros_like(like, dtype=dtype)
-    block = mmap.mmap(-1, like.numel() * dtype.itemsize, flags=mmap.MAP_PRIVATE)
-    return torch.frombuffer(block, dtype=dtype).view(like.shape)
-
-
 @cross_entropy_and_gradients.register_fake
-def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight, in_compiled_code):
+def _(hidden, weight, labels, ignore_index, dtype, needs_hidden, needs_weight, compiled, fp8):
     wide = torch.promote_types(dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=wide),

@@ -13,13 +13,16 @@ from modeling_gpt2repro import GPT2ReproForCausalLM, GPT2ReproLMHead
 FEW_ROWS, LARGE_WEIGHT = 64, 2**22  # products on a CPU that wait for memory: (F, C) and (V, C)
 
 
-def use_in(model: GPT2ReproForCausalLM) -> None:
-    """Give the model this head, if its own is the plain one, before it is wrapped or compiled."""
+def use_in(model: GPT2ReproForCausalLM, *, fp8: bool = False) -> None:
+    """Give the model this head, if its own is the plain one, before it is wrapped or compiled.
+
+    With `fp8` the products of a training step have 8 bits: another result, if only a little.
+    """
     plain = model.lm_head
     if type(plain) is not GPT2ReproLMHead:  # an adapter's, a parametrized one, or this already
         return
     head = FusedLMHead(plain.in_features, plain.out_features, bias=False, device="meta")
-    head.weight = plain.weight
+    head.weight, head.fp8 = plain.weight, fp8
     model.lm_head = head.train(plain.training)
 
 
@@ -31,10 +34,12 @@ class FusedLMHead(GPT2ReproLMHead):
     it. The sums are the same in another order: logits equal the usual ones up to rounding.
     """
 
+    fp8 = False
+
     def forward(self, hidden_states, labels=None, ignore_index=-100) -> Tensor:
         if labels is not None:
             states, labels = hidden_states.flatten(0, -2), labels.flatten()
-            return linear_cross_entropy(states, self.weight, labels, ignore_index)
+            return linear_cross_entropy(states, self.weight, labels, ignore_index, self.fp8)
         if not self._waits_for_memory(hidden_states):
             return super().forward(hidden_states)
         num_rows = hidden_states.shape[:-1].numel()

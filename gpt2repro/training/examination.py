@@ -18,6 +18,7 @@ from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.lanes import check_lanes
 from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import Recipe, accumulation_steps
+from gpt2repro.speed.attention import kernel_taken
 from gpt2repro.training.inputs import open_dataset, open_stream, open_tokenizer
 from gpt2repro.training.learner import build_model
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
@@ -106,17 +107,17 @@ class Examination:
         return OK, f"{self.model.num_parameters():,} parameters"
 
     def _attention(self) -> Finding:
+        """The kernel that torch takes is asked for: it depends on card, types and versions."""
         implementation = self.recipe.attn_implementation
-        if implementation != "sdpa" or self.device.type != "cuda" or self.model is None:
+        if not implementation.startswith("sdpa") or self.device.type != "cuda" or not self.model:
             return OK, implementation
         config = self.model.config
         shape = (1, config.n_head, self.recipe.sequence_length, config.n_embd // config.n_head)
         dtype = torch.float32 if self.recipe.mixed_precision == "no" else torch.bfloat16
-        query = torch.zeros(shape, device=self.device, dtype=dtype)
-        arguments = torch.backends.cuda.SDPAParams(query, query, query, None, 0.0, True, False)
-        if torch.backends.cuda.can_use_flash_attention(arguments):
-            return OK, "sdpa with the flash kernel"
-        return WARNING, "sdpa without the flash kernel: slower; it needs mixed_precision bf16"
+        kernel = kernel_taken(shape, dtype, self.device)
+        if kernel in ("flash", "cudnn"):
+            return OK, f"{implementation}, with the {kernel} kernel"
+        return WARNING, f"{implementation} with the {kernel} kernel: slower; flash needs bf16"
 
     def _training(self) -> Finding:
         """Time forward and backward passes here, and multiply by the processes."""

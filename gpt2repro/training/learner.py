@@ -17,8 +17,9 @@ from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import Start
 from gpt2repro.records.saved_models import load_causal_lm
-from gpt2repro.speed import cpu_attention, cpu_memory, lm_head
+from gpt2repro.speed import attention, cpu_attention, cpu_memory, lm_head
 from gpt2repro.speed.compilation import compile_in_place
+from gpt2repro.speed.low_precision import has_fp8, hold_stream_in_bf16
 from gpt2repro.system import ranks
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.optim.registry import build_optimizer
@@ -83,11 +84,11 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
         start = load_causal_lm(recipe.init_from, option="init_from", dtype=torch.float32)
     config = start.config if start else _architecture(recipe, tokenizer)
     config.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout))
-    attention = recipe.attn_implementation
     try:
-        model = GPT2ReproForCausalLM._from_config(config, attn_implementation=attention)
+        name = attention.activate(recipe.attn_implementation)
+        model = GPT2ReproForCausalLM._from_config(config, attn_implementation=name)
     except ImportError as error:
-        raise UserError(f"attn_implementation {attention}: {error}") from None
+        raise UserError(f"attn_implementation {recipe.attn_implementation}: {error}") from None
     if start:
         model.load_state_dict(start.state_dict())
     if len(tokenizer) > model.config.vocab_size:
@@ -133,14 +134,20 @@ def place(
     """Suit the model to its device, compile it in place, and hand it and an optimizer over."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     on_cpu = accelerator.device.type == "cpu"
-    lm_head.use_in(model)
+    if recipe.fp8_head and not has_fp8(accelerator.device):
+        raise UserError("fp8_head: this GPU has no 8-bit products (Ada and Hopper do)")
+    lm_head.use_in(model, fp8=recipe.fp8_head)
+    if recipe.bf16_residual:
+        hold_stream_in_bf16(model)
     if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
         cpu_attention.use_in(model)
     if recipe.compile:
         # FSDP gathers parameters block by block, between the compiled regions.
         blocks = [m for m in model.modules() if isinstance(m, GPT2ReproBlock)]
+        # Where memory is short, what is recomputed anyway need not be kept.
+        less_memory = on_cpu or recipe.gradient_checkpointing
         for module in blocks if sharded else [model]:
-            compile_in_place(module)
+            compile_in_place(module, less_memory=less_memory, max_autotune=recipe.max_autotune)
     optimizer = build_optimizer(model.to(accelerator.device), recipe)
     return accelerator.prepare(model, optimizer)
 

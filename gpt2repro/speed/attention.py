@@ -1,0 +1,33 @@
+"""The kernel behind torch's attention: which one it takes, and FlashAttention 3 and 4 as one."""
+
+import torch
+from torch.nn import attention
+from torch.nn.attention import SDPBackend
+
+# What a recipe calls torch's attention with a kernel that its authors' package brings.
+IN_TORCH = {"sdpa_flash_3": "FA3", "sdpa_flash_4": "FA4"}
+
+
+def activate(implementation: str) -> str:
+    """transformers' name for an implementation, whose kernel torch takes from now on.
+
+    Raises:
+        ImportError: the kernel's package is missing, or torch cannot take another's kernel.
+    """
+    if implementation not in IN_TORCH:
+        return implementation
+    try:
+        attention.activate_flash_attention_impl(IN_TORCH[implementation])
+    except AttributeError:
+        raise ImportError(
+            f"torch {torch.__version__} takes no kernel of others; 2.11 does"
+        ) from None
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper torch would prefer it
+    return "sdpa"
+
+
+def kernel_taken(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> str:
+    """What torch's attention takes in training for causal (B, H, T, D): flash, cudnn, math ..."""
+    query = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+    choice = torch._fused_sdp_choice(query, query, query, None, 0.0, True)
+    return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
