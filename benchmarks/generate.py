@@ -9,6 +9,7 @@ cache, which transformers compiles by itself on CUDA; on a CPU it is asked to.
 
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.speed import lm_head
+from gpt2repro.speed import attention, lm_head
 from gpt2repro.system.command_line import run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -68,7 +69,8 @@ def build(
         return time.perf_counter() - began
 
     def turn() -> dict[str, float]:
-        with torch.no_grad():
+        ours = attention.for_generation() if who.startswith("ours") else nullcontext()
+        with torch.no_grad(), ours:
             whole, prefill = seconds_of(new_tokens), seconds_of(1)
         return {"prefill": prefill, "decode": max(whole - prefill, 1e-9)}
 

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from transformers import TextStreamer, set_seed
 
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
-    from gpt2repro.speed import lm_head
+    from gpt2repro.speed import attention, lm_head
 
     device = _find_device(options.device)
     model: Any = load_causal_lm(options.model, dtype=DTYPES.get(options.dtype, options.dtype))
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         set_seed(options.seed)
     streamed = options.num_return_sequences == options.num_beams == 1
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streamed else None
-    with torch.inference_mode():
+    with torch.inference_mode(), attention.for_generation():
         texts = model.generate(
             **inputs,
             **_sampling(options),

@@ -1,4 +1,7 @@
-"""The kernel behind torch's attention: which one it takes, and FlashAttention 3 and 4 as one."""
+"""The kernel behind torch's attention: which one it takes, and which it should not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn import attention
@@ -31,3 +34,18 @@ def kernel_taken(shape: tuple[int, int, int, int], dtype: torch.dtype, device: t
     query = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
     choice = torch._fused_sdp_choice(query, query, query, None, 0.0, True)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
+
+
+@contextmanager
+def for_generation() -> Iterator[None]:
+    """Without cuDNN's kernel, which torch prefers on Hopper from 2.11 on.
+
+    It is good for training, but prepares every new length of the keys for 23 to 37 ms, and in
+    generation every token is a new length.
+    """
+    preferred = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(preferred)
