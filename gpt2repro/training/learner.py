@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from configuration_gpt2repro import GPT2ReproConfig
@@ -153,22 +154,43 @@ def place(
 
 
 def _largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> int:
-    """The largest divisor of a process's rows that fits its device."""
+    """The largest divisor of a process's rows with which training fits its device."""
+    rows_per_rank = recipe.rows_per_step // accelerator.num_processes
+    sharded = accelerator.distributed_type == DistributedType.FSDP
 
-    def forward_backward(num_rows: int) -> None:
+    def add_gradients(num_rows: int, *, sync: bool) -> None:
         shape = (num_rows, recipe.sequence_length)
         rows = torch.zeros(shape, dtype=torch.long, device=accelerator.device)
-        # Eager code needs at least as much memory as compiled code. DDP must not sum gradients:
-        # it would wait for a rank that has run out of memory.
-        alone = getattr(model, "no_sync", contextlib.nullcontext)
-        with torch.compiler.set_stance("force_eager"), alone():
-            accelerator.backward(model(input_ids=rows, shift_labels=rows, skip_logits=True).loss)
-        model.zero_grad()
+        # Eager code needs at least as much memory as compiled code.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, contextlib.nullcontext() if sync else accelerator.no_sync(model):
+            loss = model(input_ids=rows, shift_labels=rows, skip_logits=True).loss
+            accelerator.backward(loss)
 
+    def forward_backward(num_rows: int) -> None:
+        try:
+            if num_rows < rows_per_rank:  # leaves what is kept between micro-batches, by FSDP whole
+                add_gradients(1, sync=False)
+            # DDP must not sum gradients: it would wait for a rank that has run out of memory.
+            add_gradients(num_rows, sync=sharded)
+        except torch.OutOfMemoryError as error:
+            if not sharded:
+                raise
+            # The others wait for this rank's part of the parameters in the middle of a pass, where
+            # no message reaches them. It can only end, for the launcher to end them.
+            raise UserError(
+                f"micro_batch_size auto: out of memory at a size of {num_rows}, and sharded "
+                "processes cannot go on from there; set a smaller one, or gradient_checkpointing"
+            ) from error
+        finally:
+            model.zero_grad()
+
+    parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     return largest_that_fits(
-        divisors(recipe.rows_per_step // accelerator.num_processes),
+        divisors(rows_per_rank),
         forward_backward,
         device=accelerator.device,
-        # Adam keeps two values for each parameter.
-        reserve_bytes=2 * sum(p.numel() * p.element_size() for p in model.parameters()),
+        # Adam keeps two values for each parameter that this rank has, Muon no more.
+        reserve_bytes=2 * sum(p.nbytes for p in parameters if p.requires_grad),
+        recovers=not sharded,
     )

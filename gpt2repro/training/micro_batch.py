@@ -18,52 +18,66 @@ def largest_that_fits(
     *,
     device: torch.device,
     reserve_bytes: int,
+    recovers: bool = True,
 ) -> int:
-    """The largest candidate whose forward and backward pass fits on every rank.
+    """The largest candidate with which training fits on every rank.
 
-    Memory grows linearly with the batch, so two small batches predict the rest; the prediction is
-    then tried, and the next smaller one taken while it fails. Every rank does the same.
+    They are tried from the smallest on until one fails: all trials take as long as a few of the
+    last. Nothing is concluded from small ones, whose height gradients or logits may decide.
 
     Args:
         candidates: sizes to choose from.
-        forward_backward: runs a batch of that many rows and drops its gradients.
-        reserve_bytes: what will be allocated later, such as the optimizer's state.
+        forward_backward: computes gradients as a step with micro-batches of that many rows does,
+            and drops them, also when it runs out of memory.
+        reserve_bytes: what is allocated later and stays, such as the optimizer's state.
+        recovers: whether ranks can go on after a trial that ran out of memory. If not, a
+            size is not tried that is too large by the line through the last two.
 
     Raises:
-        UserError: not even one row fits.
+        UserError: not even the smallest fits.
     """
     candidates = sorted(candidates)
     if device.type != "cuda":
         return max(size for size in candidates if size <= max(CPU_ROWS, candidates[0]))
-    small, double = (_peak_bytes(forward_backward, size, device) for size in (1, 2))
-    if math.inf in gather(small):
+    fitting: list[tuple[int, float]] = []  # rows, and the bytes that are left on the fullest rank
+    for size in candidates:
+        if not recovers and len(fitting) > 1 and _at(size, *fitting[-2:]) < 0:
+            break
+        left = min(gather(_bytes_left(forward_backward, size, device, reserve_bytes)))
+        if left < 0:
+            break
+        fitting.append((size, left))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # what the run reports later is its own
+    if not fitting:
         raise UserError(
             "micro_batch_size auto: not even one row fits the device; set gradient_checkpointing, "
             "a shorter sequence_length or a smaller model, or shard it (launch/fsdp2.yaml)"
         )
-    per_row = double - small
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    budget = HEADROOM * (free - reserve_bytes) + torch.cuda.memory_allocated(device)
-    fitting = [size for size in candidates if small + (size - 1) * per_row <= budget]
-    size = min(gather(fitting[-1] if fitting else candidates[0]))
-    while not all(gather(_runs(forward_backward, size))) and size > candidates[0]:
-        size = candidates[candidates.index(size) - 1]
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)  # what the run reports later is its own
-    return size
+    return fitting[-1][0]
 
 
-def _peak_bytes(forward_backward: Callable[[int], None], size: int, device: torch.device) -> float:
-    """Bytes in use at the height of a batch of `size` rows; infinite if it does not fit."""
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.max_memory_allocated(device) if _runs(forward_backward, size) else math.inf
+def _bytes_left(
+    forward_backward: Callable[[int], None], size: int, device: torch.device, reserve_bytes: int
+) -> float:
+    """What the height of a batch of `size` rows leaves, HEADROOM kept; -inf if it does not fit.
 
-
-def _runs(forward_backward: Callable[[int], None], size: int) -> bool:
+    The reserve is held meanwhile: a trial that runs shows that training does.
+    """
     try:
+        reserve = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+        allocated = torch.cuda.memory_allocated(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - allocated
+        torch.cuda.reset_peak_memory_stats(device)
         forward_backward(size)
-        return True
+        del reserve
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return False
+        return -math.inf
+    return allocated + HEADROOM * free - torch.cuda.max_memory_allocated(device)
+
+
+def _at(size: int, first: tuple[int, float], second: tuple[int, float]) -> float:
+    """The height at `size` of the line through two points."""
+    (x1, y1), (x2, y2) = first, second
+    return y2 + (size - x2) * (y2 - y1) / (x2 - x1)
