@@ -15,6 +15,7 @@ from gpt2repro.system import command_line
 if TYPE_CHECKING:
     from gpt2repro.training.run import Run
 
+NAME = "train_accelerate.py"
 EXIT_DIVERGED = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
 
@@ -22,19 +23,23 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
 def main(argv: list[str]) -> int:
     recipe = load_recipe(argv)
     # Only now, since they take seconds to import: a mistyped option is answered at once.
-    from gpt2repro.system import ranks
+    from gpt2repro.system import failure, ranks
     from gpt2repro.training.finish import finish
     from gpt2repro.training.run import AlreadyFinished, open_run
 
+    status = 0
     try:
         with open_run(recipe, argv) as run:
-            return train(run) or finish(run)
+            status = train(run) or finish(run)
     except AlreadyFinished as finished:
         if ranks.rank() == 0:
             print(finished)
-        return 0
-    finally:
-        ranks.leave_group()
+    except BaseException as error:
+        if ranks.world_size() > 1:  # the others may wait for this one in a collective
+            failure.leave_at_once(NAME, error)
+        raise
+    ranks.leave_group()
+    return status
 
 
 def train(run: "Run") -> int:
@@ -72,4 +77,4 @@ def leave(run: "Run", step: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run("train_accelerate.py", main, sys.argv[1:]))
+    sys.exit(command_line.run(NAME, main, sys.argv[1:]))

@@ -23,23 +23,36 @@ def underscored(word: str) -> str:
 
 
 def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Call `main(argv)` and return its exit status.
-
-    A `UserError`, and a disk that takes nothing more, become one line and status 2.
-    """
+    """Call `main(argv)` and return its exit status; see `in_one_line` for errors."""
     try:
         return main(argv)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in FULL_DISK:
+    except BaseException as error:
+        if (expected := in_one_line(error)) is None:
             raise
-        if os.environ.get("RANK", "0") != "0":
-            # Usually all have the same to say: rank 0 speaks, and the launcher ends the others.
-            time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
+        status, said = expected
+        if status == EXIT_USAGE:
+            let_rank_0_speak()
+        print(f"{prog}: {said}", file=sys.stderr)
+        return status
+
+
+def let_rank_0_speak() -> None:
+    """Usually all ranks have the same to say: rank 0 says it, and the launcher ends the others."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
+
+
+def in_one_line(error: BaseException) -> tuple[int, str] | None:
+    """Exit status and line for an error that needs no traceback; None for one that does.
+
+    130 for Ctrl-C; 2 for what the user has to mend: a `UserError`, a disk that takes nothing more.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    full_disk = isinstance(error, OSError) and error.errno in FULL_DISK
+    if full_disk or isinstance(error, UserError):
+        return EXIT_USAGE, f"error: {' '.join(str(error).split())}"
+    return None

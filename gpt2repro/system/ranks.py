@@ -1,7 +1,9 @@
 """The few things that processes of one run say to each other; all work for a single process too."""
 
+import contextlib
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -84,8 +86,21 @@ def sum_uint64(number: int, device: torch.device) -> int:
     return int(total.item()) % 2**64
 
 
+def wait_at_most(seconds: float) -> None:
+    """From here on a collective that a rank does not join fails on the others after `seconds`.
+
+    Every rank must call, and all meet here: what one still does took its time under the old limit.
+    """
+    if world_size() > 1 and dist.group.WORLD is not None:
+        gather(None)
+        with contextlib.suppress(RuntimeError):  # a backend other than gloo and NCCL keeps its own
+            dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
+
+
 def leave_group() -> None:
-    """End what the processes share; each may call when it is done.
+    """End what the processes share, together: NCCL waits here for all ranks. See also `failure`.
+
+    What a rank does later it does alone, however long it takes.
 
     Gloo's threads drop the tensors of the last collectives a moment after these have returned, and
     take the interpreter's lock for it. Who ends the group holds that lock and waits for those

@@ -17,7 +17,12 @@ from gpt2repro.speed import cpu_memory
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS
 from gpt2repro.system.signals import end_with_launcher
 
-LONGEST_WAIT = 2 * GIVE_UP_AFTER_SECONDS
+# How long ranks wait for one that does something alone: it sits out an outage of its data at the
+# start, compiles its first step, or writes a checkpoint to a slow disk.
+LONGEST_WAIT_SECONDS = 2 * GIVE_UP_AFTER_SECONDS
+# Within the loop. All are together every few seconds there, also while they wait for data: one that
+# is late by so much hangs. It is what NCCL waits by default.
+LOOP_WAIT_SECONDS = 600
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -37,8 +42,9 @@ def start_engine(recipe: Recipe) -> Accelerator:
             log_with=None if recipe.report_to == "none" else recipe.report_to,
             project_dir=recipe.run_dir,
             step_scheduler_with_optimizer=False,
-            # While one rank sits out an outage of its data, or publishes, the others wait for it.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=LONGEST_WAIT))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=LONGEST_WAIT_SECONDS))
+            ],
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(

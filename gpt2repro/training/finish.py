@@ -21,7 +21,8 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 def finish(run: Run) -> int:
     """Export the trained model to `final/`, verified by a fresh process, and sum the run up.
 
-    Every rank calls, since sharded weights are gathered; rank 0 does the rest. Returns 0.
+    Every rank calls, since sharded weights are gathered. Then the others leave, and rank 0 goes on
+    alone: nobody waits for its push, however long that takes. Returns 0.
     Signals end the process: all is saved, and the same command exports again.
 
     Raises:
@@ -33,10 +34,11 @@ def finish(run: Run) -> int:
     if run.accelerator.is_main_process:
         run.directory.preempted.touch()  # until it is done, a scheduler should come back
     run.stop.close()
-    try:
-        ranks.on_rank_0(lambda: _publish(run, tensors))
-    finally:
-        if run.accelerator.is_main_process:
+    ranks.leave_group()
+    if run.accelerator.is_main_process:
+        try:
+            _publish(run, tensors)
+        finally:
             run.directory.preempted.unlink(missing_ok=True)
     return 0
 

@@ -15,7 +15,12 @@ from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
-from gpt2repro.training.engine import start_engine, start_tracker
+from gpt2repro.training.engine import (
+    LONGEST_WAIT_SECONDS,
+    LOOP_WAIT_SECONDS,
+    start_engine,
+    start_tracker,
+)
 from gpt2repro.training.inputs import Inputs, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
@@ -41,10 +46,15 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """End threads, files and trackers; what was saved stays saved."""
-        self.inputs.stream.close()
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """End threads, files and trackers; what was saved stays saved.
+
+        A rank that fails waits for none of them: its peers wait for it.
+        """
         self.monitor.close()
+        if error is not None and ranks.world_size() > 1:
+            return
+        self.inputs.stream.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -67,6 +77,7 @@ class Run:
             self.lanes = rows.lanes
             if step == self.checkpoints.first_step:
                 self.learner.settle()
+                ranks.wait_at_most(LOOP_WAIT_SECONDS)
         return result
 
     def saves_after(self, step: int) -> bool:
@@ -76,7 +87,9 @@ class Run:
 
     def save(self, step: int) -> None:
         """A checkpoint of the state before `step`."""
+        ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
         self.checkpoints.save(step, self.learner, self._state())
+        ranks.wait_at_most(LOOP_WAIT_SECONDS)
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors; gathers the lanes of all ranks."""
