@@ -20,7 +20,7 @@ from gpt2repro.data.stream import TokenStream
 from gpt2repro.records import checkpoints, incidents
 from gpt2repro.speed import cpu_memory
 from gpt2repro.system.signals import SIGNALS
-from gpt2repro.training import finish
+from gpt2repro.training import finish, monitor
 from gpt2repro.training import run as run_module
 from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.run import Run
@@ -46,6 +46,15 @@ def uninterrupted(recipe, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "finish", lambda run: 0)
         assert train(recipe, directory) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def by_muon(recipe, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("by_muon") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "finish", lambda run: 0)
+        assert train(recipe, directory, "--optimizer", "muon") == 0
     return directory
 
 
@@ -216,14 +225,13 @@ def test_a_broken_checkpoint_is_passed_over(recipe, uninterrupted, tmp_path, cap
     assert digests(run) == digests(uninterrupted)
 
 
-def test_muon_resumes_bitwise(recipe, tmp_path, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(recipe, whole, "--optimizer", "muon") == 0
+def test_muon_resumes_bitwise(recipe, by_muon, tmp_path, monkeypatch):
+    parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
         stop_after(patch, step=4)
         assert train(recipe, parts, "--optimizer", "muon") == train_accelerate.EXIT_PREEMPTED
     assert train(recipe, parts, "--optimizer", "muon") == 0
-    assert_same_tensors(tensors(parts, 12), tensors(whole, 12))
+    assert_same_tensors(tensors(parts, 12), tensors(by_muon, 12))
 
 
 def test_dropout_resumes_bitwise(recipe, tmp_path, monkeypatch):
@@ -378,10 +386,14 @@ def break_steps(monkeypatch, broken: set[int]) -> None:
     monkeypatch.setattr(Run, "train_step", train_broken_step)
 
 
-def test_a_non_finite_gradient_skips_the_update_and_keeps_the_rows(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_non_finite_gradient_skips_the_update_and_keeps_the_rows(
+    recipe, tmp_path, monkeypatch, optimizer
+):
     run = tmp_path / "run"
     break_steps(monkeypatch, {3, 6})
-    assert train(recipe, run, "--save_every", "1", "--keep_last", "20") == 0
+    options = ("--save_every", "1", "--keep_last", "20", "--optimizer", optimizer)
+    assert train(recipe, run, *options, "--muon_weight_decay", "0.1") == 0
     kept = sorted(path.name for path in (run / "incidents").iterdir())
     assert kept == ["step_00000003_rank_0.json", "step_00000006_rank_0.json"]
     incident = json.loads((run / "incidents" / kept[0]).read_text())
@@ -392,6 +404,25 @@ def test_a_non_finite_gradient_skips_the_update_and_keeps_the_rows(recipe, tmp_p
     assert_same_tensors(before, after)
     line = metrics(run)[3]
     assert line["grad_norm"] is None  # JSON has no infinity
+
+
+def test_told_a_step_late_as_on_gpus_all_is_the_same(
+    recipe, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    """Also what is told last before a checkpoint, a stop, the end and a divergence."""
+    monkeypatch.setattr(monitor, "DEVICES_BEHIND", ("cpu",))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=6)
+        assert train(recipe, run) == train_accelerate.EXIT_PREEMPTED
+    assert metrics(run) == metrics(uninterrupted)[:7]
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    break_steps(monkeypatch, {2, 3, 4, 5, 6})
+    diverged = tmp_path / "diverged"
+    assert train(recipe, diverged) == train_accelerate.EXIT_DIVERGED
+    assert [line["loss"] is not None for line in metrics(diverged)] == [True] * 8
+    assert "not finite in 5 steps in a row" in capsys.readouterr().out
 
 
 def test_five_in_a_row_stop_the_run_with_advice(recipe, tmp_path, monkeypatch, capsys):
@@ -418,15 +449,18 @@ def launch(recipe: Path, output_dir: Path, *options: str, config: str = "cpu2.ya
 
 
 @pytest.mark.exports
-def test_two_processes_train_on_the_same_rows(recipe, uninterrupted, tmp_path):
-    """Two gloo processes, export included; then one goes on where two stopped."""
-    run = tmp_path / "run"
-    result = launch(recipe, run, "--num_steps", "8", "--sample_every", "4")
+def test_two_processes_train_on_the_same_rows(recipe, uninterrupted, by_muon, tmp_path):
+    """Two gloo processes that share Muon's work, export included; then one goes on alone."""
+    run, muon = tmp_path / "run", ("--optimizer", "muon")
+    result = launch(recipe, run, "--num_steps", "8", "--sample_every", "4", *muon)
     assert result.returncode == 0, result.stderr
     assert digests(run) == {s: d for s, d in digests(uninterrupted).items() if s < 8}
     assert (run / "final" / "model.safetensors").exists()
 
-    assert train(recipe, run, "--resume", str(run / "checkpoints" / "step_00000004")) == 0
+    ours, theirs = ([line["loss"] for line in metrics(each)[:4]] for each in (run, by_muon))
+    assert ours == pytest.approx(theirs, abs=1e-4)  # gradients are summed in another order
+    saved = str(run / "checkpoints" / "step_00000004")
+    assert train(recipe, run, *muon, "--resume", saved) == 0
     assert digests(run) == digests(uninterrupted)
 
 

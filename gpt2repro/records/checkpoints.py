@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 
 from gpt2repro import UserError
 from gpt2repro.system import atomic
-from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, world_size
+from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, whole, world_size
 
 MARKER = "COMPLETE"
 PATTERN = re.compile(r"step_(\d{8})")
@@ -113,17 +113,10 @@ def _optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str
     for name, parameter in innermost(model).named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if rank() == 0:
-                tensors[f"{name}/{key}"] = whole(value)
-            elif isinstance(value, DTensor):
-                value.full_tensor()  # its part in the gathering
+                tensors[f"{name}/{key}"] = whole(value).cpu().contiguous()
+            else:
+                whole(value)  # its part in the gathering
     return tensors
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """`tensor` on the CPU, contiguous, gathered from all ranks if it is sharded."""
-    tensor = tensor.detach()
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.cpu().contiguous()
 
 
 def commit(scratch: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from gpt2repro import UserError
 
@@ -51,6 +52,26 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def share(compute: Callable[[torch.Tensor], torch.Tensor], items: torch.Tensor) -> torch.Tensor:
+    """`compute(items)`, of which each rank computes a part and sends it to all.
+
+    For what treats every item (the first dimension) by itself, the same `items` on every rank.
+    """
+    if world_size() == 1:
+        return compute(items)
+    each = -(-len(items) // world_size())
+    missing = items.new_zeros(each * world_size() - len(items), *items.shape[1:])
+    mine = compute(torch.cat((items, missing)).split(each)[rank()])
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(parts, mine.contiguous())
+    return torch.cat(parts)[: len(items)]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, gathered from all ranks if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def all_ranks(flag: bool, device: torch.device) -> bool:

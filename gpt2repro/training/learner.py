@@ -1,15 +1,16 @@
 """What learns: the model on its device, its optimizer, and how many rows it takes at a time."""
 
 import contextlib
+import gc
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import Optimizer
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
@@ -34,14 +35,16 @@ class Learner:
 
     accelerator: Accelerator
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: AcceleratedOptimizer
     micro_batch_size: int
     max_grad_norm: float
     num_parameters: int
     flops_per_token: float
 
     def settle(self) -> None:
-        """After the first step, when compilation is over."""
+        """After the first step: what is there by now stays, and no collector need look at it."""
+        gc.collect()
+        gc.freeze()
         if self.accelerator.device.type == "cpu":
             cpu_memory.keep_freed_memory()
 
@@ -131,7 +134,7 @@ def _architecture(recipe: Recipe, tokenizer) -> GPT2ReproConfig:
 
 def place(
     recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM
-) -> tuple[nn.Module, Optimizer]:
+) -> tuple[nn.Module, AcceleratedOptimizer]:
     """Suit the model to its device, compile it in place, and hand it and an optimizer over."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     on_cpu = accelerator.device.type == "cpu"

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +26,18 @@ from gpt2repro.records.checkpoints import innermost
 from gpt2repro.records.incidents import IncidentLog
 from gpt2repro.records.metrics import MetricsLog, read_metrics
 from gpt2repro.records.run_directory import RunDirectory, Start
+from gpt2repro.speed.attention import for_generation
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
 from gpt2repro.training.inputs import Inputs
 from gpt2repro.training.learner import Learner
-from gpt2repro.training.step import StepResult
+from gpt2repro.training.step import LaunchedStep, StepResult
 from gpt2repro.training.throughput import Throughput, peak_flops, peak_memory_gib
 
 SPIKE_Z = 5.0  # standard deviations above the recent mean that make a loss worth a line
 SAMPLE_TOKENS = 48
+# They work on a step while this process prepares the next one; only then is the first one told.
+DEVICES_BEHIND = ("cuda",)
 
 
 def due(every: int, step: int) -> bool:
@@ -72,6 +76,8 @@ class Monitor:
             line["loss"] for line in history if line.get("loss") is not None
         )
         self._incidents = IncidentLog(directory.incidents)
+        self._tells_late = accelerator.device.type in DEVICES_BEHIND
+        self._untold: Report | None = None
 
     def close(self) -> None:
         """End the bar and the file."""
@@ -114,12 +120,17 @@ class Monitor:
         A stop request cuts it short; figures that were not finished are left out.
         """
         recipe, last = self.recipe, step == self.recipe.num_steps
+        validates = self.inputs.validation and (step == 0 or last or due(recipe.eval_every, step))
+        scores = self.inputs.tasks and (last or (step > 0 and due(recipe.eval_tasks_every, step)))
+        samples = 0 < step < recipe.num_steps and due(recipe.sample_every, step)
+        if validates or scores or samples or last:
+            self.catch_up()
         figures: dict[str, float] = {}
-        if self.inputs.validation and (step == 0 or last or due(recipe.eval_every, step)):
+        if validates:
             figures |= self._validate(step)
-        if self.inputs.tasks and (last or (step > 0 and due(recipe.eval_tasks_every, step))):
+        if scores:
             figures |= self._score_tasks(step)
-        if 0 < step < recipe.num_steps and due(recipe.sample_every, step) and not self._stop.agreed:
+        if samples and not self._stop.agreed:
             self._sample(step)
         return figures
 
@@ -176,16 +187,36 @@ class Monitor:
         stream = self.inputs.stream
         began, waited = time.perf_counter(), stream.wait_seconds
         yield
+        if self._untold is not None:
+            self._untold.launched.result()  # the device is at most one step behind
         seconds = time.perf_counter() - began
         self._throughput.add(self.recipe.batch_tokens, seconds, stream.wait_seconds - waited)
 
     def report(
-        self, step: int, rows: StepRows, result: StepResult, figures: dict[str, float]
+        self, step: int, rows: StepRows, launched: LaunchedStep, figures: dict[str, float]
     ) -> None:
-        """The step's line in metrics.jsonl and the tracker, the progress bar and the loss curve.
+        """Tell of the step; on a GPU when the next one is launched, so that it is never idle.
 
         `figures`: what `observe` found before the step.
         """
+        if self._untold is not None:
+            self._tell(self._untold)
+        self._untold = Report(step, rows, launched, figures)
+        if not self._tells_late:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Wait for the device and tell of its last step, before anything else is done or told."""
+        if self._untold is not None:
+            began = time.perf_counter()
+            self._untold.launched.result()
+            self._throughput.add(0, time.perf_counter() - began, 0.0)
+            self._tell(self._untold)
+            self._untold = None
+
+    def _tell(self, report: "Report") -> None:
+        """The step's line in metrics.jsonl and the tracker, the progress bar and the loss curve."""
+        step, figures, result = report.step, report.figures, report.launched.result()
         z_score = self._spikes.z_score(result.loss) if result.finite else 0.0
         if z_score > SPIKE_Z:
             figures = figures | {"loss_z_score": z_score}
@@ -206,7 +237,7 @@ class Monitor:
         if result.finite:
             self._incidents.over()
         else:
-            self._note_incident(step, rows, result)
+            self._note_incident(step, report.rows, result)
 
     def report_end(self, figures: dict[str, float]) -> None:
         """The last line of metrics.jsonl: what the trained model scores."""
@@ -215,9 +246,11 @@ class Monitor:
 
     def diverged(self) -> bool:
         """Whether so many updates in a row were skipped that the run should end; says so then."""
-        if self._incidents.too_many:
+        diverged = self._incidents.too_many
+        if diverged:
+            self.catch_up()
             self.progress.note(self._incidents.advice())
-        return self._incidents.too_many
+        return diverged
 
     def _note_incident(self, step: int, rows: StepRows, result: StepResult) -> None:
         self._incidents.record(
@@ -250,6 +283,16 @@ class Monitor:
                 self.directory.loss_curve,
                 baseline=published_loss(self.recipe.dataset_name, self.recipe.tokenizer_name),
             )
+
+
+@dataclass(frozen=True)
+class Report:
+    """A step to be told of."""
+
+    step: int
+    rows: StepRows
+    launched: LaunchedStep
+    figures: dict[str, float]
 
 
 class Progress:
@@ -315,7 +358,8 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
     was_training = inner.training
     inner.eval()
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices), eager, for_generation():
         torch.manual_seed(seed)
         ids = inner.generate(
             prompt_ids,

@@ -25,7 +25,7 @@ from gpt2repro.training.inputs import Inputs, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
 from gpt2repro.training.schedule import lr_at
-from gpt2repro.training.step import StepResult, next_rows, train_step
+from gpt2repro.training.step import LaunchedStep, next_rows, train_step
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Run:
         """This rank's rows of the next step; None if a stop was agreed on."""
         return next_rows(self.inputs.stream, self.accelerator.device, self.stop.poll)
 
-    def train_step(self, step: int, rows: StepRows) -> StepResult | None:
+    def train_step(self, step: int, rows: StepRows) -> LaunchedStep | None:
         """One optimizer step; None, and nothing changed, if a stop was agreed on within it."""
         recipe = self.recipe
         lr = lr_at(
@@ -86,7 +86,8 @@ class Run:
         return done == self.recipe.num_steps or due(self.recipe.save_every, done)
 
     def save(self, step: int) -> None:
-        """A checkpoint of the state before `step`."""
+        """A checkpoint of the state before `step`, after all that led to it is told."""
+        self.monitor.catch_up()
         ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
         self.checkpoints.save(step, self.learner, self._state())
         ranks.wait_at_most(LOOP_WAIT_SECONDS)

@@ -8,7 +8,6 @@ import torch
 
 from gpt2repro.data.producer import StepRows
 from gpt2repro.data.stream import TokenStream
-from gpt2repro.records import checkpoints
 from gpt2repro.system import ranks
 from gpt2repro.training.learner import Learner
 from gpt2repro.training.schedule import set_lr
@@ -30,6 +29,26 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+class LaunchedStep:
+    """A step that a GPU may still be at, while this process goes on to prepare the next one."""
+
+    def __init__(self, figures: torch.Tensor, lr: float, rows_digest: str) -> None:
+        """`figures`: [loss, gradient norm] on the device."""
+        self._lr, self._rows_digest = lr, rows_digest
+        self._figures = figures.to("cpu", non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
+        if figures.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def result(self) -> StepResult:
+        """Its figures, once the device is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, grad_norm = self._figures.tolist()
+        return StepResult(loss, grad_norm, self._lr, self._rows_digest)
+
+
 def next_rows(
     stream: TokenStream, device: torch.device, should_stop: Callable[[], bool]
 ) -> StepRows | None:
@@ -45,10 +64,11 @@ def next_rows(
 
 def train_step(
     learner: Learner, batch: StepRows, lr: float, should_stop: Callable[[], bool]
-) -> StepResult | None:
+) -> LaunchedStep | None:
     """One optimizer step on this rank's rows; None, and nothing changed, if a stop was agreed on.
 
-    A step whose loss or gradient is not finite leaves the weights as they are.
+    A step whose loss or gradient is not finite leaves the weights as they are. The device decides
+    that by itself: nothing here waits for it.
     """
     accelerator, model, optimizer = learner.accelerator, learner.model, learner.optimizer
     device = accelerator.device
@@ -73,13 +93,12 @@ def train_step(
             ).loss
             accelerator.backward(micro_loss)
         loss += micro_loss.detach() / len(micro_batches)
-    grad_norm = checkpoints.whole(
-        accelerator.clip_grad_norm_(model.parameters(), learner.max_grad_norm)
-    )
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), learner.max_grad_norm)
     loss_mean = ranks.reduce_sum(loss) / ranks.world_size()
-    digest = ranks.sum_uint64(batch.digest, device)
-    result = StepResult(loss_mean.item(), grad_norm.item(), lr, f"{digest:016x}")
-    if result.finite:
-        optimizer.step()
+    figures = torch.stack((loss_mean, ranks.whole(grad_norm).to(loss_mean.dtype)))
+    # By this name torch's optimizers know it (it was made for the overflows of float16).
+    optimizer.optimizer.found_inf = 1.0 - figures.isfinite().all().float()
+    optimizer.step()
     optimizer.zero_grad()
-    return result
+    digest = ranks.sum_uint64(batch.digest, device)
+    return LaunchedStep(figures, lr, f"{digest:016x}")

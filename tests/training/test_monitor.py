@@ -40,6 +40,7 @@ def test_only_steps_are_timed_and_the_wait_for_rows_is_part_of_them():
         inputs=SimpleNamespace(stream=SimpleNamespace(wait_seconds=1.0)),
         recipe=SimpleNamespace(batch_tokens=256),
         _throughput=SimpleNamespace(add=lambda *figures: added.append(figures)),
+        _untold=None,
     )
     for _ in range(2):
         time.sleep(0.2)  # an evaluation

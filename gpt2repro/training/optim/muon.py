@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from gpt2repro.recipe import Recipe
+from gpt2repro.system import ranks
 from gpt2repro.training.optim.groups import parameter_groups
 from gpt2repro.training.schedule import set_lr
 
@@ -26,6 +28,7 @@ def build(model: nn.Module, recipe: Recipe) -> Optimizer:
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,
         momentum=recipe.muon_momentum,
+        compiled=recipe.compile and next(model.parameters()).is_cuda,
     )
     set_lr(optimizer, recipe.max_lr)
     return optimizer
@@ -43,6 +46,11 @@ class MuonAdamW(Optimizer):
     one (n_embd, 3 n_embd) matrix. Muon orthogonalizes a map, so it is handed each of the three maps
     on its own, transposed to (out, in), the layout its step size is defined for.
 
+    Orthogonalizing is most of the work. Ranks share it: each takes its part of the maps and sends
+    the result to all, so that all make the same update, bit for bit.
+
+    With `found_inf`, 0.0 or 1.0 on the device, torch's optimizers skip an update; so does this.
+
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
 
@@ -55,7 +63,13 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         momentum: float = 0.95,
+        compiled: bool = False,
     ) -> None:
+        self.found_inf: Tensor | None = None
+        # One compiled form for each shape: there are four.
+        self._orthogonalize = (
+            torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
+        )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0}
         super().__init__(params, defaults)
 
@@ -73,21 +87,30 @@ class MuonAdamW(Optimizer):
             if parameter.grad is not None:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
         for parameters in by_shape.values():
-            ahead = [self._look_ahead(p, group["momentum"]) for p in parameters]
-            updates = orthogonalize(torch.cat([a.T.unflatten(0, (maps, -1)) for a in ahead]))
+            ahead = [ranks.whole(self._look_ahead(p, group)) for p in parameters]
+            stacked = torch.cat([a.T.unflatten(0, (maps, -1)) for a in ahead])
+            updates = ranks.share(self._orthogonalize, stacked)
             # A tall map has more outputs than directions to fill them from: keep their size.
             rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
+            decay = updates.new_tensor(1 - group["lr"] * group["weight_decay"])
+            if self.found_inf is not None:
+                updates = updates * (1 - self.found_inf)
+                decay = decay.where(self.found_inf == 0, 1.0)
             for parameter, update in zip(parameters, updates.split(maps), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(update.flatten(0, 1).T, alpha=group["lr"] * rows_per_column**0.5)
+                parameter.mul_(decay)
+                own = like(parameter, update.flatten(0, 1).T)
+                parameter.sub_(own, alpha=group["lr"] * rows_per_column**0.5)
 
-    def _look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _look_ahead(self, parameter: Tensor, group: dict) -> Tensor:
         """The mean of past gradients, a step further along the present one, as Nesterov does."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        mean, momentum = state["momentum_buffer"], group["momentum"]
+        if self.found_inf is not None:  # then the mean stays what it is
+            gradient = gradient.where(self.found_inf == 0, mean)
+        mean.lerp_(gradient, 1 - momentum)
         return gradient.lerp(mean, momentum)
 
     def _adamw_step(self, group: dict) -> None:
@@ -115,6 +138,7 @@ class MuonAdamW(Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            found_inf=self.found_inf,
         )
 
 
@@ -137,3 +161,11 @@ def orthogonalize(maps: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(maps.dtype)
+
+
+def like(parameter: Tensor, update: Tensor) -> Tensor:
+    """The part of `update`, which every rank has, that belongs to a sharded `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return update
+    place = parameter.device_mesh, parameter.placements
+    return distribute_tensor(update.contiguous(), *place, src_data_rank=None)
