@@ -12,6 +12,7 @@ import platform
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -22,8 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from gpt2repro.system import machine
+
+NUM_KERNELS = 30  # of a profile
 
 Turn = Callable[[], dict[str, float] | None]
 
@@ -83,7 +87,8 @@ def serve(pipe, build: Callable[..., Turn], settings: dict[str, Any], num_thread
             request = pipe.recv()
             try:
                 turn = turn or build(**settings)
-                pipe.send(timed(turn) if request == "turn" else REQUESTS[request]())
+                of_turn = {"turn": timed, "profile": profiled}.get(request)
+                pipe.send(of_turn(turn) if of_turn else REQUESTS[request]())
             except Exception:
                 pipe.send(traceback.format_exc())
     except EOFError:
@@ -96,6 +101,22 @@ def timed(turn: Turn) -> dict[str, float]:
     measured = turn() or {}
     synchronize()
     return {"seconds": time.perf_counter() - began, **measured}
+
+
+def profiled(turn: Turn) -> list[dict[str, Any]]:
+    """The kernels of a turn and their share of its time; of a CPU's, the operators."""
+    kind = ProfilerActivity.CUDA if on_gpu() else ProfilerActivity.CPU
+    with profile(activities=[kind]) as profiler:
+        turn()
+        synchronize()
+    by_device = "self_device_time_total" if on_gpu() else "self_cpu_time_total"
+    averages = profiler.key_averages()
+    total = sum(getattr(each, by_device) for each in averages) or 1.0
+    largest = sorted(averages, key=lambda each: -getattr(each, by_device))[:NUM_KERNELS]
+    return [
+        {"name": each.key, "calls": each.count, "share": getattr(each, by_device) / total}
+        for each in largest
+    ]
 
 
 def on_gpu() -> bool:
@@ -205,11 +226,25 @@ def circumstances(arguments: dict[str, Any]) -> dict[str, Any]:
     """What a number depends on besides the code; to be asked before measuring adds to the load."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": machine.describe(arguments.get("device")),
+        "environment": machine.describe(arguments.get("device")) | gpu_state(),
         "threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0],
         "arguments": {k: v for k, v in arguments.items() if k != "output"},
     }
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks and power limit, as nvidia-smi says, and cuDNN; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    names = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"]
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        state = dict(zip(names, map(str.strip, said.split(",")), strict=True))
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        state = {"nvidia-smi": str(error)}
+    return state | {"cudnn": str(torch.backends.cudnn.version())}
 
 
 def write_json(path: str | None, results: dict[str, Any]) -> None:

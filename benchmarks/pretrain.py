@@ -4,9 +4,10 @@
         --output benchmarks/results/books.json -- --batch_tokens 131072 --num_lanes 8
 
 For a machine with a GPU that is there for minutes: what a run of recipes/gpt2.yaml looks like,
-beside one of recipes/gpt2-muon.yaml on the same rows. Each is told to stop (SIGTERM) half way and
-started again by the same command. Fields after `--` override both recipes. The report has every
-run's curves, tokens/s, MFU, peak memory and where it was resumed; pictures lie beside it.
+beside one of recipes/gpt2-muon.yaml on the same rows (`--optimizers` names one alone). Each is told
+to stop (SIGTERM) half way and started again by the same command. Fields after `--` override both
+recipes. The report has every run's curves, tokens/s, MFU, peak memory and where it was resumed;
+pictures lie beside it.
 """
 
 import signal
@@ -23,6 +24,7 @@ from pairing import circumstances, table, write_json
 from gpt2repro import UserError
 from gpt2repro.commands import plots
 from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.recipe import load_recipe
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system.command_line import run
 from train_accelerate import EXIT_PREEMPTED
@@ -59,6 +61,10 @@ def trained(output: Path, fields: dict[str, Any], overrides: list[str]) -> dict[
             line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")
         ),
         "mfu": statistics.median(utilization) if utilization else None,
+        "data_wait_fraction": statistics.median(
+            line["data_wait_fraction"] for line in metrics if "data_wait_fraction" in line
+        ),
+        "micro_batch_size": load_recipe(["--recipe", str(output / "recipe.yaml")]).micro_batch_size,
         "peak_memory_gib": max(line.get("peak_memory_gib", 0) for line in metrics),
     }
 
@@ -90,6 +96,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--tokenizer_name", default="openai-community/gpt2")
     parser.add_argument("--num_steps", type=int, required=True)
+    parser.add_argument("--optimizers", nargs="+", choices=RECIPES, default=[*RECIPES])
     parser.add_argument("--output", required=True, help="JSON; pictures get its name")
     parser.add_argument("overrides", nargs="*", help="of the recipes, after --")
     arguments = parser.parse_args(argv)
@@ -108,15 +115,14 @@ def main(argv: list[str]) -> int:
     }
     around = circumstances({"num_steps": num_steps, "overrides": overrides})
     with tempfile.TemporaryDirectory() as directory:
-        outputs = {name: Path(directory) / name for name in RECIPES}
+        outputs = {name: Path(directory) / name for name in arguments.optimizers}
         runs = {
             name: trained(output, {"recipe": RECIPES[name]} | fields, overrides)
             for name, output in outputs.items()
         }
-        first, second = map(str, outputs.values())
-        plots.main(
-            [first, "--compare", second, "--output", str(Path(arguments.output).with_suffix(""))]
-        )
+        first, *others = map(str, outputs.values())
+        compared = ["--compare", *others] if others else []
+        plots.main([first, *compared, "--output", str(Path(arguments.output).with_suffix(""))])
     rows = [
         [
             name,
@@ -124,11 +130,12 @@ def main(argv: list[str]) -> int:
             f"{found['tokens_per_second']:,.0f}",
             "-" if found["mfu"] is None else f"{found['mfu']:.1%}",
             f"{found['peak_memory_gib']:.1f}",
+            f"{found['data_wait_fraction']:.1%}",
             str(found["resumed_at"]),
         ]
         for name, found in runs.items()
     ]
-    header = ["", "validation loss", "tokens/s", "MFU", "peak GiB", "resumed at step"]
+    header = ["", "validation loss", "tokens/s", "MFU", "peak GiB", "waited", "resumed at step"]
     print(table(header, rows))
     write_json(arguments.output, {"benchmark": "pretrain", **around, "runs": runs})
     return 0

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import as_if_in_its_own_process, write_inputs
 
 from gpt2repro import UserError
@@ -50,28 +51,56 @@ def test_who_began_a_round_comes_last_in_the_next():
     assert {name: len(measured) for name, measured in turns.items()} == {"a": 2, "b": 2}
 
 
-def test_a_training_step_of_both(tmp_path):
-    import train_step
+@pytest.mark.parametrize("command", ["correct", "fast", "real"])
+def test_what_waits_for_a_gpu_is_walked_on_a_cpu(command, tmp_path, capsys):
+    import gpu
 
-    record = tmp_path / "record.json"
-    step = ["--mode", "eager", "--dtype", "fp32", "--sequence_length", "16"]
-    train_step.main([*step, *TINY, *SHORT, "--output", str(record)])
-    found = json.loads(record.read_text())
-    assert {who: len(seconds) for who, seconds in found["seconds"].items()} == {
-        "theirs": 2,
-        "ours": 2,
-    }
-    for loss in found["loss"].values():  # untrained, of 99 tokens
-        assert loss == pytest.approx(math.log(99), abs=0.1)
-    assert found["memory_ratio"]["theirs"] == pytest.approx(
-        found["peak_memory_bytes"]["ours"] / found["peak_memory_bytes"]["theirs"]
-    )
+    assert gpu.main([command, "--dry_run", "--output", str(tmp_path)]) == 0
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert all("failed" not in record["step"] for record in records.values())
+    if command == "correct":
+        assert records["tests"]["skipped"] == records["tests"]["tests"] > 0
+        assert records["engines"]["resume"]["weights_bitwise_equal"]
+    elif command == "fast":
+        step = records["step"]
+        assert step["loss"].keys() == {"theirs", "ours", "less_memory", *gpu.OPT_INS.split(",")}
+        for loss in step["loss"].values():  # untrained, of 99 tokens
+            assert loss == pytest.approx(math.log(99), abs=0.1)
+        assert step["memory_ratio"]["theirs"] == pytest.approx(
+            step["peak_memory_bytes"]["ours"] / step["peak_memory_bytes"]["theirs"]
+        )
+        assert step["kernels"] and records.keys() == {"step", "decode", "loop"}
+    else:
+        assert records["pretrain"]["runs"]["muon"]["resumed_at"] == 3
+    capsys.readouterr()
+    assert gpu.main([command, "--dry_run", "--output", str(tmp_path)]) == 0
+    assert "has its record" in capsys.readouterr().out
+
+
+def test_a_step_that_hangs_is_ended_and_taken_again(tmp_path, capfd):
+    import gpu
+
+    step = gpu.Step("slow", [str(ROOT / "benchmarks" / "gpu.py"), "--help"], limit=0.01)
+    options = gpu.Namespace(output=tmp_path, dry_run=True)
+    for _ in range(2):
+        assert not gpu.take(step, options)
+        record = json.loads((tmp_path / "slow.json").read_text())
+        assert "none within" in record["step"]["failed"]
+    assert "has its record" not in capfd.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_machine_without_a_gpu_is_told_at_once():
+    import gpu
+
+    with pytest.raises(UserError, match="no CUDA device; --dry_run"):
+        gpu.main(["fast"])
 
 
 def test_a_contestant_that_fails_says_why():
     import train_step
 
-    with pytest.raises(RuntimeError, match=r"(?s)theirs: .*divisible by num_heads"):
+    with pytest.raises(RuntimeError, match=r"(?s)ours: .*n_head"):
         train_step.main([*SHORT, *TINY, "--n_head", "3", "--mode", "eager"])
 
 
