@@ -16,6 +16,20 @@ T = TypeVar("T")
 
 SETTLING_SECONDS = 0.5
 
+# Where flags, counts and objects go: None is the group of all ranks, with its device's backend.
+_hosts: dist.ProcessGroup | None = None
+
+
+def talk_by_hosts(timeout_seconds: float) -> None:
+    """Let flags, counts and objects go over gloo, beside NCCL, which keeps the tensors.
+
+    NCCL would queue them behind the work of the GPUs, and who reads them would wait for that: so
+    much less could a process prepare ahead. Every rank must call.
+    """
+    global _hosts
+    if world_size() > 1:
+        _hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -29,7 +43,7 @@ def broadcast(value: Any) -> Any:
     """Rank 0's `value` on every rank."""
     message = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(message, src=0)
+        dist.broadcast_object_list(message, src=0, group=_hosts)
     return message[0]
 
 
@@ -43,7 +57,7 @@ def gather(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_hosts)
     return values
 
 
@@ -74,16 +88,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def all_ranks(flag: bool, device: torch.device) -> bool:
+def all_ranks(flag: bool) -> bool:
     """True on every rank if `flag` is true on all."""
-    return not any_rank(not flag, device)
+    return not any_rank(not flag)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool) -> bool:
     """True on every rank if `flag` is true on one."""
-    if world_size() == 1:
-        return flag
-    return bool(reduce_sum(torch.tensor(int(flag), device=device)).item())
+    return sum_uint64(int(flag)) > 0
 
 
 def on_rank_0(call: Callable[[], T]) -> T:
@@ -98,13 +110,14 @@ def on_rank_0(call: Callable[[], T]) -> T:
     return broadcast(value)
 
 
-def sum_uint64(number: int, device: torch.device) -> int:
+def sum_uint64(number: int) -> int:
     """The sum of every rank's 64-bit unsigned `number`, modulo 2**64."""
-    if world_size() == 1:  # not to the device and back
+    if world_size() == 1:
         return number
-    signed = number - 2**64 if number >= 2**63 else number
-    total = reduce_sum(torch.tensor(signed, dtype=torch.int64, device=device))
-    return int(total.item()) % 2**64
+    device = "cpu" if _hosts is not None or dist.get_backend() == "gloo" else "cuda"
+    signed = torch.tensor(number - 2**64 if number >= 2**63 else number, device=device)
+    dist.all_reduce(signed, group=_hosts)
+    return int(signed.item()) % 2**64
 
 
 def wait_at_most(seconds: float) -> None:
@@ -112,10 +125,12 @@ def wait_at_most(seconds: float) -> None:
 
     Every rank must call, and all meet here: what one still does took its time under the old limit.
     """
-    if world_size() > 1 and dist.group.WORLD is not None:
+    if world_size() > 1:
         gather(None)
-        with contextlib.suppress(RuntimeError):  # a backend other than gloo and NCCL keeps its own
-            dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
+    for group in (dist.group.WORLD, _hosts):
+        if group is not None:
+            with contextlib.suppress(RuntimeError):  # a backend but gloo and NCCL keeps its own
+                group.set_timeout(timedelta(seconds=seconds))
 
 
 def leave_group() -> None:
@@ -127,6 +142,8 @@ def leave_group() -> None:
     take the interpreter's lock for it. Who ends the group holds that lock and waits for those
     threads: without the pause processes hang at their end, one launch in ten (torch 2.13).
     """
+    global _hosts
     if dist.is_initialized():
         time.sleep(SETTLING_SECONDS)
         dist.destroy_process_group()
+        _hosts = None

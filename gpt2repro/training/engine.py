@@ -14,6 +14,7 @@ from gpt2repro import UserError
 from gpt2repro.data.lanes import check_lanes
 from gpt2repro.recipe import Recipe
 from gpt2repro.speed import cpu_memory
+from gpt2repro.system import ranks
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS
 from gpt2repro.system.signals import end_with_launcher
 
@@ -64,6 +65,8 @@ def start_engine(recipe: Recipe) -> Accelerator:
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         own_precision(accelerator)
+    if accelerator.device.type != "cpu":
+        ranks.talk_by_hosts(LONGEST_WAIT_SECONDS)
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if accelerator.device.type == "cpu":

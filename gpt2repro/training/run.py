@@ -60,7 +60,7 @@ class Run:
 
     def next_rows(self) -> StepRows | None:
         """This rank's rows of the next step; None if a stop was agreed on."""
-        return next_rows(self.inputs.stream, self.accelerator.device, self.stop.poll)
+        return next_rows(self.inputs.stream, self.stop.poll)
 
     def train_step(self, step: int, rows: StepRows) -> LaunchedStep | None:
         """One optimizer step; None, and nothing changed, if a stop was agreed on within it."""
@@ -189,7 +189,7 @@ def _claim(
     )
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
     start_tracker(resolved, accelerator)  # may ask for a login: signals still end the process
-    stop = StopRequest(lambda flag: ranks.any_rank(flag, accelerator.device))
+    stop = StopRequest(ranks.any_rank)
     return Run(
         recipe=resolved,
         accelerator=accelerator,

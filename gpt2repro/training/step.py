@@ -49,15 +49,13 @@ class LaunchedStep:
         return StepResult(loss, grad_norm, self._lr, self._rows_digest)
 
 
-def next_rows(
-    stream: TokenStream, device: torch.device, should_stop: Callable[[], bool]
-) -> StepRows | None:
+def next_rows(stream: TokenStream, should_stop: Callable[[], bool]) -> StepRows | None:
     """This rank's rows of the next step, once all ranks have theirs; None if a stop was agreed on.
 
     Waiting together keeps every rank reachable by signals while one of them sits out an outage.
     """
     while not should_stop():
-        if ranks.all_ranks(stream.wait(LOOK_UP_SECONDS), device):
+        if ranks.all_ranks(stream.wait(LOOK_UP_SECONDS)):
             return next(stream)
     return None
 
@@ -100,5 +98,5 @@ def train_step(
     optimizer.optimizer.found_inf = 1.0 - figures.isfinite().all().float()
     optimizer.step()
     optimizer.zero_grad()
-    digest = ranks.sum_uint64(batch.digest, device)
+    digest = ranks.sum_uint64(batch.digest)
     return LaunchedStep(figures, lr, f"{digest:016x}")

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch._dynamo.utils import counters
 
 import train_accelerate
-from gpt2repro.system import command_line
+from gpt2repro.system import command_line, ranks
 from gpt2repro.training import engine, finish
 
 
@@ -32,6 +32,7 @@ def on_fsdp2(**options) -> Accelerator:
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    ranks.talk_by_hosts(60)  # as beside NCCL
     return accelerator
 
 
