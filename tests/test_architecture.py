@@ -1,6 +1,7 @@
 """The house: rooms, the arrows between them, and that nothing happens at import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,25 @@ def test_a_verb_reads_its_arguments_before_anything_large_is_imported(name):
         modules = at_the_top(each)
         assert not LARGE & {module.partition(".")[0] for module in modules}, each
         todo |= (modules & FILES.keys()) - seen
+
+
+# --- Processes and foreign code -------------------------------------------------------------------
+
+
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_process_is_told_what_processes_environment_names(name):
+    """Nothing is started with all of our environment, in which tokens are."""
+    for call in calls(TREES[name]):
+        function = ast.unparse(call.func)
+        elsewhere = re.fullmatch(r"os\.(system|popen|(exec|spawn|posix_spawn)\w*)", function)
+        assert not elsewhere, function
+        if function.startswith("subprocess."):
+            assert "env" in {each.arg for each in call.keywords}, ast.unparse(call)
+            assert "processes.environment(" in FILES[name].read_text(encoding="utf-8")
 
 
 # --- Size -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 Interrupted, it is taken up by the same command: files that have arrived are not sent twice.
 """
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,16 +19,24 @@ def main(argv: list[str]) -> int:
     """`gpt2repro push --model DIR --repo me/name [--private] [--revision]`."""
     options = _parse(argv)
     from gpt2repro.publishing.card import add_evaluation
+    from gpt2repro.publishing.contents import changed_code
     from gpt2repro.publishing.upload import check_hub_rights, to_publish, upload
     from gpt2repro.publishing.verification import verify
 
     directory = _find_export(options.model)
-    for line in verify(directory).lines():
+    if options.allow_code and (changed := changed_code(directory)):
+        print(
+            f"gpt2repro push: warning: {' and '.join(changed)} in {directory} are not this "
+            "package's; they run now, with your rights, and are published",
+            file=sys.stderr,
+            flush=True,
+        )
+    for line in verify(directory, allow_code=options.allow_code).lines():
         print(f"  {line}")
     if options.evaluation:
         add_evaluation(directory / "README.md", options.evaluation, options.repo.partition("/")[2])
     existed = check_hub_rights(options.repo, private=options.private, option="--repo")
-    files = to_publish(directory)
+    files = to_publish(directory, allow_code=options.allow_code)
     size = sum(path.stat().st_size for path in files) / 1e6
     print(
         f"Pushing {len(files)} files ({size:,.1f} MB) to {options.repo}, which "
@@ -41,6 +50,7 @@ def main(argv: list[str]) -> int:
             message=options.message,
             private=options.private,
             revision=options.revision,
+            allow_code=options.allow_code,
         )
     except KeyboardInterrupt:
         raise UserError(f"interrupted; {AGAIN}") from None
@@ -58,6 +68,7 @@ def _parse(argv: list[str]) -> Namespace:
     add("--private", action="store_true", help="create the repository private")
     add("--revision", help="branch to commit to, created if absent (default main)")
     add("--message", default="Upload model", help="of the commit")
+    add("--allow_code", action="store_true", help="run and publish a fork's model files")
     add("--evaluation", type=Path, help="JSON of `gpt2repro evaluate --output`, for the card")
     return parser.parse_args(argv)
 

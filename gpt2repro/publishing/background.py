@@ -1,6 +1,5 @@
 """Uploads beside a running training, which they never disturb."""
 
-import inspect
 import os
 import shutil
 import tempfile
@@ -11,10 +10,8 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from transformers import PreTrainedTokenizerFast
 
-import configuration_gpt2repro
-import modeling_gpt2repro
+from gpt2repro.publishing.contents import SHIPPED_CODE, read_json
 from gpt2repro.publishing.upload import to_publish, upload
-from gpt2repro.publishing.verification import read_json
 
 
 @dataclass(frozen=True)
@@ -124,8 +121,9 @@ def _snapshot(directory: Path, in_use: list[Path]) -> Path:
     for left in directory.absolute().parent.glob(".pushing-*"):
         if left not in in_use:
             shutil.rmtree(left, ignore_errors=True)
+    files = to_publish(directory)
     place = Path(tempfile.mkdtemp(prefix=".pushing-", dir=directory.absolute().parent))
-    for path in to_publish(directory):
+    for path in files:
         try:
             os.link(path, place / path.name)
         except OSError:  # a file system without hard links
@@ -136,8 +134,7 @@ def _snapshot(directory: Path, in_use: list[Path]) -> Path:
 def _complete(directory: Path, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Add what `from_pretrained` needs and a training checkpoint lacks."""
     if read_json(directory / "config.json").get("model_type") == "gpt2repro":
-        for module in (configuration_gpt2repro, modeling_gpt2repro):
-            source = Path(inspect.getfile(module))
+        for source in SHIPPED_CODE.values():
             if not (directory / source.name).exists():
                 shutil.copy(source, directory)
     if tokenizer is not None and not (directory / "tokenizer.json").exists():

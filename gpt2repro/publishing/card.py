@@ -19,7 +19,7 @@ from jinja2 import Template
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
-from gpt2repro.publishing.verification import read_json
+from gpt2repro.publishing.contents import read_json
 from gpt2repro.system.hub import has_owner
 
 CARD = Path(__file__).with_name("card_template.md")

@@ -5,7 +5,6 @@ files as remote code. `gpt2` has a stock configuration instead, for tools that r
 """
 
 import copy
-import inspect
 import json
 import shutil
 from collections.abc import Iterable
@@ -17,19 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import GenerationConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
-import configuration_gpt2repro
-import modeling_gpt2repro
 from gpt2repro import UserError
 from gpt2repro.publishing.card import completed, model_card
-from gpt2repro.publishing.verification import (
-    CLASSES,
-    INDEX,
-    SUMS,
-    Verification,
-    expected_tensors,
-    verify,
-    write_sums,
-)
+from gpt2repro.publishing.contents import CLASSES, INDEX, SHIPPED_CODE, SUMS, write_sums
+from gpt2repro.publishing.verification import Verification, expected_tensors, verify
 from gpt2repro.system import atomic
 
 MAX_SHARD_SIZE = "5GB"  # a broken upload costs one shard again
@@ -163,8 +153,8 @@ def _write_configs(
         # n_ctx is n_positions' second name in the official files; llama.cpp's converter reads it.
         config = GPT2Config(**fields | {"n_ctx": config.n_positions})
     else:
-        for module in (configuration_gpt2repro, modeling_gpt2repro):
-            shutil.copy(inspect.getfile(module), directory)
+        for source in SHIPPED_CODE.values():
+            shutil.copy(source, directory)
     config.architectures = [CLASSES[format]]
     config.dtype = dtype
     config.use_cache = True  # training turns it off
@@ -187,6 +177,7 @@ def _write_tokenizer(
     """tokenizer.json and its configuration; vocab.json and merges.txt for older tools."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = n_positions
+    tokenizer.init_kwargs.pop("auto_map", None)  # code that was not needed to load it
     tokenizer.save_pretrained(directory)
     bpe = tokenizer.backend_tokenizer.model
     if plain_files and type(bpe).__name__ == "BPE":

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import with_loading
-from gpt2repro.publishing.verification import read_json
+from gpt2repro.publishing.contents import check_contents, read_json
 from gpt2repro.records import checkpoints
 from gpt2repro.system.hub import has_owner
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, patiently
@@ -112,6 +112,7 @@ def upload(
     message: str,
     private: bool = False,
     revision: str | None = None,
+    allow_code: bool = False,
     give_up_after_seconds: float = GIVE_UP_AFTER_SECONDS,
 ) -> str:
     """Commit the files of `directory` to `repo_id` (created if absent), patiently; returns its URL.
@@ -120,7 +121,8 @@ def upload(
     of an earlier push that this one does not have are removed in the same commit.
 
     Raises:
-        UserError: when the Hub refused, or could not be reached for `give_up_after_seconds`.
+        UserError: when `directory` holds what is not published (see `to_publish`), the Hub refused,
+            or could not be reached for `give_up_after_seconds`.
     """
 
     def attempt() -> str:
@@ -128,7 +130,7 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = to_publish(directory)
+        files = to_publish(directory, allow_code=allow_code)
         additions = [CommitOperationAdd(path.name, _published(path, repo_id)) for path in files]
         names = {addition.path_in_repo for addition in additions}
         there = api.list_repo_files(repo_id, revision=revision)
@@ -150,8 +152,13 @@ def upload(
     return f"{constants.ENDPOINT}/{repo_id}{at}"
 
 
-def to_publish(directory: Path) -> list[Path]:
-    """The files of an export or a checkpoint that go to the Hub."""
+def to_publish(directory: Path, *, allow_code: bool = False) -> list[Path]:
+    """The files of an export or a checkpoint that go to the Hub.
+
+    Raises:
+        UserError: one of the others does not belong in an export, or is code that is not ours.
+    """
+    check_contents(directory, allow_code=allow_code, ignored=NOT_PUBLISHED)
     return [
         path
         for path in sorted(directory.iterdir())

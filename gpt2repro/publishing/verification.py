@@ -1,16 +1,14 @@
 """Is this directory what a stranger can use? Checked before anything is called final or uploaded.
 
-Three layers, cheapest first: the files (nothing but what belongs there, and as `SHA256SUMS` has
-them), the tensors (exactly the model's, bit for bit), and a fresh process without any module of
-ours that loads the directory with stock transformers and must give the live model's answers.
+Three layers, cheapest first: the files (nothing but what belongs there, no code but ours, and as
+`SHA256SUMS` has them), the tensors (exactly the model's, bit for bit), and a fresh process without
+any module of ours that loads the directory with stock transformers and must give the live model's
+answers.
 """
 
 import contextlib
 import copy
-import hashlib
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,19 +25,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from gpt2repro import UserError
 from gpt2repro.data.tokenizer import load_tokenizer
-from gpt2repro.records.saved_models import load_causal_lm
-
-SUMS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks it anywhere
-CODE = ("configuration_gpt2repro.py", "modeling_gpt2repro.py")
-CLASSES = {"gpt2repro": "GPT2ReproForCausalLM", "gpt2": "GPT2LMHeadModel"}
-INDEX = "model.safetensors.index.json"
-
-ALLOWED = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json"
-    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
-    r"|SHA256SUMS|README\.md|LICENSE|\.gitattributes|[\w-]+\.png"
+from gpt2repro.publishing.contents import (
+    CLASSES,
+    INDEX,
+    check_contents,
+    check_sums,
+    read_json,
 )
-EDITABLE = re.compile(r"README\.md|LICENSE|\.gitattributes|[\w-]+\.png")  # not in SHA256SUMS
+from gpt2repro.records.saved_models import load_causal_lm
+from gpt2repro.system import processes
 
 PROBE_TEXT = "Hello world's  don't\n\n\tx12 ½ naïve 中文 😀 (a+b)^2 == c_d;  end \n"
 SECONDS_FOR_FRESH_PROCESS = 1800  # gpt2-xl off a slow disk
@@ -85,11 +79,15 @@ def verify(
     directory: Path,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    allow_code: bool = False,
 ) -> Verification:
     """Check an export against the live model, or (without one) against what it holds itself.
 
     Args:
         model: a `GPT2ReproForCausalLM` on the CPU; its mode and attention are left as they were.
+        allow_code: the two code files may be another version's or a fork's; the fresh process runs
+            them.
 
     Raises:
         UserError: when a check failed; the message says which.
@@ -97,8 +95,8 @@ def verify(
     config = read_json(directory / "config.json")
     if config.get("model_type") not in CLASSES:
         raise UserError(f"{directory} is no GPT-2: its model_type is {config.get('model_type')!r}")
-    _check_files(directory, config["model_type"])
-    _check_sums(directory)
+    check_contents(directory, allow_code=allow_code)
+    check_sums(directory)
     model = model or load_causal_lm(str(directory))
     tokenizer = tokenizer or load_tokenizer(directory)
     dtypes, num_parameters = _check_tensors(directory, model)
@@ -126,54 +124,6 @@ def verify(
         num_greedy_tokens=num_greedy,
         transformers=transformers.__version__,
     )
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def _check_files(directory: Path, model_type: str) -> None:
-    """Only what an export consists of: no pickle, no optimizer state, no stray code."""
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        native_code = model_type == "gpt2repro" and name in CODE
-        if name.startswith(".cache/"):  # what the Hub's client keeps
-            continue
-        if path.is_file() and not (ALLOWED.fullmatch(name) or native_code):
-            raise UserError(f"{directory} holds {name}, which does not belong in an export")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_sums(directory: Path) -> None:
-    """Record every file whose change would change the model; the card may be edited afterwards."""
-    names = sorted(path.name for path in directory.iterdir() if not EDITABLE.fullmatch(path.name))
-    lines = [f"{_sha256(directory / name)}  {name}\n" for name in names if name != SUMS]
-    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def _check_sums(directory: Path) -> None:
-    """Refuse a file that is not the one that was exported; a directory without sums passes."""
-    if not (directory / SUMS).is_file():
-        return
-    for line in (directory / SUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} lacks {name}, which its {SUMS} lists; export it again")
-        if _sha256(directory / name) != digest:
-            raise UserError(
-                f"{directory}: {name} was changed or damaged after the export (its SHA-256 is not "
-                f"the one in {SUMS}); export it again"
-            )
 
 
 # --- Tensors --------------------------------------------------------------------------------------
@@ -277,20 +227,17 @@ def _compare_in_fresh_process(
 
 
 def run_fresh_process(scratch: Path) -> dict:
-    """Another working directory, an empty module cache, no network, GPU or launcher's variables."""
-    launcher = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PYTHONPATH")
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ours and not key.startswith(launcher)
-    }
-    environment |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(scratch / "modules"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    """Another working directory, an empty module cache, no network, no GPU and no tokens.
+
+    The code that it runs may be a fork's: `allow_code` of `verify`.
+    """
+    environment = processes.environment(
+        CUDA_VISIBLE_DEVICES="",
+        HF_HUB_OFFLINE="1",
+        HF_MODULES_CACHE=str(scratch / "modules"),
+        TOKENIZERS_PARALLELISM="false",
+    )
+    environment.pop("PYTHONPATH", None)
     script = Path(__file__).with_name("fresh_process.py")
     process = subprocess.run(
         [sys.executable, "-P", str(script), str(scratch)],

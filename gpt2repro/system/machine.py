@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from gpt2repro.system import processes
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -136,6 +138,11 @@ def _git(*words: str) -> str:
     # It takes no lock: what the user's own git does at this moment shall not fail.
     command = ["git", "--no-optional-locks", "-C", str(place), *words]
     found = subprocess.run(
-        command, capture_output=True, text=True, timeout=SECONDS_FOR_GIT, check=True
+        command,
+        env=processes.environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_FOR_GIT,
+        check=True,
     )
     return found.stdout.strip()

@@ -13,7 +13,7 @@ from gpt2repro.publishing.card import model_card
 from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
-from gpt2repro.system import machine, ranks
+from gpt2repro.system import machine, processes, ranks
 from gpt2repro.training.run import Run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -100,7 +100,9 @@ def _paragraph(run: Run) -> str:
     """A paragraph written by `final/` in a fresh process, which loads it as anyone would."""
     command = [sys.executable, "-m", "gpt2repro", "generate", "--model", str(run.directory.final)]
     command += ["--prompt", run.recipe.sample_prompt, "--seed", str(run.recipe.seed)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=processes.environment(), capture_output=True, text=True, check=False
+    )
     if result.returncode:
         raise UserError(f"{run.directory.final} does not generate: {result.stderr.strip()}")
     return result.stdout.strip()

@@ -9,8 +9,8 @@ from torch.optim import AdamW
 
 from gpt2repro import UserError
 from gpt2repro.commands import export
+from gpt2repro.publishing import contents
 from gpt2repro.publishing import export as publishing
-from gpt2repro.publishing import verification
 from gpt2repro.records import checkpoints, saved_models
 
 
@@ -72,4 +72,4 @@ def test_the_help_tells_the_librarys_defaults(capsys):
         export.main(["--help"])
     shown = capsys.readouterr().out
     assert f"default {publishing.MAX_SHARD_SIZE}" in shown
-    assert f"{{{','.join(verification.CLASSES)}}}" in shown
+    assert f"{{{','.join(contents.CLASSES)}}}" in shown

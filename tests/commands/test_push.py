@@ -34,7 +34,7 @@ def hub(monkeypatch):
 @pytest.fixture
 def verified(monkeypatch, exported):
     """Verification takes seconds and is tested in test_export.py."""
-    monkeypatch.setattr(verification, "verify", lambda _: VERIFIED)
+    monkeypatch.setattr(verification, "verify", lambda *_, **__: VERIFIED)
 
 
 FRESH = (

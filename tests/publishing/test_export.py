@@ -16,7 +16,7 @@ from tiny_export import VERIFIED, WITHOUT_THE_PACKAGE
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
-from gpt2repro.publishing import export, fresh_process, verification
+from gpt2repro.publishing import contents, export, fresh_process, verification
 
 NATIVE_FILES = {
     "README.md",
@@ -43,7 +43,7 @@ def exported(tmp_path_factory):
         form: export.export(
             tiny_model(), tiny_tokenizer(), root / form, format=form, figures=[picture, root / "no"]
         )
-        for form in verification.CLASSES
+        for form in contents.CLASSES
     }
 
 
@@ -78,19 +78,19 @@ def test_files_and_tensors(exported, form, files):
 
 
 def test_both_forms_hold_the_same_bytes(exported):
-    forms = [exported[0] / form / "model.safetensors" for form in verification.CLASSES]
+    forms = [exported[0] / form / "model.safetensors" for form in contents.CLASSES]
     assert forms[0].read_bytes() == forms[1].read_bytes()
 
 
 def test_configuration(exported):
-    native, stock = (read(exported[0] / form / "config.json") for form in verification.CLASSES)
+    native, stock = (read(exported[0] / form / "config.json") for form in contents.CLASSES)
     assert native["auto_map"].keys() >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert native["architectures"] == ["GPT2ReproForCausalLM"]
     assert stock["model_type"] == "gpt2" and stock["architectures"] == ["GPT2LMHeadModel"]
     assert "auto_map" not in stock
     assert stock["n_ctx"] == stock["n_positions"] == 32  # llama.cpp's converter reads n_ctx
     eos = tiny_tokenizer().eos_token_id
-    for form in verification.CLASSES:
+    for form in contents.CLASSES:
         config = read(exported[0] / form / "config.json")
         generation = read(exported[0] / form / "generation_config.json")
         assert config["dtype"] == "float32" and config["tie_word_embeddings"] is True
@@ -198,17 +198,11 @@ def with_other_heads(directory):
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def with_code_that_needs_our_package(directory):
-    path = directory / "modeling_gpt2repro.py"
-    path.write_text("import gpt2repro\n" + path.read_text())
-
-
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (without_modeling_file, "modeling_gpt2repro"),
         (with_other_heads, "logits differ"),
-        (with_code_that_needs_our_package, "in a fresh process .*gpt2repro"),
     ],
 )
 def test_a_failed_check_keeps_the_export_out(exported, tmp_path, monkeypatch, spoil, said):
@@ -222,6 +216,14 @@ def test_a_failed_check_keeps_the_export_out(exported, tmp_path, monkeypatch, sp
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert (tmp_path / "final.rejected" / "config.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"final", "final.rejected"}
+
+
+def test_a_fork_that_needs_our_package_is_refused(copy):
+    path = copy / "modeling_gpt2repro.py"
+    path.write_text("import gpt2repro\n" + path.read_text())
+    contents.write_sums(copy)
+    with pytest.raises(UserError, match=r"in a fresh process .*gpt2repro"):
+        verification.verify(copy, tiny_model(), tiny_tokenizer(), allow_code=True)
 
 
 def test_another_tokenizer_is_refused(copy):

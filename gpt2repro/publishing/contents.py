@@ -1,0 +1,160 @@
+"""What a directory to publish holds: known names, our code to the byte and no other.
+
+Looked at before anything in it is loaded, let alone run. `SHA256SUMS` cannot vouch for that:
+whoever changed a file can write it anew.
+"""
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import configuration_gpt2repro
+import modeling_gpt2repro
+from gpt2repro import UserError
+
+SUMS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks it anywhere
+SHIPPED_CODE = {
+    path.name: path
+    for path in (
+        Path(inspect.getfile(each)) for each in (configuration_gpt2repro, modeling_gpt2repro)
+    )
+}
+CLASSES = {"gpt2repro": "GPT2ReproForCausalLM", "gpt2": "GPT2LMHeadModel"}
+INDEX = "model.safetensors.index.json"
+
+ALLOWED = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|(generation_)?config\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.json|merges\.txt"
+    r"|SHA256SUMS|README\.md|LICENSE|\.gitattributes|[\w-]+\.png"
+)
+EDITABLE = re.compile(r"README\.md|LICENSE|\.gitattributes|[\w-]+\.png")  # not in SHA256SUMS
+
+# Settings with which transformers finds code: in this directory, or in a repository that they name.
+NAMES_OF_CODE = ("auto_map", "custom_pipelines", "custom_generate", "attn_implementation")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read: it holds no JSON object")
+    return content
+
+
+# --- What may be there ----------------------------------------------------------------------------
+
+
+def check_contents(
+    directory: Path, *, allow_code: bool = False, ignored: Collection[str] = ()
+) -> None:
+    """Only what an export consists of: no pickle, no stray code, none that is not ours.
+
+    Args:
+        allow_code: the two code files may be another version's or a fork's.
+        ignored: names of files that are not looked at.
+
+    Raises:
+        UserError: naming the file.
+    """
+    native = read_json(directory / "config.json").get("model_type") == "gpt2repro"
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if name.startswith(".cache/") or name in ignored:  # what the Hub's client keeps
+            continue
+        known = ALLOWED.fullmatch(name) or (native and name in SHIPPED_CODE)
+        if not (path.is_dir() or (path.is_file() and known)):
+            raise UserError(f"{directory} holds {name}, which does not belong in an export")
+    if (changed := changed_code(directory)) and not allow_code:
+        raise UserError(
+            f"{directory}: {changed[0]} is not this package's: another version's, a fork's or "
+            "somebody else's, it would run here and wherever the model is loaded. Export the model "
+            "again, or read it and add --allow_code"
+        )
+    _check_names_of_code(directory, native)
+
+
+def changed_code(directory: Path) -> list[str]:
+    """Names of the code files in `directory` that are not, byte for byte, the shipped ones."""
+    return [
+        name
+        for name, shipped in SHIPPED_CODE.items()
+        if (directory / name).is_file() and (directory / name).read_bytes() != shipped.read_bytes()
+    ]
+
+
+def _check_names_of_code(directory: Path, native: bool) -> None:
+    """No setting may name code but a native configuration, which names the files beside it."""
+    for path in sorted(directory.glob("*config.json")):
+        for reference in _names_of_code(read_json(path)):
+            file = f"{reference.partition('.')[0]}.py"  # of `other/repo--file.Class` it is none
+            if not (native and path.name == "config.json" and file in SHIPPED_CODE):
+                raise UserError(
+                    f"{directory}: {path.name} names code that is not this package's, {reference!r}"
+                )
+
+
+def _names_of_code(settings: Any, inside: bool = False) -> Iterator[str]:
+    """The code that settings name, at any depth; a built-in attention is no code."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if not (key.endswith("attn_implementation") and "/" not in str(value)):
+                yield from _names_of_code(value, inside or key.lstrip("_") in NAMES_OF_CODE)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _names_of_code(value, inside)
+    elif inside and isinstance(settings, str):
+        yield settings
+
+
+# --- As it was exported ---------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(directory: Path) -> None:
+    """Record every file whose change would change the model; the card may be edited afterwards."""
+    names = sorted(path.name for path in directory.iterdir() if not EDITABLE.fullmatch(path.name))
+    lines = [f"{_sha256(directory / name)}  {name}\n" for name in names if name != SUMS]
+    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _listed(directory: Path) -> dict[str, str]:
+    """SHA-256 by file name, as the directory's sums have them.
+
+    Raises:
+        UserError: the file is none of ours.
+    """
+    try:
+        lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / SUMS} cannot be read: {error}") from None
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def check_sums(directory: Path) -> None:
+    """Refuse a file that is not the one that was exported; a directory without sums passes."""
+    if not (directory / SUMS).is_file():
+        return
+    for name, digest in _listed(directory).items():
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} lacks {name}, which its {SUMS} lists; export it again")
+        if _sha256(directory / name) != digest:
+            raise UserError(
+                f"{directory}: {name} was changed or damaged after the export (its SHA-256 is not "
+                f"the one in {SUMS}); export it again"
+            )

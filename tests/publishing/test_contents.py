@@ -1,0 +1,150 @@
+"""What is verified or published is what it looks like: no code but ours, and none runs before."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tiny_export import VERIFIED, export_unverified
+
+from gpt2repro import UserError
+from gpt2repro.commands import push
+from gpt2repro.publishing import background, contents, upload, verification
+from gpt2repro.system import machine, processes
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    return export_unverified(tmp_path_factory.mktemp("contents") / "final")
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """A native export that a test may spoil."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Neither a process, nor a model or tokenizer that is loaded in this one."""
+
+    def run(*_, **__):
+        pytest.fail("the directory was loaded before it was looked at")
+
+    for name in ("run_fresh_process", "load_causal_lm", "load_tokenizer"):
+        monkeypatch.setattr(verification, name, run)
+
+
+def change(file: Path, **settings) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def refused(directory: Path, said: str, **options) -> None:
+    """By `verify` and by every upload, though the sums are those of what is there."""
+    contents.write_sums(directory)
+    for look in (verification.verify, upload.to_publish):
+        with pytest.raises(UserError, match=said):
+            look(directory, **options)
+
+
+# --- Code -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", contents.SHIPPED_CODE)
+def test_code_that_is_not_ours_is_refused(copy, nothing_runs, name):
+    with (copy / name).open("a") as file:
+        file.write("\n")  # one byte
+    refused(copy, f"{name} is not this package's.*--allow_code")
+    contents.check_contents(copy, allow_code=True)
+
+
+def test_no_setting_names_code_elsewhere(copy, nothing_runs):
+    """`trust_remote_code=True` would take it from a repository, or from a file of another name."""
+    auto_map = json.loads((copy / "config.json").read_text())["auto_map"]
+    ours = auto_map["AutoModel"]
+    for file, settings in (
+        ("config.json", {"auto_map": auto_map | {"AutoModel": f"some/body--{ours}"}}),
+        ("config.json", {"auto_map": auto_map | {"AutoTokenizer": [None, "evil.Tokenizer"]}}),
+        ("config.json", {"text_config": {"auto_map": {"AutoConfig": "some/body--c.C"}}}),
+        ("config.json", {"custom_pipelines": {"text-generation": {"impl": "evil.Pipeline"}}}),
+        ("config.json", {"_attn_implementation": "some/kernel"}),
+        ("generation_config.json", {"custom_generate": "some/body"}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [f"some/body--{ours}", None]}}),
+        ("tokenizer_config.json", {"auto_map": [ours, None]}),
+    ):
+        before = (copy / file).read_text()
+        change(copy / file, **settings)
+        refused(copy, f"{file} names code")
+        refused(copy, f"{file} names code", allow_code=True)
+        (copy / file).write_text(before)
+    change(copy / "config.json", _attn_implementation="sdpa")
+    contents.check_contents(copy)
+    for name in contents.SHIPPED_CODE:
+        (copy / name).unlink()
+    change(copy / "config.json", model_type="gpt2")  # the stock form has no code at all
+    refused(copy, "config.json names code")
+
+
+def test_pickles_libraries_and_stray_code_are_not_sent(copy, nothing_runs):
+    for name in ("pytorch_model.bin", "x.pt", "ops.so", "custom_generate/generate.py", "a.pth"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"")
+        with pytest.raises(UserError, match=f"{name}, which does not belong"):
+            upload.to_publish(copy)
+        (copy / name).unlink()
+
+
+def test_a_checkpoint_with_other_code_is_not_pushed(exported, tmp_path):
+    checkpoint = Path(shutil.copytree(exported, tmp_path / "step_00000001"))
+    (checkpoint / "optimizer.safetensors").write_bytes(b"")  # which stays here
+    (checkpoint / "modeling_gpt2repro.py").write_text("raise SystemExit")
+    push = background.BackgroundPush("me/name")
+    push.submit(checkpoint, "Step 1")
+    (problem,) = push.finish(30)
+    assert "modeling_gpt2repro.py is not this package's" in problem
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+def test_a_fork_is_published_when_asked_for_with_a_warning(copy, monkeypatch, capsys):
+    (copy / "modeling_gpt2repro.py").write_text("a fork's")
+    contents.write_sums(copy)
+    sent = {}
+    monkeypatch.setattr(verification, "verify", lambda *_, **__: VERIFIED)
+    monkeypatch.setattr(upload, "check_hub_rights", lambda *_, **__: True)
+    monkeypatch.setattr(upload, "upload", lambda *_, **options: sent.update(options) or "url")
+    words = ["--model", str(copy), "--repo", "me/name"]
+    with pytest.raises(UserError, match="is not this package's"):
+        push.main(words)
+    assert push.main([*words, "--allow-code"]) == 0
+    assert sent["allow_code"] is True
+    assert "warning: modeling_gpt2repro.py in" in capsys.readouterr().err
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+SECRETS = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "NVIDIA_API_KEY")
+SECRETS += ("AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN", "HTTPS_PROXY", "MY_OWN")
+SECRETS += ("PYTHON_KEYRING_PASSWORD", "GIT_CONFIG_VALUE_0", "SSH_AUTH_SOCK", "HF_HUB_TOKEN")
+NEEDED = ("PATH", "HOME", "LC_ALL", "TMPDIR", "PYTHONUTF8", "VIRTUAL_ENV", "OMP_NUM_THREADS")
+NEEDED += ("CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "HF_ENDPOINT")
+
+
+def test_processes_that_we_start_are_told_no_secrets(monkeypatch, tmp_path):
+    for name in SECRETS + NEEDED:
+        monkeypatch.setenv(name, "x")
+    given = []
+
+    def run(command, env=None, **_):
+        given.append(env)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    verification.run_fresh_process(tmp_path)
+    machine.code_commit()
+    given.append(processes.environment())
+    assert len(given) == 4
+    for environment in given:
+        assert environment.keys().isdisjoint(SECRETS)
+        assert environment.keys() >= set(NEEDED)
+    assert given[0]["HF_HUB_OFFLINE"] == "1" and given[0]["CUDA_VISIBLE_DEVICES"] == ""
