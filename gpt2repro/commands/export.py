@@ -6,6 +6,7 @@ Two forms of the same tensors under the same names. `gpt2repro`, the native one,
 files as remote code. `gpt2` has a stock configuration instead, for tools that run no remote code.
 """
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,8 +21,7 @@ def main(argv: list[str]) -> int:
     from gpt2repro.publishing.export import MAX_SHARD_SIZE, export
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm, locate
 
-    source = Path(locate(options.model))
-    card = source / "README.md"
+    card, figures = _beside(Path(locate(options.model)))
     verification = export(
         load_causal_lm(options.model),
         find_tokenizer(options.model, options.tokenizer),
@@ -29,13 +29,26 @@ def main(argv: list[str]) -> int:
         format=options.format,
         dtype=getattr(torch, DTYPES[options.dtype]) if options.dtype else None,
         max_shard_size=options.max_shard_size or MAX_SHARD_SIZE,
-        card=card.read_text(encoding="utf-8") if card.is_file() else None,
-        figures=source.glob("*.png"),
+        card=card,
+        figures=figures,
     )
     print(f"{options.output}: verified")
     for line in verification.lines():
         print(f"  {line}")
     return 0
+
+
+def _beside(source: Path) -> tuple[str | None, list[Path]]:
+    """Card and pictures of the model's directory, to go with it; links lead who knows where.
+
+    The Hub's cache consists of links: a model is read from there, what describes it is left out.
+    """
+    card, figures = source / "README.md", sorted(source.glob("*.png"))
+    if linked := [path for path in (card, *figures) if path.is_symlink()]:
+        names = ", ".join(path.name for path in linked)
+        print(f"gpt2repro export: left out, as symbolic links: {names}", file=sys.stderr)
+    text = card.read_text(encoding="utf-8") if card.is_file() and card not in linked else None
+    return text, [figure for figure in figures if figure not in linked]
 
 
 def _parse(argv: list[str]) -> Namespace:

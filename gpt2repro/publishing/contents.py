@@ -1,4 +1,4 @@
-"""What a directory to publish holds: known names, our code to the byte and no other.
+"""What a directory to publish holds: known names, plain files, our code to the byte and no other.
 
 Looked at before anything in it is loaded, let alone run. `SHA256SUMS` cannot vouch for that:
 whoever changed a file can write it anew.
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict:
 def check_contents(
     directory: Path, *, allow_code: bool = False, ignored: Collection[str] = ()
 ) -> None:
-    """Only what an export consists of: no pickle, no stray code, none that is not ours.
+    """Only what an export consists of: no pickle, no link, no stray code, none that is not ours.
 
     Args:
         allow_code: the two code files may be another version's or a fork's.
@@ -73,6 +73,7 @@ def check_contents(
         name = path.relative_to(directory).as_posix()
         if name.startswith(".cache/") or name in ignored:  # what the Hub's client keeps
             continue
+        refuse_link(path)
         known = ALLOWED.fullmatch(name) or (native and name in SHIPPED_CODE)
         if not (path.is_dir() or (path.is_file() and known)):
             raise UserError(f"{directory} holds {name}, which does not belong in an export")
@@ -83,6 +84,19 @@ def check_contents(
             "again, or read it and add --allow_code"
         )
     _check_names_of_code(directory, native)
+
+
+def refuse_link(path: Path) -> None:
+    """What it leads to, a private key perhaps, would be published in its name.
+
+    Raises:
+        UserError: `path` itself is a symbolic link; the directories above it may be.
+    """
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a symbolic link, and what it leads to would be published; put the file "
+            "itself there, or export the model to another directory"
+        )
 
 
 def changed_code(directory: Path) -> list[str]:

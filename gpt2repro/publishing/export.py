@@ -18,7 +18,14 @@ from transformers import GenerationConfig, GPT2Config, PreTrainedModel, PreTrain
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import completed, model_card
-from gpt2repro.publishing.contents import CLASSES, INDEX, SHIPPED_CODE, SUMS, write_sums
+from gpt2repro.publishing.contents import (
+    CLASSES,
+    INDEX,
+    SHIPPED_CODE,
+    SUMS,
+    refuse_link,
+    write_sums,
+)
 from gpt2repro.publishing.verification import Verification, expected_tensors, verify
 from gpt2repro.system import atomic
 
@@ -50,9 +57,13 @@ def export(
         figures: PNG files to put beside the card; those that do not exist are left out.
 
     Raises:
-        UserError: when `output` is not an export, the disk is full, or a check failed. Then nothing
-            at `output` has changed, and what failed a check is kept as `<output>.rejected`.
+        UserError: when `output` is not an export, a figure is a symbolic link, the disk is full, or
+            a check failed. Then nothing at `output` has changed, and what failed a check is kept as
+            `<output>.rejected`.
     """
+    figures = [figure for figure in figures if figure.is_file()]
+    for figure in figures:
+        refuse_link(figure)
     _refuse_to_overwrite(output)
     dtype = dtype or model.dtype
     try:
@@ -64,8 +75,7 @@ def export(
                 tokenizer, scratch, model.config.n_positions, plain_files=format == "gpt2"
             )
             for figure in figures:
-                if figure.is_file():
-                    shutil.copy(figure, scratch / figure.name)
+                shutil.copy(figure, scratch / figure.name)
             write_sums(scratch)
         except BaseException:
             atomic.remove(scratch)

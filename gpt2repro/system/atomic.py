@@ -5,16 +5,16 @@ run that goes on after a crash, never meets half of one. A rename may reach the 
 it names; what must survive a power failure is flushed first (`durable`, fsync(2)).
 """
 
+import contextlib
 import glob
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A name to write to; when the block ends, that file takes the place of `path`.
 
@@ -58,16 +58,19 @@ def move_into_place(scratch: Path, path: Path) -> None:
         flush(each)
     previous = path.absolute().with_name(f".{path.absolute().name}.previous")
     remove(previous)
-    if path.exists():
+    if path.exists() or path.is_symlink():
         path.rename(previous)
     scratch.rename(path)
     flush(path.absolute().parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove(previous)
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory if it is there."""
-    if directory.is_dir():
+    """Remove a directory if it is there; of a symbolic link to one, the link alone."""
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.is_dir():
         shutil.rmtree(directory)
 
 

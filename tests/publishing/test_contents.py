@@ -1,16 +1,19 @@
 """What is verified or published is what it looks like: no code but ours, and none runs before."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from tiny_export import VERIFIED, export_unverified
+from tiny_gpt2 import tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
+from gpt2repro.commands import export as export_verb
 from gpt2repro.commands import push
-from gpt2repro.publishing import background, contents, upload, verification
+from gpt2repro.publishing import background, contents, export, upload, verification
 from gpt2repro.system import machine, processes
 
 
@@ -119,6 +122,73 @@ def test_a_fork_is_published_when_asked_for_with_a_warning(copy, monkeypatch, ca
     assert push.main([*words, "--allow-code"]) == 0
     assert sent["allow_code"] is True
     assert "warning: modeling_gpt2repro.py in" in capsys.readouterr().err
+
+
+# --- Links ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "id_ed25519").write_text("PRIVATE KEY")
+    return tmp_path / "elsewhere" / "id_ed25519"
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "README.md", "config.json", "tokenizer.json", "model.safetensors", "sub"]
+)
+def test_links_are_not_published(copy, nothing_runs, tmp_path, secret, name):
+    """Wherever they lead: into another directory, or to the very file that was here."""
+    place, kept = copy / name, tmp_path / "kept"
+    if place.exists():
+        place.rename(kept)
+    place.symlink_to(kept if kept.exists() else secret.parent if name == "sub" else secret)
+    for look in (verification.verify, upload.to_publish):
+        with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+            look(copy)
+    push = background.BackgroundPush("me/name")
+    push.submit(copy, "Step 1")
+    assert "is a symbolic link" in push.finish(30)[0]
+
+
+def test_what_is_neither_file_nor_directory_is_not_published(copy, nothing_runs):
+    os.mkfifo(copy / "a.png")
+    with pytest.raises(UserError, match=r"a\.png, which does not belong"):
+        upload.to_publish(copy)
+    (copy / "a.png").unlink()
+    (copy / "a.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"a\.png is a symbolic link"):
+        upload.to_publish(copy)
+
+
+def test_directories_above_may_be_links(exported, tmp_path):
+    (tmp_path / "runs").symlink_to(exported.parent)
+    assert upload.to_publish(tmp_path / "runs" / "final")
+    (tmp_path / "latest").symlink_to(exported)
+    assert upload.to_publish(tmp_path / "latest")
+
+
+def test_a_model_is_read_through_links_but_what_describes_it_is_left(
+    exported, tmp_path, secret, monkeypatch, capsys
+):
+    """As from the Hub's cache, which consists of links."""
+    monkeypatch.setattr(export, "verify", lambda *_: VERIFIED)
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in exported.iterdir():
+        (snapshot / path.name).symlink_to(secret if path.name == "README.md" else path)
+    (snapshot / "a.png").symlink_to(secret)
+    (snapshot / "b.png").write_bytes(b"PNG")
+    output = tmp_path / "out"
+    assert export_verb.main(["--model", str(snapshot), "--output", str(output)]) == 0
+    assert "left out, as symbolic links: README.md, a.png" in capsys.readouterr().err
+    assert {path.name for path in exported.iterdir()} | {"b.png"} == {
+        path.name for path in output.iterdir()
+    }
+    assert not any(b"PRIVATE" in path.read_bytes() for path in output.iterdir())
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with pytest.raises(UserError, match=r"a\.png is a symbolic link"):
+        export.export(model, tokenizer, output, figures=[snapshot / "a.png"])
 
 
 # --- Processes ------------------------------------------------------------------------------------

@@ -48,6 +48,19 @@ def test_a_directory_replaces_the_one_before(tmp_path):
         assert names(tmp_path) == ["final"]
 
 
+@pytest.mark.parametrize("link", ["final", ".final.partial", ".final.previous"])
+def test_of_a_link_to_a_directory_the_link_goes(tmp_path, link):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("somebody's")
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    scratch = atomic.partial(tmp_path / "final")
+    (scratch / "file").write_text("ours")
+    atomic.move_into_place(scratch, tmp_path / "final")
+    assert (tmp_path / "elsewhere" / "file").read_text() == "somebody's"
+    assert (tmp_path / "final" / "file").read_text() == "ours"
+    assert names(tmp_path) == ["elsewhere", "final"]
+
+
 @pytest.mark.parametrize("instant", ["flush", "rename"])
 def test_one_whole_directory_exists_at_every_instant(tmp_path, monkeypatch, instant):
     path = tmp_path / "final"
