@@ -117,7 +117,7 @@ def resumed(output: Path, overrides: list[str]) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="benchmarks/engines.py", description=__doc__.split("\n")[0])
-    # On CPUs accelerate turns FSDP into plain processes: tests/training/test_fsdp2.py has it there.
+    # On CPUs accelerate has no FSDP: tests/training/test_engines.py takes it there.
     possible = list(LAUNCHERS) if torch.cuda.is_available() else ["one", "ddp"]
     parser.add_argument("--engines", nargs="+", choices=LAUNCHERS, default=possible)
     parser.add_argument("--no_export", action="store_true", help="leave the export out")

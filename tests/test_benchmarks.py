@@ -12,8 +12,6 @@ from gpt2repro import UserError
 from gpt2repro.training.run import Run
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--vocab_size", "99"]
-SHORT = ["--rounds", "2", "--warmups", "1", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +61,8 @@ def test_what_waits_for_a_gpu_is_walked_on_a_cpu(command, tmp_path, capsys):
         assert records["engines"]["resume"]["weights_bitwise_equal"]
     elif command == "fast":
         step = records["step"]
-        assert step["loss"].keys() == {"theirs", "ours", "less_memory", *gpu.OPT_INS.split(",")}
+        assert step["loss"].keys() == {"theirs", "ours", "bf16_residual+fp8_head"}
+        assert "No module named" in step["failed"]["sdpa_flash_3"]  # it says why
         for loss in step["loss"].values():  # untrained, of 99 tokens
             assert loss == pytest.approx(math.log(99), abs=0.1)
         assert step["memory_ratio"]["theirs"] == pytest.approx(
@@ -95,13 +94,6 @@ def test_a_machine_without_a_gpu_is_told_at_once():
 
     with pytest.raises(UserError, match="no CUDA device; --dry_run"):
         gpu.main(["fast"])
-
-
-def test_a_contestant_that_fails_says_why():
-    import train_step
-
-    with pytest.raises(RuntimeError, match=r"(?s)ours: .*n_head"):
-        train_step.main([*SHORT, *TINY, "--n_head", "3", "--mode", "eager"])
 
 
 def test_nanogpts_file_must_be_one(tmp_path):

@@ -1,21 +1,35 @@
-"""Run by two processes (see test_fsdp2.py): the training script on accelerate's own FSDP2.
+"""Run by two processes (see test_engines.py): the training script on accelerate's own engines.
 
 accelerate keeps FSDP for accelerators. What it does there is told to it here, nothing else: the
-engine, `prepare` and all of the script are the real ones.
+engine, `prepare` and all of the script are the real ones. DDP gets buckets so small that a tiny
+model has several, at which the compiler cuts its graph.
 """
 
+import functools
 import json
 import os
 import sys
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
 from torch._dynamo.utils import counters
 
 import train_accelerate
+from gpt2repro.speed.compilation import compile_in_place
 from gpt2repro.system import command_line, ranks
-from gpt2repro.training import engine, finish
+from gpt2repro.training import engine, finish, learner
+
+
+def on_ddp(kwargs_handlers: list, **options) -> Accelerator:
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 10_000
+    buckets = DistributedDataParallelKwargs(bucket_cap_mb=0.05)
+    return Accelerator(kwargs_handlers=[*kwargs_handlers, buckets], **options | {"cpu": True})
 
 
 def on_fsdp2(**options) -> Accelerator:
@@ -37,9 +51,11 @@ def on_fsdp2(**options) -> Accelerator:
 
 
 if __name__ == "__main__":
-    engine.Accelerator = on_fsdp2
+    engine.Accelerator = {"ddp": on_ddp, "fsdp2": on_fsdp2}[os.environ["ENGINE"]]
     if "WITHOUT_EXPORT" in os.environ:  # one test of it is enough
         finish.finish = lambda run: 0
+    if backend := os.environ.get("BACKEND"):
+        learner.compile_in_place = functools.partial(compile_in_place, backend=backend)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on uncompiled
     status = command_line.run("train_accelerate.py", train_accelerate.main, sys.argv[1:])
     print("dynamo", json.dumps(counters["stats"]), flush=True)

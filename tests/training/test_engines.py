@@ -1,4 +1,4 @@
-"""The whole script sharded: validated, trained, sampled, scored, saved, resumed, exported."""
+"""The whole script on two processes, sharded or compiled: trained, saved, resumed, exported."""
 
 import json
 import os
@@ -28,9 +28,9 @@ def no_export():
         yield
 
 
-def sharded(recipe: Path, output_dir: Path, *options: str, **variables: str) -> dict[str, int]:
-    """Two processes on FSDP2; what Dynamo counted in the first."""
-    script = Path(__file__).with_name("fsdp2_over_gloo.py")
+def trained(recipe: Path, output_dir: Path, *options: str, **variables: str) -> dict[str, int]:
+    """Two processes on an ENGINE; what Dynamo counted in the first."""
+    script = Path(__file__).with_name("engine_over_gloo.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(script), "--recipe", str(recipe), "--output_dir", str(output_dir), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
@@ -59,7 +59,7 @@ def test_compiled_bf16_is_one_process_to_rounding_and_never_gives_up_compiling(
 ):
     run = tmp_path / "run"
     options = (*MANY_BLOCKS, *STEPS, *BESIDES, "--mixed_precision", "bf16", "--compile")
-    stats = sharded(recipe, run, *options)
+    stats = trained(recipe, run, *options, ENGINE="fsdp2")
     assert digests(run) == digests(alone)
     ours, theirs = metrics(run), metrics(alone)
     for name in ("loss", "val_loss"):
@@ -77,7 +77,8 @@ def test_compiled_bf16_is_one_process_to_rounding_and_never_gives_up_compiling(
 
 def test_float32_resumes_from_any_step_and_under_one_process(recipe, alone, tmp_path):
     run = tmp_path / "run"
-    sharded(recipe, run, *MANY_BLOCKS, *STEPS[2:], "--num_steps", "3", WITHOUT_EXPORT="1")
+    options = (*MANY_BLOCKS, *STEPS[2:], "--num_steps", "3")
+    trained(recipe, run, *options, ENGINE="fsdp2", WITHOUT_EXPORT="1")
     saved = run / "checkpoints" / "step_00000002"
     assert train(recipe, run, *MANY_BLOCKS, *STEPS, "--resume", str(saved)) == 0
     assert digests(run) == digests(alone)
@@ -86,3 +87,17 @@ def test_float32_resumes_from_any_step_and_under_one_process(recipe, alone, tmp_
         if not name.startswith("optimizer rng"):
             # Gradients are summed in another order, and Adam makes much of a small difference.
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_ddp_compiles_once_and_computes_what_one_process_does(recipe, alone, tmp_path):
+    run = tmp_path / "run"
+    options = (*MANY_BLOCKS, *STEPS, "--compile")
+    variables = {"ENGINE": "ddp", "BACKEND": "aot_eager", "WITHOUT_EXPORT": "1"}
+    stats = trained(recipe, run, *options, **variables)
+    assert digests(run) == digests(alone)
+    for mine, other in zip(metrics(run), metrics(alone), strict=True):
+        names = mine.keys() & {"loss", "grad_norm", "val_loss"}
+        # Gradients are summed in another order, and products fused.
+        assert [mine[n] for n in names] == pytest.approx([other[n] for n in names], rel=1e-4)
+    # Training and evaluation, and the loss's own code: nothing again in later steps.
+    assert stats["unique_graphs"] <= 4
