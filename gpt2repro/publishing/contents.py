@@ -160,6 +160,25 @@ def _listed(directory: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
+def not_exported(directory: Path) -> str | None:
+    """Something in `directory` that no export wrote, None if all is: then it may be replaced.
+
+    Every file is one that its sums list, or a card or picture beside them; and it is a GPT-2. Files
+    may have been lost or damaged since.
+    """
+    try:
+        listed = {SUMS, *_listed(directory)}
+        if read_json(directory / "config.json").get("model_type") not in CLASSES:
+            return "config.json"
+    except UserError:
+        listed = set()
+    for path in sorted(directory.iterdir()):
+        ours = path.name in listed or (listed and EDITABLE.fullmatch(path.name))
+        if path.is_symlink() or not path.is_file() or not ours:
+            return path.name
+    return None
+
+
 def check_sums(directory: Path) -> None:
     """Refuse a file that is not the one that was exported; a directory without sums passes."""
     if not (directory / SUMS).is_file():

@@ -5,6 +5,7 @@ files as remote code. `gpt2` has a stock configuration instead, for tools that r
 """
 
 import copy
+import itertools
 import json
 import shutil
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from gpt2repro.publishing.contents import (
     CLASSES,
     INDEX,
     SHIPPED_CODE,
-    SUMS,
+    not_exported,
     refuse_link,
     write_sums,
 )
@@ -96,10 +97,13 @@ def export(
 
 def _refuse_to_overwrite(output: Path) -> None:
     """Only an earlier export or an empty directory may be replaced."""
+    if output.is_symlink():
+        raise UserError(f"--output {output} is a symbolic link; give a directory")
     if output.is_dir():
-        if any(output.iterdir()) and not (output / SUMS).is_file():
+        if foreign := not_exported(output):
             raise UserError(
-                f"--output {output} holds something else than an export; give another directory"
+                f"--output {output} holds something else than an export, {foreign}; "
+                "give another directory"
             )
     elif output.exists():
         raise UserError(f"--output {output} is a file; give a directory")
@@ -112,11 +116,23 @@ def _verified(
     try:
         return verify(scratch, model, tokenizer)
     except UserError as error:
-        rejected = output.absolute().with_name(f"{output.absolute().name}.rejected")
+        rejected = _place_for_rejected(output.absolute())
         atomic.remove(rejected)
         scratch.rename(rejected)
         reason = str(error).replace(str(scratch), "the export")
         raise UserError(f"{output} was not written: {reason}. It is kept as {rejected}") from None
+
+
+def _place_for_rejected(output: Path) -> Path:
+    """`<output>.rejected`, or `<output>.rejected.2` and so on where that is not of an export."""
+    numbers = itertools.chain([""], map(".{}".format, itertools.count(2)))
+    names = (f"{output.name}.rejected{number}" for number in numbers)
+    return next(
+        place
+        for place in map(output.with_name, names)
+        if not place.is_symlink()
+        and (not place.exists() or (place.is_dir() and not_exported(place) is None))
+    )
 
 
 # --- Writing --------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # A checkpoint's files that nobody loads a model from.
 NOT_PUBLISHED = {"optimizer.safetensors", "state.json", checkpoints.MARKER}
 # Left over from an earlier push in another form or number of shards, they would be loaded instead.
-STALE = re.compile(r".*\.(safetensors|bin)|.*\.index\.json|(modeling|configuration)_gpt2repro\.py")
+STALE = re.compile(
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"|(modeling|configuration)_gpt2repro\.py"
+)
 
 Result = TypeVar("Result")
 

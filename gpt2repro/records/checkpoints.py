@@ -127,8 +127,12 @@ def commit(scratch: Path, path: Path) -> None:
 
 
 def _prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` valid checkpoints, and what killed writers left."""
-    valid = [path for path in sorted(directory.glob("step_*")) if is_valid(path)]
+    """Remove all but the newest `keep_last` valid checkpoints, and what killed writers left.
+
+    A copy that somebody keeps under a name of its own, `step_00000500.best`, stays.
+    """
+    there = [path for path in sorted(directory.glob("step_*")) if PATTERN.fullmatch(path.name)]
+    valid = [path for path in there if is_valid(path)]
     for path in [*valid[:-keep_last], *directory.glob(".step_*")]:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -102,11 +102,12 @@ def test_an_existing_repository_gets_a_commit_and_loses_stale_weights(
     hub, exported, verified, capsys
 ):
     stale = "model-00001-of-00002.safetensors"
-    hub.add("models", "me/name", {"pytorch_model.bin": b"old", stale: b"old", "notes.txt": b"mine"})
+    mine = dict.fromkeys(("notes.txt", "onnx/model.bin", "adapter_model.safetensors"), b"mine")
+    hub.add("models", "me/name", {"pytorch_model.bin": b"old", stale: b"old", **mine})
     assert push.main(["--model", str(exported), "--repo", "me/name"]) == 0
     assert "exists: this adds a commit" in capsys.readouterr().out
     files = hub.files("me/name")
-    assert files["notes.txt"] == b"mine"
+    assert {name: files[name] for name in mine} == mine  # nobody loads GPT-2 from them
     assert {stale, "pytorch_model.bin"}.isdisjoint(files)
     commits = len(hub.repositories["models", "me/name"].commits)
     upload.upload(exported, "me/name", message="again")  # nothing new: no commit

@@ -309,6 +309,60 @@ def test_something_else_is_never_overwritten(tmp_path, no_verification):
     assert {path.name for path in tmp_path.iterdir()} == {"notes", "new"}
 
 
+@pytest.mark.parametrize(
+    "theirs", ["diary.txt", "sub/diary.txt", "optimizer.safetensors", "model.py", "a.jpg", "link"]
+)
+def test_only_what_is_wholly_an_export_is_replaced(copy, tmp_path, theirs):
+    """It has a SHA256SUMS, as many a directory has."""
+    assert contents.not_exported(copy) is None
+    (copy / theirs).parent.mkdir(exist_ok=True)
+    if theirs == "link":
+        (copy / theirs).symlink_to(tmp_path)
+    else:
+        (copy / theirs).write_text("dear diary")
+    with pytest.raises(UserError, match=f"something else than an export, {theirs[:3]}"):
+        export.export(tiny_model(), tiny_tokenizer(), copy)
+    assert (copy / theirs).exists()
+
+
+def test_somebody_elses_sums_are_not_an_exports(copy, tmp_path):
+    def refused(output: Path) -> None:
+        with pytest.raises(UserError, match="--output"):
+            export.export(tiny_model(), tiny_tokenizer(), output)
+
+    (tmp_path / "link").symlink_to(copy)
+    refused(tmp_path / "link")
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"gpt2repro"', '"llama"'))
+    refused(copy)
+    (copy / "config.json").write_text(config)
+    sums = (copy / "SHA256SUMS").read_text()
+    for text in ("", sums.replace("tokenizer.json", "other.json"), "\x00"):
+        (copy / "SHA256SUMS").write_text(text)
+        refused(copy)
+    (copy / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    refused(copy)
+    assert (copy / "model.safetensors").is_file()
+    (copy / "SHA256SUMS").write_text(sums)
+    (copy / "model.safetensors").unlink()
+    assert contents.not_exported(copy) is None  # what is left of an export
+
+
+def test_what_failed_a_check_takes_no_place_of_others(copy, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("no")
+
+    monkeypatch.setattr(export, "verify", fail)
+    (tmp_path / "final.rejected").mkdir()
+    (tmp_path / "final.rejected" / "diary.txt").write_text("dear diary")
+    for _ in range(2):  # what failed before goes
+        with pytest.raises(UserError, match=r"kept as .*final\.rejected\.2"):
+            export.export(tiny_model(), tiny_tokenizer(), tmp_path / "final")
+    found = {path.name for path in tmp_path.iterdir()} - {copy.name}
+    assert found == {"final.rejected", "final.rejected.2"}
+    assert (tmp_path / "final.rejected" / "diary.txt").is_file()
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -66,6 +66,17 @@ def test_training_goes_on_bitwise(tmp_path, optimizer, tied):
         assert torch.equal(p, q)
 
 
+def test_pruning_leaves_copies_alone(tmp_path):
+    """Whole checkpoints, but not under a name of ours: somebody keeps them."""
+    model, optimizer = make()
+    first = save(tmp_path, model, optimizer)
+    copy = first.rename(tmp_path / f"{first.name}.best")
+    for step in (2, 3):
+        save(tmp_path, model, optimizer, step=step, keep_last=1)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {copy.name, "step_00000003"}
+
+
 def test_a_checkpoint_is_a_model_directory_without_pickles(tmp_path):
     model, optimizer = make()
     path = save(tmp_path, model, optimizer)
