@@ -20,10 +20,14 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 def main() -> None:
     options = parse()
     text = options.text.read_text(encoding="utf-8") if options.text else options.prompt
-    tokenizers = [AutoTokenizer.from_pretrained(name) for name in options.models]
+    tokenizers = [
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False) for name in options.models
+    ]
     losses, continuations = [], []
     for name, tokenizer in zip(options.models, tokenizers, strict=True):
-        model = GPT2ReproForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = GPT2ReproForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False
+        )
         losses.append(token_losses(model, tokenizer, text))
         continuations.append(continuation(model, tokenizer, options.prompt))
 

@@ -22,8 +22,10 @@ def main() -> None:
     options = parse()
     set_seed(options.seed)
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = GPT2ReproForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+    model = GPT2ReproForCausalLM.from_pretrained(
+        options.model, dtype=torch.float32, trust_remote_code=False
+    )
 
     length = min(options.sequence_length, model.config.n_positions)
     train, held_out = rows_of(options.text, tokenizer, length)

@@ -17,8 +17,10 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 def main() -> None:
     options = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = GPT2ReproForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+    model = GPT2ReproForCausalLM.from_pretrained(
+        options.model, dtype=options.dtype, trust_remote_code=False
+    ).to(device)
 
     torch.manual_seed(options.seed)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(device)

@@ -154,14 +154,34 @@ def calls(tree: ast.AST) -> list[ast.Call]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_process_is_told_what_processes_environment_names(name):
-    """Nothing is started with all of our environment, in which tokens are."""
+    """Nothing is started with all of our environment, in which tokens are, nor with our input."""
     for call in calls(TREES[name]):
         function = ast.unparse(call.func)
         elsewhere = re.fullmatch(r"os\.(system|popen|(exec|spawn|posix_spawn)\w*)", function)
         assert not elsewhere, function
         if function.startswith("subprocess."):
-            assert "env" in {each.arg for each in call.keywords}, ast.unparse(call)
+            assert {"env", "stdin"} <= {each.arg for each in call.keywords}, ast.unparse(call)
             assert "processes.environment(" in FILES[name].read_text(encoding="utf-8")
+
+
+# What loads code if it is allowed to, and asks on standard input if it was not told.
+ASKS = re.compile(
+    r"(?!GenerationConfig)\w.*\.(from_pretrained|from_config)|(transformers\.)?pipeline"
+)
+OURS = [
+    *FILES.values(),
+    *(p for d in ("benchmarks", "examples", "docs") for p in ROOT.glob(f"{d}/*.py")),
+]
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_whether_foreign_code_is_trusted_is_always_said(path):
+    """Else a prompt that is read from standard input would answer the question."""
+    for call in calls(ast.parse(path.read_text(encoding="utf-8"))):
+        if ASKS.fullmatch(ast.unparse(call.func)):
+            told = {each.arg for each in call.keywords}
+            passed_on = ast.unparse(call.func).startswith("super()") and None in told
+            assert passed_on or "trust_remote_code" in told, ast.unparse(call)
 
 
 # --- Size -----------------------------------------------------------------------------------------

@@ -75,7 +75,11 @@ def _parse(argv: list[str]) -> Namespace:
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", help="such as cuda, cuda:1, cpu; default: the GPU if there is one")
     add("--tokenizer", help="default: the one beside each model")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that comes with model or tokenizer",
+    )
     add("--output", help="write everything to this JSON file")
     local = parser.add_argument_group("local data (JSON lines) instead of the Hub's")
     for name in get_args(Benchmark):
@@ -148,7 +152,9 @@ def _load(name: str, option: str, arguments: Namespace) -> Loaded:
         dtype=getattr(torch, DTYPES[arguments.dtype]),
         trust_remote_code=arguments.trust_remote_code,
     )
-    tokenizer = find_tokenizer(name, arguments.tokenizer)
+    tokenizer = find_tokenizer(
+        name, arguments.tokenizer, trust_remote_code=arguments.trust_remote_code
+    )
     return Loaded(name, model, tokenizer, _context(model, option, arguments))
 
 

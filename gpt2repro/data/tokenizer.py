@@ -15,9 +15,13 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one
 
 
 def load_tokenizer(
-    name_or_directory: str | Path, *, if_unreachable: str = ""
+    name_or_directory: str | Path, *, if_unreachable: str = "", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerFast:
     """A fast tokenizer from the Hub (or its cache), from a directory, or the demo's.
+
+    Args:
+        trust_remote_code: run code that comes with it. Unset, transformers would ask on standard
+            input, where a prompt may answer.
 
     Raises:
         UserError: it is not there or cannot be read; names `tokenizer_name`.
@@ -34,10 +38,10 @@ def load_tokenizer(
         raise UserError(f"tokenizer_name: {name} is neither a local directory nor a Hub name")
     try:
         if directory.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         else:
             tokenizer = patience.patiently(
-                lambda: _from_hub(name),
+                lambda: _from_hub(name, trust_remote_code),
                 where,
                 if_unreachable=if_unreachable,
                 reaches_hub=False,  # it may have come from the cache
@@ -49,7 +53,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _from_hub(name: str) -> Any:
+def _from_hub(name: str, trust: bool) -> Any:
     """The Hub's tokenizer, or the cached one if the Hub does not answer one quick question.
 
     `from_pretrained` itself would spend most of a minute on finding out that there is no network.
@@ -58,8 +62,10 @@ def _from_hub(name: str) -> Any:
         HfApi().model_info(name, expand=["sha"], timeout=patience.REQUEST_TIMEOUT_SECONDS)
     except Exception:
         try:
-            return AutoTokenizer.from_pretrained(name, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                name, local_files_only=True, trust_remote_code=trust
+            )
         except Exception:
             pass  # the Hub's answer is the one to tell
         raise
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)

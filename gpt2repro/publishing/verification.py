@@ -243,6 +243,7 @@ def run_fresh_process(scratch: Path) -> dict:
         [sys.executable, "-P", str(script), str(scratch)],
         cwd=scratch,
         env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=SECONDS_FOR_FRESH_PROCESS,

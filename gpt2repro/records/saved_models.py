@@ -1,5 +1,6 @@
 """Open a GPT-2 by the name a user gives: a run, an export, a checkpoint, a directory, a Hub id."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def load_causal_lm(
     return model.eval()
 
 
-def find_tokenizer(name: str, given: str | None = None) -> PreTrainedTokenizerFast:
+def find_tokenizer(
+    name: str, given: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerFast:
     """The tokenizer `given`, or the one that goes with the model `name`.
 
     A training checkpoint holds none: its run's `final/` is looked at, then its recipe.
@@ -94,15 +97,18 @@ def find_tokenizer(name: str, given: str | None = None) -> PreTrainedTokenizerFa
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
+    load = functools.partial(
+        load_tokenizer, if_unreachable=OFFLINE_ADVICE, trust_remote_code=trust_remote_code
+    )
     if given:
-        return load_tokenizer(given, if_unreachable=OFFLINE_ADVICE)
+        return load(given)
     where = locate(name)
     if not Path(where).is_dir():
-        return load_tokenizer(where, if_unreachable=OFFLINE_ADVICE)
+        return load(where)
     run = Path(where).resolve().parent.parent
     for directory in (Path(where), run / "final"):
         if any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            return load_tokenizer(directory)
+            return load(directory)
     if trained_with := saved_recipe(run).get("tokenizer_name"):
-        return load_tokenizer(trained_with, if_unreachable=OFFLINE_ADVICE)
+        return load(trained_with)
     raise UserError(f"--model {name} holds no tokenizer; name one with --tokenizer")

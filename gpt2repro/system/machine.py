@@ -140,6 +140,7 @@ def _git(*words: str) -> str:
     found = subprocess.run(
         command,
         env=processes.environment(),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=SECONDS_FOR_GIT,

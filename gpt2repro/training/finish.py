@@ -101,7 +101,12 @@ def _paragraph(run: Run) -> str:
     command = [sys.executable, "-m", "gpt2repro", "generate", "--model", str(run.directory.final)]
     command += ["--prompt", run.recipe.sample_prompt, "--seed", str(run.recipe.seed)]
     result = subprocess.run(
-        command, env=processes.environment(), capture_output=True, text=True, check=False
+        command,
+        env=processes.environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if result.returncode:
         raise UserError(f"{run.directory.final} does not generate: {result.stderr.strip()}")

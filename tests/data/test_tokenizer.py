@@ -1,5 +1,7 @@
 """A tokenizer by its name: of a directory, of the Hub, of the Hub's cache."""
 
+import json
+
 import pytest
 from fake_hub import FakeHub, Fault
 from huggingface_hub import constants
@@ -58,3 +60,20 @@ def test_a_machine_without_a_network_is_told_so(hub, monkeypatch):
         UserError, match=r"tokenizer_name\): the Hub cannot be reached .*; try demo"
     ):
         load_tokenizer("nobody/nothing", if_unreachable="; try demo")
+
+
+@pytest.mark.parametrize("place", ["directory", "hub"])
+def test_nobody_is_asked_whether_foreign_code_may_run(hub, theirs, tmp_path, monkeypatch, place):
+    """A prompt that begins with a y, read from standard input, would say yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    theirs.save_pretrained(tmp_path / "foreign")
+    settings = {"auto_map": {"AutoTokenizer": [None, "evil.T"]}, "tokenizer_class": "T"}
+    (tmp_path / "foreign" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "foreign" / "evil.py").write_text("raise SystemExit('it ran')")
+    name = str(tmp_path / "foreign")
+    if place == "hub":
+        name = "some/body"
+        files = {path.name: path.read_bytes() for path in (tmp_path / "foreign").iterdir()}
+        hub.add("models", name, files)
+    with pytest.raises(UserError, match="contains custom code"):
+        load_tokenizer(name)
