@@ -76,10 +76,10 @@ def fast(options: Namespace) -> Iterator[Step]:
     if options.dry_run:
         step += ["--mode", "eager", "--sequence_length", "16", "--num_rows", "2"]
         some = "bf16_residual+fp8_head,sdpa_flash_3"  # of which the second cannot run there
-        yield Step("step", [*step, "--variants", some, "--profile"], 60)
+        yield Step("step", [*step, "--variants", some, "--profile"], 120)
         decode = ["generate.py", *TINY_STEP, "--prompt", "4", "--new_tokens", "2"]
-        yield Step("decode", [*decode, "--batch_sizes", "1", "--no_static"], 60)
-        yield Step("loop", ["loop.py", *LOOP_ONCE], 60, tuple(corpus(options)))
+        yield Step("decode", [*decode, "--batch_sizes", "1", "--no_static"], 120)
+        yield Step("loop", ["loop.py", *LOOP_ONCE], 120, tuple(corpus(options)))
         return
     at_16 = [*step, "--num_rows", "16"]
     yield Step("step_16_rows", [*at_16, *nanogpt, "--variants", OPT_INS, "--profile"], 150)
@@ -242,9 +242,7 @@ def check(options: Namespace) -> None:
 COMMANDS = {"correct": correct, "fast": fast, "real": real}
 
 
-def main(argv: list[str]) -> int:
-    if argv[:1] == ["tests"]:
-        return gpu_tests(argv)
+def parse(argv: list[str] | None = None) -> Namespace:
     parser = OneLineParser(prog="benchmarks/gpu.py", description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--dataset_name", default="python-docs", help="corpus: files or directory")
@@ -252,7 +250,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nanogpt", metavar="PATH", help="nanoGPT's model.py, to compare with")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu")
     parser.add_argument("--dry_run", action="store_true", help="tiny, on a CPU")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["tests"]:
+        return gpu_tests(argv)
+    options = parse(argv)
     check(options)
     options.output.mkdir(parents=True, exist_ok=True)
     good = [take(step, options) for step in COMMANDS[options.command](options)]

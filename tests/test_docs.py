@@ -130,15 +130,16 @@ def call_verb(words: list[str], monkeypatch, run: bool) -> None:
 
 
 def call_script(script: str, arguments: list[str], monkeypatch, run: bool) -> None:
-    """`train_accelerate.py` or an example."""
+    """`train_accelerate.py`, an example or a benchmark."""
     assert (ROOT / script).is_file(), script
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     if script == "train_accelerate.py":
         train(arguments) if run else recipe.load_recipe(arguments)
     elif run:
         runpy.run_path(script, run_name="__main__")
     else:
-        runpy.run_path(script)["parse"]()
+        runpy.run_path(str(ROOT / script))["parse"]()
 
 
 def train(arguments: list[str]) -> None:
