@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from gpt2repro import UserError
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.records import checkpoints, incidents
 from gpt2repro.speed import cpu_memory
+from gpt2repro.speed.compilation import compile_in_place
 from gpt2repro.system.signals import SIGNALS
-from gpt2repro.training import finish, monitor
+from gpt2repro.training import finish, learner, monitor
 from gpt2repro.training import run as run_module
 from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.run import Run
@@ -342,8 +344,11 @@ def test_hellaswag_in_the_loop_leaves_training_alone(recipe, tmp_path, capsys):
     assert "step 4: hellaswag/completion_acc" in capsys.readouterr().out
 
 
-def test_compiled_training_evaluates_and_samples(recipe, tmp_path, capsys):
+def test_compiled_training_evaluates_and_samples(recipe, tmp_path, monkeypatch, capsys):
     """Everything a run does besides training, on a compiled model."""
+    # Inductor's own code, slow to make, is in tests/training/test_engines.py.
+    graphs_only = partial(compile_in_place, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(learner, "compile_in_place", graphs_only)
     options = ("--eval_every", "2", "--sample_every", "2", "--num_steps", "4", "--n_layer", "1")
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     assert train(recipe, eager, *options) == 0
