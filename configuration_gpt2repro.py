@@ -3,7 +3,12 @@
 The field names are those of the official `config.json` (Radford et al. 2019): a GPT-2 checkpoint's
 configuration is read as it lies on the Hub, and one written here means the same to GPT-2 tools.
 
-This file travels with every checkpoint, beside `modeling_gpt2repro.py`.
+This file travels with every checkpoint, beside the other one:
+
+    from .modeling_gpt2repro import GPT2ReproForCausalLM
+
+transformers heeds such a line even here. It tells the code of directories with one name (`final`)
+apart by the files that it finds so, and would else take the first one's model for the second's.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -147,5 +152,6 @@ class GPT2ReproConfig(PreTrainedConfig):
             )
 
 
-AutoConfig.register(GPT2ReproConfig.model_type, GPT2ReproConfig, exist_ok=True)
+if __name__ == "configuration_gpt2repro":  # installed; every checkpoint brings code of its own
+    AutoConfig.register(GPT2ReproConfig.model_type, GPT2ReproConfig, exist_ok=True)
 GPT2ReproConfig.register_for_auto_class()

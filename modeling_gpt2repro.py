@@ -443,8 +443,8 @@ class GPT2ReproForQuestionAnswering(GenericForQuestionAnswering, GPT2ReproPreTra
     set_input_embeddings = PreTrainedModel.set_input_embeddings
 
 
-for auto_name, reference in AUTO_MAP.items():
-    if auto_name != "AutoConfig":
-        model_class = globals()[reference.partition(".")[2]]
+for auto_name in AUTO_MAP.keys() - {"AutoConfig"}:
+    model_class = globals()[AUTO_MAP[auto_name].partition(".")[2]]
+    model_class.register_for_auto_class(auto_name)
+    if __name__ == "modeling_gpt2repro":  # installed; every checkpoint brings code of its own
         getattr(transformers, auto_name).register(GPT2ReproConfig, model_class, exist_ok=True)
-        model_class.register_for_auto_class(auto_name)

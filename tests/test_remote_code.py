@@ -20,27 +20,26 @@ from modeling_gpt2repro import (
     GPT2ReproModel,
 )
 
-PREAMBLE = (
-    WITHOUT_THE_PACKAGE
-    + """
+PREAMBLE = """
+import sys
 import torch
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 )
 directory, = sys.argv[1:]
 """
-)
 
 
-def run_elsewhere(script: str, directory: Path, tmp_path: Path) -> str:
+def run_elsewhere(script: str, directory: Path, tmp_path: Path, *, installed: bool = False) -> str:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
     }
+    preamble = PREAMBLE if installed else WITHOUT_THE_PACKAGE + PREAMBLE
     done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + script, str(directory)],
+        [sys.executable, "-c", preamble + script, str(directory)],
         cwd=elsewhere,
         env=environment,
         capture_output=True,
@@ -121,6 +120,44 @@ lm, report = AutoModelForCausalLM.from_pretrained(
 assert not any(report.values()), report
 """
     run_elsewhere(script, tmp_path / "saved", tmp_path)
+
+
+EACH_ITS_OWN = """
+def marks():
+    found = {}
+    for name in ("one", "two", "a/final", "b/final"):
+        where = f"{directory}/{name}"
+        loaded = [each.from_pretrained(where, trust_remote_code=True)
+                  for each in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification)]
+        config = AutoConfig.from_pretrained(where, trust_remote_code=True)
+        found[name] = {each.mark for each in loaded}, getattr(config, "mark", None)
+    return found
+
+expected = {"one": "one", "two": "two", "a/final": None, "b/final": None}
+assert marks() == {name: ({name}, mark) for name, mark in expected.items()}, marks()
+"""
+# What is installed is what one wants while one works on it.
+INSTALLED = """
+import modeling_gpt2repro
+for name in ("one", "b/final"):
+    model = AutoModelForCausalLM.from_pretrained(f"{directory}/{name}", trust_remote_code=True)
+    assert type(model) is modeling_gpt2repro.GPT2ReproForCausalLM
+"""
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_every_checkpoint_runs_its_own_code(tmp_path, installed):
+    """Two in one process, of different names and of one, with one configuration file and two."""
+    ours, _ = ours_and_theirs()
+    for name in ("one", "two", "a/final", "b/final"):
+        ours.save_pretrained(tmp_path / name)
+        for part in ("modeling",) if "/" in name else ("modeling", "configuration"):
+            file = tmp_path / name / f"{part}_gpt2repro.py"
+            kind = {"modeling": "PreTrainedModel(PreTrainedModel):", "configuration": "Config):"}
+            head, found, tail = file.read_text().partition(kind[part] + "\n")
+            assert found
+            file.write_text(f"{head}{found}    mark = {name!r}\n{tail}")
+    run_elsewhere(EACH_ITS_OWN + INSTALLED * installed, tmp_path, tmp_path, installed=installed)
 
 
 def test_the_files_import_torch_and_transformers_only():
