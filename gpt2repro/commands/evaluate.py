@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from gpt2repro import UserError
 from gpt2repro.commands.parser import DTYPES, OneLineParser
 from gpt2repro.recipe import Benchmark
+from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
     from gpt2repro.data.corpus import Corpus
@@ -55,9 +56,9 @@ def main(argv: list[str]) -> int:
     names = [loaded.name for loaded in models]
     difference = differences(*columns) if len(columns) == 2 else {}
     published = _published_for(arguments)
-    print(table(names, columns, difference, published))
+    print(printable(table(names, columns, difference, published)))
     for name, results in zip(names, columns, strict=True):
-        print("\n".join(notes(name, results)), file=sys.stderr)
+        print(printable("\n".join(notes(name, results))), file=sys.stderr)
     if arguments.output:
         _write(arguments, names, columns, difference, published)
     return 0

@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from gpt2repro.commands.parser import DTYPES, OneLineParser
+from gpt2repro.system.text import printable
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +46,7 @@ def _beside(source: Path) -> tuple[str | None, list[Path]]:
     """
     card, figures = source / "README.md", sorted(source.glob("*.png"))
     if linked := [path for path in (card, *figures) if path.is_symlink()]:
-        names = ", ".join(path.name for path in linked)
+        names = printable(", ".join(path.name for path in linked))
         print(f"gpt2repro export: left out, as symbolic links: {names}", file=sys.stderr)
     text = card.read_text(encoding="utf-8") if card.is_file() and card not in linked else None
     return text, [figure for figure in figures if figure not in linked]

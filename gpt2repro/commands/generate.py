@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import DTYPES, OneLineParser
+from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,10 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     import torch
     from transformers import TextStreamer, set_seed
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
 
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
     from gpt2repro.speed import attention, lm_head
@@ -38,7 +43,7 @@ def main(argv: list[str]) -> int:
     if options.seed is not None:
         set_seed(options.seed)
     streamed = options.num_return_sequences == options.num_beams == 1
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streamed else None
+    streamer = Printer(tokenizer, skip_special_tokens=True) if streamed else None
     with torch.inference_mode(), attention.for_generation():
         texts = model.generate(
             **inputs,
@@ -48,7 +53,7 @@ def main(argv: list[str]) -> int:
             streamer=streamer,
         )
     if not streamed:
-        print("\n\n".join(tokenizer.batch_decode(texts, skip_special_tokens=True)))
+        print(printable("\n\n".join(tokenizer.batch_decode(texts, skip_special_tokens=True))))
     return 0
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2repro.publishing.contents import SHIPPED_CODE, read_json
 from gpt2repro.publishing.upload import to_publish, upload
+from gpt2repro.system.text import printable
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class BackgroundPush:
                 _complete(held, self._tokenizer)
                 submission = _Submission(directory, held, message)
             except Exception as error:  # whatever it is, the training goes on
-                self._problems.append(f"{directory} could not be prepared for the push: {error}")
+                self._problems.append(
+                    f"{directory} could not be prepared for the push: {printable(str(error))}"
+                )
                 return
             if self._waiting:
                 shutil.rmtree(self._waiting.snapshot, ignore_errors=True)
@@ -101,7 +104,7 @@ class BackgroundPush:
                 private=self._private,
             )
         except Exception as error:  # a push must never end a run
-            reason = " ".join(str(error).split())[:300]
+            reason = printable(" ".join(str(error).split()))[:300]
             return _advice(submission, self._repo_id, f"failed: {reason}")
         return None
 

@@ -7,10 +7,12 @@ exported or pushed.
 """
 
 import hashlib
+import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -20,7 +22,8 @@ from jinja2 import Template
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.publishing.contents import read_json
-from gpt2repro.system.hub import has_owner
+from gpt2repro.system.hub import has_owner, is_hub_id
+from gpt2repro.system.text import printable
 
 CARD = Path(__file__).with_name("card_template.md")
 HOW_TO_LOAD = Path(__file__).with_name("loading_template.md")
@@ -39,6 +42,22 @@ METRIC_TYPES = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits_per_byte",
 }
+
+# Fields of a recipe that may name what lies on this machine, and such names in a command line.
+PATH_FIELDS = (
+    "output_dir",
+    "resume",
+    "init_from",
+    "dataset_name",
+    "data_files",
+    "tokenizer_name",
+    "token_cache_dir",
+    "eval_task_files",
+)
+ABSOLUTE = re.compile(
+    r"(?<=')~?/[^'\n]+(?=')"  # quoted, with spaces perhaps
+    r"|(?<![\w:/.<~-])~?(?:/[^\s/\"'`|,<>()\[\]{}]+)+/?"
+)
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
 
@@ -114,8 +133,54 @@ def completed(card: str, *, where: str, format: str, verification: Sequence[str]
 def with_loading(card: str, where: str, format: str) -> str:
     """`card` with examples that load the model from `where`: Hub id or path."""
     template = Template(HOW_TO_LOAD.read_text(encoding="utf-8"))
-    examples = template.render(where=where, native=format == "gpt2repro")
+    quoted = json.dumps(where, ensure_ascii=False)
+    command = f"gpt2repro export --model {shlex.quote(where)} --format gpt2 --output OUT"
+    examples = template.render(
+        quoted=quoted,
+        command=_code(command),
+        fence=_fence(quoted),
+        native=format == "gpt2repro",
+    )
     return _with_section(card, LOADING, examples)
+
+
+def published(card: str) -> str:
+    """`card` as others may see it: nothing but text, and of what lies here names without paths."""
+    block = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", card, re.M | re.S)
+    for path in sorted(_local_paths(block[2] if block else ""), key=len, reverse=True):
+        words = r"\s+".join(map(re.escape, path.split()))  # YAML folds long lines
+        name = _name(path).replace("\\", r"\\")  # no reference to a group
+        card = re.sub(rf"(?<![\w/.-]){words}(?![\w/-])", name, card)
+    for title in ("Training", BENCHMARKS):  # the command line; names of other models
+        if span := _span(card, title):
+            begin, end = span
+            section = ABSOLUTE.sub(lambda found: _name(found[0]), card[begin:end])
+            card = card[:begin] + section + card[end:]
+    return printable(card)
+
+
+def _local_paths(recipe_yaml: str) -> set[str]:
+    """What a recipe names on this machine's disk."""
+    try:
+        recipe = yaml.safe_load(recipe_yaml)
+    except yaml.YAMLError:  # somebody edited it
+        return set()
+    values: list[Any] = []
+    for field in PATH_FIELDS if isinstance(recipe, dict) else ():
+        value = recipe.get(field)
+        values += value if isinstance(value, list) else [value]
+    return {
+        value
+        for value in values
+        if isinstance(value, str) and "/" in value and "://" not in value
+        if Path(value).exists() or not is_hub_id(value)
+    }
+
+
+def _name(path: str) -> str:
+    """The last part of a path; a pattern is no name in YAML, so it gets a dot before it."""
+    name = PurePath(path).name
+    return name if name[:1].isalnum() else f"./{name}"
 
 
 def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
@@ -147,14 +212,30 @@ def add_evaluation(card: Path, evaluation: Path, name: str) -> None:
 def _with_section(card: str, title: str, text: str, before: str | None = None) -> str:
     """Replace the text of the section `title`, or insert it `before` another or at the end."""
     section = f"## {title}\n\n{text}\n\n"
-    pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    if pattern.search(card):
-        card = pattern.sub(lambda _: section, card, count=1)
+    if span := _span(card, title):
+        card = card[: span[0]] + section + card[span[1] :]
     elif before and f"\n## {before}\n" in card:
         card = card.replace(f"\n## {before}\n", f"\n{section}## {before}\n", 1)
     else:
         card = f"{card.rstrip()}\n\n{section}"
     return card.rstrip() + "\n"
+
+
+def _span(card: str, title: str) -> tuple[int, int] | None:
+    """Where the section `title` begins and ends; a line in a fenced block is no heading."""
+    fence, begin, here = "", None, 0
+    for line in card.split("\n"):
+        ticks = re.match("`*", line)[0]  # type: ignore[index]
+        if fence:
+            fence = "" if len(ticks) >= len(fence) and line.strip() == ticks else fence
+        elif len(ticks) >= 3:
+            fence = ticks
+        elif line.startswith("## ") and begin is not None:
+            return begin, here
+        elif line == f"## {title}":
+            begin = here
+        here += len(line) + 1
+    return None if begin is None else (begin, len(card))
 
 
 # --- Metadata -------------------------------------------------------------------------------------
@@ -249,6 +330,11 @@ def _median_of(metrics: Metrics, key: str) -> float | None:
     return values[len(values) // 2] if values else None
 
 
+def _code(text: str) -> str:
+    """`text` as code within a line (CommonMark 6.1)."""
+    return f"{_fence(text)} {text} {_fence(text)}" if "`" in text else f"`{text}`"
+
+
 def _fence(*texts: str) -> str:
     """Backticks for a block that holds the texts: more than any of them has in a row."""
     longest = max((len(run) for text in texts for run in re.findall("`+", text)), default=0)
@@ -298,5 +384,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A bar would begin the next cell."""
-    return text.replace("|", "/")
+    """A bar would begin the next cell, a line end the next row."""
+    return " ".join(text.replace("|", "/").split())

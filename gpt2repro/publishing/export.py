@@ -29,6 +29,7 @@ from gpt2repro.publishing.contents import (
 )
 from gpt2repro.publishing.verification import Verification, expected_tensors, verify
 from gpt2repro.system import atomic
+from gpt2repro.system.text import printable
 
 MAX_SHARD_SIZE = "5GB"  # a broken upload costs one shard again
 
@@ -90,7 +91,7 @@ def export(
         format=format,
         verification=verification.lines(),
     )
-    (scratch / "README.md").write_text(text, encoding="utf-8")
+    (scratch / "README.md").write_text(printable(text), encoding="utf-8")
     atomic.move_into_place(scratch, output)
     return verification
 

@@ -19,7 +19,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError
 
 from gpt2repro import UserError
-from gpt2repro.publishing.card import with_loading
+from gpt2repro.publishing.card import published, with_loading
 from gpt2repro.publishing.contents import check_contents, read_json
 from gpt2repro.records import checkpoints
 from gpt2repro.system.hub import has_owner
@@ -174,4 +174,4 @@ def _published(path: Path, repo_id: str) -> str | bytes:
     if path.name != "README.md":
         return str(path)
     form = read_json(path.with_name("config.json"))["model_type"]
-    return with_loading(path.read_text(encoding="utf-8"), repo_id, form).encode()
+    return published(with_loading(path.read_text(encoding="utf-8"), repo_id, form)).encode()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from gpt2repro import UserError
+from gpt2repro.system.text import printable
 
 EXIT_USAGE = 2
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -54,5 +55,5 @@ def in_one_line(error: BaseException) -> tuple[int, str] | None:
         return 128 + signal.SIGINT, "interrupted"
     full_disk = isinstance(error, OSError) and error.errno in FULL_DISK
     if full_disk or isinstance(error, UserError):
-        return EXIT_USAGE, f"error: {' '.join(str(error).split())}"
+        return EXIT_USAGE, f"error: {printable(' '.join(str(error).split()))}"
     return None

@@ -24,6 +24,7 @@ from typing import TypeVar
 from huggingface_hub import get_session
 
 from gpt2repro import UserError
+from gpt2repro.system.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class _Outages:
                 self._num_waiting += 1
                 if self._num_waiting == 1:
                     self._began, self._num_failures = time.monotonic(), 1
-                    logger.warning("cannot %s for now (%s); trying again", what, reason)
+                    logger.warning("cannot %s for now (%s); trying again", what, printable(reason))
 
     def over(self, what: str, *, recovered: bool) -> None:
         with self._lock:

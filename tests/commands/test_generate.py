@@ -8,6 +8,7 @@ from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
 from gpt2repro.commands import generate
+from gpt2repro.system.text import printable
 
 PROMPT = "This function returns"
 
@@ -33,7 +34,7 @@ def test_greedy_text_is_the_models_own(run):
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         best = tiny_model().generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    wanted = tokenizer.decode(best[0], skip_special_tokens=True)
+    wanted = printable(tokenizer.decode(best[0], skip_special_tokens=True))
     options = ["--prompt", PROMPT, "--temperature", "0"]
     assert run(*options, "--max-new-tokens", "12").rstrip("\n") == wanted
     assert run(*options, "--max_new_tokens=12", "--num_beams", "1").rstrip("\n") == wanted
@@ -71,7 +72,9 @@ def test_the_context_is_never_exceeded(run, directory):
     with torch.inference_mode():
         best = tiny_model().generate(ids, max_length=32, do_sample=False, pad_token_id=0)
     text = run("--prompt", PROMPT, "--temperature", "0")
-    assert text.rstrip("\n") == tokenizer.decode(best[0], skip_special_tokens=True).rstrip("\n")
+    wanted = printable(tokenizer.decode(best[0], skip_special_tokens=True))
+    assert text.rstrip("\n") == wanted.rstrip("\n")
+    assert "\\x1a" in wanted  # which a terminal must not see
     with pytest.raises(UserError, match=r"--prompt: \d+ tokens leave no room .* of 32"):
         run("--prompt", "x " * 40)
 

@@ -1,7 +1,9 @@
 """The card: valid metadata, every known fact, nothing that nobody handed in."""
 
+import ast
 import hashlib
 import re
+import shlex
 
 import pytest
 import yaml
@@ -10,7 +12,13 @@ from tiny_run import digests, train, write_inputs
 
 from gpt2repro.data import demo_corpus
 from gpt2repro.publishing import verification
-from gpt2repro.publishing.card import completed, ledger_digest, model_card, with_evaluation
+from gpt2repro.publishing.card import (
+    completed,
+    ledger_digest,
+    model_card,
+    published,
+    with_evaluation,
+)
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.training import finish
@@ -241,6 +249,73 @@ def test_any_text_survives_the_block(prompt):
     fence = re.search("(`+)yaml", text)[1]
     assert f"\n{fence}\n{prompt}\n{fence}\n" in text and fence not in prompt
     assert "tokenizer a/b," in text  # a bar would end the cell
+
+
+def test_headings_in_a_block_are_no_sections():
+    prompt = "## Verification\n\n## How to load it\n```\n## Training"
+    text = card(command=f"train --sample_prompt '\n{prompt}\n'")
+    again = completed(text, where="me/x", format="gpt2", verification=["all well"])
+    assert f"\n{prompt}\n" in again
+    assert again.index("- all well") > again.index(prompt)
+
+
+@pytest.mark.parametrize("where", ['a"b', "a```b/c", "it's", "a b", "back\\slash", "l\nf"])
+def test_any_directory_is_quoted_where_it_is_loaded_from(where):
+    text = completed("# T\n", where=where, format="gpt2repro", verification=[])
+    fence = re.search("(`+)python", text)[1]
+    code = text.split(f"{fence}python\n")[1].split(f"\n{fence}\n")[0]
+    assert where in {n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)}
+    ticks, command = re.search(r"(`+) ?(gpt2repro export .*?) ?\1 writes", text, re.S).groups()
+    assert shlex.split(command)[3] == where and ticks not in command
+
+
+def test_a_published_card_names_what_lies_here_without_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private" / "corpus").mkdir(parents=True)
+    secret = str(
+        tmp_path / "customer x" / "more words, so that the line is long enough to be folded"
+    )
+    recipe = RECIPE | {
+        "dataset_name": "private/corpus",
+        "data_files": [f"{secret}/one.parquet", "hf://datasets/a/b/*.parquet", "/srv/all/*.txt"],
+        "tokenizer_name": "~/tokenizers/mine",
+        "output_dir": "../somewhere/runs",
+        "init_from": "openai-community/gpt2",
+        "sample_prompt": "and/or this/that",
+    }
+    command = (
+        f"accelerate launch --config_file launch/cpu.yaml /home/me/train_accelerate.py '{secret}'"
+    )
+    command += " --data_files=/srv/all/*.txt,/srv/a --sample_prompt 'see https://a.b/c/d'"
+    evaluation = EVALUATION | {"baseline": EVALUATION["baseline"] | {"model": "/home/me/old"}}
+    text = with_evaluation(card(recipe=recipe, command=command), evaluation, "gpt2")
+    shown = published(text + "\nI used /usr/bin/python.\n")
+    for path in ("private/", "customer x/", "/srv", "~/", "../", "/home", str(tmp_path)):
+        assert path not in shown, path
+    for kept in (
+        "pretrained on corpus",
+        "tokenizer mine",
+        "openai-community/gpt2",
+        "launch/cpu.yaml train_accelerate.py",
+        "https://a.b/c/d",
+        "hf://datasets/a/b/*.parquet",
+        "and/or this/that",
+        "old, computed here",
+        "karpathy/build-nanogpt",
+    ):
+        assert kept in shown, kept
+    again = yaml.safe_load(recipe_of(shown))
+    assert again.keys() == recipe.keys()
+    assert (again["dataset_name"], again["output_dir"]) == ("corpus", "runs")
+    assert again["data_files"] == ["one.parquet", "hf://datasets/a/b/*.parquet", "./*.txt"]
+    assert "corpus" in {each.dataset_type for each in ModelCard(shown).data.eval_results}
+    assert published(shown) == shown
+
+
+def test_what_is_no_text_is_spelled_out():
+    text = card(name="a\x1b[2Jb", command="say '\u202egnp.exe'")
+    assert "\x1b" not in published(text) and "a\\x1b[2Jb" in published(text)
+    assert "\u202e" not in published(text)
 
 
 def test_a_run_is_repeated_from_its_card_alone(tmp_path, monkeypatch):
