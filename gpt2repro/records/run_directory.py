@@ -5,9 +5,10 @@ runs/<exp_name>/
 """
 
 import fcntl
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -17,6 +18,8 @@ from gpt2repro.records.metrics import rewind_metrics
 from gpt2repro.system import atomic
 
 LOCK = ".lock"
+# How long a launch waits for one that was told to stop: it finishes its step and saves.
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,25 @@ class RunDirectory:
         self.incidents = path / "incidents"
         self.final = path / "final"
         self.preempted = path / "PREEMPTED"
+        self._lock: IO[str] | None = None
 
     def find_start(self, resume: str) -> Start:
         """Find the checkpoint to go on from; nothing is written.
+
+        From here on no other launch may write: a checkpoint that came later would be lost.
 
         Args:
             resume: `auto`, `never` or a checkpoint directory.
 
         Raises:
-            UserError: the directory is not a run's; `never` and there is one; no such checkpoint.
+            UserError: the directory is not a run's, or another process writes it; `never` and there
+                is one; no such checkpoint.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file; give a directory")
         try:
+            if (self.path / LOCK).is_file():  # else nobody has written here yet
+                self._keep_others_out(PATIENCE_SECONDS)
             names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be read: {error}") from None
@@ -118,8 +127,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.path / LOCK).open("w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it at exit
+            self._keep_others_out(patience=0.0)  # who was here since has made another beginning
             for left in (*atomic.leftovers(self.recipe), *atomic.leftovers(self.metrics)):
                 left.unlink()  # nobody else writes them
             with atomic.new_file(self.recipe) as scratch:
@@ -127,9 +135,31 @@ class RunDirectory:
             self.preempted.unlink(missing_ok=True)
             checkpoints.supersede(self.checkpoints, first_step)
             return rewind_metrics(self.metrics, first_step)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.path} is being written by another process; stop it or give another exp_name"
-            ) from None
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from None
+
+    def _keep_others_out(self, patience: float) -> None:
+        """Be the one process that may write, if need be after waiting for another to leave."""
+        if self._lock is not None:
+            return
+        lock = (self.path / LOCK).open("a")
+        give_up, waiting = time.monotonic() + patience, False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel ends it with us
+                self._lock = lock
+                return
+            except BlockingIOError:
+                said = f"{self.path} is being written by another process"
+                if time.monotonic() >= give_up:
+                    raise UserError(f"{said}; stop it or give another exp_name") from None
+                if not waiting:
+                    print(f"{said}: waiting {patience:.0f} s for its end", flush=True)
+                waiting = True
+                time.sleep(0.1)
+
+    def close(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

@@ -42,6 +42,7 @@ class Run:
     stop: StopRequest
     lanes: dict[int, Position]  # where this rank's lanes go on after its last step
     launch: machine.Launch
+    data_error: Exception | None = None  # why there are no more rows
 
     def __enter__(self) -> "Run":
         return self
@@ -52,6 +53,7 @@ class Run:
         A rank that fails waits for none of them: its peers wait for it.
         """
         self.monitor.close()
+        self.directory.close()
         if error is not None and ranks.world_size() > 1:
             return
         self.inputs.stream.close()
@@ -59,8 +61,12 @@ class Run:
             tracker.finish()
 
     def next_rows(self) -> StepRows | None:
-        """This rank's rows of the next step; None if a stop was agreed on."""
-        return next_rows(self.inputs.stream, self.stop.poll)
+        """This rank's rows of the next step; None if a stop was agreed on, or any rank's failed."""
+        try:
+            return next_rows(self.inputs.stream, self.stop.poll)
+        except Exception as error:
+            self.data_error = error
+            return None
 
     def train_step(self, step: int, rows: StepRows) -> LaunchedStep | None:
         """One optimizer step; None, and nothing changed, if a stop was agreed on within it."""
@@ -149,15 +155,19 @@ def open_run(recipe: Recipe, argv: list[str], monitor: Callable[..., Monitor] = 
     """
     launch = machine.launch(argv)
     accelerator = start_engine(recipe)
-    start = _find_start(recipe)
-    inputs = open_inputs(recipe, start)
-    learner = open_learner(recipe, accelerator, inputs.tokenizer, start)
-    return _claim(recipe, start, inputs, learner, monitor, launch)
-
-
-def _find_start(recipe: Recipe) -> Start:
-    """Where the run begins. Nothing is written here; the Hub is asked for the run's repository."""
     directory = RunDirectory(recipe.run_dir)
+    try:
+        start = _find_start(recipe, directory)
+        inputs = open_inputs(recipe, start)
+        learner = open_learner(recipe, accelerator, inputs.tokenizer, start)
+        return _claim(recipe, directory, start, inputs, learner, monitor, launch)
+    except BaseException:
+        directory.close()
+        raise
+
+
+def _find_start(recipe: Recipe, directory: RunDirectory) -> Start:
+    """Where the run begins. Nothing is written here; the Hub is asked for the run's repository."""
     start: Start = ranks.on_rank_0(lambda: directory.find_start(recipe.resume))
     if start.step == recipe.num_steps and ranks.on_rank_0(directory.final.is_dir):
         raise AlreadyFinished(
@@ -173,6 +183,7 @@ def _find_start(recipe: Recipe) -> Start:
 
 def _claim(
     recipe: Recipe,
+    directory: RunDirectory,
     start: Start,
     inputs: Inputs,
     learner: Learner,
@@ -180,7 +191,7 @@ def _claim(
     launch: machine.Launch,
 ) -> Run:
     """Write to the directory for the first time, and say what this run is."""
-    accelerator, directory = learner.accelerator, RunDirectory(recipe.run_dir)
+    accelerator = learner.accelerator
     resolved = recipe.resolved(
         num_steps=inputs.num_steps,
         micro_batch_size=learner.micro_batch_size,

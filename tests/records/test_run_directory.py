@@ -2,11 +2,13 @@
 
 import fcntl
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from gpt2repro import UserError
+from gpt2repro.records import run_directory
 from gpt2repro.records.run_directory import RunDirectory
 
 
@@ -74,7 +76,7 @@ def test_going_back_sets_later_checkpoints_aside(run):
     names = sorted(path.name for path in directory.checkpoints.iterdir())
     assert names == ["step_00000004", "superseded"]
     assert (directory.checkpoints / "superseded" / "step_00000008" / "COMPLETE").exists()
-    assert RunDirectory(run).find_start("auto").step == 4
+    assert directory.find_start("auto").step == 4
 
 
 def test_the_same_command_goes_on_when_it_names_a_checkpoint(run):
@@ -85,14 +87,42 @@ def test_the_same_command_goes_on_when_it_names_a_checkpoint(run):
     assert start.step == 9 and "going on from its step 9" in start.note
 
 
-def test_one_process_writes(run):
+def test_one_process_writes(run, monkeypatch):
+    monkeypatch.setattr(run_directory, "PATIENCE_SECONDS", 0.2)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-        with pytest.raises(UserError, match="is being written by another process"):
-            RunDirectory(run).open(4, RECIPE)
+        for touch in (lambda d: d.find_start("auto"), lambda d: d.open(4, RECIPE)):
+            with pytest.raises(UserError, match="is being written by another process; stop it"):
+                touch(RunDirectory(run))
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     RunDirectory(run).open(8, RECIPE)
+
+
+def test_a_launch_waits_for_one_that_is_about_to_stop_and_goes_on_from_its_checkpoint(run, capsys):
+    stopping = RunDirectory(run)
+    stopping.open(8, RECIPE)
+
+    def save_and_leave():
+        add_checkpoint(run, 10)
+        stopping.close()
+
+    timer = threading.Timer(0.3, save_and_leave)
+    timer.start()
+    assert RunDirectory(run).find_start("auto").step == 10
+    timer.join()
+    assert "written by another process: waiting 60 s for its end" in capsys.readouterr().out
+
+
+def test_between_the_choice_of_a_checkpoint_and_the_first_file_nobody_else_writes(run, monkeypatch):
+    monkeypatch.setattr(run_directory, "PATIENCE_SECONDS", 0.2)
+    (run / ".lock").touch()  # as every run has that was ever opened
+    first = RunDirectory(run)
+    first.find_start("auto")
+    with pytest.raises(UserError, match="is being written by another process; stop it"):
+        RunDirectory(run).find_start("auto")
+    first.close()
+    assert RunDirectory(run).find_start("auto").step == 8
 
 
 def test_a_new_launch_is_not_preempted_yet(run):
