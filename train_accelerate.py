@@ -50,7 +50,7 @@ def train(run: "Run") -> int:
         with monitor.timing():
             rows = run.next_rows()  # (this rank's rows, T+1) token ids
             result = run.train_step(step, rows) if rows else None
-        if rows is None or result is None:  # all ranks have agreed to stop
+        if rows is None or result is None:  # all ranks have agreed to stop, or the data failed
             return leave(run, step)
         monitor.report(step, rows, result, figures)
         if monitor.diverged():
@@ -66,13 +66,19 @@ def train(run: "Run") -> int:
 
 
 def leave(run: "Run", step: int) -> int:
-    """Save what a stop request interrupts and say how to go on."""
-    run.save(step)
-    run.monitor.progress.close()
+    """Save what a stop request or a failure of the data interrupts, and say how to go on."""
+    failure, place = run.data_error, run.directory.checkpoints
+    if failure is None or step > run.checkpoints.first_step:
+        run.save(step)
+        if run.accelerator.is_main_process:
+            run.monitor.progress.close()
+            print(
+                f"Stopped at step {step}, saved in {place}. The same command goes on.", flush=True
+            )
+    if failure is not None:
+        raise failure
     if run.accelerator.is_main_process:
         run.directory.preempted.touch()
-        place = run.directory.checkpoints
-        print(f"Stopped at step {step}, saved in {place}. The same command goes on.")
     return EXIT_PREEMPTED
 
 

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 
 import train_accelerate
+from gpt2repro import UserError
+from gpt2repro.data.producer import StepRows
+from gpt2repro.data.stream import TokenStream
 from gpt2repro.system import command_line
 from gpt2repro.training import finish, run
 
@@ -45,6 +48,10 @@ def be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def lose_the_data(stream: TokenStream) -> StepRows:
+    raise UserError("the token has expired")
+
+
 FAULTS = {"exception": meet_a_bug, "out of memory": run_out_of_memory, "killed": be_killed}
 
 
@@ -52,6 +59,10 @@ def fail_in_step(fault: str, failing_rank: int, failing_step: int) -> None:
     train_step = run.Run.train_step
 
     def train_or_fail(self, step, rows):
+        if fault == "data" and (RANK, step) == (failing_rank, failing_step):
+            event("fault")  # for the rows of the next step
+            TokenStream.__next__ = lose_the_data
+            return train_step(self, step, rows)
         event("step", step=step, wait_seconds=wait_seconds())
         if (RANK, step) == (failing_rank, failing_step):
             # NCCL would wait here for the other rank, which waits for this one; gloo would not.

@@ -1,6 +1,6 @@
 """One of two ranks fails: all end within a minute, one says why, and the same command goes on.
 
-Three launches of one run fail, each in another way; the fourth ends it. See failing_rank.py.
+Four launches of one run fail, each in another way; the fifth ends it. See failing_rank.py.
 """
 
 import contextlib
@@ -78,6 +78,7 @@ def launches(run) -> dict[str, Ended]:
         "exception": launch(recipe, run, "exception", 1, 5),
         "out of memory": launch(recipe, run, "out of memory", 0, 9),
         "killed": launch(recipe, run, "killed", 1, 13),
+        "data": launch(recipe, run, "data", 1, 13),
         "none": launch(recipe, run),
     }
 
@@ -102,8 +103,17 @@ def test_all_end_at_once_and_one_says_why(launches, fault, num_tracebacks, messa
     assert ours.count("train_accelerate.py: ") == ours.count(GOES_ON) == 1, ended.log
 
 
+def test_data_that_fail_on_one_rank_cost_no_step(launches, run):
+    ended = launches["data"]
+    assert ended.status == 1  # the launcher's; each rank has 2
+    assert ended.log.count("Traceback") == ended.log.count("torch/distributed/run.py")
+    assert "Stopped at step 14, saved in" in ended.log
+    assert ended.log.count("the token has expired") == 1, ended.log
+    assert "exitcode  : 2 " in ended.log
+
+
 def test_the_same_command_goes_on(launches, run):
-    steps = {"out of memory": 4, "killed": 8, "none": 12}
+    steps = {"out of memory": 4, "killed": 8, "data": 12, "none": 14}
     for fault, step in steps.items():
         assert f"going on from its step {step}." in launches[fault].log
     assert launches["none"].status == 0, launches["none"].log

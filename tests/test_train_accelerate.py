@@ -17,6 +17,7 @@ from tiny_run import assert_same_tensors, digests, metrics, tensors, train, writ
 
 import train_accelerate
 from gpt2repro import UserError
+from gpt2repro.data import producer
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.records import checkpoints, incidents
 from gpt2repro.speed import cpu_memory
@@ -213,6 +214,36 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(
     assert train(recipe, run) == 0
     assert metrics(run) == metrics(uninterrupted)
     assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+@pytest.mark.parametrize("error", [UserError("the token has expired"), OSError("a bug")])
+def test_data_that_fail_cost_no_step(recipe, uninterrupted, tmp_path, monkeypatch, capsys, error):
+    run = tmp_path / "run"
+    make_step, steps = producer._step, iter(range(12))
+
+    def fail_at_the_seventh(lanes):
+        if next(steps) == 7:
+            raise error
+        return make_step(lanes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(producer, "_step", fail_at_the_seventh)
+        with pytest.raises(type(error), match=str(error)):
+            train(recipe, run)
+    assert "Stopped at step 7, saved in" in capsys.readouterr().out
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+def test_data_that_fail_at_once_leave_no_checkpoint(recipe, tmp_path, monkeypatch):
+    def fail(lanes):
+        raise UserError("the token has expired")
+
+    monkeypatch.setattr(producer, "_step", fail)
+    with pytest.raises(UserError, match="expired"):
+        train(recipe, tmp_path / "run")
+    assert not [*(tmp_path / "run" / "checkpoints").glob("step_*")]
 
 
 def test_a_broken_checkpoint_is_passed_over(recipe, uninterrupted, tmp_path, capsys):

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -108,6 +108,22 @@ def on_rank_0(call: Callable[[], T]) -> T:
             problem = str(error)
     agree_on(problem)
     return broadcast(value)
+
+
+def together(call: Callable[[], T]) -> T:
+    """`call()`, on every rank; where it fails on one, it fails on all.
+
+    The failing rank has its own error, the others a `UserError` that quotes it.
+    """
+    value, error = None, None
+    try:
+        value = call()
+    except Exception as failed:
+        error = failed
+    if any_rank(error is not None):
+        problems = gather(None if error is None else f"rank {rank()}: {error}")
+        raise error or UserError(next(problem for problem in problems if problem))
+    return cast(T, value)
 
 
 def sum_uint64(number: int) -> int:

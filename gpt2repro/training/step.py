@@ -52,11 +52,12 @@ class LaunchedStep:
 def next_rows(stream: TokenStream, should_stop: Callable[[], bool]) -> StepRows | None:
     """This rank's rows of the next step, once all ranks have theirs; None if a stop was agreed on.
 
-    Waiting together keeps every rank reachable by signals while one of them sits out an outage.
+    Waiting together keeps every rank reachable by signals while one of them sits out an outage. If
+    the stream of one fails for good, all raise.
     """
     while not should_stop():
         if ranks.all_ranks(stream.wait(LOOK_UP_SECONDS)):
-            return next(stream)
+            return ranks.together(lambda: next(stream))
     return None
 
 
