@@ -83,4 +83,4 @@ def leave(run: "Run", step: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(NAME, main, sys.argv[1:]))
+    sys.exit(command_line.run(NAME, main, sys.argv[1:], outlives_readers=True))

@@ -116,7 +116,10 @@ def _find_device(name: str | None) -> "torch.device":
 
 
 def _read_prompt(prompt: str | None) -> str:
-    return sys.stdin.read() if prompt == "-" else prompt or ""
+    try:
+        return sys.stdin.read() if prompt == "-" else prompt or ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: standard input is no text: {error}") from None
 
 
 def _encode(tokenizer, prompt: str, device: "torch.device") -> dict[str, "torch.Tensor"]:

@@ -1,11 +1,14 @@
 """What every command line here shares: errors are one line on stderr, and the exit status is 2."""
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.system.text import printable
@@ -23,8 +26,19 @@ def underscored(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
-def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Call `main(argv)` and return its exit status; see `in_one_line` for errors."""
+def run(
+    prog: str, main: Callable[[list[str]], int], argv: list[str], *, outlives_readers: bool = False
+) -> int:
+    """Call `main(argv)` and return its exit status; see `in_one_line` for errors.
+
+    What a terminal has no letters for is spelled out. A reader that goes away, as `| head` does,
+    ends a verb, and not what is here for more than to be read.
+    """
+    for name in ("stdout", "stderr"):
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        if outlives_readers:
+            setattr(sys, name, LastingStream(stream))
     try:
         return main(argv)
     except BrokenPipeError:  # `... | head` has seen enough
@@ -38,6 +52,36 @@ def run(prog: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
             let_rank_0_speak()
         print(f"{prog}: {said}", file=sys.stderr)
         return status
+
+
+class LastingStream:
+    """A text stream that outlives its reader: what nobody takes any more is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        if (
+            error.errno not in FULL_DISK
+        ):  # a reader does not come back, and a buffer would not empty
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def let_rank_0_speak() -> None:

@@ -29,6 +29,7 @@ from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.speed.attention import for_generation
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
+from gpt2repro.system.text import printable
 from gpt2repro.training.inputs import Inputs
 from gpt2repro.training.learner import Learner
 from gpt2repro.training.step import LaunchedStep, StepResult
@@ -317,7 +318,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line above the bar, on the main process only."""
         if self._enabled:
-            self._bar.write(text)
+            self._bar.write(printable(text))
 
     def close(self) -> None:
         self._bar.close()

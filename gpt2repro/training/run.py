@@ -33,7 +33,6 @@ class Run:
     """The parts of a run on this rank."""
 
     recipe: ResolvedRecipe
-    accelerator: Accelerator
     directory: RunDirectory
     inputs: Inputs
     learner: Learner
@@ -43,6 +42,10 @@ class Run:
     lanes: dict[int, Position]  # where this rank's lanes go on after its last step
     launch: machine.Launch
     data_error: Exception | None = None  # why there are no more rows
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.learner.accelerator
 
     def __enter__(self) -> "Run":
         return self
@@ -191,7 +194,6 @@ def _claim(
     launch: machine.Launch,
 ) -> Run:
     """Write to the directory for the first time, and say what this run is."""
-    accelerator = learner.accelerator
     resolved = recipe.resolved(
         num_steps=inputs.num_steps,
         micro_batch_size=learner.micro_batch_size,
@@ -199,11 +201,12 @@ def _claim(
         dataset_revision=inputs.corpus.identity.get("revision"),
     )
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
-    start_tracker(resolved, accelerator)  # may ask for a login: signals still end the process
+    start_tracker(
+        resolved, learner.accelerator
+    )  # may ask for a login: signals still end the process
     stop = StopRequest(ranks.any_rank)
     return Run(
         recipe=resolved,
-        accelerator=accelerator,
         directory=directory,
         inputs=inputs,
         learner=learner,

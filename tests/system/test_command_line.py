@@ -72,6 +72,40 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert process.wait(30) == 0 and process.stderr.read() == ""
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_training_outlives_its_reader(stream):
+    """`train_accelerate.py ... | head -1` trains to the end, and its status is the training's."""
+    code = (
+        "import pathlib, sys; from gpt2repro.system import command_line\n"
+        "def train(argv):\n"
+        f"    for step in range(10**5): print('line', file=sys.{stream})\n"
+        "    pathlib.Path(argv[0]).write_text(str(step)); return 0\n"
+        "sys.exit(command_line.run('prog', train, sys.argv[1:], outlives_readers=True))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "/dev/stdout" if stream == "stderr" else "/dev/stderr"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    read, other = getattr(process, stream), process.stdout if stream == "stderr" else process.stderr
+    assert read.readline() == "line\n"
+    read.close()
+    assert process.wait(30) == 0 and other.read() == "99999"
+
+
+def test_letters_that_a_terminal_lacks_are_spelled_out():
+    code = (
+        "import sys; from gpt2repro.system import command_line\n"
+        "sys.exit(command_line.run('prog', lambda argv: print('naïve 猫'), []))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "na\\xefve \\u732b\n"), done.stderr
+
+
 def test_hyphens_in_names_are_underscores_and_values_are_left_alone():
     assert command_line.underscored("--top-k=a-b") == "--top_k=a-b"
     assert [command_line.underscored(word) for word in ("--a-b-c", "a-b", "-k", "-")] == [
