@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 		train_accelerate.py --recipe recipes/demo.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -12,8 +12,22 @@ import pytest
 import torch
 
 
+# They take minutes, so they begin first: one that begins last keeps one worker while others rest.
+LONG_FILES = (
+    "test_train_accelerate.py",
+    "test_engines.py",
+    "test_benchmarks.py",
+    "test_failing_rank.py",
+    "test_bad_inputs.py",
+    "test_launch.py",
+    "test_kill_resume.py",
+    "test_against_lm_eval.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are counted as skipped where there is none."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -30,6 +30,7 @@ import train_accelerate
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.data.bpe import train_bpe
 from gpt2repro.publishing import upload
+from gpt2repro.records import run_directory
 from gpt2repro.system import command_line, patience
 from gpt2repro.training import finish
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -260,7 +261,8 @@ def overwrite(file: Path) -> None:
     file.write_bytes(b"\x80" * file.stat().st_size)
 
 
-def test_a_run_that_another_process_writes(place, capsys):
+def test_a_run_that_another_process_writes(place, capsys, monkeypatch):
+    monkeypatch.setattr(run_directory, "PATIENCE_SECONDS", 0.0)
     run = copy_of_the_run(place)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
