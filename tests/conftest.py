@@ -11,7 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-
 # They take minutes, so they begin first: one that begins last keeps one worker while others rest.
 LONG_FILES = (
     "test_train_accelerate.py",
