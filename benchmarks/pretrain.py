@@ -73,7 +73,7 @@ def launch(command: list[str], output: Path, status: int, stop_at: int | None = 
     """Run a training command to its end, or to `stop_at` steps; it must end with `status`."""
     log_path = output.parent / f"{output.name}.log"
     with log_path.open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             while process.poll() is None:
                 time.sleep(LOOK_SECONDS)

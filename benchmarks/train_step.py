@@ -230,6 +230,7 @@ def measure(arguments) -> dict[str, Any]:
                 contestant.turn()
             except RuntimeError as error:
                 failed[contestant.name] = str(error).strip().splitlines()[-1]
+                contestant.close()  # and with its process goes the memory that it has
                 if contestant.name == "ours":
                     raise
         running = [c for c in contestants if c.name not in failed]

@@ -11,6 +11,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from gpt2repro.system import patience
+
+
+@pytest.fixture(autouse=True)
+def no_server_has_answered_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process: one that the Hub has answered is patient with it for half an hour."""
+    monkeypatch.setattr(patience, "_outages", patience._Outages())
+
+
 # They take minutes, so they begin first: one that begins last keeps one worker while others rest.
 LONG_FILES = (
     "test_train_accelerate.py",

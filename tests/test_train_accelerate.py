@@ -454,6 +454,9 @@ def test_told_a_step_late_as_on_gpus_all_is_the_same(
     assert metrics(run) == metrics(uninterrupted)[:7]
     assert train(recipe, run) == 0
     assert metrics(run) == metrics(uninterrupted)
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    rates = [line["tokens_per_second"] for line in lines if "loss" in line]
+    assert len(rates) == 12 and all(rates)  # a step's tokens belong to the time of the same step
     break_steps(monkeypatch, {2, 3, 4, 5, 6})
     diverged = tmp_path / "diverged"
     assert train(recipe, diverged) == train_accelerate.EXIT_DIVERGED

@@ -25,6 +25,8 @@ def activate(implementation: str) -> str:
         raise ImportError(
             f"torch {torch.__version__} takes no kernel of others; 2.11 does"
         ) from None
+    except RuntimeError as error:  # the package is there, and is another version's
+        raise ImportError(str(error)) from None
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper torch would prefer it
     return "sdpa"
 

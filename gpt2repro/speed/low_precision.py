@@ -45,7 +45,7 @@ class Fp8Products:
         self.columns = self.weight.T.contiguous().T
         self.dtype = dtype
         # The gradient, softmax - onehot, lies between -1 and 1 whatever the logits are.
-        self.grad_scale = weight.new_tensor(1 / torch.finfo(E5M2).max, dtype=torch.float32)
+        self.grad_scale = weight.new_full((), 1 / torch.finfo(E5M2).max, dtype=torch.float32)
 
     def logits(self, states: Tensor, padded: Tensor) -> None:
         eighth, scale = scaled(states, E4M3)

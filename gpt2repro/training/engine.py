@@ -66,12 +66,22 @@ def start_engine(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP:
         own_precision(accelerator)
     if accelerator.device.type != "cpu":
-        ranks.talk_by_hosts(LONGEST_WAIT_SECONDS)
+        _talk_by_hosts()
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if accelerator.device.type == "cpu":
         cpu_memory.return_freed_memory()  # until the first step has compiled: see there
     return accelerator
+
+
+def _talk_by_hosts() -> None:
+    try:
+        ranks.talk_by_hosts(LONGEST_WAIT_SECONDS)
+    except RuntimeError as error:
+        raise UserError(
+            f"the hosts of this launch do not reach each other over gloo: {error}; set "
+            "GLOO_SOCKET_IFNAME to the network interface between them (`ip address` lists them)"
+        ) from None
 
 
 def own_precision(accelerator: Accelerator) -> None:

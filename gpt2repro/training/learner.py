@@ -21,7 +21,7 @@ from gpt2repro.records.run_directory import Start
 from gpt2repro.records.saved_models import load_causal_lm
 from gpt2repro.speed import attention, cpu_attention, cpu_memory, lm_head
 from gpt2repro.speed.compilation import compile_in_place
-from gpt2repro.speed.low_precision import has_fp8, hold_stream_in_bf16
+from gpt2repro.speed.low_precision import SIDE, has_fp8, hold_stream_in_bf16
 from gpt2repro.system import ranks
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.optim.registry import build_optimizer
@@ -140,6 +140,8 @@ def place(
     on_cpu = accelerator.device.type == "cpu"
     if recipe.fp8_head and not has_fp8(accelerator.device):
         raise UserError("fp8_head: this GPU has no 8-bit products (Ada and Hopper do)")
+    if recipe.fp8_head and model.config.n_embd % SIDE:
+        raise UserError(f"fp8_head needs a multiple of {SIDE} for n_embd {model.config.n_embd}")
     lm_head.use_in(model, fp8=recipe.fp8_head)
     if recipe.bf16_residual:
         hold_stream_in_bf16(model)

@@ -184,14 +184,14 @@ class Monitor:
 
     @contextmanager
     def timing(self) -> Iterator[None]:
-        """Around a step: its tokens, its seconds, and how long it waited for data."""
+        """Around a step: its seconds, on a GPU the last one's, and how long it waited for data."""
         stream = self.inputs.stream
         began, waited = time.perf_counter(), stream.wait_seconds
         yield
         if self._untold is not None:
             self._untold.launched.result()  # the device is at most one step behind
         seconds = time.perf_counter() - began
-        self._throughput.add(self.recipe.batch_tokens, seconds, stream.wait_seconds - waited)
+        self._throughput.add(0, seconds, stream.wait_seconds - waited)
 
     def report(
         self, step: int, rows: StepRows, launched: LaunchedStep, figures: dict[str, float]
@@ -218,6 +218,7 @@ class Monitor:
     def _tell(self, report: "Report") -> None:
         """The step's line in metrics.jsonl and the tracker, the progress bar and the loss curve."""
         step, figures, result = report.step, report.figures, report.launched.result()
+        self._throughput.add(self.recipe.batch_tokens, 0.0, 0.0)  # now they are trained on
         z_score = self._spikes.z_score(result.loss) if result.finite else 0.0
         if z_score > SPIKE_Z:
             figures = figures | {"loss_z_score": z_score}

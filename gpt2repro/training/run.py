@@ -1,6 +1,7 @@
 """A run put together: what the training loop holds, and how it comes to be from a recipe."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,9 @@ class Run:
 
         A rank that fails waits for none of them: its peers wait for it.
         """
+        if error is not None and ranks.world_size() == 1:
+            with suppress(Exception):  # what is told may say why
+                self.monitor.catch_up()
         self.monitor.close()
         self.directory.close()
         if error is not None and ranks.world_size() > 1:

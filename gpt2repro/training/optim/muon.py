@@ -92,7 +92,7 @@ class MuonAdamW(Optimizer):
             updates = ranks.share(self._orthogonalize, stacked)
             # A tall map has more outputs than directions to fill them from: keep their size.
             rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
-            decay = updates.new_tensor(1 - group["lr"] * group["weight_decay"])
+            decay = updates.new_full((), 1 - group["lr"] * group["weight_decay"])
             if self.found_inf is not None:
                 updates = updates * (1 - self.found_inf)
                 decay = decay.where(self.found_inf == 0, 1.0)
