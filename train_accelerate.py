@@ -49,10 +49,10 @@ def train(run: "Run") -> int:
         figures = monitor.observe(step)  # validation, benchmarks, a sample: what is due
         with monitor.timing():
             rows = run.next_rows()  # (this rank's rows, T+1) token ids
-            result = run.train_step(step, rows) if rows else None
-        if rows is None or result is None:  # all ranks have agreed to stop, or the data failed
+            launched = run.train_step(step, rows) if rows else None  # a GPU is still at it
+        if rows is None or launched is None:  # all ranks have agreed to stop, or the data failed
             return leave(run, step)
-        monitor.report(step, rows, result, figures)
+        monitor.report(step, rows, launched, figures)
         if monitor.diverged():
             return EXIT_DIVERGED
         if run.saves_after(step):
