@@ -58,5 +58,6 @@ if __name__ == "__main__":
         learner.compile_in_place = functools.partial(compile_in_place, backend=backend)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on uncompiled
     status = command_line.run("train_accelerate.py", train_accelerate.main, sys.argv[1:])
-    print("dynamo", json.dumps(counters["stats"]), flush=True)
+    sys.stdout.flush()  # then in one piece, since two processes write here
+    os.write(1, f"\ndynamo {json.dumps(counters['stats'])}\n".encode())
     sys.exit(status)

@@ -38,7 +38,9 @@ def trained(recipe: Path, output_dir: Path, *options: str, **variables: str) -> 
         command, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(re.search(r"^dynamo (.*)$", done.stdout, re.M)[1])
+    counted = re.search(r"^dynamo (.*)$", done.stdout, re.M)
+    assert counted, done.stdout + done.stderr
+    return json.loads(counted[1])
 
 
 @pytest.fixture(scope="module")
