@@ -69,7 +69,6 @@ class UploadHub(FakeHub):
         monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)
         monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.05)
         monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0.2)
-        monkeypatch.setattr(patience, "_outages", patience._Outages())  # as in a new process
         real_sleep = time.sleep  # the client's own backoff waits whole seconds
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: real_sleep(0.01))
 

@@ -102,7 +102,6 @@ def place(inputs, tmp_path, monkeypatch) -> Place:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0)
-    monkeypatch.setattr(patience, "_outages", patience._Outages())  # no Hub has answered yet
     monkeypatch.setattr(upload, "get_token", lambda: None)
     return Place(inputs, tmp_path)
 

@@ -21,12 +21,12 @@ def main(argv: list[str]) -> int:
     import torch
     from transformers import TextStreamer, set_seed
 
+    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
+    from gpt2repro.speed import attention, lm_head
+
     class Printer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(printable(text), stream_end)
-
-    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
-    from gpt2repro.speed import attention, lm_head
 
     device = _find_device(options.device)
     model: Any = load_causal_lm(options.model, dtype=DTYPES.get(options.dtype, options.dtype))

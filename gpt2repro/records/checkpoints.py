@@ -112,10 +112,9 @@ def _optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str
     tensors = {}
     for name, parameter in innermost(model).named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
+            full = whole(value)  # all ranks take part; none but the first keeps it
             if rank() == 0:
-                tensors[f"{name}/{key}"] = whole(value).cpu().contiguous()
-            else:
-                whole(value)  # its part in the gathering
+                tensors[f"{name}/{key}"] = full.cpu().contiguous()
     return tensors
 
 

@@ -205,9 +205,7 @@ def _claim(
         dataset_revision=inputs.corpus.identity.get("revision"),
     )
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
-    start_tracker(
-        resolved, learner.accelerator
-    )  # may ask for a login: signals still end the process
+    start_tracker(resolved, learner.accelerator)  # may ask for a login: signals end the process
     stop = StopRequest(ranks.any_rank)
     return Run(
         recipe=resolved,

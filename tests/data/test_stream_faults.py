@@ -60,7 +60,6 @@ def hub(monkeypatch):
     monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)
     monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.02)
     monkeypatch.setattr(patience, "LONGEST_SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr(patience, "_outages", patience._Outages())
     monkeypatch.setattr(patience, "REQUEST_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
     with FakeHub() as hub:

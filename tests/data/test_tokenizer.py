@@ -29,7 +29,6 @@ def test_a_directory_that_holds_no_tokenizer_is_refused(tmp_path):
 def hub(monkeypatch, theirs, tmp_path):
     monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)
     monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr(patience, "_outages", patience._Outages())
     theirs.save_pretrained(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with FakeHub() as hub:

@@ -33,7 +33,6 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(patience.time, "sleep", sleep)
     monkeypatch.setattr(patience.time, "monotonic", lambda: now.seconds)
-    monkeypatch.setattr(patience, "_outages", patience._Outages())
     return now
 
 
