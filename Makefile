@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test properties lint clean
 
 # torch goes first and alone: the CPU or CUDA build that the pin names, before anything can pull another.
 $(VENV)/.installed: requirements.txt setup.cfg pyproject.toml
@@ -25,6 +25,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# The property tests alone, at random and further than `test` looks.
+properties: $(VENV)/.installed-test
+	PROPERTY_EXAMPLES=$${PROPERTY_EXAMPLES:-1000} $(BIN)/python -m pytest tests/properties \
+		--numprocesses auto --hypothesis-show-statistics
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
