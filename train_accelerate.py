@@ -66,8 +66,8 @@ def train(run: "Run") -> int:
 
 
 def leave(run: "Run", step: int) -> int:
-    """Save what a stop request or a failure of the data interrupts, and say how to go on."""
-    failure, place = run.data_error, run.directory.checkpoints
+    """Save what a stop request or a failure interrupts, and say how to go on."""
+    failure, place = run.failure, run.directory.checkpoints
     if failure is None or step > run.checkpoints.first_step:
         run.save(step)
         if run.accelerator.is_main_process:

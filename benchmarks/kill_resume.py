@@ -33,7 +33,7 @@ import yaml
 
 from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data.bpe import train_bpe
-from gpt2repro.records import checkpoints
+from gpt2repro.records import checkpoints, integrity
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import machine
 from gpt2repro.system.command_line import run
@@ -303,7 +303,7 @@ def differences(ours: Path, theirs: Path, step: int) -> dict[str, list[str]]:
     states = [checkpoints.read_state(path) for path in saved]
     return {
         # state.json names the output_dir, and COMPLETE its size: the stream's state is compared
-        "checkpoint": differing_files(*saved, left_out=("state.json", checkpoints.MARKER)),
+        "checkpoint": differing_files(*saved, left_out=(integrity.STATE, integrity.MARKER)),
         "stream state": [k for k, v in states[0]["stream"].items() if states[1]["stream"][k] != v],
         "metrics": [f"{len(mine)} and {len(others)} lines"] * (len(mine) != len(others))
         + [f"step {a['step']}" for a, b in zip(mine, others, strict=False) if a != b],

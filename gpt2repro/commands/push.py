@@ -75,7 +75,7 @@ def _parse(argv: list[str]) -> Namespace:
 
 def _find_export(name: str) -> Path:
     """The directory to push."""
-    from gpt2repro.records.checkpoints import MARKER
+    from gpt2repro.records.integrity import MARKER
     from gpt2repro.records.saved_models import locate
 
     directory = Path(locate(name))

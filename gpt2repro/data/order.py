@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2repro import UserError
+
 
 class Position(NamedTuple):
     """Where a lane's next row begins."""
@@ -14,6 +16,13 @@ class Position(NamedTuple):
     piece: int
     document: int
     offset: int
+
+    def beyond(self, what: str) -> UserError:
+        """The error for a position that the data do not have."""
+        return UserError(
+            f"the checkpoint's stream position is beyond the {what}: {tuple(self)} (epoch, piece, "
+            "document, token); go on from an earlier checkpoint with --resume DIRECTORY"
+        )
 
 
 def permutation(size: int, *key: int | str) -> np.ndarray:

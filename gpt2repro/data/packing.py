@@ -67,6 +67,8 @@ class LaneDocuments:
     def _segments(
         self, unit: TextUnit | TokenUnit, order: np.ndarray, start: Position
     ) -> Iterator[Segment]:
+        if start.document >= max(len(order), 1):
+            raise start.beyond("documents of the piece")
         asked = False
         for begin in range(start.document, max(len(order), 1), DOCUMENTS_PER_ENCODE):
             if not asked and 2 * begin >= len(order):
@@ -76,6 +78,8 @@ class LaneDocuments:
                 tokens = np.empty(len(ids) + 1, ids.dtype)
                 tokens[0], tokens[1:] = self._end_of_text, ids
                 offset = start.offset if document == start.document else 0
+                if offset >= len(tokens):
+                    raise start.beyond("document's tokens")
                 position = Position(start.epoch, start.piece, document, offset)
                 yield Segment(position, tokens[offset:])
         if not asked:

@@ -22,7 +22,9 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpt2repro import UserError
 from gpt2repro.data.corpus import Corpus
@@ -45,6 +47,21 @@ FIELD_OF = {
     "tokenizer": "tokenizer_name's fingerprint",
     "rows_per_step": "rows_per_step (batch_tokens / sequence_length)",
 }
+
+Whole = Annotated[int, Field(ge=0)]
+
+
+class SavedStream(BaseModel):
+    """What `TokenStream.state_dict` gives: plain JSON values.
+
+    lanes: of lane 0, 1, ..., the `Position` of its next row.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    version: int
+    identity: dict[str, Any]
+    lanes: list[Annotated[list[Whole], Field(min_length=4, max_length=4)]]
 
 
 class TokenStream:
@@ -191,19 +208,28 @@ class TokenStream:
         Raises:
             UserError: the saved stream was another; names what differs.
         """
-        if state.get("version") != STATE_VERSION:
-            raise UserError(f"the checkpoint's stream state has version {state.get('version')!r}")
-        saved = state["identity"]
-        for name in [*self.identity, *saved]:
-            then, now = saved.get(name), self.identity.get(name)
+        try:
+            saved = SavedStream.model_validate(state)
+        except ValidationError as error:
+            raise UserError(f"the checkpoint's stream state is damaged: {error}") from None
+        if saved.version != STATE_VERSION:
+            raise UserError(f"the checkpoint's stream state has version {saved.version}")
+        for name in [*self.identity, *saved.identity]:
+            then, now = saved.identity.get(name), self.identity.get(name)
             if then != now:
                 field = FIELD_OF.get(name, name)
                 raise UserError(
                     f"cannot resume the data stream: {field} was {then!r} in the checkpoint and is "
                     f"{now!r} now: set it back, or give another exp_name to start a new run"
                 )
+        if len(saved.lanes) != self.identity["num_lanes"]:
+            raise UserError("the checkpoint's stream state is damaged: it has not all lanes")
+        positions = {lane: Position(*saved.lanes[lane]) for lane in self._positions}
+        for lane, position in positions.items():
+            if position.piece >= len(self._plan.pieces(lane, position.epoch)):
+                raise position.beyond(f"pieces of lane {lane}")
         self.close()
-        self._positions = {lane: Position(*state["lanes"][lane]) for lane in self._positions}
+        self._positions = positions
 
 
 def _check_units(corpus: Corpus, num_lanes: int, num_validation_units: int) -> None:

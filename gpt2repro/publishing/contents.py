@@ -4,7 +4,6 @@ Looked at before anything in it is loaded, let alone run. `SHA256SUMS` cannot vo
 whoever changed a file can write it anew.
 """
 
-import hashlib
 import inspect
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import configuration_gpt2repro
 import modeling_gpt2repro
 from gpt2repro import UserError
+from gpt2repro.system.atomic import sha256
 
 SUMS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks it anywhere
 SHIPPED_CODE = {
@@ -135,15 +135,10 @@ def _names_of_code(settings: Any, inside: bool = False) -> Iterator[str]:
 # --- As it was exported ---------------------------------------------------------------------------
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_sums(directory: Path) -> None:
     """Record every file whose change would change the model; the card may be edited afterwards."""
     names = sorted(path.name for path in directory.iterdir() if not EDITABLE.fullmatch(path.name))
-    lines = [f"{_sha256(directory / name)}  {name}\n" for name in names if name != SUMS]
+    lines = [f"{sha256(directory / name)}  {name}\n" for name in names if name != SUMS]
     (directory / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -186,7 +181,7 @@ def check_sums(directory: Path) -> None:
     for name, digest in _listed(directory).items():
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {SUMS} lists; export it again")
-        if _sha256(directory / name) != digest:
+        if sha256(directory / name) != digest:
             raise UserError(
                 f"{directory}: {name} was changed or damaged after the export (its SHA-256 is not "
                 f"the one in {SUMS}); export it again"

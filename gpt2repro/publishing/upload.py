@@ -21,13 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from gpt2repro import UserError
 from gpt2repro.publishing.card import published, with_loading
 from gpt2repro.publishing.contents import check_contents, read_json
-from gpt2repro.records import checkpoints
+from gpt2repro.records import integrity
 from gpt2repro.system.hub import has_owner
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, patiently
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # A checkpoint's files that nobody loads a model from.
-NOT_PUBLISHED = {"optimizer.safetensors", "state.json", checkpoints.MARKER}
+NOT_PUBLISHED = {integrity.OPTIMIZER, integrity.STATE, integrity.MARKER}
 # Left over from an earlier push in another form or number of shards, they would be loaded instead.
 STALE = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"

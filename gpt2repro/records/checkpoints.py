@@ -6,16 +6,15 @@ A checkpoint is a directory `step_00000500/` that holds
     config.json             the architecture (and the code files that go with it)
     optimizer.safetensors   optimizer state by parameter name, and every rank's RNG state
     state.json              step, position of the data stream, what the run was made of
-    COMPLETE                the marker: written last, lists the size of every other file
+    COMPLETE                the marker: written last, lists size and SHA-256 of every other file
 
 It is written under a temporary name beside its place, flushed to disk and renamed, so that a
-directory with a matching marker is whole whatever happened meanwhile. Parameters are stored whole
-and by name: any number of processes, sharded or not, can read them back. No file is a pickle.
-Rank 0 alone touches the disk.
+directory with a matching marker is whole whatever happened meanwhile; integrity.py looks whether it
+still is. Parameters are stored whole and by name: any number of processes, sharded or not, can read
+them back. No file is a pickle. Rank 0 alone touches the disk.
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,9 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from gpt2repro import UserError
+from gpt2repro.records import integrity
 from gpt2repro.system import atomic
 from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, whole, world_size
-
-MARKER = "COMPLETE"
-PATTERN = re.compile(r"step_(\d{8})")
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -75,10 +72,12 @@ def save(
     if rank() == 0:
         try:
             scratch = atomic.partial(path)
-            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, scratch / integrity.WEIGHTS, metadata={"format": "pt"})
             innermost(model).config.save_pretrained(scratch)
-            save_file(optimizer_tensors, scratch / "optimizer.safetensors")
-            (scratch / "state.json").write_text(json.dumps(state | {"step": step}))
+            save_file(optimizer_tensors, scratch / integrity.OPTIMIZER)
+            (scratch / integrity.STATE).write_text(
+                json.dumps(state | {"step": step}), encoding="utf-8"
+            )
             commit(scratch, path)
             _prune(directory, keep_last)
         except (OSError, SafetensorError) as error:
@@ -120,20 +119,25 @@ def _optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str
 
 def commit(scratch: Path, path: Path) -> None:
     """Mark `scratch` complete, flush it to disk and give it its final name."""
-    sizes = {file.name: file.stat().st_size for file in sorted(scratch.iterdir())}
-    (scratch / MARKER).write_text(json.dumps(sizes))
+    integrity.mark(scratch)
     atomic.move_into_place(scratch, path)
 
 
 def _prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` valid checkpoints, and what killed writers left.
+    """Remove all but the newest `keep_last` whole checkpoints, and what killed writers left.
 
     A copy that somebody keeps under a name of its own, `step_00000500.best`, stays.
     """
-    there = [path for path in sorted(directory.glob("step_*")) if PATTERN.fullmatch(path.name)]
-    valid = [path for path in there if is_valid(path)]
-    for path in [*valid[:-keep_last], *directory.glob(".step_*")]:
+    there = [
+        path for path in sorted(directory.glob("step_*")) if integrity.NAME.fullmatch(path.name)
+    ]
+    whole_ones = [path for path in there if integrity.is_whole(path)]
+    for path in [*whole_ones[:-keep_last], *directory.glob(".step_*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _has_our_name(path: Path) -> bool:
+    return integrity.NAME.fullmatch(path.name) is not None
 
 
 def supersede(directory: Path, step: int) -> None:
@@ -149,23 +153,17 @@ def supersede(directory: Path, step: int) -> None:
 # --- Finding --------------------------------------------------------------------------------------
 
 
-def is_valid(path: Path) -> bool:
-    """Whether the marker is there and every file has the size it lists."""
-    try:
-        sizes = json.loads((path / MARKER).read_text())
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+def find_latest(directory: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint under `directory` that a run can go on from.
 
-
-def find_latest(directory: Path) -> tuple[Path | None, list[Path]]:
-    """The newest valid checkpoint under `directory`, and the newer ones that are not valid."""
-    broken: list[Path] = []
+    Also the newer ones that none can, each with the reason.
+    """
+    broken: dict[Path, str] = {}
     for path in sorted(directory.glob("step_*"), reverse=True):
-        if PATTERN.fullmatch(path.name):
-            if is_valid(path):
+        if _has_our_name(path):
+            if (problem := integrity.find_problem(path)) is None:
                 return path, broken
-            broken.append(path)
+            broken[path] = problem
     return None, broken
 
 
@@ -173,20 +171,16 @@ def read_state(path: Path) -> dict[str, Any]:
     """The JSON that `save` was given, with `step`.
 
     Raises:
-        UserError: there is no valid checkpoint at `path`.
+        UserError: there is no checkpoint at `path` that a run can go on from.
     """
     if not path.is_dir():
         raise UserError(f"--resume {path}: no such checkpoint directory")
-    if not is_valid(path):
+    if problem := integrity.find_problem(path):
         raise UserError(
-            f"--resume {path}: no complete checkpoint (no {MARKER} marker, or a file has another "
-            "size than it lists); a run's are in its checkpoints/, and --resume auto takes the "
-            "newest valid one"
+            f"--resume {path}: no run can go on from it: {problem}; a run's checkpoints are in its "
+            "checkpoints/, and --resume auto takes the newest valid one"
         )
-    try:
-        return json.loads((path / "state.json").read_text())
-    except ValueError as error:
-        raise UserError(f"--resume {path}: state.json cannot be read: {error}") from None
+    return json.loads((path / integrity.STATE).read_bytes())
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -203,8 +197,8 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
     problem = None
     if rank() == 0:
         try:
-            weights = load_file(path / "model.safetensors")
-            rest = load_file(path / "optimizer.safetensors")
+            weights = load_file(path / integrity.WEIGHTS)
+            rest = load_file(path / integrity.OPTIMIZER)
             problem = _mismatch(weights, innermost(model))
         except (OSError, SafetensorError) as error:
             problem = f"cannot be read: {error}"

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from gpt2repro.system import atomic
+
 MAX_IN_A_ROW = 5  # one bad batch is the data's fault; five in a row are the run's
 
 
@@ -46,7 +48,8 @@ class IncidentLog:
             "texts": tokenizer.batch_decode(rows),
         }
         path = self.directory / f"step_{step:08d}_rank_{rank}.json"
-        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        with atomic.new_file(path) as scratch:
+            scratch.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
     def advice(self) -> str:
         """What to say when the run stops for it."""

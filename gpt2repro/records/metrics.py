@@ -2,31 +2,63 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from gpt2repro.system import atomic
+
+
+class MetricsLine(BaseModel):
+    """A line of the file: beside the step and a digest there are figures, or null for one."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, float | None]
+
+    step: int = Field(ge=0)
+    rows_digest: str | None = None
 
 
 class MetricsLog:
     """`metrics.jsonl`: one JSON object per logged step, on the main process.
 
-    Each line is flushed as it is written: the file can be watched, and a killed run loses nothing.
-    A run that resumes at step s first removes the lines of s and later steps, which come again.
+    Each line is flushed as it is written, so that the file can be watched and a killed run loses
+    nothing; to the disk itself at each checkpoint, so that a power failure loses nothing that the
+    checkpoint knows of. A run that resumes at step s first removes the lines of s and later steps,
+    which come again.
+
+    Attributes:
+        num_lines: how many the file has.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, num_lines: int = 0) -> None:
+        self.path, self.num_lines = path, num_lines
+        self._file = path.open("a+", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         # JSON knows no NaN: a non-finite loss is written as null, and its incident says more.
         clean = {k: None if _is_nonfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        with atomic.naming(self.path):
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        self.num_lines += 1
+
+    def make_durable(self) -> None:
+        """Flush the lines to the disk. If the file is gone from its place, it is there again."""
+        with atomic.naming(self.path):
+            os.fsync(self._file.fileno())
+            if not self.path.exists():  # what was written is still in the file that we hold
+                self._file.seek(0)
+                lines = self._file.read()
+                self._file.close()
+                self._file = self.path.open("a+", encoding="utf-8")
+                self._file.write(lines)
+                self._file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        self._file.close()
 
 
 def _is_nonfinite(value: Any) -> bool:
@@ -34,16 +66,28 @@ def _is_nonfinite(value: Any) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line torn by a kill is left out."""
+    """The lines of a metrics.jsonl that can be read."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of a metrics.jsonl, and the numbers of those that cannot be read, from 1.
+
+    Half a line at the end is being written, or was when a kill came: it is neither.
+    """
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return [], []
+    records, bad = [], []
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest.endswith(b"}"):
+        lines.append(rest)
+    for number, line in enumerate(lines, 1):
         try:
+            MetricsLine.model_validate_json(line)
             records.append(json.loads(line))
         except ValueError:
-            break
-    return records
+            bad.append(number)
+    return records, bad
 
 
 def rewind_metrics(path: Path, step: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import yaml
 
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints
-from gpt2repro.records.metrics import rewind_metrics
+from gpt2repro.records.metrics import read_lines, rewind_metrics
 from gpt2repro.system import atomic
 
 LOCK = ".lock"
@@ -53,7 +53,9 @@ def saved_recipe(run: Path) -> dict[str, Any]:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    return fields if isinstance(fields, dict) else {}
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} cannot be read: it is no mapping of fields to values")
+    return fields
 
 
 class RunDirectory:
@@ -106,13 +108,23 @@ class RunDirectory:
         if resume not in ("auto", "never") and resume != state.get("recipe", {}).get("resume"):
             path = Path(resume)
             return Start(path, checkpoints.read_state(path), f"Resuming from {path}.")
-        notes = [f"{each.name} is incomplete and is passed over." for each in broken]
+        notes = [f"{each.name} is passed over: {why}." for each, why in broken.items()]
         if path is None:
             if exists:
                 notes.append(f"{self.path} has no valid checkpoint: starting at step 0.")
             return Start(None, {}, " ".join(notes))
         notes.append(f"{self.path} exists: going on from its step {state['step']}.")
-        return Start(path, state, " ".join(notes))
+        return Start(path, state, " ".join([*notes, self._loss_of_lines(state)]).strip())
+
+    def _loss_of_lines(self, state: dict[str, Any]) -> str:
+        """What metrics.jsonl lacks of the lines that the checkpoint knew of, in words."""
+        records, bad = read_lines(self.metrics)
+        num_there = sum(record["step"] < state["step"] for record in records)
+        num_lost = state.get("metrics_lines", 0) - num_there
+        damaged = f" (line {bad[0]} cannot be read)" if bad else ""
+        if num_lost <= 0 and not bad:
+            return ""
+        return f"{self.metrics.name} has lost {max(num_lost, len(bad))} lines{damaged}."
 
     def open(self, first_step: int, recipe: str) -> list[dict[str, Any]]:
         """Create or claim the directory and return the metrics before `first_step`.
@@ -130,13 +142,32 @@ class RunDirectory:
             self._keep_others_out(patience=0.0)  # who was here since has made another beginning
             for left in (*atomic.leftovers(self.recipe), *atomic.leftovers(self.metrics)):
                 left.unlink()  # nobody else writes them
-            with atomic.new_file(self.recipe) as scratch:
-                scratch.write_text(recipe, encoding="utf-8")
+            self._write_recipe(recipe)
             self.preempted.unlink(missing_ok=True)
             checkpoints.supersede(self.checkpoints, first_step)
             return rewind_metrics(self.metrics, first_step)
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from None
+
+    def _write_recipe(self, recipe: str) -> None:
+        with atomic.new_file(self.recipe, durable=True) as scratch:
+            scratch.write_text(recipe, encoding="utf-8")
+
+    def check_still_there(self) -> None:
+        """Raise `UserError` if somebody has removed or moved the run that this process writes."""
+        if self._lock is not None and not self.recipe.exists():
+            raise UserError(
+                f"{self.path} was removed or moved while it was written; what was left to save is "
+                "there again, and the same command goes on from it"
+            )
+
+    def restore(self, recipe: str) -> None:
+        """If it was removed, make the directory anew, so that a checkpoint in it is a run's."""
+        if self._lock is not None and not self.recipe.exists():
+            self.close()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._keep_others_out(patience=0.0)
+            self._write_recipe(recipe)
 
     def _keep_others_out(self, patience: float) -> None:
         """Be the one process that may write, if need be after waiting for another to leave."""

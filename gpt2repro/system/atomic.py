@@ -7,6 +7,7 @@ it names; what must survive a power failure is flushed first (`durable`, fsync(2
 
 import contextlib
 import glob
+import hashlib
 import os
 import shutil
 import uuid
@@ -23,14 +24,25 @@ def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
     try:
-        yield scratch
-        if durable:
-            flush(scratch)
-        scratch.replace(path)
-        if durable:
-            flush(path.parent)
+        with naming(path):
+            yield scratch
+            if durable:
+                flush(scratch)
+            scratch.replace(path)
+            if durable:
+                flush(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk name `path`: those of writing name no file, those of `scratch` another."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def leftovers(path: Path) -> list[Path]:
@@ -72,6 +84,12 @@ def remove(directory: Path) -> None:
         directory.unlink()
     elif directory.is_dir():
         shutil.rmtree(directory)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -97,7 +97,9 @@ def in_one_line(error: BaseException) -> tuple[int, str] | None:
     """
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
-    full_disk = isinstance(error, OSError) and error.errno in FULL_DISK
-    if full_disk or isinstance(error, UserError):
-        return EXIT_USAGE, f"error: {printable(' '.join(str(error).split()))}"
-    return None
+    remedy = ""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        remedy = ": free space there, or write to another disk; the same command goes on"
+    elif not isinstance(error, UserError):
+        return None
+    return EXIT_USAGE, f"error: {printable(' '.join(str(error).split()))}{remedy}"

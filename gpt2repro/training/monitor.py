@@ -69,7 +69,7 @@ class Monitor:
         if main:
             self._introduce(start)
         self.progress = Progress(first_step=start.step, num_steps=recipe.num_steps, enabled=main)
-        self._log = MetricsLog(directory.metrics) if main else None
+        self._log = MetricsLog(directory.metrics, len(history)) if main else None
         self._throughput = Throughput(
             learner.flops_per_token, peak_flops(accelerator.device), accelerator.num_processes
         )
@@ -240,6 +240,13 @@ class Monitor:
             self._incidents.over()
         else:
             self._note_incident(step, report.rows, result)
+
+    def make_durable(self) -> int:
+        """Flush what is written to the disk; the number of lines of metrics.jsonl, on rank 0."""
+        if self._log is None:
+            return 0
+        self._log.make_durable()
+        return self._log.num_lines
 
     def report_end(self, figures: dict[str, float]) -> None:
         """The last line of metrics.jsonl: what the trained model scores."""

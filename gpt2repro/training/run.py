@@ -42,7 +42,7 @@ class Run:
     stop: StopRequest
     lanes: dict[int, Position]  # where this rank's lanes go on after its last step
     launch: machine.Launch
-    data_error: Exception | None = None  # why there are no more rows
+    failure: Exception | None = None  # why it cannot go on, although what it has can be saved
 
     @property
     def accelerator(self) -> Accelerator:
@@ -68,11 +68,11 @@ class Run:
             tracker.finish()
 
     def next_rows(self) -> StepRows | None:
-        """This rank's rows of the next step; None if a stop was agreed on, or any rank's failed."""
+        """This rank's rows of the next step; None if a stop was agreed on, or any rank failed."""
         try:
-            return next_rows(self.inputs.stream, self.stop.poll)
+            return next_rows(self.inputs.stream, self.stop.poll, self.directory.check_still_there)
         except Exception as error:
-            self.data_error = error
+            self.failure = error
             return None
 
     def train_step(self, step: int, rows: StepRows) -> LaunchedStep | None:
@@ -102,6 +102,7 @@ class Run:
         """A checkpoint of the state before `step`, after all that led to it is told."""
         self.monitor.catch_up()
         ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
+        self.directory.restore(self.recipe.as_yaml())
         self.checkpoints.save(step, self.learner, self._state())
         ranks.wait_at_most(LOOP_WAIT_SECONDS)
 
@@ -110,6 +111,7 @@ class Run:
         lanes = {lane: at for each in ranks.gather(self.lanes) for lane, at in each.items()}
         return {
             "recipe": self.recipe.model_dump(),
+            "metrics_lines": self.monitor.make_durable(),
             "num_epochs": self.inputs.num_epochs,
             "world_size": self.accelerator.num_processes,
             "stream": self.inputs.stream.state_dict(lanes),

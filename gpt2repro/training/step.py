@@ -49,15 +49,22 @@ class LaunchedStep:
         return StepResult(loss, grad_norm, self._lr, self._rows_digest)
 
 
-def next_rows(stream: TokenStream, should_stop: Callable[[], bool]) -> StepRows | None:
+def next_rows(
+    stream: TokenStream, should_stop: Callable[[], bool], check: Callable[[], None]
+) -> StepRows | None:
     """This rank's rows of the next step, once all ranks have theirs; None if a stop was agreed on.
 
     Waiting together keeps every rank reachable by signals while one of them sits out an outage. If
-    the stream of one fails for good, all raise.
+    the stream of one fails for good, or its `check()` raises, all raise.
     """
+
+    def take() -> StepRows:
+        check()
+        return next(stream)
+
     while not should_stop():
         if ranks.all_ranks(stream.wait(LOOK_UP_SECONDS)):
-            return ranks.together(lambda: next(stream))
+            return ranks.together(take)
     return None
 
 

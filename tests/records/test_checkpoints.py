@@ -13,7 +13,7 @@ import torch
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.recipe import load_recipe
-from gpt2repro.records import checkpoints
+from gpt2repro.records import checkpoints, integrity
 from gpt2repro.system import atomic
 from gpt2repro.training.optim.registry import build_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -96,28 +96,18 @@ def test_only_the_newest_valid_ones_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000005"]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: (path / "COMPLETE").unlink(),
-        lambda path: (path / "COMPLETE").write_text("{"),
-        lambda path: os.truncate(path / "optimizer.safetensors", 100),
-        lambda path: (path / "state.json").unlink(),
-    ],
-    ids=["no marker", "torn marker", "truncated", "missing file"],
-)
-def test_the_newest_valid_one_is_found(tmp_path, damage):
+def test_the_newest_valid_one_is_found(tmp_path):
     model, optimizer = make()
     good, bad = (save(tmp_path, model, optimizer, step) for step in (1, 2))
-    assert checkpoints.find_latest(tmp_path) == (bad, [])
-    damage(bad)
-    assert checkpoints.find_latest(tmp_path) == (good, [bad])
+    assert checkpoints.find_latest(tmp_path) == (bad, {})
+    (bad / "COMPLETE").unlink()
+    assert checkpoints.find_latest(tmp_path) == (good, {bad: "it has no COMPLETE marker"})
     with pytest.raises(UserError, match="--resume auto takes the newest valid"):
         checkpoints.read_state(bad)
 
 
 def test_nothing_there(tmp_path):
-    assert checkpoints.find_latest(tmp_path / "nowhere") == (None, [])
+    assert checkpoints.find_latest(tmp_path / "nowhere") == (None, {})
     with pytest.raises(UserError, match="no such checkpoint directory"):
         checkpoints.read_state(tmp_path / "nowhere")
 
@@ -132,7 +122,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(UserError, match=r"No space left on device.*lower keep_last"):
         save(tmp_path, model, optimizer, 2)
-    assert [*tmp_path.iterdir()] == [good] and checkpoints.is_valid(good)
+    assert [*tmp_path.iterdir()] == [good] and integrity.find_problem(good) is None
 
 
 def test_an_interrupted_write_is_never_valid(tmp_path, monkeypatch):
@@ -150,8 +140,8 @@ def test_an_interrupted_write_is_never_valid(tmp_path, monkeypatch):
             patch.setattr(module, name, die)
             with pytest.raises(KeyboardInterrupt):
                 save(tmp_path, model, optimizer, 2)
-        assert checkpoints.find_latest(tmp_path) == (good, [])
-    assert checkpoints.is_valid(save(tmp_path, model, optimizer, 2))
+        assert checkpoints.find_latest(tmp_path) == (good, {})
+    assert integrity.find_problem(save(tmp_path, model, optimizer, 2)) is None
 
 
 def test_another_architecture_is_named(tmp_path):

@@ -6,19 +6,32 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
+from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
-from gpt2repro.records import run_directory
+from gpt2repro.records import checkpoints, run_directory
+from gpt2repro.records.metrics import MetricsLog, read_metrics
 from gpt2repro.records.run_directory import RunDirectory
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
-def add_checkpoint(run: Path, step: int, resume: str = "auto") -> Path:
-    path = run / "checkpoints" / f"step_{step:08d}"
-    path.mkdir(parents=True)
-    state = json.dumps({"step": step, "recipe": {"resume": resume}})
-    (path / "state.json").write_text(state)
-    (path / "COMPLETE").write_text(json.dumps({"state.json": len(state)}))
-    return path
+def add_checkpoint(run: Path, step: int, resume: str = "auto", **state) -> Path:
+    """A checkpoint of the smallest GPT-2, before its first update."""
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 2, "vocab_size": 3, "n_positions": 2}
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return checkpoints.save(
+        run / "checkpoints",
+        step=step,
+        model=model,
+        optimizer=optimizer,
+        state={"recipe": {"resume": resume}, **state},
+        keep_last=9,
+    )
 
 
 RECIPE = "exp_name: a\n"
@@ -61,7 +74,9 @@ def test_never_touches_nothing(run):
 def test_broken_ones_are_passed_over_and_named(run):
     (run / "checkpoints" / "step_00000008" / "COMPLETE").unlink()
     start = RunDirectory(run).find_start("auto")
-    assert start.step == 4 and "step_00000008 is incomplete and is passed over" in start.note
+    assert (
+        start.step == 4 and "step_00000008 is passed over: it has no COMPLETE marker." in start.note
+    )
     (run / "checkpoints" / "step_00000004" / "COMPLETE").unlink()
     start = RunDirectory(run).find_start("auto")
     assert start.step == 0 and "no valid checkpoint: starting at step 0" in start.note
@@ -159,3 +174,61 @@ def test_files_of_something_else_are_left_alone(tmp_path):
         RunDirectory(tmp_path).find_start("auto")
     with pytest.raises(UserError, match="is a file"):
         RunDirectory(tmp_path / "thesis.tex").find_start("auto")
+
+
+def test_a_metrics_file_that_lost_lines_is_told_and_the_others_are_kept(run):
+    add_checkpoint(run, 9, metrics_lines=9)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert RunDirectory(run).find_start("auto").note.endswith("going on from its step 9.")
+    del lines[2]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "metrics.jsonl has lost 1 lines." in RunDirectory(run).find_start("auto").note
+    lines[4] = "\x00" * len(lines[4])
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    directory = RunDirectory(run)
+    note = directory.find_start("auto").note
+    assert "metrics.jsonl has lost 2 lines (line 5 cannot be read)." in note
+    assert [line["step"] for line in directory.open(9, RECIPE)] == [0, 1, 3, 4, 6, 7, 8]
+
+
+@pytest.mark.parametrize("content", ["", "- a list\n", "just words", "a: [", "\x00"])
+def test_a_damaged_recipe_is_named(run, content):
+    (run / "recipe.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"recipe.yaml cannot be read"):
+        run_directory.saved_recipe(run)
+
+
+def test_a_directory_that_vanished_is_made_again_with_all_that_is_left(run):
+    directory = RunDirectory(run)
+    history = directory.open(8, RECIPE)
+    log = MetricsLog(directory.metrics, len(history))
+    directory.check_still_there()
+    moved = run.rename(run.with_name("moved"))
+    with pytest.raises(UserError, match="was removed or moved while it was written"):
+        directory.check_still_there()
+    log.write({"step": 8})
+    directory.restore(RECIPE)
+    log.make_durable()
+    add_checkpoint(run, 9, metrics_lines=log.num_lines)
+    log.write({"step": 9})
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [*range(10)]
+    with pytest.raises(UserError, match="is being written by another process"):
+        RunDirectory(run).open(9, RECIPE)  # still ours alone
+    directory.close()
+    again = RunDirectory(run)
+    assert again.find_start("auto").note == f"{run} exists: going on from its step 9."
+    assert (moved / "checkpoints" / "step_00000008").is_dir()
+
+
+def test_small_files_reach_the_disk_before_the_checkpoint_that_counts_on_them(run, monkeypatch):
+    """What a power failure would leave: the order of fsyncs and renames."""
+    events = []
+    monkeypatch.setattr(run_directory.atomic, "flush", lambda path: events.append(path.name))
+    directory = RunDirectory(run)
+    log = MetricsLog(directory.metrics, len(directory.open(8, RECIPE)))
+    assert [name.split(".")[1] for name in events if name.startswith(".")] == ["recipe", "metrics"]
+    assert events.count("run") == 2  # the directory, after either rename
+    synced = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    log.make_durable()
+    assert synced == [log._file.fileno()]

@@ -1,0 +1,150 @@
+"""Whether a checkpoint is what was saved: all of it is looked at before a run goes on from it.
+
+Its marker lists every file's size and SHA-256, so a byte that changed on the disk is found. What
+the files say is checked as well, since a marker proves only what was written.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt2repro.data.stream import SavedStream
+from gpt2repro.records.incidents import MAX_IN_A_ROW
+from gpt2repro.system import atomic
+
+MARKER = "COMPLETE"
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+NAME = re.compile(r"step_(\d{8})")  # a checkpoint of that step
+FILES = (WEIGHTS, "config.json", OPTIMIZER, STATE)
+
+
+class SavedFile(BaseModel):
+    """A file as the marker lists it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    size: int
+    sha256: str | None = None  # earlier versions listed the size alone
+
+
+class Marker(RootModel):
+    root: dict[str, SavedFile | int]
+
+    def files(self) -> dict[str, SavedFile]:
+        return {
+            name: SavedFile(size=file) if isinstance(file, int) else file
+            for name, file in self.root.items()
+        }
+
+
+class SavedState(BaseModel):
+    """What of state.json a run relies on; a caller of `save` may keep more in it."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: int = Field(ge=0)
+    recipe: dict[str, Any] = {}
+    num_epochs: int | None = None
+    world_size: int = Field(1, ge=1)
+    metrics_lines: int = Field(0, ge=0)
+    stream: SavedStream | None = None
+
+
+def mark(directory: Path) -> None:
+    """Write the marker of what `directory` holds now."""
+    files = {
+        file.name: {"size": file.stat().st_size, "sha256": atomic.sha256(file)}
+        for file in sorted(directory.iterdir())
+    }
+    (directory / MARKER).write_text(json.dumps(files), encoding="utf-8")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the marker is there and every file has its size. Quick, for what we have written."""
+    try:
+        files = _read_marker(path)
+        return all((path / name).stat().st_size == file.size for name, file in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def find_problem(path: Path) -> str | None:
+    """Why no run can go on from the checkpoint `path`, in a few words; None if one can.
+
+    Reads all of it, about as long as loading it takes.
+    """
+    try:
+        files = _read_marker(path)
+    except FileNotFoundError:
+        return f"it has no {MARKER} marker"
+    except (OSError, ValueError):
+        return f"its {MARKER} marker is damaged"
+    try:
+        for name in sorted({*files, *FILES}):
+            if problem := _problem_of_file(path / name, files.get(name)):
+                return problem
+        state = SavedState.model_validate_json((path / STATE).read_bytes())
+        if (named := NAME.fullmatch(path.name)) and int(named[1]) != state.step:
+            return f"it is one of step {state.step}"
+        return _problem_of_tensors(path, state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, SafetensorError) as error:
+        return f"it cannot be read: {error}"
+
+
+def _read_marker(path: Path) -> dict[str, SavedFile]:
+    return Marker.model_validate_json((path / MARKER).read_bytes()).files()
+
+
+def _problem_of_file(path: Path, listed: SavedFile | None) -> str | None:
+    if listed is None or not path.is_file():
+        return f"it lacks {path.name}"
+    if path.stat().st_size != listed.size:
+        return f"{path.name} has another size than the marker lists"
+    if listed.sha256 is not None and atomic.sha256(path) != listed.sha256:
+        return f"{path.name} was changed or damaged after it was saved"
+    return None
+
+
+def _problem_of_tensors(path: Path, state: SavedState) -> str | None:
+    """Numbers that are none, and optimizer state that is lacking or somebody else's."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in _tensors(path / WEIGHTS):
+        shapes[name] = tuple(tensor.shape)
+        if not tensor.isfinite().all():
+            return f"{name} holds values that are not finite"
+    keys: dict[str, set[str]] = {name: set() for name in shapes}
+    generators = set()
+    for name, tensor in _tensors(path / OPTIMIZER):
+        if name.startswith("rng."):
+            generators.add(name)
+            continue
+        parameter, _, key = name.rpartition("/")
+        if tensor.shape and shapes.get(parameter) != tuple(tensor.shape):
+            return f"optimizer state {name} belongs to no parameter of the model"
+        if not tensor.isfinite().all():
+            return f"optimizer state {name} holds values that are not finite"
+        keys.setdefault(parameter, set()).add(key)
+    # Before the first update there is none; so many in a row that are skipped end a run.
+    lacking = [name for name, its in keys.items() if any(its < others for others in keys.values())]
+    if state.step > MAX_IN_A_ROW and not any(keys.values()):
+        lacking = sorted(keys)
+    if lacking:
+        return f"optimizer state of {lacking[0]} is lacking"
+    if any(f"rng.{rank}.cpu" not in generators for rank in range(state.world_size)):
+        return "a random number generator's state is lacking"
+    return None
+
+
+def _tensors(path: Path) -> Iterable[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            yield name, file.get_tensor(name)
