@@ -246,15 +246,53 @@ def test_data_that_fail_at_once_leave_no_checkpoint(recipe, tmp_path, monkeypatc
     assert not [*(tmp_path / "run" / "checkpoints").glob("step_*")]
 
 
+def test_a_run_whose_directory_vanishes_ends_with_what_can_be_saved(
+    recipe, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        train_step = Run.train_step
+
+        def vanish(self, step, rows):
+            if step == 6:
+                run.rename(tmp_path / "elsewhere")
+            return train_step(self, step, rows)
+
+        patch.setattr(Run, "train_step", vanish)
+        with pytest.raises(UserError, match="was removed or moved while it was written"):
+            train(recipe, run)
+    assert "Stopped at step 7, saved in" in capsys.readouterr().out
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+def test_lines_that_were_lost_are_told_when_a_run_goes_on(recipe, tmp_path, capsys):
+    """As a disk leaves a file whose end it had not written."""
+    run = tmp_path / "run"
+    assert train(recipe, run, "--num_steps", "4") == 0
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]) + "\0" * 99 + "\n")
+    capsys.readouterr()
+    assert train(recipe, run) == 0
+    assert "has lost 2 lines (line 3 cannot be read)" in capsys.readouterr().out
+    assert sorted(digests(run)) == [0, 1, *range(4, 12)]
+    assert train(recipe, run, "--num_steps", "14") == 0
+    assert "has lost" not in capsys.readouterr().out
+
+
 def test_a_broken_checkpoint_is_passed_over(recipe, uninterrupted, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(recipe, run, "--num_steps", "8") == 0
-    newest = run / "checkpoints" / "step_00000008" / "model.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-10])
+    newest = run / "checkpoints" / "step_00000008" / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 64
+    newest.write_bytes(content)
     capsys.readouterr()
     assert train(recipe, run) == 0
     shown = capsys.readouterr().out
-    assert "step_00000008 is incomplete" in shown and "going on from its step 4" in shown
+    assert "step_00000008 is passed over: optimizer.safetensors was changed or damaged" in shown
+    assert "going on from its step 4" in shown
     assert digests(run) == digests(uninterrupted)
 
 

@@ -22,6 +22,7 @@ from jinja2 import Template
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.publishing.contents import read_json
+from gpt2repro.system import atomic
 from gpt2repro.system.hub import has_owner, is_hub_id
 from gpt2repro.system.text import printable
 
@@ -206,7 +207,8 @@ def add_evaluation(card: Path, evaluation: Path, name: str) -> None:
     if "results" not in results:
         raise UserError(f"--evaluation {evaluation}: not what `gpt2repro evaluate --output` writes")
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    card.write_text(with_evaluation(text, results, name), encoding="utf-8")
+    with atomic.new_file(card) as scratch:
+        scratch.write_text(with_evaluation(text, results, name), encoding="utf-8")
 
 
 def _with_section(card: str, title: str, text: str, before: str | None = None) -> str:

@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object a logged step, written as the run goes, read by whoever likes."""
 
+import contextlib
 import json
 import math
 import os
@@ -58,7 +59,8 @@ class MetricsLog:
                 self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which is told
+            self._file.close()
 
 
 def _is_nonfinite(value: Any) -> bool:

@@ -5,6 +5,7 @@ runs/<exp_name>/
 """
 
 import fcntl
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,14 @@ from gpt2repro import UserError
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_lines, rewind_metrics
 from gpt2repro.system import atomic
+from gpt2repro.system.text import printable
 
 LOCK = ".lock"
+# What schedulers, desktops and file systems put into a directory before or beside a run.
+NOT_A_RUNS = re.compile(
+    r"\.lock|\.DS_Store|\.nfs\w+|\.gitkeep|\.directory|Thumbs\.db|desktop\.ini|lost\+found"
+    r"|.+\.(log|out|err|pid|sh|slurm|sbatch)"
+)
 # How long a launch waits for one that was told to stop: it finishes its step and saves.
 PATIENCE_SECONDS = 60.0
 
@@ -93,10 +100,13 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be read: {error}") from None
         # A launch may have been killed before its first file was whole.
-        exists = bool(names - {LOCK} - {path.name for path in atomic.leftovers(self.recipe)})
+        names -= {path.name for path in atomic.leftovers(self.recipe)}
+        exists = not all(NOT_A_RUNS.fullmatch(name) for name in names)
         if exists and not self.recipe.exists():
+            other = min(name for name in names if not NOT_A_RUNS.fullmatch(name))
             raise UserError(
-                f"output_dir {self.path} holds files of something else; give a new or empty one"
+                f"output_dir {self.path} holds files of something else ({printable(other)}); "
+                "give a new or empty one"
             )
         if resume == "never" and exists:
             raise UserError(

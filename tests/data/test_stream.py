@@ -119,6 +119,42 @@ def test_resuming_another_stream_is_refused_by_the_field_that_differs(change, na
         streams(1, state, **change)
 
 
+POSITIONS = {
+    "pieces": [0, 99, 0, 0],
+    "documents": [0, 0, 99, 0],
+    "tokens": [0, 0, 0, 10**6],
+}
+
+
+@pytest.mark.parametrize("part", POSITIONS)
+def test_a_position_that_the_data_do_not_have_is_refused(part):
+    _, _, state = run(streams(), 1)
+    state["lanes"][3] = POSITIONS[part]
+    with pytest.raises(UserError, match=f"position is beyond the .*{part}.*earlier checkpoint"):
+        run(streams(state=state), 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lanes": []},
+        {"lanes": [[0, 0, 0, 0]] * 9},
+        {"lanes": [[0, 0, 0, -1]] * 8},
+        {"lanes": [[0, 0, 0]] * 8},
+        {"lanes": None},
+        {"identity": None},
+        {"version": None},
+        {"version": 2},
+    ],
+)
+def test_a_damaged_state_is_refused(change):
+    _, _, state = run(streams(), 1)
+    with pytest.raises(
+        UserError, match=r"the checkpoint's stream state (is damaged|has version 2)"
+    ):
+        streams(state=state | change)
+
+
 def test_another_tokenizer_is_refused():
     _, _, state = run(streams(), 1)
     encoder = ByteEncoder()

@@ -3,7 +3,10 @@
 import json
 import math
 
-from gpt2repro.records.metrics import MetricsLog, read_metrics, rewind_metrics
+import pytest
+
+from gpt2repro.records.metrics import MetricsLog, read_lines, read_metrics, rewind_metrics
+from gpt2repro.system import command_line
 
 
 def test_lines_are_valid_json_and_there_at_once(tmp_path):
@@ -23,3 +26,46 @@ def test_going_back_cuts_later_lines_and_torn_ones(tmp_path):
     assert path.read_text().count("\n") == 4
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert read_metrics(tmp_path / "nowhere.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"\0" * 30,
+        b"{}",
+        b"[1]",
+        b'{"step": 2, "lo',
+        b'{"step": "2"}',
+        b'{"step": -1}',
+        b'{"step": true}',
+        b'{"step": 2, "loss": "low"}',
+        b'{"step": 2, "loss": NaN}',
+        b'{"step": 2, "lr": [1]}',
+        b'{"step": 2}\xff',
+        b'{"step": 2, "loss": 1.5}{"step": 3}',
+    ],
+)
+def test_a_line_that_cannot_be_read_is_told_and_drops_no_other(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "rows_digest": "a"}\n' + line + b'\n{"step": 4, "loss": null}')
+    records, bad = read_lines(path)
+    assert ([record["step"] for record in records], bad) == ([0, 4], [2])
+
+
+def test_a_full_disk_names_the_file_and_the_remedy(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    log = MetricsLog(path)
+
+    def train(argv: list[str]) -> int:
+        try:
+            log.write({"step": 0})
+        finally:
+            log.close()
+        return 0
+
+    assert command_line.run("prog", train, []) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"No space left on device: '{path}': free space there" in said

@@ -168,9 +168,19 @@ def test_a_launch_that_was_killed_while_it_opened_can_be_repeated(tmp_path, kill
     assert names == {".lock", "recipe.yaml", "metrics.jsonl"}
 
 
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "train.log", ".nfs0000000012ab", "slurm-123.out", "lost+found", "run.sh"]
+)
+def test_what_belongs_to_nobody_is_in_nobodys_way(tmp_path, name):
+    (tmp_path / name).write_text("")
+    assert RunDirectory(tmp_path).find_start("never").step == 0
+    assert RunDirectory(tmp_path).open(0, RECIPE) == []
+    assert (tmp_path / name).exists()
+
+
 def test_files_of_something_else_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds files of something else"):
+    with pytest.raises(UserError, match=r"holds files of something else \(thesis.tex\)"):
         RunDirectory(tmp_path).find_start("auto")
     with pytest.raises(UserError, match="is a file"):
         RunDirectory(tmp_path / "thesis.tex").find_start("auto")

@@ -1,5 +1,7 @@
 """Whole or not at all, whoever is interrupted where."""
 
+from pathlib import Path
+
 import pytest
 
 from gpt2repro.system import atomic
@@ -27,6 +29,13 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
         scratch.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "before" and names(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_names_the_file_that_was_meant(tmp_path):
+    with pytest.raises(OSError, match="No space left") as raised:  # noqa: SIM117
+        with atomic.new_file(tmp_path / "recipe.yaml"):
+            Path("/dev/full").write_text("all of it")
+    assert raised.value.filename == str(tmp_path / "recipe.yaml")
 
 
 def test_two_writers_do_not_meet(tmp_path):
