@@ -4,12 +4,14 @@
 
 A small GPT-2 is trained on the CPU in fp32, with Muon, dropout, evaluations and samples, on texts
 that this script draws: once undisturbed, once by a process group that gets SIGKILL at random
-moments, and the same command again each time. The moments fall by turns into five phases: start-up,
-training, evaluation, the writing of a checkpoint, and (these come last) the export. Where in its
-phase a kill falls is drawn; a phase is recognised from outside by what is on disk, and a kill that
-came too late for it counts as a kill, but not as a hit. At the end weights, optimizer state, random
-number generators, metrics (without timings) and the exported files of both runs are compared byte
-by byte. Exit status 1 if anything differs.
+moments, and the same command again each time. The moments fall by turns into six phases: start-up,
+training, evaluation, the writing of a checkpoint, the removal of an older one, and (these come
+last) the export. Where in its phase a kill falls is drawn; a phase is recognised from outside by
+what is on disk, and a kill that came too late for it counts as a kill, but not as a hit. With
+`--overlap` the next launch begins at that moment, and the kill comes only when it waits for the run
+or has had the time to: two launches at once, in every phase. At the end weights, optimizer state,
+random number generators, metrics (without timings) and the exported files of both runs are compared
+byte by byte. Exit status 1 if anything differs.
 """
 
 import argparse
@@ -39,8 +41,10 @@ from gpt2repro.system import machine
 from gpt2repro.system.command_line import run
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("start-up", "training", "evaluation", "checkpoint", "export")
+PHASES = ("start-up", "training", "evaluation", "checkpoint", "pruning", "export")
+KEEP_LAST = 2
 STEPS_PER_KILL = 12  # at least as many steps as kills can cost
+STEPS_PER_OVERLAP = 100  # as many as are made while another launch starts
 LAUNCH_SECONDS = 900  # longer than any launch takes; then something hangs
 SPEED_MARGIN = 0.6  # a launch may be faster than the one that was timed
 LOOK_SECONDS = 0.0005  # a checkpoint of this model is written in milliseconds
@@ -96,6 +100,7 @@ def write_inputs(directory: Path, num_steps: int) -> Path:
         "compile": False,
         "eval_every": 10,
         "sample_every": 35,
+        "keep_last": KEEP_LAST,
         "save_every": 7,  # not where evaluations are, so that a kill hits one or the other
     }
     path = directory / "recipe.yaml"
@@ -141,10 +146,7 @@ class Launch:
     def __init__(self, code: Path, recipe: Path, output: Path) -> None:
         self.output, self.checkpoints = output, output / "checkpoints"
         self.metrics = output / "metrics.jsonl"
-        self.rewound_from = inode(self.metrics)  # a launch that is ready has rewritten the file
-        self.known_scratch = self.scratch()
-        latest, _ = checkpoints.find_latest(self.checkpoints)
-        self.first_step = checkpoints.read_state(latest)["step"] if latest else 0
+        self.look_again()
         output.parent.mkdir(parents=True, exist_ok=True)
         self.log = (output.parent / f"{output.name}.log").open("ab")
         command = [sys.executable, str(code / "train_accelerate.py")]
@@ -185,6 +187,17 @@ class Launch:
 
     def writes(self) -> bool:
         return bool(self.scratch() - self.known_scratch)
+
+    def prunes(self) -> bool:
+        """Whether a checkpoint is there that will go."""
+        return len([*self.checkpoints.glob("step_*")]) > KEEP_LAST
+
+    def look_again(self) -> None:
+        """What this launch finds, now that the one before it is gone."""
+        # A launch that is ready has rewritten the file.
+        self.rewound_from, self.known_scratch = inode(self.metrics), self.scratch()
+        latest, _ = checkpoints.find_latest(self.checkpoints)
+        self.first_step = int(latest.name.removeprefix("step_")) if latest else 0
 
     def wait_until(self, condition: Callable[[], Any]) -> bool:
         """Whether `condition` came true while the process lived."""
@@ -251,6 +264,7 @@ def aim(launch: Launch, kill: Kill, durations: Durations, settings: dict[str, An
     onset, seconds = {
         "evaluation": (evaluates, durations.evaluation),
         "checkpoint": (launch.writes, durations.checkpoint),
+        "pruning": (launch.prunes, 0.0),
         "export": (lambda: launch.last_step == num_steps, durations.export),
     }[kill.phase]
     came = launch.wait_until(onset)
@@ -269,6 +283,8 @@ def was_hit(launch: Launch, kill: Kill, settings: dict[str, Any]) -> bool:
         return (step + 1) % settings["eval_every"] == 0
     if kill.phase == "checkpoint":
         return launch.writes()
+    if kill.phase == "pruning":
+        return launch.prunes()
     return step == settings["num_steps"] and not (launch.output / "final").exists()
 
 
@@ -300,7 +316,7 @@ def differences(ours: Path, theirs: Path, step: int) -> dict[str, list[str]]:
 
     saved = [checkpoints.checkpoint_path(each / "checkpoints", step) for each in (ours, theirs)]
     mine, others = lines(ours), lines(theirs)
-    states = [checkpoints.read_state(path) for path in saved]
+    states = [json.loads((path / integrity.STATE).read_bytes()) for path in saved]
     return {
         # state.json names the output_dir, and COMPLETE its size: the stream's state is compared
         "checkpoint": differing_files(*saved, left_out=(integrity.STATE, integrity.MARKER)),
@@ -314,9 +330,12 @@ def differences(ours: Path, theirs: Path, step: int) -> dict[str, list[str]]:
     }
 
 
-def measure(num_kills: int, seed: int, directory: Path, say: Callable[[str], None]) -> dict:
+def measure(
+    num_kills: int, seed: int, directory: Path, say: Callable[[str], None], overlap: bool = False
+) -> dict:
     """Both runs below `directory`, and how they compare."""
-    recipe = write_inputs(directory / "inputs", num_steps=max(40, STEPS_PER_KILL * num_kills))
+    steps_per_kill = STEPS_PER_OVERLAP if overlap else STEPS_PER_KILL
+    recipe = write_inputs(directory / "inputs", num_steps=max(40, steps_per_kill * num_kills))
     settings, code = yaml.safe_load(recipe.read_text()), snapshot(directory / "code")
     whole, killed = directory / "undisturbed" / "run", directory / "killed" / "run"
     began = time.monotonic()
@@ -324,15 +343,23 @@ def measure(num_kills: int, seed: int, directory: Path, say: Callable[[str], Non
     say(f"undisturbed: {time.monotonic() - began:.0f} s, {durations}")
 
     kills = planned(num_kills, seed)
+    launch = Launch(code, recipe, killed)
     for number, kill in enumerate(kills, 1):
-        launch = Launch(code, recipe, killed)
         came = aim(launch, kill, durations, settings)
+        following = None
+        if overlap:
+            kill.hit = came and was_hit(launch, kill, settings)
+            following = Launch(code, recipe, killed)
+            time.sleep(durations.start_up)
         launch.kill()
         kill.seconds, kill.resumed_from = round(launch.seconds, 2), launch.first_step
         kill.last_step = launch.last_step
-        kill.hit = came and was_hit(launch, kill, settings)
+        if following is None:
+            kill.hit = came and was_hit(launch, kill, settings)
+            following = Launch(code, recipe, killed)
         say(f"kill {number} of {num_kills}: {kill}")
-    launch = Launch(code, recipe, killed)
+        launch = following
+        launch.look_again()
     status = launch.finish()
     say(f"the last launch went on from step {launch.first_step} and left with status {status}")
     found = differences(killed, whole, settings["num_steps"]) if status == 0 else {}
@@ -340,6 +367,7 @@ def measure(num_kills: int, seed: int, directory: Path, say: Callable[[str], Non
         "what": "kill -9 at random moments against an undisturbed run, compared byte by byte",
         "seed": seed,
         "num_kills": num_kills,
+        "overlapping": overlap,
         "num_hits": sum(kill.hit for kill in kills),
         "hits_by_phase": {
             phase: sum(kill.hit for kill in kills if kill.phase == phase) for phase in PHASES
@@ -361,11 +389,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--kills", type=int, default=20, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default %(default)s")
+    parser.add_argument("--overlap", action="store_true", help="the next launch begins before")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="kill_resume_") as directory:
         say = lambda text: print(text, flush=True)  # noqa: E731
-        result = measure(options.kills, options.seed, Path(directory), say)
+        result = measure(options.kills, options.seed, Path(directory), say, options.overlap)
     result["environment"] = machine.describe()
     result["date"] = time.strftime("%Y-%m-%d")
     verdict = "bitwise equal" if result["bitwise_equal"] else f"DIFFERENT: {result['differences']}"

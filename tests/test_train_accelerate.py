@@ -20,6 +20,7 @@ from gpt2repro import UserError
 from gpt2repro.data import producer
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.records import checkpoints, incidents
+from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.speed import cpu_memory
 from gpt2repro.speed.compilation import compile_in_place
 from gpt2repro.system.signals import SIGNALS
@@ -127,6 +128,13 @@ def test_the_whole_path_to_a_model_that_writes(recipe, tmp_path, capsys):
 
     assert train(recipe, tmp_path / "run", "--num_steps", "2") == 0
     assert "is finished: 2 of 2 steps" in capsys.readouterr().out
+
+    card = (final / "README.md").read_bytes()
+    (tmp_path / "run" / "FINISHED").unlink()  # killed while it pushed: it is pushed after all
+    (final / "README.md").write_text("of an earlier, shorter run")
+    assert train(recipe, tmp_path / "run", "--num_steps", "2") == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert len((final / "README.md").read_bytes()) > len(card) / 2
 
 
 # --- Resumes --------------------------------------------------------------------------------------
@@ -433,11 +441,15 @@ def test_compiled_training_evaluates_and_samples(recipe, tmp_path, monkeypatch, 
     assert tensors(compiled, 4).keys() == tensors(eager, 4).keys()  # no prefix of the compiler's
 
 
-def test_epochs_are_counted_in_steps(recipe, tmp_path):
+def test_epochs_are_counted_in_steps(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(recipe, run, "--num_epochs", "1", "--eval_every", "0") == 0
     saved = yaml.safe_load((run / "recipe.yaml").read_text())
     assert saved["num_epochs"] is None and saved["num_steps"] == len(metrics(run)) - 1 > 12
+    (run / "final").mkdir()
+    RunDirectory(run).mark_finished(saved["num_steps"])  # as the export would have
+    assert train(recipe, run, "--num_epochs", "1", "--eval_every", "0") == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 # --- Incidents ------------------------------------------------------------------------------------

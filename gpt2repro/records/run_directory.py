@@ -1,7 +1,7 @@
 """The directory of a run: its files, who may write them, and where a new launch goes on.
 
 runs/<exp_name>/
-    recipe.yaml  metrics.jsonl  loss_curve.png  checkpoints/  incidents/  final/
+    recipe.yaml  metrics.jsonl  loss_curve.png  checkpoints/  incidents/  final/  FINISHED
 """
 
 import fcntl
@@ -77,6 +77,7 @@ class RunDirectory:
         self.incidents = path / "incidents"
         self.final = path / "final"
         self.preempted = path / "PREEMPTED"
+        self.finished = path / "FINISHED"  # its step: `final/` is of it, and was pushed if asked
         self._lock: IO[str] | None = None
 
     def find_start(self, resume: str) -> Start:
@@ -162,6 +163,19 @@ class RunDirectory:
     def _write_recipe(self, recipe: str) -> None:
         with atomic.new_file(self.recipe, durable=True) as scratch:
             scratch.write_text(recipe, encoding="utf-8")
+
+    def mark_finished(self, step: int) -> None:
+        """The run is at its end, and nothing is left to do."""
+        with atomic.new_file(self.finished, durable=True) as scratch:
+            scratch.write_text(f"{step}\n", encoding="utf-8")
+
+    def is_finished(self, step: int) -> bool:
+        """Whether a run of `step` steps has nothing left to do here."""
+        try:
+            marked = self.finished.read_text(encoding="utf-8").strip() == str(step)
+        except (OSError, ValueError):
+            return False
+        return marked and self.final.is_dir()
 
     def check_still_there(self) -> None:
         """Raise `UserError` if somebody has removed or moved the run that this process writes."""

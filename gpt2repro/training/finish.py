@@ -38,6 +38,7 @@ def finish(run: Run) -> int:
     if run.accelerator.is_main_process:
         try:
             _publish(run, tensors)
+            run.directory.mark_finished(run.recipe.num_steps)
         finally:
             run.directory.preempted.unlink(missing_ok=True)
     return 0

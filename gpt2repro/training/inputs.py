@@ -124,11 +124,15 @@ def _open_benchmarks(recipe: Recipe, tokenizer: Any) -> list[Task]:
     ]
 
 
+def counted_steps(recipe: Recipe, start: Start) -> int | None:
+    """`num_steps`, or `num_epochs` in steps if they were counted when the run began."""
+    if recipe.num_steps is None and recipe.num_epochs == start.state.get("num_epochs"):
+        return start.recipe.get("num_steps")
+    return recipe.num_steps
+
+
 def _steps_of_run(recipe: Recipe, start: Start, corpus: Corpus, encoder: BulkEncoder) -> int:
-    """`num_steps`, or `num_epochs` in steps as they were counted when the run began."""
-    num_steps = recipe.num_steps
-    if num_steps is None and recipe.num_epochs == start.state.get("num_epochs"):
-        num_steps = start.recipe["num_steps"]
+    num_steps = counted_steps(recipe, start)
     if num_steps is None:
         num_steps = _steps_of_epochs(recipe, corpus, encoder)
     if start.step > num_steps:

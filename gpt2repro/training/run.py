@@ -22,7 +22,7 @@ from gpt2repro.training.engine import (
     start_engine,
     start_tracker,
 )
-from gpt2repro.training.inputs import Inputs, open_inputs
+from gpt2repro.training.inputs import Inputs, counted_steps, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
 from gpt2repro.training.schedule import lr_at
@@ -178,9 +178,10 @@ def open_run(recipe: Recipe, argv: list[str], monitor: Callable[..., Monitor] = 
 def _find_start(recipe: Recipe, directory: RunDirectory) -> Start:
     """Where the run begins. Nothing is written here; the Hub is asked for the run's repository."""
     start: Start = ranks.on_rank_0(lambda: directory.find_start(recipe.resume))
-    if start.step == recipe.num_steps and ranks.on_rank_0(directory.final.is_dir):
+    ended = start.path is not None and start.step == counted_steps(recipe, start)
+    if ended and ranks.on_rank_0(lambda: directory.is_finished(start.step)):
         raise AlreadyFinished(
-            f"{recipe.run_dir} is finished: {start.step} of {recipe.num_steps} steps, and the "
+            f"{recipe.run_dir} is finished: {start.step} of {start.step} steps, and the "
             f"model is in {directory.final}. Nothing was changed. For another run give another "
             "--exp_name; to train this one on, a larger --num_steps."
         )
