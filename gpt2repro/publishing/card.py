@@ -203,12 +203,16 @@ def add_evaluation(card: Path, evaluation: Path, name: str) -> None:
     Raises:
         UserError: when `evaluation` is another file.
     """
-    results = read_json(evaluation)
-    if "results" not in results:
-        raise UserError(f"--evaluation {evaluation}: not what `gpt2repro evaluate --output` writes")
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    try:
+        results = read_json(evaluation)
+        text = with_evaluation(text, {"results": results.pop("results"), **results}, name)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"--evaluation {evaluation}: not what `gpt2repro evaluate --output` writes"
+        ) from None
     with atomic.new_file(card) as scratch:
-        scratch.write_text(with_evaluation(text, results, name), encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
 
 
 def _with_section(card: str, title: str, text: str, before: str | None = None) -> str:

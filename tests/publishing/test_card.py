@@ -10,9 +10,11 @@ import yaml
 from huggingface_hub import ModelCard
 from tiny_run import digests, train, write_inputs
 
+from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.publishing import verification
 from gpt2repro.publishing.card import (
+    add_evaluation,
     completed,
     ledger_digest,
     model_card,
@@ -207,6 +209,29 @@ def test_an_evaluation_is_replaced_by_another():
     found = {each.metric_name: each.metric_value for each in ModelCard(text).data.eval_results}
     assert found["hellaswag/completion_acc_norm"] == 0.31 and found["loss"] == 3.25
     assert text.index("## Benchmarks") < text.index("## Verification")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"results": 5}',
+        '{"results": {"a/acc": 0.5}}',
+        '{"results": {"a/acc": {"value": "high"}}}',
+        '{"results": {"a/acc": {"value": 1}}, "baseline": [1]}',
+        '{"results": {"a/acc": {"value": 1}}, "baseline": {"model": "b"}}',
+        '{"results": {"a/acc": {"value": 1}}, "published_not_computed": {"a/acc": 1}}',
+        '{"a":' * 20_000,
+        "\0",
+    ],
+)
+def test_another_file_is_no_evaluation_and_the_card_stays(tmp_path, content):
+    (tmp_path / "README.md").write_text(card())
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"not what `gpt2repro evaluate|cannot be read"):
+        add_evaluation(tmp_path / "README.md", tmp_path / "results.json", "gpt2")
+    assert (tmp_path / "README.md").read_text() == card()
 
 
 def test_an_evaluation_without_datasets_gives_a_table_only():
