@@ -8,7 +8,7 @@ def run_metrics(steps: int = 40, *, floor: float = 4.0, eval_every: int = 10) ->
     records = []
     for step in range(steps + 1):
         loss = floor + (8 - floor) * math.exp(-4 * step / steps)
-        record = {"step": step, "tokens": step * 4096}
+        record = {"step": step, "tokens": min(step + 1, steps) * 4096}
         if step % eval_every == 0 or step == steps:
             record |= {"val_loss": loss, "val_bits_per_byte": loss / 2}
         if step < steps:

@@ -15,12 +15,14 @@ from matplotlib.figure import Figure
 from gpt2repro.plots.style import (
     INK,
     bare,
+    caption,
     colour_bar,
     new_figure,
     shades,
 )
 
 HEADS_ABREAST = 3
+MOSTLY = 0.5  # the share of a head's attention from which on it is said to look at one place
 
 
 @torch.no_grad()
@@ -64,8 +66,17 @@ def attention_habits(attention: np.ndarray, ids: Sequence[int]) -> dict[str, np.
     return habits
 
 
-def draw_attention_maps(attention: np.ndarray, habits: dict[str, np.ndarray]) -> Figure:
-    """Every head's map, as tiles: layers down, heads across."""
+def even_habits(ids: Sequence[int]) -> dict[str, float]:
+    """The same shares of a head that looks at all that it may look at evenly: no structure."""
+    even = np.tril(np.ones((len(ids), len(ids))))
+    habits = attention_habits((even / even.sum(-1, keepdims=True))[None, None], ids)
+    return {habit: share.item() for habit, share in habits.items()}
+
+
+def draw_attention_maps(
+    attention: np.ndarray, habits: dict[str, np.ndarray], text: str = ""
+) -> Figure:
+    """Every head's map of a `text`, as tiles: layers down, heads across."""
     layers, heads, length, _ = attention.shape
     gap = max(1, length // 12)
     pitch = length + gap
@@ -85,7 +96,11 @@ def draw_attention_maps(attention: np.ndarray, habits: dict[str, np.ndarray]) ->
     centres = np.arange(max(layers, heads)) * pitch + (length - 1) / 2
     ax.set_xticks(centres[:heads], range(heads))
     ax.set_yticks(centres[:layers], range(layers))
-    ax.set_xlabel("head (in each tile: from the first to the last token that is looked at)")
+    ax.set_xlabel(
+        "head (in each tile: from the first to the last token that is looked at)"
+        + caption(text, figure.get_figwidth()),
+        parse_math=False,
+    )
     ax.set_ylabel("layer (in each tile: from the first to the last token that looks)")
     colour_bar(figure, image, ax, "attention weight")
     return figure
@@ -94,7 +109,7 @@ def draw_attention_maps(attention: np.ndarray, habits: dict[str, np.ndarray]) ->
 def _habits_finding(habits: dict[str, np.ndarray]) -> str:
     """How many heads have which main habit."""
     shares = np.stack(list(habits.values()))
-    main = np.where(shares.max(0) > 0.5, shares.argmax(0), -1)
+    main = np.where(shares.max(0) > MOSTLY, shares.argmax(0), -1)
     counts = {name: int((main == i).sum()) for i, name in enumerate(habits)}
     counts["no one place"] = int((main == -1).sum())
     parts = [
@@ -129,15 +144,19 @@ def draw_attention_heads(
     habits: dict[str, np.ndarray],
     labels: Sequence[str],
     heads: Sequence[tuple[int, int]],
+    even: dict[str, float],
+    text: str = "",
 ) -> Figure:
-    """The maps of chosen (layer, head) pairs, large, with the tokens written along both axes."""
+    """The maps of chosen (layer, head) pairs, large, with the tokens written along both axes.
+
+    `even`: the shares of `even_habits`, without which a share says nothing.
+    """
     columns = min(HEADS_ABREAST, len(heads))
     rows = -(-len(heads) // columns)
     side = max(2.6, min(6.0, 0.19 * len(labels) + 0.6))  # inches
     size = min(8.0, 0.75 * 72 * side / len(labels))  # points: labels must not touch
-    described = [_describe_head(habits, place) for place in heads]
     figure, axes = new_figure(
-        f"Head {'; '.join(described[:3])}",
+        _heads_finding(habits, heads),
         width=max(7.0, columns * side + 1.6),
         height=rows * (side + 0.4) + 1.4,
         rows=rows,
@@ -148,21 +167,41 @@ def draw_attention_heads(
     for ax in axes.flat[len(heads) :]:
         ax.set_visible(False)
     ticks = np.arange(len(labels))
-    for ax, (layer, head), text in zip(axes.flat, heads, described, strict=False):
+    for ax, (layer, head) in zip(axes.flat, heads, strict=False):
         weights = np.where(np.tri(len(labels), dtype=bool), attention[layer, head], np.nan)
         image = ax.imshow(weights, cmap=shades(), norm=PowerNorm(0.5, 0, 1))
         bare(ax)
-        ax.set_title(text, fontsize=9.5, loc="left", color=INK)
+        described = _describe_head(habits, even, (layer, head))
+        ax.set_title(described, fontsize=9.5, loc="left", color=INK)
         ax.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
         ax.set_yticks(ticks, labels, fontsize=size, parse_math=False)
     figure.supxlabel(
-        "the token that is looked at (heads are named layer.head)", fontsize=10, color=INK
+        "the token that is looked at (heads are named layer.head)"
+        + caption(text, figure.get_figwidth()),
+        fontsize=10,
+        color=INK,
+        parse_math=False,
     )
     figure.supylabel("the token that looks", fontsize=10, color=INK)
     colour_bar(figure, image, axes, "attention weight")
     return figure
 
 
-def _describe_head(habits: dict[str, np.ndarray], place: tuple[int, int]) -> str:
+def _heads_finding(habits: dict[str, np.ndarray], heads: Sequence[tuple[int, int]]) -> str:
+    """The head that looks most at one place, if one does."""
+    share, name, place = max(
+        (habits[name][place], name, place) for place in heads for name in habits
+    )
+    if share <= MOSTLY:
+        return f"None of these {len(heads)} heads looks mostly at one place"
+    return f"Head {place[0]}.{place[1]} looks at {name} with {share:.0%} of its attention"
+
+
+def _describe_head(
+    habits: dict[str, np.ndarray], even: dict[str, float], place: tuple[int, int]
+) -> str:
     name = max(habits, key=lambda habit: habits[habit][place])
-    return f"{place[0]}.{place[1]} looks at {name} ({habits[name][place]:.0%})"
+    share = f"{habits[name][place]:.0%}; evenly {even[name]:.0%}"
+    if habits[name][place] > MOSTLY:
+        return f"{place[0]}.{place[1]}: {name} ({share})"
+    return f"{place[0]}.{place[1]}: no one place\nmost at {name} ({share})"

@@ -28,6 +28,7 @@ from gpt2repro.plots.style import (
 logger = logging.getLogger(__name__)
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
+LEAST_CONNECTED, MOST_MARKED = 8, 40  # evaluations
 
 
 # --- Reading metrics ------------------------------------------------------------------------------
@@ -48,18 +49,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _tokens_of_a_step(metrics: Metrics) -> float:
+    """A line tells the tokens seen *after* its step; 0 where the run did not log them."""
+    step, tokens = _series([record for record in metrics if "loss" in record], "tokens", "step")
+    return float(np.median(tokens / (step + 1))) if len(step) else 0.0
+
+
+def _validations(metrics: Metrics, x_key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Validation losses at what was trained on *before* them: the first one at nothing."""
+    step, loss = _series(metrics, "val_loss", "step")
+    return (step * _tokens_of_a_step(metrics) if x_key == "tokens" else step), loss
+
+
 def _x_key_of(runs: Mapping[str, Metrics]) -> str:
     """Runs with different batches compare by tokens; `step` serves where tokens were not logged."""
-    has_tokens = all(any("tokens" in record for record in run) for run in runs.values())
-    return "tokens" if has_tokens else "step"
+    return "tokens" if all(map(_tokens_of_a_step, runs.values())) else "step"
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average over 4% of the run; unlike an exponential one it does not lag."""
-    reach = len(values) // 50
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    """A moving average over 4% of the run, which does not lag: as many before a value as after it.
+
+    At the beginning there are fewer of both, so that it begins where the values do.
+    """
     index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    reach = np.minimum(len(values) // 50, index)
+    low, high = index - reach, np.minimum(index + reach + 1, len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[high] - sums[low]) / (high - low)
 
 
@@ -72,6 +87,7 @@ def loss_curve(
     *,
     title: str | None = None,
     baseline: tuple[str, float] | None = None,
+    resumed_at: Sequence[int] = (),
 ) -> list[Path]:
     """Draw training and validation loss for a run that is still going; never raises.
 
@@ -80,12 +96,14 @@ def loss_curve(
         output: both `output.png` and `output.svg` are written, atomically.
         title: instead of the finding, e.g. "Validation loss 8.34 → 4.41 ...".
         baseline: a label and its loss in nats per token, drawn as a dashed line.
+        resumed_at: steps where a launch went on, drawn as dotted lines.
 
     Returns:
         The files written; none if drawing failed, which is logged: no picture is worth a run.
     """
     try:
-        return save(draw_losses({"": metrics}, title=title, baseline=baseline), output)
+        figure = draw_losses({"": metrics}, title=title, baseline=baseline, resumed_at=resumed_at)
+        return save(figure, output)
     except Exception as error:
         logger.warning("the loss curve %s could not be drawn: %s", output, error)
         return []
@@ -96,6 +114,7 @@ def draw_losses(
     *,
     title: str | None = None,
     baseline: tuple[str, float] | None = None,
+    resumed_at: Sequence[int] = (),
 ) -> Figure:
     """Training and validation loss of one run, or of several overlaid, against tokens seen."""
     figure, ((ax,),) = new_figure(title or _loss_finding(runs, baseline))
@@ -110,15 +129,29 @@ def draw_losses(
             ax.plot(x, loss, color=tint, linewidth=0.6, alpha=0.35)
             label = f"{of}training (moving average)"
             ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label)
-        x_val, val = _series(metrics, "val_loss", x_key)
+        x_val, val = _validations(metrics, x_key)
         if len(x_val):
             label = f"{of}validation, {val[-1]:.3f} at the end"
-            if len(x_val) <= 40:  # between few evaluations a line would claim what nobody measured
-                ax.plot(x_val, val, color=color, linewidth=1, alpha=0.45)
-                ax.plot(x_val, val, "o", color=color, markersize=6, label=label)
-            else:
-                ax.plot(x_val, val, color=color, linewidth=2, label=label)
+            if len(x):
+                gap = val[-1] - np.interp(x_val[-1], x, smooth(loss))
+                label += f" ({abs(gap):.3f} {'above' if gap > 0 else 'below'} training)"
+            ax.plot(
+                x_val,
+                val,
+                color=color,
+                linewidth=1.8,
+                # Between few evaluations a line would claim what nobody measured.
+                linestyle="-" if len(val) >= LEAST_CONNECTED else "",
+                marker="o" if len(val) <= MOST_MARKED else "",
+                markersize=5,
+                label=label,
+            )
         curves += [(x, loss), (x_val, val)]
+    first, *_ = runs.values()
+    for index, step in enumerate(resumed_at):
+        at = step * _tokens_of_a_step(first) if x_key == "tokens" else step
+        label = "_nolegend_" if index else "resumed"
+        ax.axvline(at, color=MUTED, linestyle=":", linewidth=1, label=label)
     if baseline:
         label, value = baseline
         reference_line(ax, value, label)
@@ -183,11 +216,11 @@ def _label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> Non
     bottom.set_xlabel("tokens seen")
     bottom.xaxis.set_major_formatter(FuncFormatter(short_number))
     (metrics, *others) = runs.values()
-    step, tokens = _series(metrics, "tokens", "step")
-    if others or not len(step) or not step[-1] or not tokens[-1]:
+    if others:
         return
-    rate = tokens[-1] / step[-1]
-    above = top.secondary_xaxis("top", functions=(lambda t: t / rate, lambda s: s * rate))
+    rate = _tokens_of_a_step(metrics)
+    steps = (lambda tokens: np.asarray(tokens) / rate, lambda step: np.asarray(step) * rate)
+    above = top.secondary_xaxis("top", functions=steps)
     above.set_xlabel("optimizer step", fontsize=9, color=MUTED)
     above.tick_params(colors=MUTED, labelsize=8)
     above.spines["top"].set_visible(False)
@@ -196,13 +229,26 @@ def _label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> Non
 
 
 def draw_learning_rate_and_gradient_norm(
-    runs: Mapping[str, Metrics], *, max_grad_norm: float | None = None
+    runs: Mapping[str, Metrics],
+    *,
+    max_grad_norm: float | None = None,
+    muon_scale: Mapping[str, float] | None = None,
 ) -> Figure:
-    """The learning rate above the global L2 gradient norm (before clipping), of all runs."""
+    """The learning rate above the global L2 gradient norm (before clipping), of all runs.
+
+    `muon_scale`: by run, how many times the logged rate Muon's matrices have.
+    """
     figure, ((top,), (bottom,)) = new_figure(
         _schedule_finding(runs, max_grad_norm), height=6, rows=2, sharex=True
     )
     _traces(top, runs, "lr")
+    for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
+        if scale := (muon_scale or {}).get(name):
+            x, rate = _series(metrics, "lr", _x_key_of(runs))
+            label = f"{name}: matrices (Muon)" if name else "matrices (Muon)"
+            top.plot(x, scale * rate, color=color, linewidth=1.8, linestyle="--", label=label)
+            if not name and top.lines:
+                top.lines[0].set_label("all else (AdamW)")
     top.set_ylabel("learning rate")
     top.set_ylim(bottom=0)
     _traces(bottom, runs, "grad_norm", raw=True)
@@ -237,7 +283,7 @@ def draw_throughput(runs: Mapping[str, Metrics]) -> Figure:
     )
     _traces(top, runs, "tokens_per_second", raw=True)
     top.set_ylabel("tokens per second")
-    top.set_ylim(bottom=0)
+    top.set_ylim(*rate_limits([_series(m, "tokens_per_second", "step")[1] for m in runs.values()]))
     top.yaxis.set_major_formatter(FuncFormatter(short_number))
     _traces(bottom, runs, "data_wait_fraction", raw=True)
     bottom.set_ylabel("time waiting for data")
@@ -245,6 +291,19 @@ def draw_throughput(runs: Mapping[str, Metrics]) -> Figure:
     bottom.set_ylim(0, max(0.05, bottom.get_ylim()[1]))
     bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     return _finish_panels(figure, top, bottom, runs)
+
+
+def rate_limits(rates: Sequence[np.ndarray]) -> tuple[float, float] | tuple[None, None]:
+    """The range of the axis: what nineteen of twenty steps have, so that a change can be seen.
+
+    From 0 only if they come near it: a steady run would else leave half the picture empty.
+    """
+    every = np.concatenate([*rates, np.zeros(0)])
+    if not len(every):
+        return None, None
+    low, high = map(float, np.quantile(every, (0.025, 0.975)))
+    margin = max(high - low, 0.02 * high) / 2
+    return (0.0 if low < high / 3 else max(0.0, low - margin)), high + margin
 
 
 def _throughput_finding(runs: Mapping[str, Metrics]) -> str:

@@ -13,7 +13,7 @@ from gpt2repro.evaluation.published import published_loss
 from gpt2repro.plots import attention, curves, gradients, logit_lens, parameters
 from gpt2repro.plots.style import token_labels
 from gpt2repro.records.metrics import read_metrics
-from gpt2repro.records.run_directory import saved_recipe
+from gpt2repro.records.run_directory import read_resumes, saved_recipe
 
 Heads = list[tuple[int, int]]  # (layer, head)
 
@@ -55,12 +55,16 @@ class Runs:
     metrics: dict[str, curves.Metrics]  # by name; the name of a single run is ""
     baseline: tuple[str, float] | None
     max_grad_norm: float | None
+    resumed_at: list[int]  # steps; of a single run
+    muon_scale: dict[str, float]  # of runs by Muon: its rate, in units of the logged one
 
 
 RUN_PICTURES: dict[str, Callable[[Runs], Figure]] = {
-    "loss_curve": lambda runs: curves.draw_losses(runs.metrics, baseline=runs.baseline),
+    "loss_curve": lambda runs: curves.draw_losses(
+        runs.metrics, baseline=runs.baseline, resumed_at=runs.resumed_at
+    ),
     "learning_rate": lambda runs: curves.draw_learning_rate_and_gradient_norm(
-        runs.metrics, max_grad_norm=runs.max_grad_norm
+        runs.metrics, max_grad_norm=runs.max_grad_norm, muon_scale=runs.muon_scale
     ),
     "throughput": lambda runs: curves.draw_throughput(runs.metrics),
 }
@@ -71,10 +75,17 @@ def run_pictures(runs: list[RunRecord]) -> Iterator[tuple[str, Figure]]:
     # A line that holds for one of two runs only would be read as holding for both.
     baselines = {run.baseline for run in runs}
     thresholds = {run.recipe.get("max_grad_norm") for run in runs}
+    named = dict(zip(_distinct_names(runs), runs, strict=True))
     shown = Runs(
-        metrics={n: run.metrics for n, run in zip(_distinct_names(runs), runs, strict=True)},
+        metrics={name: run.metrics for name, run in named.items()},
         baseline=baselines.pop() if len(baselines) == 1 else None,
         max_grad_norm=thresholds.pop() if len(thresholds) == 1 else None,
+        resumed_at=read_resumes(runs[0].path) if len(runs) == 1 else [],
+        muon_scale={
+            name: run.recipe["muon_lr"] / run.recipe["max_lr"]
+            for name, run in named.items()
+            if run.recipe.get("optimizer") == "muon"
+        },
     )
     for name, draw in RUN_PICTURES.items():
         yield name, draw(shown)
@@ -104,6 +115,10 @@ class Reading:
     def labels(self) -> list[str]:
         return token_labels(self.tokenizer, self.ids.tolist())
 
+    @property
+    def text(self) -> str:
+        return self.tokenizer.decode(self.ids)
+
     @cached_property
     def attention(self) -> tuple[Any, dict[str, Any]]:
         """Maps (L, H, T, T), and what the heads do."""
@@ -112,7 +127,9 @@ class Reading:
 
 
 MODEL_PICTURES: dict[str, Callable[[Reading], Figure]] = {
-    "attention_maps": lambda reading: attention.draw_attention_maps(*reading.attention),
+    "attention_maps": lambda reading: attention.draw_attention_maps(
+        *reading.attention, text=reading.text
+    ),
     "attention_heads": lambda reading: _attention_heads(reading),
     "logit_lens": lambda reading: logit_lens.draw_logit_lens(
         logit_lens.logit_lens(reading.model, reading.ids, min(LENS_POSITIONS, len(reading.ids))),
@@ -140,4 +157,7 @@ def model_pictures(reading: Reading) -> Iterator[tuple[str, Figure]]:
 def _attention_heads(reading: Reading) -> Figure:
     maps, habits = reading.attention
     heads = reading.heads or attention.typical_heads(habits)
-    return attention.draw_attention_heads(maps, habits, reading.labels, heads)
+    even = attention.even_habits(reading.ids.tolist())
+    return attention.draw_attention_heads(
+        maps, habits, reading.labels, heads, even, text=reading.text
+    )

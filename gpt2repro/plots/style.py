@@ -4,7 +4,6 @@ Figures are built without pyplot, so there is no global state: any thread may dr
 is needed.
 """
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 INK, MUTED, GRID = "#222222", "#666666", "#E4E4E4"
 SHADES = "Blues"  # from none to much: ordered in any colour vision and in print
 DPI = 150
+TITLE_SIZE, SMALLEST_TITLE = 12.0, 9.0  # points
+TITLE_LETTERS_PER_INCH = 9.3  # at that size, in bold
 
 
 def new_figure(
@@ -36,12 +37,19 @@ def new_figure(
     columns: int = 1,
     **options: Any,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of `width` x `height` inches titled by its finding, and its (rows, columns) axes."""
-    figure = Figure(figsize=(width, height), facecolor="white")
+    """A figure of `width` x `height` inches titled by its finding, and its (rows, columns) axes.
+
+    A title is one line: one too long for the width is smaller, and at last cut (`finding` has all).
+    """
+    figure = Figure(figsize=(width, height), facecolor="white", label=title)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-    lines = textwrap.fill(title, int(width * 9.3), break_on_hyphens=False)
+    size = max(
+        SMALLEST_TITLE, min(12.0, 12.0 * width * TITLE_LETTERS_PER_INCH / max(1, len(title)))
+    )
+    most = int(width * TITLE_LETTERS_PER_INCH * 12.0 / size)
+    line = title if len(title) <= most else f"{title[: most - 1]}…"
     figure.suptitle(
-        lines, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, parse_math=False
+        line, x=0.012, ha="left", fontsize=size, fontweight="bold", color=INK, parse_math=False
     )
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
@@ -79,6 +87,12 @@ def legend(ax: Axes, **options: Any) -> None:
     shown = ax.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9, **options)
     for text in shown.get_texts():
         text.set(color=INK, parse_math=False)
+
+
+def caption(text: str, width: float) -> str:
+    """The text that a model read, as a line for a label of a figure of `width` inches."""
+    line, most = " ".join(text.split()), int(width * 12)
+    return f"\nthe text: {line if len(line) <= most else f'{line[: most - 1]}…'}" if line else ""
 
 
 def legend_below(figure: Figure, ax: Axes) -> None:
@@ -141,8 +155,8 @@ def percent(fraction: float, _position: int | None = None) -> str:
 
 
 def finding(figure: Figure) -> str:
-    """The title of a figure on one line."""
-    return " ".join(figure.get_suptitle().split())
+    """What a figure shows, in a sentence: its title, uncut."""
+    return str(figure.get_label())
 
 
 def token_labels(tokenizer: Any, ids: Sequence[int], most: int = 12) -> list[str]:

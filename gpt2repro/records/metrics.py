@@ -72,7 +72,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return read_lines(path)[0]
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def read_lines(
+    path: Path, kind: type[BaseModel] = MetricsLine
+) -> tuple[list[dict[str, Any]], list[int]]:
     """The lines of a metrics.jsonl, and the numbers of those that cannot be read, from 1.
 
     Half a line at the end is being written, or was when a kill came: it is neither.
@@ -85,7 +87,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         lines.append(rest)
     for number, line in enumerate(lines, 1):
         try:
-            MetricsLine.model_validate_json(line)
+            kind.model_validate_json(line)
             records.append(json.loads(line))
         except ValueError:
             bad.append(number)

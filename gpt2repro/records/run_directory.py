@@ -1,17 +1,21 @@
 """The directory of a run: its files, who may write them, and where a new launch goes on.
 
 runs/<exp_name>/
-    recipe.yaml  metrics.jsonl  loss_curve.png  checkpoints/  incidents/  final/  FINISHED
+    recipe.yaml  metrics.jsonl  launches.jsonl  loss_curve.png  checkpoints/  incidents/  final/
+    FINISHED
 """
 
 import fcntl
+import json
 import re
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints
@@ -27,6 +31,15 @@ NOT_A_RUNS = re.compile(
 )
 # How long a launch waits for one that was told to stop: it finishes its step and saves.
 PATIENCE_SECONDS = 60.0
+
+
+class Launch(BaseModel):
+    """A line of launches.jsonl: where a launch began, and when."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: int = Field(ge=0)
+    date: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,15 @@ def saved_recipe(run: Path) -> dict[str, Any]:
     return fields
 
 
+def read_resumes(run: Path) -> list[int]:
+    """The steps at which later launches went on, as launches.jsonl has them."""
+    steps: list[int] = []
+    for line in read_lines(run / "launches.jsonl", Launch)[0]:
+        steps = [step for step in steps if step < line["step"]]  # the others were left
+        steps += [line["step"]] if line["step"] else []
+    return steps
+
+
 class RunDirectory:
     """The paths of a run's files, and what may be done with them."""
 
@@ -72,6 +94,7 @@ class RunDirectory:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.launches = path / "launches.jsonl"
         self.loss_curve = path / "loss_curve.png"
         self.checkpoints = path / "checkpoints"
         self.incidents = path / "incidents"
@@ -156,6 +179,7 @@ class RunDirectory:
             self._write_recipe(recipe)
             self.preempted.unlink(missing_ok=True)
             checkpoints.supersede(self.checkpoints, first_step)
+            self._record_launch(first_step)
             return rewind_metrics(self.metrics, first_step)
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from None
@@ -163,6 +187,11 @@ class RunDirectory:
     def _write_recipe(self, recipe: str) -> None:
         with atomic.new_file(self.recipe, durable=True) as scratch:
             scratch.write_text(recipe, encoding="utf-8")
+
+    def _record_launch(self, first_step: int) -> None:
+        line = {"step": first_step, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        with atomic.naming(self.launches), self.launches.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def mark_finished(self, step: int) -> None:
         """The run is at its end, and nothing is left to do."""

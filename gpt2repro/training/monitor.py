@@ -25,7 +25,7 @@ from gpt2repro.recipe import ResolvedRecipe, differences
 from gpt2repro.records.checkpoints import innermost
 from gpt2repro.records.incidents import IncidentLog
 from gpt2repro.records.metrics import MetricsLog, read_metrics
-from gpt2repro.records.run_directory import RunDirectory, Start
+from gpt2repro.records.run_directory import RunDirectory, Start, read_resumes
 from gpt2repro.speed.attention import for_generation
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
@@ -291,6 +291,7 @@ class Monitor:
                 read_metrics(self.directory.metrics),
                 self.directory.loss_curve,
                 baseline=published_loss(self.recipe.dataset_name, self.recipe.tokenizer_name),
+                resumed_at=read_resumes(self.directory.path),
             )
 
 

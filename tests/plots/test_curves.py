@@ -47,8 +47,8 @@ def test_two_runs_are_named_and_share_the_axes():
         "Validation loss (nats per token): adamw 5.05 after 40 steps, muon 4.07 after 40 steps"
     )
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert "adamw: validation, 5.055 at the end" in legend
-    assert "muon: validation, 4.073 at the end" in legend
+    assert "adamw: validation, 5.055 at the end (0.006 below training)" in legend
+    assert "muon: validation, 4.073 at the end (0.008 below training)" in legend
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,52 @@ def test_the_plunge_of_a_long_run_is_cut_off_but_a_short_run_is_whole():
     assert low < 2.0 and high > 8.0
 
 
-def test_smooth_is_a_centred_moving_average():
+def test_smooth_is_a_centred_moving_average_that_begins_where_the_values_do():
     values = np.random.default_rng(0).normal(size=200)
-    reach = 4  # 200 // 50
-    theirs = [values[max(0, i - reach) : i + reach + 1].mean() for i in range(200)]
+    reach = [min(i, 4) for i in range(200)]  # 200 // 50
+    theirs = [values[i - reach[i] : i + reach[i] + 1].mean() for i in range(200)]
     # Differences of cumulative sums round differently from means of slices.
     np.testing.assert_allclose(curves.smooth(values), theirs, atol=1e-12)
+    assert curves.smooth(values)[0] == values[0]
+
+
+def test_validation_stands_at_the_tokens_that_were_seen_before_it():
+    x, loss = curves._validations(run_metrics(), "tokens")
+    assert x.tolist() == [step * 4096 for step in (0, 10, 20, 30, 40)] and loss[0] == 8
+    (ax, *_) = curves.draw_losses({"": run_metrics()}).axes
+    (points,) = [line for line in ax.get_lines() if "validation" in str(line.get_label())]
+    assert points.get_xdata().tolist() == x.tolist()
+    assert points.get_linestyle() == "None"  # five points are no curve
+    (ax, *_) = curves.draw_losses({"": run_metrics(eval_every=4)}).axes
+    (line,) = [line for line in ax.get_lines() if "validation" in str(line.get_label())]
+    assert line.get_linestyle() == "-" and line.get_marker() == "o"
+
+
+def test_resumes_are_marked():
+    (ax, *_) = curves.draw_losses({"": run_metrics()}, resumed_at=[12, 30]).axes
+    marks = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in marks] == [12 * 4096, 30 * 4096]
+    assert [line.get_label() for line in marks] == ["resumed", "_nolegend_"]
+
+
+def test_muons_rate_is_drawn_beside_the_others():
+    figure = curves.draw_learning_rate_and_gradient_norm({"": run_metrics()}, muon_scale={"": 2.5})
+    rest, matrices = figure.axes[0].get_lines()
+    assert (rest.get_label(), matrices.get_label()) == ("all else (AdamW)", "matrices (Muon)")
+    assert matrices.get_ydata() == pytest.approx(2.5 * rest.get_ydata())
+
+
+@pytest.mark.parametrize(
+    ("rates", "low", "high"),
+    [
+        ([9000.0] * 99 + [100.0], 8910, 9090),  # one slow step leaves the axis alone
+        ([9000.0, 9500.0] * 50, 8750, 9750),
+        ([9000.0, 1000.0] * 50, 0, 13000),
+    ],
+)
+def test_a_steady_rate_does_not_leave_half_the_picture_empty(rates, low, high):
+    ours = curves.rate_limits([np.array(rates)])
+    assert ours == pytest.approx((low, high), rel=0.01)
 
 
 def test_gradient_norm_and_throughput_say_their_findings():

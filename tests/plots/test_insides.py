@@ -69,6 +69,27 @@ def test_habits_finding_counts_heads():
     )
 
 
+def test_no_head_that_looks_evenly_is_said_to_look_at_something():
+    """On few tokens an even gaze falls on each often: the share of that stands beside."""
+    ids = list(range(19))
+    even = np.tril(np.ones((19, 19)))
+    maps = np.broadcast_to(even / even.sum(-1, keepdims=True), (2, 3, 19, 19))
+    habits, shares = attention_module.attention_habits(maps, ids), attention_module.even_habits(ids)
+    assert shares["the token itself"] == pytest.approx(sum(1 / n for n in range(2, 20)) / 18)
+    assert {name: habit[1, 2] for name, habit in habits.items()} == pytest.approx(shares)
+    heads = [(0, 0), (1, 2)]
+    assert "looks mostly at one place" in attention_module._heads_finding(habits, heads)
+    assert attention_module._heads_finding(habits, heads).startswith("None of these 2 heads")
+    described = attention_module._describe_head(habits, shares, (1, 2))
+    assert described.startswith("1.2: no one place\nmost at ") and "; evenly 1" in described
+    looks = {"the first token": np.array([[0.51, 0.49]])}
+    assert attention_module._heads_finding(looks, [(0, 0), (0, 1)]) == (
+        "Head 0.0 looks at the first token with 51% of its attention"
+    )
+    described = attention_module._describe_head(looks, {"the first token": 0.14}, (0, 0))
+    assert described == "0.0: the first token (51%; evenly 14%)"
+
+
 def test_typical_heads_are_distinct_and_one_for_each_habit_that_is_a_main_one():
     habits = {"a": np.array([[0.9, 0.8], [0.1, 0.0]]), "b": np.array([[0.5, 0.2], [0.3, 0.1]])}
     # a is most 0.0's, b is 1.0's; 0.1 is the strongest of the rest and fills the row of three.
@@ -131,10 +152,12 @@ def test_every_picture_has_a_finding(ours):
     lens = lens_module.logit_lens(ours, IDS, 8)
     figures = [
         attention_module.draw_attention_maps(attention, habits),
-        attention_module.draw_attention_heads(attention, habits, labels, [(1, 0)]),
+        attention_module.draw_attention_heads(
+            attention, habits, labels, [(1, 0)], attention_module.even_habits(IDS), "a text"
+        ),
         lens_module.draw_logit_lens(lens, labels, tokenizer),
         gradients.draw_gradient_norms(gradients.gradient_norms(ours, IDS)),
     ]
     assert all(finding(figure) for figure in figures)
-    assert finding(figures[1]).startswith("Head 1.0 looks at ")
+    assert finding(figures[1]) == "None of these 1 heads looks mostly at one place"
     assert finding(figures[3]).startswith("Gradients are largest in layer ")

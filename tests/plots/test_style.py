@@ -38,3 +38,15 @@ def test_short_numbers_read_as_spoken(value, ours):
 )
 def test_small_probabilities_are_not_nothing(value, ours):
     assert style.percent(value) == ours
+
+
+@pytest.mark.parametrize("words", [1, 10, 20, 60])
+@pytest.mark.parametrize("width", [7.0, 8.0, 12.0])
+def test_a_title_is_one_line_within_the_picture_and_the_finding_is_all_of_it(words, width):
+    title = " ".join(["Widest loss"] * words)
+    figure, _ = style.new_figure(title, width=width)
+    shown = figure.get_suptitle()
+    assert "\n" not in shown and style.finding(figure) == title
+    assert shown == title or shown.endswith("…")
+    box = figure._suptitle.get_window_extent()
+    assert box.x1 <= figure.bbox.x1

@@ -165,7 +165,7 @@ def test_a_launch_that_was_killed_while_it_opened_can_be_repeated(tmp_path, kill
     assert again.find_start("auto").step == 0
     assert again.open(0, RECIPE) == []
     names = {path.name for path in directory.path.iterdir()}
-    assert names == {".lock", "recipe.yaml", "metrics.jsonl"}
+    assert names == {".lock", "recipe.yaml", "metrics.jsonl", "launches.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -242,3 +242,13 @@ def test_small_files_reach_the_disk_before_the_checkpoint_that_counts_on_them(ru
     monkeypatch.setattr("os.fsync", synced.append)
     log.make_durable()
     assert synced == [log._file.fileno()]
+
+
+def test_launches_are_recorded_and_those_that_were_left_are_no_resumes(run):
+    for step in (0, 4, 8, 8, 4, 6):
+        directory = RunDirectory(run)
+        directory.open(step, RECIPE)
+        directory.close()
+    (run / "launches.jsonl").open("a").write('{"step": 7, "da')  # torn
+    assert run_directory.read_resumes(run) == [4, 6]
+    assert run_directory.read_resumes(run / "nowhere") == []
