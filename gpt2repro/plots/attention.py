@@ -96,12 +96,9 @@ def draw_attention_maps(
     centres = np.arange(max(layers, heads)) * pitch + (length - 1) / 2
     ax.set_xticks(centres[:heads], range(heads))
     ax.set_yticks(centres[:layers], range(layers))
-    ax.set_xlabel(
-        "head (in each tile: from the first to the last token that is looked at)"
-        + caption(text, figure.get_figwidth()),
-        parse_math=False,
-    )
+    ax.set_xlabel("head (in each tile: from the first to the last token that is looked at)")
     ax.set_ylabel("layer (in each tile: from the first to the last token that looks)")
+    caption(figure, text)
     colour_bar(figure, image, ax, "attention weight")
     return figure
 
@@ -175,13 +172,7 @@ def draw_attention_heads(
         ax.set_title(described, fontsize=9.5, loc="left", color=INK)
         ax.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
         ax.set_yticks(ticks, labels, fontsize=size, parse_math=False)
-    figure.supxlabel(
-        "the token that is looked at (heads are named layer.head)"
-        + caption(text, figure.get_figwidth()),
-        fontsize=10,
-        color=INK,
-        parse_math=False,
-    )
+    caption(figure, text, "across: the token that is looked at (heads are named layer.head)")
     figure.supylabel("the token that looks", fontsize=10, color=INK)
     colour_bar(figure, image, axes, "attention weight")
     return figure

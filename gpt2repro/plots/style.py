@@ -26,6 +26,7 @@ SHADES = "Blues"  # from none to much: ordered in any colour vision and in print
 DPI = 150
 TITLE_SIZE, SMALLEST_TITLE = 12.0, 9.0  # points
 TITLE_LETTERS_PER_INCH = 9.3  # at that size, in bold
+CAPTION_LETTERS_PER_INCH = 13  # at 9 points
 
 
 def new_figure(
@@ -43,13 +44,13 @@ def new_figure(
     """
     figure = Figure(figsize=(width, height), facecolor="white", label=title)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-    size = max(
-        SMALLEST_TITLE, min(12.0, 12.0 * width * TITLE_LETTERS_PER_INCH / max(1, len(title)))
-    )
-    most = int(width * TITLE_LETTERS_PER_INCH * 12.0 / size)
-    line = title if len(title) <= most else f"{title[: most - 1]}…"
+    letters = width * TITLE_LETTERS_PER_INCH  # that fit, at the full size
+    size = min(TITLE_SIZE, TITLE_SIZE * letters / max(1, len(title)))
+    if size < SMALLEST_TITLE:
+        size = SMALLEST_TITLE
+        title = f"{title[: int(letters * TITLE_SIZE / size) - 1]}…"
     figure.suptitle(
-        line, x=0.012, ha="left", fontsize=size, fontweight="bold", color=INK, parse_math=False
+        title, x=0.012, ha="left", fontsize=size, fontweight="bold", color=INK, parse_math=False
     )
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
@@ -89,10 +90,12 @@ def legend(ax: Axes, **options: Any) -> None:
         text.set(color=INK, parse_math=False)
 
 
-def caption(text: str, width: float) -> str:
-    """The text that a model read, as a line for a label of a figure of `width` inches."""
-    line, most = " ".join(text.split()), int(width * 12)
-    return f"\nthe text: {line if len(line) <= most else f'{line[: most - 1]}…'}" if line else ""
+def caption(figure: Figure, text: str, above: str = "") -> None:
+    """The text that a model read, small under everything else, and `above` it another label."""
+    line, most = " ".join(text.split()), int(figure.get_figwidth() * CAPTION_LETTERS_PER_INCH)
+    shown = line if len(line) <= most else f"{line[: most - 1]}…"
+    label = "\n".join(filter(None, (above, line and f"the text: {shown}")))
+    figure.supxlabel(label, x=0.012, ha="left", fontsize=9, color=INK, parse_math=False)
 
 
 def legend_below(figure: Figure, ax: Axes) -> None:
