@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
     import torch
     from transformers import TextStreamer, set_seed
 
+    from gpt2repro.data.token_ids import end_ids
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
     from gpt2repro.speed import attention, lm_head
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
             **inputs,
             **_sampling(options),
             max_new_tokens=min(options.max_new_tokens, room),
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=next(iter(end_ids(tokenizer)), None),
             streamer=streamer,
         )
     if not streamed:
@@ -123,11 +124,12 @@ def _read_prompt(prompt: str | None) -> str:
 
 
 def _encode(tokenizer, prompt: str, device: "torch.device") -> dict[str, "torch.Tensor"]:
-    """The prompt's ids (1, T); an empty prompt is `<|endoftext|>`, after which texts begin."""
+    """The prompt's ids (1, T)."""
     import torch
 
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    input_ids = torch.tensor([ids], device=device)
+    from gpt2repro.data.token_ids import ids_to_continue
+
+    input_ids = torch.tensor(ids_to_continue(tokenizer, [prompt]), device=device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 

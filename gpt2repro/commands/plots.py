@@ -103,13 +103,14 @@ def _draw_insides(name: str, output: Path, *, prompt: str, heads: Heads | None) 
     """Everything that a model shows while it reads `prompt`."""
     import torch
 
+    from gpt2repro.data.token_ids import ids_to_continue
     from gpt2repro.plots import parameters
     from gpt2repro.plots.gallery import Reading, model_pictures
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
 
     model = load_causal_lm(name, option="RUN_OR_MODEL", dtype=torch.float32)
     tokenizer = find_tokenizer(name)
-    ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor(ids_to_continue(tokenizer, [prompt])[0])
     ids = ids[: min(MAX_PROMPT_TOKENS, model.config.n_positions)]
     if len(ids) < 2:
         raise UserError("--prompt must be at least two tokens long")

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gpt2repro.data.producer import StepRows
+from gpt2repro.data.token_ids import begin_id, ids_to_continue
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.evaluation.scoring import score_tasks
 from gpt2repro.evaluation.validation import validation_loss
@@ -352,7 +353,7 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
     """
     inner: Any = innermost(model)
     device = next(inner.parameters()).device
-    prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    prompt_ids = torch.tensor(ids_to_continue(tokenizer, [prompt]), device=device)
     room = inner.config.n_positions - prompt_ids.shape[1]
     num_tokens = min(num_tokens, room)
     if num_tokens < 1:
@@ -370,7 +371,7 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
             top_k=50,
             min_new_tokens=num_tokens,
             max_new_tokens=num_tokens,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=begin_id(tokenizer),
         )
     inner.train(was_training)
     return tokenizer.decode(ids[0])
