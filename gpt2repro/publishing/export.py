@@ -150,7 +150,7 @@ def _write_weights(
     }
     try:
         split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"--max_shard_size {max_shard_size}: {error}") from None
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name] for name in names}
