@@ -93,7 +93,7 @@ class Monitor:
         device, rows = accelerator.device.type, recipe.micro_batch_size
         processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
         lines = {
-            "run": f"{recipe.run_dir}",
+            "run": f"{self.directory.path}",
             "model": f"GPT-2, {self.learner.num_parameters / 1e6:.1f} M parameters, "
             f"{recipe.sequence_length} tokens of context",
             "data": f"{recipe.dataset_name} {recipe.dataset_config or ''}".rstrip(),
