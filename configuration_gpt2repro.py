@@ -34,6 +34,15 @@ AUTO_MAP = {
 }
 
 POSITIVE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+# Of a damaged file: what no model of this kind has, and no machine could begin to build.
+LARGEST = {
+    "vocab_size": 2 * 10**6,
+    "n_positions": 10**6,
+    "n_embd": 10**5,
+    "n_layer": 1000,
+    "n_head": 1000,
+    "n_inner": 10**6,
+}
 PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -65,9 +74,10 @@ class GPT2ReproConfig(PreTrainedConfig):
         tie_word_embeddings: The output projection is the token embedding (Press & Wolf 2017).
 
     Raises:
-        StrictDataclassClassValidationError: naming the field, if a size is not positive, `n_embd`
-            is not a multiple of `n_head`, a probability is not in [0, 1] or the activation is
-            unknown. It wraps the `ValueError`s below, now and again before saving.
+        StrictDataclassClassValidationError: naming the field, if a size is not positive or
+            beyond `LARGEST`, `n_embd` is not a multiple of `n_head`, a probability is not in [0, 1]
+            or the activation is unknown. It wraps the `ValueError`s below, now and again before
+            saving.
         StrictDataclassFieldValidationError: naming the field, if a value has the wrong type.
     """
 
@@ -138,6 +148,9 @@ class GPT2ReproConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.n_inner is not None and self.n_inner <= 0:
             raise ValueError(f"n_inner must be positive (None is 4 * n_embd), not {self.n_inner}")
+        for name, most in LARGEST.items():
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name} must be at most {most}, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, but {self.n_embd} % {self.n_head} is not 0"

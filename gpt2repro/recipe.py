@@ -12,13 +12,17 @@ them, and setting one of the two lengths of a run replaces the other.
 
 import difflib
 import sys
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from reprlib import repr as brief
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le
 from pydantic import (
+    AfterValidator,
     AllowInfNan,
     BaseModel,
     BeforeValidator,
@@ -31,9 +35,11 @@ from pydantic import (
 
 from gpt2repro import UserError
 from gpt2repro.data.lanes import check_lanes, divisors
-from gpt2repro.system.command_line import underscored
+from gpt2repro.system.command_line import place, underscored
 
 DEFAULT_RECIPE = "gpt2"
+MOST_BYTES = 2**18  # of a recipe; what is larger is something else
+MOST_SHOWN = 10  # mistakes in one message
 
 # --- Types: what pydantic takes for each, as YAML and the command line spell it -------------------
 
@@ -42,7 +48,9 @@ def _number(value: Any) -> Any:
     """YAML 1.1 reads 6e-4 as text, and Python takes True for 1."""
     if isinstance(value, bool):
         raise ValueError
-    return float(value) if isinstance(value, str) else value
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value  # which is refused
 
 
 def _whole_number(value: Any) -> Any:
@@ -53,17 +61,25 @@ def _split_at_commas(value: Any) -> Any:
     return [item for item in value.split(",") if item] if isinstance(value, str) else value
 
 
+def _task_file(entry: str) -> str:
+    task, equals, file = entry.partition("=")
+    return f"{task}{equals}{place(file)}"
+
+
 def _no_as_a_word(value: Any) -> Any:
     """YAML reads a bare `no` as False, and `no` is what mixed_precision calls it."""
     return "no" if value is False else value
 
 
-Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
+Text = Annotated[str, StringConstraints(strict=True, min_length=1, pattern=r"^[^\x00]+$")]
+Place = Annotated[Text, AfterValidator(place)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Switch = Annotated[bool, Field(strict=True)]
 Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_as_a_word)]
-Texts = Annotated[list[Text], BeforeValidator(_split_at_commas)]
+Places = Annotated[list[Place], BeforeValidator(_split_at_commas)]
+TaskFile = Annotated[Text, AfterValidator(_task_file)]
+TaskFiles = Annotated[list[TaskFile], BeforeValidator(_split_at_commas)]
 Benchmark = Literal["hellaswag", "lambada", "wikitext2"]
 Benchmarks = Annotated[list[Benchmark], BeforeValidator(_split_at_commas)]
 
@@ -79,19 +95,19 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # The run
-    exp_name: Text | None = knob("name of the run; null takes the recipe file's name")
-    output_dir: Text | None = knob("where the run lives; null is runs/<exp_name>")
-    seed: WholeNumber = knob("seeds the weights and the order of the data", ge=0)
-    resume: Text = knob(
+    exp_name: Place | None = knob("name of the run; null takes the recipe file's name")
+    output_dir: Place | None = knob("where the run lives; null is runs/<exp_name>")
+    seed: WholeNumber = knob("seeds the weights and the order of the data", ge=0, le=9 * 10**18)
+    resume: Place = knob(
         "auto goes on from the newest valid checkpoint, never refuses a run that exists; or the "
         "directory of a checkpoint"
     )
-    init_from: Text | None = knob(
+    init_from: Place | None = knob(
         "start from these weights (Hub id or directory) instead of random ones"
     )
 
     # Data
-    dataset_name: Text = knob(
+    dataset_name: Place = knob(
         "Hub id, local directory or file format of `datasets`; python-docs is the offline demo's"
     )
     dataset_config: Text | None = knob("configuration of the dataset")
@@ -99,29 +115,35 @@ class Recipe(BaseModel):
     dataset_revision: Text | None = knob(
         "branch, tag or commit; pinned to the commit when the run starts"
     )
-    data_files: Texts | None = knob("files or glob patterns, if the dataset is given as files")
+    data_files: Places | None = knob("files or glob patterns, if the dataset is given as files")
     text_column: Text = knob("the column that holds the text")
-    tokenizer_name: Text = knob(
+    tokenizer_name: Place = knob(
         "Hub id or directory of the tokenizer; python-docs is the offline demo's"
     )
     num_lanes: WholeNumber = knob(
-        "parallel reading positions; the number of processes must divide it", ge=1
+        "parallel reading positions; the number of processes must divide it", ge=1, le=10**6
     )
     num_validation_units: WholeNumber = knob(
-        "row groups at the start of the dataset that are never trained on", ge=0
+        "row groups at the start of the dataset that are never trained on", ge=0, le=10**9
     )
-    validation_tokens: WholeNumber = knob("tokens of them that an evaluation reads", ge=1)
+    validation_tokens: WholeNumber = knob(
+        "tokens of them that an evaluation reads", ge=1, le=10**12
+    )
     num_reader_threads: WholeNumber = knob("threads that fetch row groups ahead", ge=1, le=256)
-    token_cache_dir: Text | None = knob("keep tokenized row groups here; null keeps none")
+    token_cache_dir: Place | None = knob("keep tokenized row groups here; null keeps none")
 
     # Model
     model_size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = knob(
         "one of the four published sizes"
     )
-    n_layer: WholeNumber | None = knob("overrides the number of layers of model_size", ge=1)
-    n_head: WholeNumber | None = knob("overrides the number of attention heads of model_size", ge=1)
-    n_embd: WholeNumber | None = knob("overrides the width of model_size", ge=1)
-    sequence_length: WholeNumber = knob("context length T in tokens", ge=1)
+    n_layer: WholeNumber | None = knob(
+        "overrides the number of layers of model_size", ge=1, le=1000
+    )
+    n_head: WholeNumber | None = knob(
+        "overrides the number of attention heads of model_size", ge=1, le=1000
+    )
+    n_embd: WholeNumber | None = knob("overrides the width of model_size", ge=1, le=10**5)
+    sequence_length: WholeNumber = knob("context length T in tokens", ge=1, le=10**6)
     dropout: Number = knob("dropout probability everywhere GPT-2 has it", ge=0, le=0.99)
     attn_implementation: Literal[
         "sdpa",
@@ -140,17 +162,23 @@ class Recipe(BaseModel):
     )
 
     # Batch and schedule
-    batch_tokens: WholeNumber = knob("tokens of one optimizer step, over all processes", ge=1)
-    micro_batch_size: Annotated[WholeNumber, Ge(1)] | Literal["auto"] = knob(
+    batch_tokens: WholeNumber = knob(
+        "tokens of one optimizer step, over all processes", ge=1, le=10**9
+    )
+    micro_batch_size: Annotated[WholeNumber, Ge(1), Le(10**9)] | Literal["auto"] = knob(
         "rows of one forward pass on one device; auto finds the largest that fits"
     )
-    num_steps: WholeNumber | None = knob("optimizer steps; set either this or num_epochs", ge=1)
-    num_epochs: WholeNumber | None = knob(
-        "passes over the training text, turned into steps by counting its tokens first", ge=1
+    num_steps: WholeNumber | None = knob(
+        "optimizer steps; set either this or num_epochs", ge=1, le=10**9
     )
-    warmup_steps: WholeNumber = knob("steps of linear warm-up", ge=0)
-    max_lr: Number = knob("peak learning rate", gt=0)
-    min_lr: Number = knob("learning rate at the end of the cosine decay", ge=0)
+    num_epochs: WholeNumber | None = knob(
+        "passes over the training text, turned into steps by counting its tokens first",
+        ge=1,
+        le=10**6,
+    )
+    warmup_steps: WholeNumber = knob("steps of linear warm-up", ge=0, le=10**9)
+    max_lr: Number = knob("peak learning rate", gt=0, le=1000)
+    min_lr: Number = knob("learning rate at the end of the cosine decay", ge=0, le=1000)
 
     # Optimizer
     optimizer: Literal["adamw", "muon"] = knob(
@@ -158,14 +186,14 @@ class Recipe(BaseModel):
     )
     adam_beta1: Number = knob("decay of Adam's mean", ge=0, le=0.999999)
     adam_beta2: Number = knob("decay of Adam's variance", ge=0, le=0.999999)
-    adam_epsilon: Number = knob("Adam's denominator offset", gt=0)
-    weight_decay: Number = knob("decoupled decay of matrices and embeddings", ge=0)
+    adam_epsilon: Number = knob("Adam's denominator offset", gt=0, le=1)
+    weight_decay: Number = knob("decoupled decay of matrices and embeddings", ge=0, le=1000)
     muon_lr: Number = knob(
-        "peak learning rate of the matrices under muon; follows the same schedule", gt=0
+        "peak learning rate of the matrices under muon; follows the same schedule", gt=0, le=1000
     )
     muon_momentum: Number = knob("momentum of muon", ge=0, le=0.999999)
-    muon_weight_decay: Number = knob("decoupled decay of the matrices under muon", ge=0)
-    max_grad_norm: Number = knob("gradients are clipped to this global L2 norm", gt=0)
+    muon_weight_decay: Number = knob("decoupled decay of the matrices under muon", ge=0, le=1000)
+    max_grad_norm: Number = knob("gradients are clipped to this global L2 norm", gt=0, le=1e30)
 
     # Engine
     mixed_precision: Precision = knob("autocast of the forward pass")
@@ -182,19 +210,25 @@ class Recipe(BaseModel):
     )
 
     # What the run shows and keeps
-    log_every: WholeNumber = knob("steps between lines in metrics.jsonl", ge=1)
+    log_every: WholeNumber = knob("steps between lines in metrics.jsonl", ge=1, le=10**12)
     eval_every: WholeNumber = knob(
-        "steps between validations; 0 validates at the start and the end only", ge=0
+        "steps between validations; 0 validates at the start and the end only", ge=0, le=10**12
     )
-    sample_every: WholeNumber = knob("steps between sampled continuations; 0 is never", ge=0)
+    sample_every: WholeNumber = knob(
+        "steps between sampled continuations; 0 is never", ge=0, le=10**12
+    )
     sample_prompt: Text = knob("what the samples continue")
     eval_tasks: Benchmarks = knob("benchmarks scored during training")
-    eval_tasks_every: WholeNumber = knob("steps between benchmarks; 0 is at the end only", ge=0)
-    eval_task_files: Texts | None = knob(
+    eval_tasks_every: WholeNumber = knob(
+        "steps between benchmarks; 0 is at the end only", ge=0, le=10**12
+    )
+    eval_task_files: TaskFiles | None = knob(
         "TASK=FILE.jsonl for what is not to come from the Hub; --TASK_file FILE says the same"
     )
-    save_every: WholeNumber = knob("steps between checkpoints; 0 saves at the end only", ge=0)
-    keep_last: WholeNumber = knob("checkpoints kept", ge=1)
+    save_every: WholeNumber = knob(
+        "steps between checkpoints; 0 saves at the end only", ge=0, le=10**12
+    )
+    keep_last: WholeNumber = knob("checkpoints kept", ge=1, le=10**9)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = knob("tracker of accelerate")
 
     # Publishing
@@ -229,7 +263,11 @@ class Recipe(BaseModel):
 
     def as_yaml(self) -> str:
         """Every field, in the order of this class."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        fields = self.model_dump()
+        text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        if yaml.safe_load(text) != fields:  # PyYAML folds Unicode's line ends like its own
+            text = yaml.safe_dump(fields, sort_keys=False)
+        return text
 
 
 class ResolvedRecipe(Recipe):
@@ -261,7 +299,7 @@ def load_recipe(argv: list[str]) -> Recipe:
     for layer, prefix in ((read_recipe(path), f"{path}: "), (overrides, "--")):
         values = _checked(values, layer, prefix)
     if values["exp_name"] is None:
-        values["exp_name"] = path.stem
+        values = _checked(values, {"exp_name": path.stem}, f"--recipe {path}: ")
     recipe = Recipe(**values)
     _check_consistency(recipe)
     return recipe
@@ -274,7 +312,10 @@ def recipes_directory() -> Path:
 
 def find_recipe(name: str) -> Path:
     """`name` as a file, else as the bare name of a recipe that ships."""
-    path = Path(name)
+    try:
+        path = Path(place(name))
+    except ValueError as error:
+        raise UserError(f"--recipe {brief(name)}: {error}") from None
     if path.is_file():
         return path
     shipped = recipes_directory() / (path.name if path.suffix else f"{name}.yaml")
@@ -289,19 +330,36 @@ def find_recipe(name: str) -> Path:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping in one YAML file, not checked yet."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--recipe {path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    if len(content) > MOST_BYTES:
+        raise UserError(f"--recipe {path}: more than {MOST_BYTES:,} bytes: that is no recipe")
+    try:
+        values = yaml.load(text, _Loader)
+    except Exception as error:  # what a scalar or a deep nesting raises has no common base
         raise UserError(f"--recipe {path}: not valid YAML: {error}") from None
     if values is None:
-        return {}
+        raise UserError(f"--recipe {path}: is empty; a recipe states at least what it changes")
     if not isinstance(values, dict):
         raise UserError(
             f"--recipe {path}: a recipe is a mapping of fields to values, "
             f"not a {type(values).__name__}"
         )
     return {str(key): value for key, value in values.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are given once, without merge keys, which can grow without bound."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        values = yaml.constructor.BaseConstructor.construct_mapping(self, node, deep)
+        if len(values) < len(node.value):
+            ((key, _),) = Counter(key.value for key, _ in node.value).most_common(1)
+            raise yaml.YAMLError(f"{key} is given twice")
+        return values
 
 
 def parse_arguments(argv: list[str]) -> dict[str, Any]:
@@ -319,7 +377,7 @@ def parse_arguments(argv: list[str]) -> dict[str, Any]:
         word = words.pop(0)
         if not word.startswith("--"):
             raise UserError(
-                f"unexpected argument {word!r}: options are --recipe FILE and --FIELD VALUE"
+                f"unexpected argument {brief(word)}: options are --recipe FILE and --FIELD VALUE"
             )
         key, equals, text = underscored(word)[2:].partition("=")
         if not equals:
@@ -342,8 +400,8 @@ def _is_yaml(key: str) -> bool:
 
 def _parse_value(text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else text
-    except yaml.YAMLError:
+        return yaml.load(text, _Loader) if text else text
+    except Exception:  # see read_recipe
         return text
 
 
@@ -382,16 +440,25 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
     try:
         return Recipe(**(below | layer)).model_dump()
     except ValidationError as error:
-        names = dict.fromkeys(str(each["loc"][0]) for each in error.errors())
+        reasons = {str(each["loc"][0]): each.get("ctx", {}).get("error") for each in error.errors()}
         raise UserError(
             "; ".join(
-                f"{prefix}{spelled.get(key, key)}: {layer[key]!r} is not allowed; "
-                f"it takes {allowed(key)}"
+                f"{prefix}{spelled.get(key, key)}: {_shown(layer[key])} is not allowed"
+                f"{f' ({reason})' if str(reason or '') else ''}; it takes {allowed(key)}"
                 if key in FIELDS
-                else _unknown(f"{prefix}{key}", key)
-                for key in names
+                else _unknown(prefix, key)
+                for key, reason in [*reasons.items()][:MOST_SHOWN]
             )
         ) from None
+
+
+def _shown(value: Any) -> str:
+    """A value that was refused, in a few words: it may be huge, and nest without end."""
+    try:
+        shown = brief(value)
+        return shown if len(shown) <= 100 else f"{shown[:100]}..."
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "so large a number"
 
 
 def _with_task_files(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -401,7 +468,7 @@ def _with_task_files(below: dict[str, Any], layer: dict[str, Any], prefix: str) 
         return layer
     for key, file in files.items():
         if file is not None and not (isinstance(file, str) and file):
-            raise UserError(f"{prefix}{key}: {file!r} is not allowed; it takes null or text")
+            raise UserError(f"{prefix}{key}: {brief(file)} is not allowed; it takes null or text")
         if "eval_task_files" in layer:
             raise UserError(f"{prefix}{key} is an entry of eval_task_files: give one of them")
     tasks = {TASK_FILES[key]: file for key, file in files.items()}
@@ -459,14 +526,14 @@ def _bounds(key: str) -> list[str]:
     ]
 
 
-def _unknown(where: str, key: str) -> str:
+def _unknown(prefix: str, key: str) -> str:
     close = difflib.get_close_matches(key, FIELDS, n=3)
     hint = (
         f"did you mean {' or '.join(close)}?"
         if close
         else "`train_accelerate.py --help` lists them"
     )
-    return f"{where}: no such field; {hint}"
+    return f"{prefix}{key if len(key) < 80 else brief(key)}: no such field; {hint}"
 
 
 def _check_consistency(recipe: Recipe) -> None:
@@ -486,10 +553,8 @@ def _check_consistency(recipe: Recipe) -> None:
         raise UserError(f"min_lr {recipe.min_lr:g} is above max_lr {recipe.max_lr:g}")
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise UserError("push_to_hub needs hub_model_id: the user/name to upload to")
-    if recipe.exp_name and Path(recipe.exp_name).name != recipe.exp_name:
-        raise UserError(
-            f"exp_name {recipe.exp_name!r} must be a plain name; use output_dir for a path"
-        )
+    if (name := recipe.exp_name) and (Path(name).name != name or name == ".."):
+        raise UserError(f"exp_name {brief(name)} must be a plain name; use output_dir for a path")
     for name in ("bf16_residual", "fp8_head"):
         if getattr(recipe, name) and recipe.mixed_precision != "bf16":
             raise UserError(f"{name} needs mixed_precision bf16")
@@ -500,7 +565,7 @@ def _check_consistency(recipe: Recipe) -> None:
         task, _, file = entry.partition("=")
         if task not in get_args(Benchmark) or not file:
             raise UserError(
-                f"eval_task_files: {entry!r} is not TASK=FILE with a TASK of "
+                f"eval_task_files: {brief(entry)} is not TASK=FILE with a TASK of "
                 f"{', '.join(get_args(Benchmark))}"
             )
         if task in named:

@@ -1,5 +1,6 @@
 """Recipes: layers, types, batch arithmetic; a bad input is one line that names the knob."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,50 @@ BAD_ARGUMENTS = [
     (["--num_steps", "null"], "set exactly one of num_steps and num_epochs"),
     (["--push_to_hub"], "push_to_hub needs hub_model_id"),
     (["--eval_task_files", "piqa=a.jsonl"], "'piqa=a.jsonl' is not TASK=FILE with a TASK of"),
+    (
+        ["--batch_tokens", str(2**60)],
+        "1152921504606846976 is not allowed; it takes a whole number, at",
+    ),
+    (
+        ["--seed", "1e30"],
+        "--seed: '1e30' is not allowed; it takes a whole number, at least 0 and at mo",
+    ),
+    (["--seed", "-5"], "--seed: -5 is not allowed"),
+    (["--seed", "²"], "--seed: '²' is not allowed"),
+    (["--seed", "9" * 5000], "--seed: '999999999999...9999999999999' is not allowed"),
+    (["--seed", "0x" + "f" * 5000], "--seed: so large a number is not allowed"),
+    (["--num_steps", ".inf"], "--num_steps: inf is not allowed"),
+    (["--warmup_steps", "[" * 20_000], "--warmup_steps: '[[[[[[[[[[[[...[[[[[[[[[[[[[' is not"),
+    (["--keep_last", "!!timestamp x"], "--keep_last: '!!timestamp x' is not allowed"),
+    (["--n_layer", "1000000000"], "--n_layer: 1000000000 is not allowed"),
+    (["--micro_batch_size", "1e30"], "at least 1 and at most 1e+09"),
+    (
+        ["--batch_tokens", "1e9", "--sequence_length", "1", "--num_lanes", "7"],
+        "num_lanes 7 does not",
+    ),
+    (["--exp_name", "a" * 300], "aaaaa' is not allowed (too long for a file's name)"),
+    (["--exp_name", "a\0b"], r"--exp_name: 'a\x00b' is not allowed"),
+    (["--exp_name", ".."], "must be a plain name"),
+    (
+        ["--output_dir", "a/" * 3000],
+        "--output_dir: 'a/a/a/a/a/a/.../a/a/a/a/a/a/' is not allowed (too",
+    ),
+    (
+        ["--data_files", f"a,{'b' * 300}"],
+        "--data_files: 'a,bbbbbbbbbb...bbbbbbbbbbbbb' is not allowed (too long",
+    ),
+    (
+        ["--lambada_file", "a" * 300],
+        "--eval_task_files: ['lambada=aaaa...aaaaaaaaaaaaa'] is not allowed",
+    ),
+    (["--sample_prompt", "\udcff"], r"--sample_prompt: '\udcff' is not allowed"),
+    (["--" + "z" * 10**6, "1"], "zzzz': no such field"),
+    (["x" * 10**6], "unexpected argument 'xxxxxxxxxxxx...xxxxxxxxxxxxx'"),
+    (
+        ["--recipe", "a" * 300],
+        "--recipe 'aaaaaaaaaaaa...aaaaaaaaaaaaa': too long for a file's name",
+    ),
+    (["--recipe", "a\0b"], "--recipe 'a\\x00b': "),
     (["--exp_name", "../up"], "must be a plain name; use output_dir for a path"),
     (["--recipe", "gtp2"], "--recipe gtp2: no such file"),
     (["--recipe", "/no/such.yaml"], "no such file"),
@@ -147,6 +192,37 @@ BAD_FILES = [
     ("a: [\n", "not valid YAML"),
     ("1: 2\n", "1: no such field"),
     (b"\xff\xfe\x00", "cannot be read"),
+    ("max_lr: 1.0e-3".encode("utf-16"), "cannot be read"),
+    ("", "is empty"),
+    ("# nothing yet\n---\n", "is empty"),
+    ("max_lr: 1.0e-3\nseed: 1\nmax_lr: 2.0e-3\n", "max_lr is given twice"),
+    ("seed: " + "[" * 20_000, "not valid YAML"),
+    ("seed: !!int abc\n", "not valid YAML"),
+    ("seed: !!bool maybe\n", "not valid YAML"),
+    ("seed: !!timestamp x\n", "not valid YAML"),
+    ("exp_name: 2024-13-45\n", "not valid YAML: month"),
+    (
+        "exp_name: 2024-12-24\n",
+        "exp_name: datetime.date(2024, 12, 24) is not allowed; it takes null",
+    ),
+    ("exp_name: !!binary aGk=\n", "exp_name: b'hi' is not allowed"),
+    ("seed: !!set {1, 2}\n", "seed: {1, 2} is not allowed"),
+    ("seed: !recipe 1\n", "not valid YAML"),
+    ("seed: .nan\nnum_steps: .inf\n", "num_steps: inf is not allowed"),
+    ("a: 1\n" + "".join(f"k{n}: 1\n" for n in range(20_000)), "a: no such field"),
+    ("#" * 2**20, "more than 262,144 bytes"),
+    # Each line is ten of the one before: a message would be gigabytes, a merge key needs them too.
+    (
+        "a: &a0 [x]\n"
+        + "".join(f"b{n}: &a{n + 1} [{f'*a{n},' * 10}]\n" for n in range(9))
+        + "seed: *a9",
+        "",
+    ),
+    (
+        "a: &a0 {x: 1}\n"
+        + "".join(f"b{n}: &a{n + 1} {{<<: [{f'*a{n},' * 10}]}}\n" for n in range(9)),
+        "",
+    ),
 ]
 
 
@@ -164,6 +240,43 @@ def test_bad_files_are_one_line(tmp_path, content, message):
     with pytest.raises(UserError) as error:
         load_recipe(["--recipe", str(path)])
     assert message in str(error.value) and "bad.yaml" in str(error.value)
+    assert len(str(error.value)) < 2000
+
+
+def test_what_is_larger_than_any_recipe_is_not_read(tmp_path):
+    (tmp_path / "huge.yaml").touch()
+    os.truncate(tmp_path / "huge.yaml", 2**40)  # a hole: a terabyte that takes no room
+    with pytest.raises(UserError, match=r"huge\.yaml: more than 262,144 bytes"):
+        load_recipe(["--recipe", str(tmp_path / "huge.yaml")])
+
+
+def test_only_files_are_recipes(tmp_path):
+    """A pipe without a writer would be waited for, a device never end."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in (tmp_path, tmp_path / "pipe.yaml", "/dev/zero"):
+        with pytest.raises(UserError, match="no such file"):
+            load_recipe(["--recipe", str(name)])
+
+
+def test_a_byte_order_mark_and_an_alias_are_understood(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xef\xbb\xbfmax_lr: &lr 1.0e-3\nmuon_lr: *lr\n")
+    recipe = load_recipe(["--recipe", str(path)])
+    assert recipe.max_lr == recipe.muon_lr == 1e-3
+
+
+def test_the_name_of_a_recipe_file_that_no_text_can_hold(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.yaml")
+    path.write_text("seed: 1\n")
+    with pytest.raises(UserError, match="exp_name"):
+        load_recipe(["--recipe", str(path)])
+    assert load_recipe(["--recipe", str(path), "--exp_name", "mine"]).seed == 1
+
+
+def test_a_prompt_with_a_line_end_of_unicode_is_saved_as_it_is(tmp_path):
+    recipe = load_recipe(["--sample_prompt", "one\u2028two\x85three é"])
+    (tmp_path / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
+    assert load_recipe(["--recipe", str(tmp_path / "recipe.yaml")]) == recipe
 
 
 def test_help_names_every_field(capsys):

@@ -9,11 +9,10 @@ prefill, in cached decoding and in a left-padded batch; 1: something differs; 2:
 import json
 from argparse import Namespace
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.commands.parser import OneLineParser, named, path
 
 
 def main(argv: list[str]) -> int:
@@ -52,17 +51,19 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> Namespace:
     parser = OneLineParser(prog="gpt2repro compare-logits", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--reference", required=True, help="GPT-2 weights for transformers' class: Hub id or path")
-    add("--model", help="weights for ours (default: the reference's)")
+    add("--reference", type=named, required=True, help="GPT-2 for transformers: Hub id or path")
+    add("--model", type=named, help="weights for ours (default: the reference's)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
     add("--length", type=int, default=128, help="tokens of the probe (default %(default)s)")
     add("--tolerance", type=float, help="largest difference of a logit allowed (default: shown)")
     add("--prompt", default="Hello, I'm a language model,", help="whose next tokens are shown")
-    add("--tokenizer", help="Hub id or directory (default: the reference's)")
-    add("--json", type=Path, help="write the figures to this file")
+    add("--tokenizer", type=named, help="Hub id or directory (default: the reference's)")
+    add("--json", type=path, help="write the figures to this file")
     options = parser.parse_args(argv)
     if options.length < 2:
         raise UserError(f"--length {options.length}: two tokens at least")
+    if options.tolerance is not None and not options.tolerance >= 0:
+        raise UserError(f"--tolerance {options.tolerance}: a number, at least 0")
     return options
 
 

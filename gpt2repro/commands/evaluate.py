@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import DTYPES, OneLineParser
+from gpt2repro.commands.parser import DTYPES, OneLineParser, find_device, make_room, named
 from gpt2repro.recipe import Benchmark
 from gpt2repro.system.text import printable
 
@@ -35,14 +35,14 @@ CONVENTIONS = {
 def main(argv: list[str]) -> int:
     """Evaluate, print the table, write the JSON. Several processes share the work."""
     arguments = _parse(argv)
-    _make_room(arguments.output)
+    make_room(arguments.output and Path(arguments.output))
     import torch
     from accelerate import PartialState
 
     from gpt2repro.evaluation.tables import differences, notes, table
 
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
-    device = torch.device(arguments.device) if arguments.device else state.device
+    device = find_device(arguments.device) if arguments.device else state.device
     # All of it is opened before any of it runs: a mistake shows now, not after the first model.
     named = {"--model": arguments.model, "--baseline": arguments.baseline}
     models = [_load(name, option, arguments) for option, name in named.items() if name]
@@ -67,33 +67,34 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> Namespace:
     parser = OneLineParser(prog="gpt2repro evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", required=True, help="directory or Hub id of a causal language model")
-    add("--baseline", help="a second model; the table shows both and the difference")
+    add("--model", type=named, required=True, help="directory or Hub id of a causal language model")
+    add("--baseline", type=named, help="a second model; the table shows both and the difference")
     add("--tasks", default="hellaswag,lambada", help=f"of {','.join(TASKS)}; commas between")
     add("--limit", type=int, help="score the first N rows of each task only")
     add("--batch_size", type=int, default=16, help="rows of one forward on one process")
     add("--max_length", type=int, help="context in tokens; default: the model's positions")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", help="such as cuda, cuda:1, cpu; default: the GPU if there is one")
-    add("--tokenizer", help="default: the one beside each model")
+    add("--tokenizer", type=named, help="default: the one beside each model")
     add(
         "--trust_remote_code",
         action="store_true",
         help="run code that comes with model or tokenizer",
     )
-    add("--output", help="write everything to this JSON file")
+    add("--output", type=named, help="write everything to this JSON file")
     local = parser.add_argument_group("local data (JSON lines) instead of the Hub's")
     for name in get_args(Benchmark):
-        local.add_argument(f"--{name}_file", help="its fields are in docs/evaluation.md")
+        about = "its fields are in docs/evaluation.md"
+        local.add_argument(f"--{name}_file", type=named, help=about)
     how = parser.add_argument_group("conventions")
     how.add_argument("--hellaswag_convention", choices=CONVENTIONS, default="both")
     how.add_argument("--wikitext2_stride", type=int, help="tokens; default: the whole context")
     val = parser.add_argument_group("held-out text of --tasks val")
-    val.add_argument("--dataset_name", default="HuggingFaceFW/fineweb-edu")
+    val.add_argument("--dataset_name", type=named, default="HuggingFaceFW/fineweb-edu")
     val.add_argument("--dataset_config", help="default: sample-10BT for FineWeb-Edu")
     val.add_argument("--dataset_split", default="train")
     val.add_argument("--dataset_revision")
-    val.add_argument("--data_files", nargs="+")
+    val.add_argument("--data_files", type=named, nargs="+")
     val.add_argument("--text_column", default="text")
     val.add_argument("--num_validation_units", type=int, default=100)
     val.add_argument("--validation_tokens", type=int, default=10_485_760)
@@ -113,17 +114,6 @@ def _check(arguments: Namespace) -> None:
     for name, value in vars(arguments).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-
-
-def _make_room(output: str | None) -> None:
-    """Find out before the work whether the JSON file can be written."""
-    if output is None:
-        return
-    try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise UserError(f"--output {output}: {error}") from error
 
 
 # --- Models ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from gpt2repro.commands.parser import DTYPES, OneLineParser
+from gpt2repro.commands.parser import DTYPES, OneLineParser, named, path
 from gpt2repro.system.text import printable
 
 
@@ -56,11 +56,14 @@ def _parse(argv: list[str]) -> Namespace:
     parser = OneLineParser(prog="gpt2repro export", description=__doc__)
     add = parser.add_argument
     add(
-        "--model", required=True, help="a run, an export, a checkpoint, a GPT-2 directory or Hub id"
+        "--model",
+        type=named,
+        required=True,
+        help="a run, an export, a checkpoint, a GPT-2 directory or Hub id",
     )
-    add("--output", required=True, type=Path, help="directory to write")
+    add("--output", required=True, type=path, help="directory to write")
     add("--format", choices=("gpt2repro", "gpt2"), default="gpt2repro")
     add("--dtype", choices=DTYPES, help="of the tensors (default: as they are)")
     add("--max_shard_size", help="split larger models (default 5GB)")
-    add("--tokenizer", help="Hub id or directory (default: the model's own)")
+    add("--tokenizer", type=named, help="Hub id or directory (default: the model's own)")
     return parser.parse_args(argv)

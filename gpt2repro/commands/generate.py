@@ -8,7 +8,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import DTYPES, OneLineParser
+from gpt2repro.commands.parser import DTYPES, LARGEST_SEED, OneLineParser, find_device, named
 from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ def main(argv: list[str]) -> int:
     """`gpt2repro generate --model DIR --prompt TEXT`; the prompt and its continuation on stdout."""
     options = _parse(argv)
     import torch
-    from transformers import TextStreamer, set_seed
+    from transformers import LogitsProcessor, TextStreamer
 
+    from gpt2repro.data.token_ids import end_ids
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
     from gpt2repro.speed import attention, lm_head
 
@@ -28,7 +29,16 @@ def main(argv: list[str]) -> int:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(printable(text), stream_end)
 
-    device = _find_device(options.device)
+    class Finite(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if not (scores < float("inf")).all():  # sampling would fail, the likeliest be nonsense
+                raise UserError(
+                    f"--model {options.model}: its logits are not finite: NaN or inf in its "
+                    "weights, or too large for --dtype float16"
+                )
+            return scores
+
+    device = find_device(options.device)
     model: Any = load_causal_lm(options.model, dtype=DTYPES.get(options.dtype, options.dtype))
     lm_head.use_in(model)
     model.to(device)
@@ -41,7 +51,7 @@ def main(argv: list[str]) -> int:
             f"context of {model.config.n_positions}"
         )
     if options.seed is not None:
-        set_seed(options.seed)
+        torch.manual_seed(options.seed)
     streamed = options.num_return_sequences == options.num_beams == 1
     streamer = Printer(tokenizer, skip_special_tokens=True) if streamed else None
     with torch.inference_mode(), attention.for_generation():
@@ -49,7 +59,8 @@ def main(argv: list[str]) -> int:
             **inputs,
             **_sampling(options),
             max_new_tokens=min(options.max_new_tokens, room),
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=next(iter(end_ids(tokenizer)), None),
+            logits_processor=[Finite()],
             streamer=streamer,
         )
     if not streamed:
@@ -62,7 +73,10 @@ def _parse(argv: list[str]) -> Namespace:
 
     add = parser.add_argument
     add(
-        "--model", required=True, help="a run, an export, a checkpoint, a GPT-2 directory or Hub id"
+        "--model",
+        type=named,
+        required=True,
+        help="a run, an export, a checkpoint, a GPT-2 directory or Hub id",
     )
     add("--prompt", help="text to continue; `-` reads it from standard input (default: a new text)")
     add("--max_new_tokens", type=int, default=200, help="stop after so many (default %(default)s)")
@@ -79,7 +93,7 @@ def _parse(argv: list[str]) -> Namespace:
     add("--seed", type=int, help="the same seed gives the same text")
     add("--dtype", choices=("auto", *DTYPES), default="auto")
     add("--device", help="such as cuda or cpu (default: the GPU if there is one)")
-    add("--tokenizer", help="Hub id or directory (default: the model's own)")
+    add("--tokenizer", type=named, help="Hub id or directory (default: the model's own)")
     options = parser.parse_args(argv)
     _check(options)
     return options
@@ -88,31 +102,25 @@ def _parse(argv: list[str]) -> Namespace:
 def _check(options: Namespace) -> None:
     limits = {
         "max_new_tokens": options.max_new_tokens >= 1,
-        "temperature": options.temperature >= 0,
+        # Logits are divided by the two, and stay what float32 can hold.
+        "temperature": options.temperature == 0 or 1e-9 <= options.temperature <= 1e9,
+        "repetition_penalty": 1e-9 <= options.repetition_penalty <= 1e9,
         "top_k": options.top_k >= 0,
         "top_p": 0 < options.top_p <= 1,
-        "repetition_penalty": options.repetition_penalty > 0,
-        "num_return_sequences": options.num_return_sequences >= 1,
-        "num_beams": options.num_beams >= 1,
+        # Each of them is a row of the batch.
+        "num_return_sequences": 1 <= options.num_return_sequences <= 1000,
+        "num_beams": 1 <= options.num_beams <= 1000,
+        "seed": options.seed is None or 0 <= options.seed <= LARGEST_SEED,
     }
     for name, holds in limits.items():
         if not holds:
             raise UserError(f"--{name} {getattr(options, name)} is out of range")
-    if options.temperature == 0 and options.num_return_sequences > options.num_beams:
+    if options.num_return_sequences > options.num_beams and options.temperature == 0:
         raise UserError(
             "--num_return_sequences: at temperature 0 all of them would be the same text"
         )
-
-
-def _find_device(name: str | None) -> "torch.device":
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such word, or no such device
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
+    if options.num_return_sequences > options.num_beams > 1:
+        raise UserError("--num_return_sequences: beam search has no more texts than --num_beams")
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -123,11 +131,12 @@ def _read_prompt(prompt: str | None) -> str:
 
 
 def _encode(tokenizer, prompt: str, device: "torch.device") -> dict[str, "torch.Tensor"]:
-    """The prompt's ids (1, T); an empty prompt is `<|endoftext|>`, after which texts begin."""
+    """The prompt's ids (1, T)."""
     import torch
 
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    input_ids = torch.tensor([ids], device=device)
+    from gpt2repro.data.token_ids import ids_to_continue
+
+    input_ids = torch.tensor(ids_to_continue(tokenizer, [prompt]), device=device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 

@@ -2,10 +2,17 @@
 
 import argparse
 import sys
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from gpt2repro import UserError
-from gpt2repro.system.command_line import underscored
+from gpt2repro.system.command_line import place, underscored
+
+if TYPE_CHECKING:
+    import torch
+
+LARGEST_SEED = 2**63 - 1
+MOST_PROCESSES = 10**6
 
 # What a user may call a torch dtype -> its name there.
 DTYPES = {
@@ -38,4 +45,49 @@ class OneLineParser(argparse.ArgumentParser):
         return option if option.partition("=")[0] in self._option_string_actions else word
 
     def error(self, message: str) -> NoReturn:
+        message = message if len(message) <= 300 else f"{message[:300]} ..."
         raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def named(text: str) -> str:
+    """An argparse type: a file, a directory or something on the Hub, `~` expanded."""
+    try:
+        return place(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} ...: {error}") from None
+
+
+def path(text: str) -> Path:
+    """An argparse type: a file or directory, `~` expanded."""
+    return Path(named(text))
+
+
+def make_room(output: Path | None) -> None:
+    """Find out before the work whether the file of `--output` can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if output is None:
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UserError(f"--output {output}: {error}") from error
+
+
+def find_device(name: str | None) -> "torch.device":
+    """The device of `--device`, tried; without a name the GPU if there is one.
+
+    Raises:
+        UserError: there is none of that name, or it does not compute, as `meta` does not.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # no such word, or no such device
+        raise UserError(f"--device {name}: {str(error).splitlines()[0][:120]}") from None
+    return device

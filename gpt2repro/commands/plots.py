@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.commands.parser import OneLineParser, named
 
 # Tokens repeat in it, so that heads that look for repetition have something to find.
 PROMPT = "The first argument is the name of the file, and the second argument is the name of the"
@@ -48,14 +48,17 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="gpt2repro plots", description="Look inside a run or a model.")
     parser.add_argument(
-        "run_or_model", metavar="RUN_OR_MODEL", help="run or model directory, or Hub id"
+        "run_or_model", type=named, metavar="RUN_OR_MODEL", help="run or model directory, or Hub id"
     )
-    parser.add_argument("--output", metavar="DIR", help="default: RUN/plots, else plots/MODEL")
+    add = parser.add_argument
+    add("--output", type=named, metavar="DIR", help="default: RUN/plots, else plots/MODEL")
     parser.add_argument("--prompt", default=PROMPT, help="text that the model reads")
     parser.add_argument(
         "--heads", type=_heads, metavar="L.H,...", help="attention heads drawn large, e.g. 0.3,5.1"
     )
-    parser.add_argument("--compare", metavar="RUN2", help="overlay the curves of two runs instead")
+    parser.add_argument(
+        "--compare", type=named, metavar="RUN2", help="overlay the curves of two runs instead"
+    )
     return parser.parse_args(argv)
 
 
@@ -103,13 +106,14 @@ def _draw_insides(name: str, output: Path, *, prompt: str, heads: Heads | None) 
     """Everything that a model shows while it reads `prompt`."""
     import torch
 
+    from gpt2repro.data.token_ids import ids_to_continue
     from gpt2repro.plots import parameters
     from gpt2repro.plots.gallery import Reading, model_pictures
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
 
     model = load_causal_lm(name, option="RUN_OR_MODEL", dtype=torch.float32)
     tokenizer = find_tokenizer(name)
-    ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor(ids_to_continue(tokenizer, [prompt])[0])
     ids = ids[: min(MAX_PROMPT_TOKENS, model.config.n_positions)]
     if len(ids) < 2:
         raise UserError("--prompt must be at least two tokens long")

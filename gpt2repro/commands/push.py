@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.commands.parser import OneLineParser, named, path
 
 AGAIN = "run the same command again: files that have arrived are not sent twice"
 
@@ -63,13 +63,13 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> Namespace:
     parser = OneLineParser(prog="gpt2repro push", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", required=True, help="a run's final/ or what `export` wrote")
+    add("--model", type=named, required=True, help="a run's final/ or what `export` wrote")
     add("--repo", required=True, help="user/name on the Hub")
     add("--private", action="store_true", help="create the repository private")
     add("--revision", help="branch to commit to, created if absent (default main)")
     add("--message", default="Upload model", help="of the commit")
     add("--allow_code", action="store_true", help="run and publish a fork's model files")
-    add("--evaluation", type=Path, help="JSON of `gpt2repro evaluate --output`, for the card")
+    add("--evaluation", type=path, help="JSON of `gpt2repro evaluate --output`, for the card")
     return parser.parse_args(argv)
 
 

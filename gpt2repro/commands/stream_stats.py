@@ -8,12 +8,12 @@ Exit status 1 if a stated rate is not reached.
 
 import argparse
 import json
+import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.commands.parser import MOST_PROCESSES, OneLineParser, make_room, path
 from gpt2repro.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -25,6 +25,17 @@ Stats = dict[str, Any]  # figures by name; None where the dataset does not tell 
 
 
 def main(argv: list[str]) -> int:
+    """Print the figures; exit status 1 if the stated rate is not reached."""
+    recipe, options = _parse(argv)
+    make_room(options.output)
+    stats = _measure(recipe, options.num_processes, options.seconds, options.tokens_per_second)
+    print(_table(stats))
+    if options.output:
+        options.output.write_text(json.dumps(stats, indent=2) + "\n")
+    return 0 if _keeps_up(stats) else 1
+
+
+def _parse(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     parser = OneLineParser(
         prog="gpt2repro stream-stats",
         description=__doc__,
@@ -34,17 +45,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--num_processes", type=int, default=1, help="of the launch to plan for")
     parser.add_argument("--tokens_per_second", type=float, help="what the whole launch trains on")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long to stream")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.num_processes < 1:
-        raise UserError(f"--num_processes: {arguments.num_processes} is less than one")
-    stats = _measure(
-        load_recipe(rest), arguments.num_processes, arguments.seconds, arguments.tokens_per_second
-    )
-    print(_table(stats))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(stats, indent=2) + "\n")
-    return 0 if _keeps_up(stats) else 1
+    parser.add_argument("--output", type=path, help="write the figures to this JSON file")
+    options, rest = parser.parse_known_args(argv)
+    if not 1 <= options.num_processes <= MOST_PROCESSES:
+        raise UserError(f"--num_processes: {options.num_processes} is not 1 to {MOST_PROCESSES:,}")
+    for name in ("tokens_per_second", "seconds"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name} {value} is out of range")
+    return load_recipe(rest), options
 
 
 def _measure(

@@ -16,8 +16,8 @@ import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gpt2repro import UserError
 from gpt2repro.data.bpe import END_OF_TEXT, byte_of_symbol
+from gpt2repro.data.token_ids import begin_id, num_ids, well_formed
 
 # Radford et al. 2019's pre-tokenizer in tiktoken's possessive spelling, which never backtracks into
 # a run of letters: the same pieces, faster.
@@ -43,16 +43,8 @@ class BulkEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        eot_id = tokenizer.eos_token_id
-        if eot_id is None:
-            eot_id = tokenizer.bos_token_id
-        if eot_id is None:
-            raise UserError(
-                "tokenizer_name: the tokenizer has neither an eos nor a bos token to put between "
-                "documents"
-            )
-        self.eot_id = int(eot_id)
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.eot_id = begin_id(tokenizer)
+        self.dtype = np.dtype(np.uint16 if num_ids(tokenizer) <= 2**16 else np.uint32)
         self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._fast.no_padding()
         self._fast.no_truncation()
@@ -67,7 +59,7 @@ class BulkEncoder:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array (num_tokens,) of `dtype` for each text; lone surrogates become U+FFFD."""
         if self._tiktoken is None:
-            texts = [_well_formed(text) for text in texts]
+            texts = [well_formed(text) for text in texts]
             encodings = self._fast.encode_batch(texts, add_special_tokens=False)
             return [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
         return [self._encode_one(text) for text in texts]
@@ -78,7 +70,7 @@ class BulkEncoder:
         try:
             ids = self._tiktoken.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
-            return self._encode_one(_well_formed(text))
+            return self._encode_one(well_formed(text))
         except ValueError:  # tiktoken's regex runs out of stack on megabytes of whitespace
             ids = self._fast.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, dtype=self.dtype)
@@ -93,11 +85,6 @@ class BulkEncoder:
             self.eot_id,
         ]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-def _well_formed(text: str) -> str:
-    """`text` without lone surrogates, which no UTF-8 encoder accepts."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def _as_tiktoken(fast: Tokenizer) -> tiktoken.Encoding | None:

@@ -1,5 +1,7 @@
 """How lanes, the rows of a step and processes must divide: arithmetic that the recipe uses too."""
 
+import math
+
 from gpt2repro import UserError
 
 
@@ -25,7 +27,8 @@ def check_lanes(num_lanes: int, *, rows_per_step: int, world_size: int = 1) -> N
 
 
 def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _listed(numbers: list[int]) -> str:

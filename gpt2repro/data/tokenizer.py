@@ -11,7 +11,7 @@ from gpt2repro.data import demo_corpus
 from gpt2repro.system import patience
 from gpt2repro.system.hub import is_hub_id
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # any one will do
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # any one will do
 
 
 def load_tokenizer(
@@ -32,7 +32,7 @@ def load_tokenizer(
     where = f"load the tokenizer {name!r} (tokenizer_name)"
     directory = Path(name)
     tokenizer: Any
-    if directory.is_dir() and not any((directory / file).is_file() for file in TOKENIZER_FILES):
+    if directory.is_dir() and not any(any(directory.glob(file)) for file in TOKENIZER_FILES):
         raise UserError(f"tokenizer_name: {name} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     if not directory.is_dir() and not is_hub_id(name):
         raise UserError(f"tokenizer_name: {name} is neither a local directory nor a Hub name")
@@ -46,7 +46,9 @@ def load_tokenizer(
                 if_unreachable=if_unreachable,
                 reaches_hub=False,  # it may have come from the cache
             )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torn files raise what they like
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"cannot {where}: {' '.join(str(error).split())[:300]}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer_name: {name!r} has no fast tokenizer")

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from gpt2repro import UserError
+from gpt2repro.data.token_ids import begin_id as prefix_token
+from gpt2repro.data.token_ids import ids_to_continue
 
 NUM_SHAPES = 6  # lengths a compiled model is asked for; dynamo gives up at 8 recompilations
 POSITIONS_AT_ONCE = 1024  # positions turned to float32 together: 1024 x 50257 x 4 bytes = 206 MB
@@ -51,26 +52,18 @@ class Scores:
         return Scores(self.log_likelihood[at], self.is_greedy[at], self.padding_waste)
 
 
-def prefix_token(tokenizer) -> int:
-    """What stands before a text without context: BOS, else EOS (GPT-2 has one token for both)."""
-    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if token is None:
-        raise UserError("the tokenizer has neither a bos nor an eos token to begin a text with")
-    return token
-
-
 def encode_pairs(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
     """Tokenize (context, continuation) texts the way lm-evaluation-harness does.
 
     Spaces at the end of a context move to the continuation, since a byte-level BPE keeps them with
     the next word. The pair is encoded as one text, and what follows the context's own number of
     tokens is the continuation; `num_scored` is 0 where nothing follows. An empty context is
-    replaced by `prefix_token`.
+    replaced by `prefix_token`, lm-evaluation-harness' name for what begins a text.
     """
     contexts = [context.rstrip() for context, _ in pairs]
     texts = ["".join(pair) for pair in pairs]
-    context_ids = tokenizer(contexts, verbose=False)["input_ids"]
-    text_ids = tokenizer(texts, verbose=False)["input_ids"]
+    context_ids = ids_to_continue(tokenizer, contexts)
+    text_ids = ids_to_continue(tokenizer, texts)
     requests = []
     for context, text, head, ids in zip(contexts, texts, context_ids, text_ids, strict=True):
         if context:

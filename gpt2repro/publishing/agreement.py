@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from gpt2repro import UserError
+from gpt2repro.data.token_ids import ids_to_continue
 from gpt2repro.publishing.verification import same_bits
 
 # fp32 rounding is relative: 1e-5 of the largest logit, and the 1e-4 that a small model's logits
@@ -133,7 +134,7 @@ def differing_parameters(ours: PreTrainedModel, theirs: PreTrainedModel) -> list
 @torch.inference_mode()
 def next_tokens(model: PreTrainedModel, tokenizer, prompt: str) -> list[tuple[str, float]]:
     """The five likeliest continuations of `prompt`, as text, with their probabilities."""
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"][:, -model.config.n_positions :]
+    ids = torch.tensor(ids_to_continue(tokenizer, [prompt]))[:, -model.config.n_positions :]
     probabilities, tokens = model(input_ids=ids).logits[0, -1].float().softmax(-1).topk(5)
     return [
         (tokenizer.decode(token), probability)

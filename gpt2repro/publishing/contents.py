@@ -33,6 +33,10 @@ ALLOWED = re.compile(
     r"|SHA256SUMS|README\.md|LICENSE|\.gitattributes|[\w-]+\.png"
 )
 EDITABLE = re.compile(r"README\.md|LICENSE|\.gitattributes|[\w-]+\.png")  # not in SHA256SUMS
+# What systems and tools leave anywhere: it is not published, and no reason to refuse the rest.
+LITTER = re.compile(r"\.(?!gitattributes$).*|__pycache__|Thumbs\.db|desktop\.ini|.*\.log")
+# Of it, what may go when an export is replaced: nobody wrote it, and it comes again.
+DROPPINGS = re.compile(r"\.DS_Store|\._.+|\.nfs\w+|Thumbs\.db|desktop\.ini")
 
 # Settings with which transformers finds code: in this directory, or in a repository that they name.
 NAMES_OF_CODE = ("auto_map", "custom_pipelines", "custom_generate", "attn_implementation")
@@ -71,7 +75,7 @@ def check_contents(
     native = read_json(directory / "config.json").get("model_type") == "gpt2repro"
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if name.startswith(".cache/") or name in ignored:  # what the Hub's client keeps
+        if is_litter(name) or name in ignored:
             continue
         refuse_link(path)
         known = ALLOWED.fullmatch(name) or (native and name in SHIPPED_CODE)
@@ -84,6 +88,11 @@ def check_contents(
             "again, or read it and add --allow_code"
         )
     _check_names_of_code(directory, native)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a path within an export is nothing of it, such as the Hub client's `.cache/x`."""
+    return LITTER.fullmatch(name.partition("/")[0]) is not None
 
 
 def refuse_link(path: Path) -> None:
@@ -169,6 +178,8 @@ def not_exported(directory: Path) -> str | None:
         listed = set()
     for path in sorted(directory.iterdir()):
         ours = path.name in listed or (listed and EDITABLE.fullmatch(path.name))
+        if DROPPINGS.fullmatch(path.name) and not path.is_dir():
+            continue
         if path.is_symlink() or not path.is_file() or not ours:
             return path.name
     return None

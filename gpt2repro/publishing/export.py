@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
+from gpt2repro.data.token_ids import end_ids
 from gpt2repro.publishing.card import completed, model_card
 from gpt2repro.publishing.contents import (
     CLASSES,
@@ -149,7 +150,7 @@ def _write_weights(
     }
     try:
         split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"--max_shard_size {max_shard_size}: {error}") from None
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name] for name in names}
@@ -169,9 +170,10 @@ def _write_configs(
 ) -> None:
     """config.json, generation_config.json and, in the native form, the code they name.
 
-    `<|endoftext|>` is bos and eos. GPT-2 has no padding token and gets none, as one that equals eos
-    makes fine-tuning ignore the end of every text; only `generate()`, which needs some id to fill
-    finished rows with, is told to use eos.
+    `<|endoftext|>` is bos and eos; where they differ, either ends what `generate()` writes. GPT-2
+    has no padding token and gets none, as one that equals eos makes fine-tuning ignore the end of
+    every text; only `generate()`, which needs some id to fill finished rows with, is told to use
+    eos.
     """
     config = copy.deepcopy(model.config)
     if format == "gpt2":
@@ -193,8 +195,10 @@ def _write_configs(
     for key, value in ids.items():
         setattr(config, key, value)
     config.to_json_file(directory / "config.json")
+    if ends := end_ids(tokenizer):
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if ids["pad_token_id"] is None:
-        ids["pad_token_id"] = ids["eos_token_id"]
+        ids["pad_token_id"] = next(iter(ends), None)
     GenerationConfig(**ids).save_pretrained(directory)
 
 

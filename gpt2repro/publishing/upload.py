@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import published, with_loading
-from gpt2repro.publishing.contents import check_contents, read_json
+from gpt2repro.publishing.contents import check_contents, is_litter, read_json
 from gpt2repro.records import integrity
 from gpt2repro.system.hub import has_owner
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, patiently
@@ -165,7 +165,7 @@ def to_publish(directory: Path, *, allow_code: bool = False) -> list[Path]:
     return [
         path
         for path in sorted(directory.iterdir())
-        if path.is_file() and path.name not in NOT_PUBLISHED
+        if path.is_file() and path.name not in NOT_PUBLISHED and not is_litter(path.name)
     ]
 
 

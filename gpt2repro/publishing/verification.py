@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
+from gpt2repro.data.token_ids import end_ids, num_ids
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.publishing.contents import (
     CLASSES,
@@ -103,10 +104,9 @@ def verify(
     if dtypes != {config.get("dtype", config.get("torch_dtype"))}:
         raise UserError(f"{directory}: config.json does not name the tensors' dtype, {dtypes}")
     dtype = dtypes.pop()
-    num_tokens = len(tokenizer)
-    if num_tokens > model.config.vocab_size:
+    if (needed := num_ids(tokenizer)) > model.config.vocab_size:
         raise UserError(
-            f"{directory}: the tokenizer has {num_tokens} tokens, more than the model's vocabulary "
+            f"{directory}: the tokenizer has {needed} tokens, more than the model's vocabulary "
             f"of {model.config.vocab_size}"
         )
     difference, num_greedy = _compare_in_fresh_process(
@@ -119,7 +119,7 @@ def verify(
         num_parameters=num_parameters,
         tied=_is_tied(model),
         vocab_size=model.config.vocab_size,
-        num_tokens=num_tokens,
+        num_tokens=len(tokenizer),
         max_abs_difference=difference,
         num_greedy_tokens=num_greedy,
         transformers=transformers.__version__,
@@ -317,5 +317,5 @@ def _tokenizer_answers(tokenizer: PreTrainedTokenizerFast) -> dict:
         "eos": tokenizer.eos_token_id,
         "bos": tokenizer.bos_token_id,
         "pad": pad,
-        "generation_pad": tokenizer.eos_token_id if pad is None else pad,
+        "generation_pad": next(iter(end_ids(tokenizer)), None) if pad is None else pad,
     }

@@ -26,6 +26,21 @@ def underscored(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
+def place(name: str) -> str:
+    """What a user calls a file, a directory or a thing on the Hub, `~` expanded.
+
+    Raises:
+        ValueError: no file can be called so: it is too long, or holds a zero byte.
+    """
+    path = os.path.expanduser(name)  # noqa: PTH111 (`Path` makes hf:/ of hf://)
+    try:
+        os.lstat(path)
+    except OSError as error:  # most names may be given to what is not there yet
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError("too long for a file's name") from None
+    return path
+
+
 def run(
     prog: str, main: Callable[[list[str]], int], argv: list[str], *, outlives_readers: bool = False
 ) -> int:

@@ -5,14 +5,16 @@ they check is what the run will use.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
+from gpt2repro.data import demo_corpus
 from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.documents import count_epoch_tokens
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.held_out import ValidationSet, validation_set
-from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.opening import BUILDER_OF_SUFFIX, open_corpus
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.benchmarks import open_tasks
@@ -60,6 +62,32 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
         num_steps=num_steps,
         num_epochs=recipe.num_epochs,
     )
+
+
+def from_anywhere(recipe: Recipe) -> dict[str, Any]:
+    """The fields that name files here, as they are saved: from any working directory the same.
+
+    What no file here is called stays as it is: a name of the Hub, of a format, of the demo.
+    """
+
+    def absolute(name: str | None) -> str | None:
+        is_here = name and name != demo_corpus.NAME and Path(name).exists()
+        return str(Path(name).absolute()) if name and is_here else name
+
+    fields = ("dataset_name", "tokenizer_name", "init_from")
+    found: dict[str, Any] = {field: absolute(getattr(recipe, field)) for field in fields}
+    found["output_dir"] = str(recipe.run_dir.absolute())
+    if recipe.token_cache_dir:
+        found["token_cache_dir"] = str(Path(recipe.token_cache_dir).absolute())
+    if recipe.eval_task_files:
+        entries = (entry.partition("=") for entry in recipe.eval_task_files)
+        found["eval_task_files"] = [f"{task}={Path(file).absolute()}" for task, _, file in entries]
+    if recipe.data_files and found["dataset_name"] in BUILDER_OF_SUFFIX.values():
+        # Else they are relative to the dataset.
+        found["data_files"] = [
+            file if "://" in file else str(Path(file).absolute()) for file in recipe.data_files
+        ]
+    return found
 
 
 def open_tokenizer(recipe: Recipe) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import gc
 from dataclasses import dataclass
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.data.lanes import divisors
+from gpt2repro.data.token_ids import begin_id, end_ids, num_ids
 from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import Start
@@ -95,9 +97,9 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
         raise UserError(f"attn_implementation {recipe.attn_implementation}: {error}") from None
     if start:
         model.load_state_dict(start.state_dict())
-    if len(tokenizer) > model.config.vocab_size:
+    if (needed := num_ids(tokenizer)) > model.config.vocab_size:
         raise UserError(
-            f"tokenizer_name has {len(tokenizer)} tokens, init_from only {model.config.vocab_size}"
+            f"tokenizer_name has {needed} tokens, init_from only {model.config.vocab_size}"
         )
     if recipe.sequence_length > model.config.n_positions:
         raise UserError(
@@ -114,22 +116,30 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
 
 def _architecture(recipe: Recipe, tokenizer) -> GPT2ReproConfig:
     """Its vocabulary is exactly the tokenizer's, its context the recipe's."""
+    ends = end_ids(tokenizer)
     overrides = {
         name: value
         for name in ("n_layer", "n_head", "n_embd")
         if (value := getattr(recipe, name)) is not None
     }
     try:
-        return GPT2ReproConfig.from_size(
+        config = GPT2ReproConfig.from_size(
             recipe.model_size,
-            vocab_size=len(tokenizer),
+            vocab_size=num_ids(tokenizer),
             n_positions=recipe.sequence_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=begin_id(tokenizer),
+            eos_token_id=ends if len(ends) > 1 else ends[0],
             **overrides,
         )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(str(error.__cause__ or error)) from None
+    least = 4 * 12 * config.n_layer * config.n_embd**2  # bytes of the matrices in fp32
+    if least > (memory := psutil.virtual_memory().total):
+        raise UserError(
+            f"n_layer {config.n_layer}, n_embd {config.n_embd}: {least / 2**30:,.0f} GiB of "
+            f"weights do not fit this machine's {memory / 2**30:,.0f}"
+        )
+    return config
 
 
 def place(

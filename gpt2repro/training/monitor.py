@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gpt2repro.data.producer import StepRows
+from gpt2repro.data.token_ids import begin_id, ids_to_continue
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.evaluation.scoring import score_tasks
 from gpt2repro.evaluation.validation import validation_loss
@@ -92,7 +93,7 @@ class Monitor:
         device, rows = accelerator.device.type, recipe.micro_batch_size
         processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
         lines = {
-            "run": f"{recipe.run_dir}",
+            "run": f"{self.directory.path}",
             "model": f"GPT-2, {self.learner.num_parameters / 1e6:.1f} M parameters, "
             f"{recipe.sequence_length} tokens of context",
             "data": f"{recipe.dataset_name} {recipe.dataset_config or ''}".rstrip(),
@@ -360,7 +361,7 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
     """
     inner: Any = innermost(model)
     device = next(inner.parameters()).device
-    prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    prompt_ids = torch.tensor(ids_to_continue(tokenizer, [prompt]), device=device)
     room = inner.config.n_positions - prompt_ids.shape[1]
     num_tokens = min(num_tokens, room)
     if num_tokens < 1:
@@ -378,7 +379,7 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
             top_k=50,
             min_new_tokens=num_tokens,
             max_new_tokens=num_tokens,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=begin_id(tokenizer),
         )
     inner.train(was_training)
     return tokenizer.decode(ids[0])

@@ -22,7 +22,7 @@ from gpt2repro.training.engine import (
     start_engine,
     start_tracker,
 )
-from gpt2repro.training.inputs import Inputs, counted_steps, open_inputs
+from gpt2repro.training.inputs import Inputs, counted_steps, from_anywhere, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
 from gpt2repro.training.schedule import lr_at
@@ -204,8 +204,8 @@ def _claim(
     resolved = recipe.resolved(
         num_steps=inputs.num_steps,
         micro_batch_size=learner.micro_batch_size,
-        output_dir=str(recipe.run_dir),
         dataset_revision=inputs.corpus.identity.get("revision"),
+        **from_anywhere(recipe),
     )
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
     start_tracker(resolved, learner.accelerator)  # may ask for a login: signals end the process

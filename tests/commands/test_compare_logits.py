@@ -107,6 +107,9 @@ def test_refusals_name_the_option(reference, tmp_path):
         compare_logits.main(["--reference", str(reference), "--model", str(wide)])
     with pytest.raises(UserError, match=r"--model ./nowhere: no such directory"):
         compare_logits.main(["--reference", str(reference), "--model", "./nowhere"])
+    for tolerance in ("nan", "-1"):
+        with pytest.raises(UserError, match=f"--tolerance {tolerance}"):
+            compare_logits.main(["--reference", "./nowhere", "--tolerance", tolerance])
     with pytest.raises(UserError, match="--length 1"):
         compare_logits.main(["--reference", str(reference), "--length", "1"])
     incomplete = tmp_path / "incomplete"

@@ -101,7 +101,7 @@ def test_epochs_have_no_estimate(recipe, capsys):
     assert status == 0 and said["time"][0] == WARNING
 
 
-@pytest.mark.parametrize("number", ["0", "two", "-1", ""])
+@pytest.mark.parametrize("number", ["0", "two", "-1", "", "1" + "0" * 400])
 def test_a_bad_number_of_processes_is_refused(number):
     with pytest.raises(UserError, match="--num_processes"):
         doctor.main(["--recipe", "demo", "--num_processes", number])

@@ -181,6 +181,23 @@ def test_published_figures_are_a_column_of_their_own():
         (["--lambada_file", "/nowhere"], "--lambada_file /nowhere"),
         (["--tasks", "val", "--dataset_name", "/nowhere"], "dataset_name"),
         (["--devise", "cpu"], "--devise"),
+        (["--device", "meta"], "--device meta"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--batch_size", "²"], "--batch_size"),
+        (
+            [
+                "--num_validation_units",
+                str(10**30),
+                "--tasks",
+                "val",
+                "--dataset_name",
+                str(LAMBADA),
+            ],
+            "num_validation_units: 1000000000000000000000000000000",
+        ),
+        (["--output", "a" * 300], "--output"),
+        (["--lambada_file", "a" * 300], "--lambada_file"),
+        (["--data_files", "a" * 300], "--data_files"),
         (["--output", "/dev/null/results.json"], "--output"),
     ],
 )

@@ -58,6 +58,8 @@ def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_ve
         (["--model", "a/b/c", "--output", "out"], "--model a/b/c: no such directory"),
         (["--model", ".", "--output", "out"], "a directory without a config.json"),
         (["--model", ".", "--output", "out", "--dtype", "int3"], "--dtype"),
+        (["--model", ".", "--output", "a" * 300], "--output.*too long"),
+        (["--model", ".", "--output", "a\0b"], "--output.*null"),
         (["--model", ".", "--output", "out", "--format", "onnx"], "--format"),
     ],
 )

@@ -1,9 +1,12 @@
 """The verb `generate`: the same tokens as `model.generate`, streamed, and refusals in one line."""
 
 import io
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
@@ -79,6 +82,44 @@ def test_the_context_is_never_exceeded(run, directory):
         run("--prompt", "x " * 40)
 
 
+def test_numbers_without_a_meaning_for_their_size_are_taken(run):
+    huge = ["--max_new_tokens", str(10**30), "--top_k", str(10**30), "--seed", str(2**62)]
+    assert run("--prompt", PROMPT, *huge) == run("--prompt", PROMPT, "--top_k", "0", *huge[-2:])
+
+
+def test_a_prompt_that_is_no_utf8(run, monkeypatch):
+    """Three U+FFFD for a byte, as in the stream."""
+    options = ["--max_new_tokens", "2", "--temperature", "0"]
+    wanted = run("--prompt", "a\ufffd\ufffd\ufffdb", *options)
+    assert run("--prompt", "a\udcffb", *options) == wanted
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    with pytest.raises(UserError, match="--prompt -: standard input is no text"):
+        run("--prompt", "-")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_told(directory, tmp_path, value):
+    """Sampling would raise, and the likeliest of NaNs be any token."""
+    shutil.copytree(directory, tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    weights["h.0.mlp.c_fc.weight"][0, 0] = value
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    for options in ([], ["--temperature", "0"], ["--num_beams", "2"]):
+        with pytest.raises(UserError, match=r"--model .*its logits are not finite"):
+            generate.main(["--model", str(tmp_path / "model"), "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"n_layer": 10**9}, {"n_embd": 10**9, "n_head": 1}, {"vocab_size": 10**12}]
+)
+def test_sizes_that_no_model_has_are_refused_before_it_is_built(directory, tmp_path, sizes):
+    shutil.copytree(directory, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text()) | sizes
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"--model .*{next(iter(sizes))} must be at most"):
+        generate.main(["--model", str(tmp_path / "model"), "--device", "cpu"])
+
+
 def test_without_a_prompt_a_text_begins(run):
     assert run("--max_new_tokens", "4", "--seed", "0").strip()
 
@@ -96,6 +137,24 @@ def test_a_prompt_from_standard_input(run, monkeypatch):
         (["--max_new_tokens", "0"], "--max_new_tokens 0 is out of range"),
         (["--num_return_sequences", "2", "--temperature", "0"], "--num_return_sequences"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "meta"], "--device meta"),  # where nothing is computed
+        (["--device", "xla"], "--device xla"),
+        (["--temperature", "nan"], "--temperature nan is out of range"),
+        (["--temperature", "1e-30"], "--temperature 1e-30 is out of range"),
+        (["--repetition_penalty", "inf"], "--repetition_penalty inf is out of range"),
+        (
+            ["--num_beams", str(10**30)],
+            "--num_beams 1000000000000000000000000000000 is out of range",
+        ),
+        (["--num_return_sequences", str(10**30)], "--num_return_sequences 1000000"),
+        (["--num_beams", "2", "--num_return_sequences", "3"], "no more texts than --num_beams"),
+        (["--seed", str(2**64)], "--seed 18446744073709551616 is out of range"),
+        (["--seed", "-5"], "--seed -5 is out of range"),
+        (["--seed", "²"], "argument --seed: invalid int value"),
+        (["--max_new_tokens", "9" * 5000], r"argument --max_new_tokens.{,300} \.\.\. \(see"),
+        (["--model", "a" * 300], "argument --model: 'a{40}' ...: too long for a file's name"),
+        (["--tokenizer", "a\0b"], r"argument --tokenizer: 'a\\x00b' ...: .*null"),
         (["--colour", "red"], "--colour"),
         (["--model", "./nowhere"], "--model ./nowhere: no such directory"),
     ],

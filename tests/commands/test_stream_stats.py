@@ -52,5 +52,14 @@ def test_a_rate_that_is_not_reached_is_in_the_exit_status(recipe, capsys):
 def test_bad_options_are_refused(recipe):
     with pytest.raises(UserError, match="num_processes: 0"):
         main([*recipe, "--num_processes", "0"])
+    for words, said in (
+        (["--num_processes", str(10**400)], "num_processes: 1000"),
+        (["--seconds", "nan"], "--seconds nan is out of range"),
+        (["--seconds", "inf"], "--seconds inf is out of range"),  # it would never end
+        (["--tokens_per_second", "-1"], "--tokens_per_second -1.0 is out of range"),
+        (["--output", "/dev/null/stats.json"], "--output /dev/null/stats.json"),  # before the work
+    ):
+        with pytest.raises(UserError, match=said):
+            main([*recipe, *words])
     with pytest.raises(UserError, match="--secnds: no such field"):
         main([*recipe, "--secnds", "1"])

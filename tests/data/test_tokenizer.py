@@ -25,6 +25,27 @@ def test_a_directory_that_holds_no_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("torn", ["[" * 20_000, "{}", "", '{"version": "1.0"}', "\0"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_torn_file_is_one_line(theirs, tmp_path, file, torn):
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(torn)
+    try:  # `{}` is a configuration that says nothing
+        load_tokenizer(tmp_path)
+    except UserError as error:
+        assert "tokenizer_name" in str(error)
+
+
+def test_a_tokenizer_of_words_in_a_text_file_is_one(tmp_path):
+    """BERT's, as its older models have it: no JSON but the settings."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    settings = {"tokenizer_class": "BertTokenizer", "bos_token": "[CLS]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert [ids.tolist() for ids in BulkEncoder(tokenizer).encode(["a b"])] == [[5, 6]]
+
+
 @pytest.fixture
 def hub(monkeypatch, theirs, tmp_path):
     monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)

@@ -98,6 +98,36 @@ def test_pickles_libraries_and_stray_code_are_not_sent(copy, nothing_runs):
         (copy / name).unlink()
 
 
+LITTER = (".DS_Store", ".nfs000000000001", "train.log", "Thumbs.db", "__pycache__/a.pyc", ".git/x")
+
+
+def test_what_systems_and_tools_leave_is_neither_refused_nor_sent(copy):
+    before = upload.to_publish(copy)
+    for name in LITTER:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"")
+    (copy / ".env").symlink_to("nowhere")
+    contents.check_contents(copy)
+    assert upload.to_publish(copy) == before
+    (copy / "logs").mkdir()
+    (copy / "logs" / "x.txt").touch()
+    with pytest.raises(UserError, match=r"logs/x\.txt, which does not belong"):
+        contents.check_contents(copy)
+
+
+def test_an_export_is_replaced_in_spite_of_what_a_system_left_but_not_of_what_somebody_wrote(copy):
+    for name in (".DS_Store", "._model.safetensors", ".nfs000000000001", "Thumbs.db"):
+        (copy / name).touch()
+    assert contents.not_exported(copy) is None
+    for name in ("train.log", ".env", "notes.txt"):
+        (copy / name).touch()
+        assert contents.not_exported(copy) == name
+        (copy / name).unlink()
+    (copy / ".DS_Store").unlink()
+    (copy / ".DS_Store").mkdir()
+    assert contents.not_exported(copy) == ".DS_Store"
+
+
 def test_a_checkpoint_with_other_code_is_not_pushed(exported, tmp_path):
     checkpoint = Path(shutil.copytree(exported, tmp_path / "step_00000001"))
     (checkpoint / "optimizer.safetensors").write_bytes(b"")  # which stays here

@@ -1,0 +1,92 @@
+"""What a saved recipe names is found from any working directory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_corpus import documents
+from tiny_language_models import LAMBADA
+from tiny_run import digests, train, write_inputs
+
+from gpt2repro.data.bpe import train_bpe
+from gpt2repro.recipe import load_recipe
+from gpt2repro.records.saved_models import find_tokenizer
+from gpt2repro.training import finish
+from gpt2repro.training.inputs import from_anywhere
+
+
+def test_a_run_of_relative_names_goes_on_from_another_directory(tmp_path, monkeypatch, capsys):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    recipe = write_inputs(home)
+    fields = yaml.safe_load(recipe.read_text())
+    fields |= {
+        "tokenizer_name": "./tokenizer",
+        "dataset_name": "corpus",
+        "token_cache_dir": "cache",
+    }
+    fields |= {"eval_task_files": ["lambada=lambada.jsonl"], "eval_tasks": ["lambada"]}
+    recipe.write_text(yaml.safe_dump(fields))
+    (home / "lambada.jsonl").write_bytes(LAMBADA.read_bytes())
+    monkeypatch.setattr(finish, "finish", lambda run: 0)
+    monkeypatch.chdir(home)
+    assert train(recipe, Path("runs/tiny"), "--num_steps", "4") == 0
+    saved = home / "runs" / "tiny" / "recipe.yaml"
+    assert yaml.safe_load(saved.read_text()) | {
+        "tokenizer_name": str(home / "tokenizer"),
+        "dataset_name": str(home / "corpus"),
+        "output_dir": str(home / "runs" / "tiny"),
+        "token_cache_dir": str(home / "cache"),
+        "eval_task_files": [f"lambada={home / 'lambada.jsonl'}"],
+    } == yaml.safe_load(saved.read_text())
+    monkeypatch.chdir(elsewhere)
+    checkpoint = home / "runs" / "tiny" / "checkpoints" / "step_00000004"
+    assert len(find_tokenizer(str(checkpoint))) == 300
+    words = ["--recipe", str(saved), "--num_steps", "8"]
+    capsys.readouterr()
+    assert train(saved, home / "runs" / "tiny", *words[2:]) == 0
+    said = capsys.readouterr().out
+    assert "going on from its step 4" in said
+    changes = [line for line in said.splitlines() if " until here and is " in line]
+    assert len(changes) == 1 and "num_steps" in changes[0]
+    assert len(digests(home / "runs" / "tiny")) == 8 and not list(elsewhere.iterdir())
+
+
+def test_only_what_is_here_is_made_absolute(tmp_path, monkeypatch):
+    """A name of the Hub stays one, unless a directory here has it: that is what would be read."""
+    monkeypatch.chdir(tmp_path)
+    names = ["--tokenizer_name", "gpt2", "--init_from", "openai-community/gpt2"]
+    recipe = load_recipe(["--recipe", "demo", *names])
+    found = from_anywhere(recipe)
+    assert (found["dataset_name"], found["tokenizer_name"]) == ("python-docs", "gpt2")
+    assert found["init_from"] == "openai-community/gpt2"
+    for name in ("gpt2", "openai-community/gpt2", "python-docs"):
+        Path(name).mkdir(parents=True)
+    found = from_anywhere(recipe)
+    assert found["tokenizer_name"] == str(tmp_path / "gpt2")
+    assert found["init_from"] == str(tmp_path / "openai-community" / "gpt2")
+    assert found["dataset_name"] == "python-docs"  # the demo's comes before a directory
+
+
+@pytest.mark.parametrize(
+    ("dataset", "absolute"), [("json", True), ("someone/texts", False), ("here", False)]
+)
+def test_data_files_are_relative_to_their_dataset(tmp_path, monkeypatch, dataset, absolute):
+    """But for a bare reader, whose files are relative to the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    files = ["a/*.jsonl", "hf://datasets/x/y.jsonl", "/data/b.jsonl"]
+    recipe = load_recipe(["--dataset_name", dataset, "--data_files", ",".join(files)])
+    found = from_anywhere(recipe).get("data_files", recipe.data_files)
+    assert found == [str(tmp_path / files[0]) if absolute else files[0], *files[1:]]
+
+
+def test_the_home_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}))
+    train_bpe(documents(9), 300).save_pretrained(tmp_path / "tokenizer")
+    recipe = load_recipe(["--tokenizer_name", "~/tokenizer", "--lambada_file", "~/a.jsonl"])
+    assert recipe.tokenizer_name == str(tmp_path / "tokenizer")
+    assert recipe.eval_task_file("lambada") == str(tmp_path / "a.jsonl")
