@@ -22,6 +22,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
 
 def main(argv: list[str]) -> int:
     recipe = load_recipe(argv)
+    command_line.say("Loading torch and transformers ...")
     # Only now, since they take seconds to import: a mistyped option is answered at once.
     from gpt2repro.system import failure, ranks
     from gpt2repro.training.finish import finish
@@ -70,6 +71,7 @@ def leave(run: "Run", step: int) -> int:
     failure, place = run.failure, run.directory.checkpoints
     if failure is None or step > run.checkpoints.first_step:
         run.save(step)
+        run.monitor.draw_loss_curve()
         if run.accelerator.is_main_process:
             run.monitor.progress.close()
             print(

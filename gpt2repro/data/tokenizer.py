@@ -14,6 +14,10 @@ from gpt2repro.system.hub import is_hub_id
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # any one will do
 
 
+def holds_tokenizer(directory: Path) -> bool:
+    return any(any(directory.glob(file)) for file in TOKENIZER_FILES)
+
+
 def load_tokenizer(
     name_or_directory: str | Path, *, if_unreachable: str = "", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerFast:
@@ -32,7 +36,7 @@ def load_tokenizer(
     where = f"load the tokenizer {name!r} (tokenizer_name)"
     directory = Path(name)
     tokenizer: Any
-    if directory.is_dir() and not any(any(directory.glob(file)) for file in TOKENIZER_FILES):
+    if directory.is_dir() and not holds_tokenizer(directory):
         raise UserError(f"tokenizer_name: {name} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     if not directory.is_dir() and not is_hub_id(name):
         raise UserError(f"tokenizer_name: {name} is neither a local directory nor a Hub name")

@@ -168,7 +168,7 @@ def loglikelihoods(
     world_size: int = 1,
     reduce: Reduce | None = None,
     should_stop: Callable[[], bool] | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
     trim_logits: bool = False,
 ) -> Scores | None:
     """Score every request; the same on every rank, whatever the batch and world size.

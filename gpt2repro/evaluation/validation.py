@@ -37,6 +37,7 @@ def validation_loss(
     world_size: int = 1,
     reduce: Reduce | None = None,
     should_stop: Callable[[], bool] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> ValidationResult | None:
     """Mean loss of `rows` (N, T+1) of token ids, each predicting its last T. Call on all ranks.
 
@@ -47,7 +48,8 @@ def validation_loss(
     the (B, T, V) logits are taken.
 
     `reduce` sums a tensor over the ranks. `should_stop` is polled before each batch and must answer
-    alike on all ranks; None is returned when it says so.
+    alike on all ranks; None is returned when it says so. `on_batch` is told the number of rows that
+    each of this rank's batches finished.
     """
     rows = np.asarray(rows)
     assert rows.ndim == 2 and len(rows) > 0, "rows are (N, T+1), at least one"
@@ -63,11 +65,14 @@ def validation_loss(
             tokens = torch.from_numpy(rows[index % len(rows)].astype(np.int64)).to(device)
             targets = tokens[:, 1:].clone()
             targets[torch.from_numpy(index >= len(rows)).to(device)] = IGNORED
-            num_tokens = int((index < len(rows)).sum()) * targets.shape[1]
+            num_counted = int((index < len(rows)).sum())
+            num_tokens = num_counted * targets.shape[1]
             # As training has it: a compiler takes rows of another stride for a model of its own.
             nats = _summed_loss(model, tokens[:, :-1].contiguous(), targets, num_tokens, options)
             if num_tokens:
                 sums += torch.tensor([nats, num_tokens], dtype=torch.float64)
+            if on_batch is not None:
+                on_batch(num_counted)
     if world_size > 1:
         assert reduce is not None, "several ranks need a reduce"
         sums = reduce(sums.to(device)).cpu()

@@ -26,7 +26,7 @@ from gpt2repro.system.text import printable
 LOCK = ".lock"
 # What schedulers, desktops and file systems put into a directory before or beside a run.
 NOT_A_RUNS = re.compile(
-    r"\.lock|\.DS_Store|\.nfs\w+|\.gitkeep|\.directory|Thumbs\.db|desktop\.ini|lost\+found"
+    r"\.(?!git$).*|Thumbs\.db|desktop\.ini|lost\+found|__pycache__"
     r"|.+\.(log|out|err|pid|sh|slurm|sbatch)"
 )
 # How long a launch waits for one that was told to stop: it finishes its step and saves.
@@ -71,7 +71,7 @@ def saved_recipe(run: Path) -> dict[str, Any]:
         return {}
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of a damaged file yaml raises whatever it meets
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path} cannot be read: it is no mapping of fields to values")

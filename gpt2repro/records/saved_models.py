@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from gpt2repro import UserError
-from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokenizer import holds_tokenizer, load_tokenizer
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import saved_recipe
 from gpt2repro.system.hub import is_hub_id
@@ -107,7 +107,7 @@ def find_tokenizer(
         return load(where)
     run = Path(where).resolve().parent.parent
     for directory in (Path(where), run / "final"):
-        if any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        if holds_tokenizer(directory):
             return load(directory)
     if trained_with := saved_recipe(run).get("tokenizer_name"):
         return load(trained_with)

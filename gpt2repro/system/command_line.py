@@ -99,6 +99,12 @@ class LastingStream:
         return getattr(self._stream, name)
 
 
+def say(text: str) -> None:
+    """A line at once, from the main process alone: what takes a while begins."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def let_rank_0_speak() -> None:
     """Usually all ranks have the same to say: rank 0 says it, and the launcher ends the others."""
     if os.environ.get("RANK", "0") != "0":

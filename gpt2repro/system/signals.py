@@ -22,6 +22,11 @@ PARENT = os.getppid()
 # What `accelerate launch` and `torchrun` leave in the environment.
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
+ANSWER = (
+    b"\nStopping after this step and saving ...\n",
+    b"\nStopping after this step and saving ... (Ctrl-C again: leave at once, unsaved)\n",
+)
+
 # Ctrl-C reaches a rank from the terminal and once more from its launcher: that is one request.
 SAME_REQUEST_SECONDS = 1.0
 
@@ -55,6 +60,8 @@ class StopRequest:
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self.received_at = signal.Signals(number), now
+            if os.environ.get("RANK", "0") == "0":
+                os.write(sys.stderr.fileno(), ANSWER[number == signal.SIGINT])
 
     def poll(self) -> bool:
         """Whether any rank was asked to stop. Every rank must call at the same point."""

@@ -1,6 +1,9 @@
 """Text from elsewhere, made fit to be shown: file names, answers of servers, a model's words."""
 
 import re
+import shutil
+import sys
+import textwrap
 
 # Controls but tab and line end, among them ESC, with which a terminal can be made to do things;
 # line ends that only some programs know; marks that reorder what is read; bytes that are no UTF-8.
@@ -13,3 +16,32 @@ UNPRINTABLE = re.compile(
 def printable(text: str) -> str:
     r"""`text` with what is no text in it spelled out: ESC is `\x1b`. Tabs and line ends stay."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def folded(text: str, indent: int = 2) -> str:
+    """`text` on lines that fit the terminal, the later ones indented; as it is in a file."""
+    if not sys.stdout.isatty():
+        return text
+    width = max(40, shutil.get_terminal_size().columns - 1)
+    wrapper = textwrap.TextWrapper(
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
+    return "\n".join(map(wrapper.fill, text.split("\n")))
+
+
+def count_of(number: int, thing: str) -> str:
+    """`1 process`, `2 processes`, `1,024 rows`."""
+    plural = "es" if thing.endswith("s") else "s"
+    return f"{number:,} {thing}{'' if number == 1 else plural}"
+
+
+def in_short(number: int) -> str:
+    """1_228_800 -> 1.2 M, 512 -> 512: as few digits as say it."""
+    for size, letter in ((10**9, "B"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:,.1f} {letter}"
+    return f"{number:,}"

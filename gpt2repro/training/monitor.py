@@ -4,7 +4,6 @@ None of this touches the weights, the optimizer or the random number generators.
 """
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
-from tqdm import tqdm
 
 from gpt2repro.data.producer import StepRows
 from gpt2repro.data.token_ids import begin_id, ids_to_continue
@@ -30,14 +29,16 @@ from gpt2repro.records.run_directory import RunDirectory, Start, read_resumes
 from gpt2repro.speed.attention import for_generation
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
-from gpt2repro.system.text import printable
+from gpt2repro.system.text import count_of, folded, in_short
 from gpt2repro.training.inputs import Inputs
 from gpt2repro.training.learner import Learner
+from gpt2repro.training.progress import Progress
 from gpt2repro.training.step import LaunchedStep, StepResult
 from gpt2repro.training.throughput import Throughput, peak_flops, peak_memory_gib
 
 SPIKE_Z = 5.0  # standard deviations above the recent mean that make a loss worth a line
 SAMPLE_TOKENS = 48
+STEPS_TO_WARM_UP = 4
 # They work on a step while this process prepares the next one; only then is the first one told.
 DEVICES_BEHIND = ("cuda",)
 
@@ -80,6 +81,7 @@ class Monitor:
         self._incidents = IncidentLog(directory.incidents)
         self._tells_late = accelerator.device.type in DEVICES_BEHIND
         self._untold: Report | None = None
+        self._validation_seconds, self._num_told = 0.0, 0
 
     def close(self) -> None:
         """End the bar and the file."""
@@ -91,19 +93,21 @@ class Monitor:
         """The first lines on the screen: what this run is, before hours are spent on it."""
         recipe, accelerator = self.recipe, self.learner.accelerator
         device, rows = accelerator.device.type, recipe.micro_batch_size
-        processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
+        processes = count_of(accelerator.num_processes, "process")
+        passes = count_of(accelerator.gradient_accumulation_steps, "micro-batch")
+        engine = {DistributedType.NO: "", DistributedType.FSDP: ", FSDP2"}
         lines = {
             "run": f"{self.directory.path}",
-            "model": f"GPT-2, {self.learner.num_parameters / 1e6:.1f} M parameters, "
-            f"{recipe.sequence_length} tokens of context",
+            "model": f"GPT-2, {in_short(self.learner.num_parameters)} parameters, "
+            f"{recipe.sequence_length:,} tokens of context",
             "data": f"{recipe.dataset_name} {recipe.dataset_config or ''}".rstrip(),
-            "batch": f"{recipe.batch_tokens:,} tokens = {processes} process(es) x {steps} "
-            f"micro-batch(es) x {rows} rows x {recipe.sequence_length} tokens",
-            "optimizer": f"{recipe.optimizer}, {recipe.num_steps:,} steps, "
-            f"{recipe.num_steps * recipe.batch_tokens / 1e6:,.1f} M tokens in all",
-            "engine": f"{accelerator.distributed_type.value.lower()} on "
-            f"{machine.hardware(device)}, mixed_precision {recipe.mixed_precision}, "
-            f"compile {str(recipe.compile).lower()}",
+            "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
+            f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens",
+            "optimizer": f"{recipe.optimizer}, {count_of(recipe.num_steps, 'step')}, "
+            f"{in_short(recipe.num_steps * recipe.batch_tokens)} tokens in all",
+            "engine": f"{processes}{engine.get(accelerator.distributed_type, ', DDP')}, "
+            f"{'fp32' if recipe.mixed_precision == 'no' else recipe.mixed_precision}, "
+            f"{'compiled' if recipe.compile else 'not compiled'}, on {machine.hardware(device)}",
         }
         changes = [
             f"{key} was {then} until here and is {now} now"
@@ -111,7 +115,7 @@ class Monitor:
         ]
         notes = [("note", note) for note in (start.note, *changes) if note]
         for name, value in [*lines.items(), *notes]:
-            print(f"{name:>10}  {value}")
+            print(folded(f"{name:>10}  {value}", indent=12))
         print(flush=True)
 
     # --- Before a step ----------------------------------------------------------------------------
@@ -140,9 +144,15 @@ class Monitor:
         """Validation loss in nats per token, and bits per byte."""
         held_out = self.inputs.validation
         assert held_out is not None
-        result = validation_loss(self.learner.model, held_out.rows, **self._collectively())
+        began = time.perf_counter()
+        rows_each = -(-len(held_out.rows) // ranks.world_size())
+        with self.progress.phase(f"validation at step {step}", rows_each) as on_batch:
+            result = validation_loss(
+                self.learner.model, held_out.rows, on_batch=on_batch, **self._collectively()
+            )
         if result is None:
             return {}
+        self._validation_seconds = time.perf_counter() - began
         bits_per_byte = result.bits_per_byte(held_out.num_tokens, held_out.num_bytes)
         self.progress.note(
             f"step {step}: validation loss {result.loss:.4f} ({bits_per_byte:.4f} bits per byte)"
@@ -151,7 +161,11 @@ class Monitor:
 
     def _score_tasks(self, step: int) -> dict[str, float]:
         """The benchmarks' figures, with standard errors."""
-        figures = score_tasks(self.learner.model, self.inputs.tasks, **self._collectively())
+        requests = sum(len(task.requests) for task in self.inputs.tasks) // ranks.world_size()
+        with self.progress.phase(f"benchmarks at step {step}", requests) as on_batch:
+            figures = score_tasks(
+                self.learner.model, self.inputs.tasks, on_batch=on_batch, **self._collectively()
+            )
         if figures is None:
             return {}
         shown = ", ".join(
@@ -228,7 +242,9 @@ class Monitor:
                 "its recent mean"
             )
         rate = self._throughput.tokens_per_second
-        self.progress.update(loss=result.loss, tokens_per_second=rate)
+        seconds = self.recipe.batch_tokens / rate if rate else 0.0
+        self.progress.update(loss=result.loss, tokens_per_second=rate, seconds=seconds)
+        self._compare_with_validation(seconds)
         if figures or due(self.recipe.log_every, step):
             record: dict[str, Any] = {"step": step, "tokens": (step + 1) * self.recipe.batch_tokens}
             record |= {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
@@ -248,6 +264,17 @@ class Monitor:
             return 0
         self._log.make_durable()
         return self._log.num_lines
+
+    def _compare_with_validation(self, seconds: float) -> None:
+        """Say, once, that most of the time will go to validations."""
+        between = self.recipe.eval_every * seconds
+        self._num_told += 1
+        # The first steps warm up, and a compiled one waits for the compiler.
+        if self._num_told == STEPS_TO_WARM_UP and 0 < between < self._validation_seconds:
+            self.progress.note(
+                f"A validation takes {self._validation_seconds:,.0f} s, the steps between two of "
+                f"them {between:,.0f} s: raise eval_every or lower validation_tokens"
+            )
 
     def report_end(self, figures: dict[str, float]) -> None:
         """The last line of metrics.jsonl: what the trained model scores."""
@@ -304,34 +331,6 @@ class Report:
     rows: StepRows
     launched: LaunchedStep
     figures: dict[str, float]
-
-
-class Progress:
-    """The main process's progress bar: step, loss, tokens/s and time left; notes go above it."""
-
-    def __init__(self, *, first_step: int, num_steps: int, enabled: bool) -> None:
-        self._enabled = enabled
-        self._bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not enabled,
-            smoothing=0.1,
-            mininterval=0.5 if sys.stderr.isatty() else 60.0,  # a log file wants few lines
-        )
-
-    def update(self, *, loss: float, tokens_per_second: float) -> None:
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s", refresh=False)
-        self._bar.update()
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar, on the main process only."""
-        if self._enabled:
-            self._bar.write(printable(text))
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 class SpikeDetector:

@@ -6,7 +6,7 @@ import pytest
 
 from gpt2repro import UserError
 from gpt2repro.system import command_line
-from gpt2repro.system.text import printable
+from gpt2repro.system.text import count_of, folded, in_short, printable
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,30 @@ def test_a_file_name_in_an_error_does_nothing_to_the_terminal(capsys):
     assert command_line.run("prog", verb, []) == 2
     said = capsys.readouterr().err
     assert said == "prog: error: runs holds \\x1b]0;title\\x07, which does not belong\n"
+
+
+def test_lines_fit_a_terminal_and_are_left_alone_in_a_file(monkeypatch):
+    line = "       run  " + "some words " * 20
+    assert folded(line) == line
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = folded(line, indent=12).split("\n")
+    assert len(lines) > 2 and all(len(each) < 80 for each in lines)
+    assert lines[0].startswith("       run  some") and lines[1].startswith(" " * 12 + "some")
+    assert " ".join(" ".join(lines).split()) == " ".join(line.split())
+
+
+@pytest.mark.parametrize(
+    ("number", "thing", "said"),
+    [(1, "process", "1 process"), (2, "process", "2 processes"), (1024, "row", "1,024 rows")],
+)
+def test_counts_are_spoken(number, thing, said):
+    assert count_of(number, thing) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0"), (40_960, "40,960"), (1_228_800, "1.2 M"), (124_439_808, "124.4 M")],
+)
+def test_small_numbers_are_said_as_they_are(number, said):
+    assert in_short(number) == said

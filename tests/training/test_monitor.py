@@ -8,7 +8,8 @@ import torch
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 from torch import nn
 
-from gpt2repro.training.monitor import Monitor, Progress, SpikeDetector, sample_text
+from gpt2repro.training.monitor import Monitor, SpikeDetector, sample_text
+from gpt2repro.training.progress import Progress
 
 PROMPT = "This function"
 
@@ -26,12 +27,12 @@ def test_a_spike_is_measured_against_recent_losses():
 def test_only_the_main_process_shows_progress(capsys):
     for enabled in (False, True):
         progress = Progress(first_step=2, num_steps=4, enabled=enabled)
-        progress.update(loss=1.5, tokens_per_second=1000.0)
+        progress.update(loss=1.5, tokens_per_second=1000.0, seconds=90.0)
         progress.note("something happened")
         progress.close()
         shown = capsys.readouterr()
         assert ("something happened" in shown.out) == enabled
-        assert ("loss 1.5000, 1,000 tok/s" in shown.err) == enabled
+        assert ("3/4 steps, loss 1.5000, 1,000 tok/s, 01:30 left" in shown.err) == enabled
 
 
 def test_only_steps_are_timed_and_the_wait_for_rows_is_part_of_them():

@@ -1,0 +1,71 @@
+"""What a run shows while it works: a bar over its steps, others over what interrupts them."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from gpt2repro.system.text import folded, printable
+
+MEMORY = 0.9  # of the moving average of a step's seconds
+
+
+class Progress:
+    """The main process's bars; lines go above them.
+
+    The time that is left is that of the steps alone: start, validation and saving, which tqdm would
+    spread over all steps, are not counted.
+    """
+
+    def __init__(self, *, first_step: int, num_steps: int, enabled: bool) -> None:
+        self._enabled = enabled
+        self._watched = sys.stderr.isatty()  # else it is a log file, which wants few lines
+        self._seconds = 0.0  # of a step, averaged
+        self._left = num_steps - first_step
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}",
+            dynamic_ncols=True,
+            disable=not enabled,
+            mininterval=0.5 if self._watched else 60.0,
+        )
+
+    def update(self, *, loss: float, tokens_per_second: float, seconds: float) -> None:
+        """Another step, of so many seconds, is done."""
+        self._left -= 1
+        before = self._seconds or seconds
+        self._seconds = MEMORY * before + (1 - MEMORY) * seconds
+        left = tqdm.format_interval(self._left * self._seconds)
+        self._bar.set_postfix_str(
+            f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s, {left} left", refresh=False
+        )
+        self._bar.update()
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], object]]:
+        """A bar of its own for what takes more than a moment; yields what moves it on."""
+        bar = tqdm(
+            total=total,
+            desc=name,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left",
+            position=1,
+            leave=False,
+            dynamic_ncols=True,
+            disable=not self._enabled,
+            delay=1.0 if self._watched else 60.0,
+            mininterval=0.5 if self._watched else 60.0,
+        )
+        try:
+            yield bar.update
+        finally:
+            bar.close()
+
+    def note(self, text: str) -> None:
+        """Print a line above the bars, on the main process only."""
+        if self._enabled:
+            self._bar.write(folded(printable(text)))
+
+    def close(self) -> None:
+        self._bar.close()
