@@ -35,14 +35,8 @@ AUTO_MAP = {
 
 POSITIVE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
 # Of a damaged file: what no model of this kind has, and no machine could begin to build.
-LARGEST = {
-    "vocab_size": 2 * 10**6,
-    "n_positions": 10**6,
-    "n_embd": 10**5,
-    "n_layer": 1000,
-    "n_head": 1000,
-    "n_inner": 10**6,
-}
+LARGEST = {"n_layer": 1000, "n_head": 1000, "n_embd": 10**5, "n_inner": 10**6}
+LARGEST |= {"vocab_size": 2 * 10**6, "n_positions": 10**6}
 PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 

@@ -126,9 +126,7 @@ class Recipe(BaseModel):
     num_validation_units: WholeNumber = knob(
         "row groups at the start of the dataset that are never trained on", ge=0, le=10**9
     )
-    validation_tokens: WholeNumber = knob(
-        "tokens of them that an evaluation reads", ge=1, le=10**12
-    )
+    validation_tokens: WholeNumber = knob("tokens of them an evaluation reads", ge=1, le=10**12)
     num_reader_threads: WholeNumber = knob("threads that fetch row groups ahead", ge=1, le=256)
     token_cache_dir: Place | None = knob("keep tokenized row groups here; null keeps none")
 
@@ -136,12 +134,8 @@ class Recipe(BaseModel):
     model_size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = knob(
         "one of the four published sizes"
     )
-    n_layer: WholeNumber | None = knob(
-        "overrides the number of layers of model_size", ge=1, le=1000
-    )
-    n_head: WholeNumber | None = knob(
-        "overrides the number of attention heads of model_size", ge=1, le=1000
-    )
+    n_layer: WholeNumber | None = knob("overrides the layers of model_size", ge=1, le=1000)
+    n_head: WholeNumber | None = knob("overrides the attention heads of model_size", ge=1, le=1000)
     n_embd: WholeNumber | None = knob("overrides the width of model_size", ge=1, le=10**5)
     sequence_length: WholeNumber = knob("context length T in tokens", ge=1, le=10**6)
     dropout: Number = knob("dropout probability everywhere GPT-2 has it", ge=0, le=0.99)
@@ -162,19 +156,13 @@ class Recipe(BaseModel):
     )
 
     # Batch and schedule
-    batch_tokens: WholeNumber = knob(
-        "tokens of one optimizer step, over all processes", ge=1, le=10**9
-    )
+    batch_tokens: WholeNumber = knob("tokens of a step, over all processes", ge=1, le=10**9)
     micro_batch_size: Annotated[WholeNumber, Ge(1), Le(10**9)] | Literal["auto"] = knob(
         "rows of one forward pass on one device; auto finds the largest that fits"
     )
-    num_steps: WholeNumber | None = knob(
-        "optimizer steps; set either this or num_epochs", ge=1, le=10**9
-    )
+    num_steps: WholeNumber | None = knob("optimizer steps; set this or num_epochs", ge=1, le=10**9)
     num_epochs: WholeNumber | None = knob(
-        "passes over the training text, turned into steps by counting its tokens first",
-        ge=1,
-        le=10**6,
+        "passes over the training text, whose tokens are counted first", ge=1, le=10**6
     )
     warmup_steps: WholeNumber = knob("steps of linear warm-up", ge=0, le=10**9)
     max_lr: Number = knob("peak learning rate", gt=0, le=1000)
@@ -214,20 +202,16 @@ class Recipe(BaseModel):
     eval_every: WholeNumber = knob(
         "steps between validations; 0 validates at the start and the end only", ge=0, le=10**12
     )
-    sample_every: WholeNumber = knob(
-        "steps between sampled continuations; 0 is never", ge=0, le=10**12
-    )
+    sample_every: WholeNumber = knob("steps between samples; 0 is never", ge=0, le=10**12)
     sample_prompt: Text = knob("what the samples continue")
     eval_tasks: Benchmarks = knob("benchmarks scored during training")
     eval_tasks_every: WholeNumber = knob(
-        "steps between benchmarks; 0 is at the end only", ge=0, le=10**12
+        "steps between them; 0 is at the end only", ge=0, le=10**12
     )
     eval_task_files: TaskFiles | None = knob(
         "TASK=FILE.jsonl for what is not to come from the Hub; --TASK_file FILE says the same"
     )
-    save_every: WholeNumber = knob(
-        "steps between checkpoints; 0 saves at the end only", ge=0, le=10**12
-    )
+    save_every: WholeNumber = knob("steps between checkpoints; 0: at the end", ge=0, le=10**12)
     keep_last: WholeNumber = knob("checkpoints kept", ge=1, le=10**9)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = knob("tracker of accelerate")
 

@@ -8,7 +8,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import DTYPES, LARGEST_SEED, OneLineParser, find_device, named
+from gpt2repro.commands.parser import DTYPES, OneLineParser, find_device, named
 from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _check(options: Namespace) -> None:
         # Each of them is a row of the batch.
         "num_return_sequences": 1 <= options.num_return_sequences <= 1000,
         "num_beams": 1 <= options.num_beams <= 1000,
-        "seed": options.seed is None or 0 <= options.seed <= LARGEST_SEED,
+        "seed": options.seed is None or 0 <= options.seed < 2**63,
     }
     for name, holds in limits.items():
         if not holds:

@@ -11,7 +11,6 @@ from gpt2repro.system.command_line import place, underscored
 if TYPE_CHECKING:
     import torch
 
-LARGEST_SEED = 2**63 - 1
 MOST_PROCESSES = 10**6
 
 # What a user may call a torch dtype -> its name there.
