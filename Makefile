@@ -19,9 +19,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
 	touch $@
 
+# Without a launcher, which would answer Ctrl-C with a traceback of its own.
 demo: $(VENV)/.installed
-	$(BIN)/accelerate launch --config_file launch/cpu.yaml --num_cpu_threads_per_process $(CORES) \
-		train_accelerate.py --recipe recipes/demo.yaml
+	OMP_NUM_THREADS=$(CORES) $(BIN)/python train_accelerate.py --recipe recipes/demo.yaml
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

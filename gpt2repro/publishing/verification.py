@@ -35,6 +35,7 @@ from gpt2repro.publishing.contents import (
 )
 from gpt2repro.records.saved_models import load_causal_lm
 from gpt2repro.system import processes
+from gpt2repro.system.command_line import say
 
 PROBE_TEXT = "Hello world's  don't\n\n\tx12 ½ naïve 中文 😀 (a+b)^2 == c_d;  end \n"
 SECONDS_FOR_FRESH_PROCESS = 1800  # gpt2-xl off a slow disk
@@ -220,6 +221,7 @@ def _compare_in_fresh_process(
     with tempfile.TemporaryDirectory(prefix="gpt2repro-verify-") as scratch:
         save_file(expected, Path(scratch) / "expected.safetensors")
         (Path(scratch) / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        say("Loading it in a fresh process, and comparing ...")
         report = run_fresh_process(Path(scratch))
     if problem := report.get("problem"):
         raise UserError(f"{directory}: in a fresh process {problem}")

@@ -13,6 +13,7 @@ from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import machine, processes, ranks
+from gpt2repro.system.command_line import say
 from gpt2repro.system.text import printable
 from gpt2repro.training.run import Run
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -49,7 +50,7 @@ def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
     model = GPT2ReproForCausalLM(checkpoints.innermost(run.learner.model).config)
     model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
     model.tie_weights()
-    print("Exporting, and checking the export in a fresh process ...", flush=True)
+    say("Exporting the model ...")
     metrics = read_metrics(run.directory.metrics)
     card = model_card(
         name=str(run.recipe.exp_name),
@@ -70,6 +71,7 @@ def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
         card=card,
         figures=[run.directory.loss_curve],
     )
+    say("Letting it write ...")
     _summarize(run, metrics)
     if (push := run.checkpoints.push) is not None:
         push.submit(run.directory.final, "The trained model")
