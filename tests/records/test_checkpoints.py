@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from power_failure import Disk
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
@@ -142,6 +143,17 @@ def test_an_interrupted_write_is_never_valid(tmp_path, monkeypatch):
                 save(tmp_path, model, optimizer, 2)
         assert checkpoints.find_latest(tmp_path) == (good, {})
     assert integrity.find_problem(save(tmp_path, model, optimizer, 2)) is None
+
+
+def test_a_checkpoint_survives_a_power_failure(tmp_path, monkeypatch):
+    """All of it is on the disk before it has the name; those it replaces are pruned afterwards."""
+    disk = Disk(monkeypatch)
+    model, optimizer = make()
+    for step in (1, 2):
+        path = save(tmp_path, model, optimizer, step, keep_last=1)
+        assert disk.lost(path) == set()
+    assert disk.names[tmp_path] == {"step_00000001", "step_00000002"}
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_another_architecture_is_named(tmp_path):
