@@ -1,5 +1,6 @@
 """The stream's contract: the same rows on any number of processes, resumed at exactly the next."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -197,6 +198,24 @@ def test_another_tokenizer_is_refused():
 def test_what_does_not_fit_is_refused_with_what_would(options, named):
     with pytest.raises(UserError, match=named):
         TokenStream(corpus(), ByteEncoder(), **OPTIONS | options)
+
+
+@pytest.mark.parametrize(
+    ("units", "num_validation_units"),
+    [
+        ([["a"], ["b"], ["c"], ["d"]], 0),
+        ([["held out"], ["a", "b", "c", "d"]], 1),  # a document a lane
+        ([["held out"], ["a"], ["b", "c"], [], ["d"]], 1),  # a unit a lane, whatever it holds
+        ([["held out"], ["a"], ["b"], [], ["d"]], 1),
+    ],
+)
+def test_what_just_fits_is_taken(units, num_validation_units):
+    options = {"num_lanes": 4, "num_validation_units": num_validation_units}
+    [stream] = streams(source=MemoryCorpus(units), **options)
+    tokens = set(next(stream).tokens.flatten().tolist())
+    stream.close()
+    trained_on = units[num_validation_units:]
+    assert tokens == {256, *map(ord, itertools.chain(*trained_on))}
 
 
 def test_lanes_without_documents_are_refused_and_do_not_spin():
