@@ -281,6 +281,15 @@ def test_wikitext_lines_are_grouped_and_limited(tmp_path):
     assert BENCHMARKS["wikitext2"].read_rows(str(WIKITEXT2), 1) == pages[:1]
 
 
+def test_a_line_that_is_none_ends_wikitext(tmp_path):
+    """Its neighbours' page would lack it."""
+    path = tmp_path / "lines.jsonl"
+    for bad in ('{"text": 1}', "{}", "[]"):
+        path.write_text(f'{{"text": " = A = "}}\n{bad}\n')
+        with pytest.raises(UserError, match="wikitext2: row 2 has neither 'page' nor 'text'"):
+            BENCHMARKS["wikitext2"].read_rows(str(path))
+
+
 def test_without_a_network_one_line_names_the_file_option(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
