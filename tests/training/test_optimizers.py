@@ -207,6 +207,8 @@ def test_newton_schulz_keeps_the_directions_and_levels_the_singular_values(shape
     # Ten products in float32, with coefficients up to 5.
     torch.testing.assert_close(ours, u * levelled[:, None] @ vh, rtol=0, atol=1e-4)
     assert levelled.min() > 0.5 and levelled.max() < 1.3
+    small = orthogonalize(maps * 1e-5)  # as gradients are
+    torch.testing.assert_close(small, ours, rtol=0, atol=1e-4)
 
 
 def test_muon_orthogonalizes_q_k_and_v_each_on_its_own():
