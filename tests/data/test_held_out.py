@@ -1,7 +1,7 @@
 """Held-out rows: the first units, in dataset order."""
 
 import pytest
-from tiny_corpus import ByteEncoder
+from tiny_corpus import ByteEncoder, MemoryCorpus
 from tiny_streams import TEXTS, corpus
 
 from gpt2repro import UserError
@@ -16,6 +16,7 @@ def test_validation_set_is_the_first_units_in_order():
     assert held_out.rows.tolist() == theirs
     assert held_out.num_tokens == len(expected)
     assert held_out.num_bytes == len("".join(TEXTS[:30]))
+    assert held_out.rows.dtype == ByteEncoder.dtype, "a training set's worth takes 2 bytes a token"
 
 
 def test_validation_reading_stops_at_max_tokens():
@@ -28,6 +29,44 @@ def test_validation_reading_stops_at_max_tokens():
     assert (held_out.rows == whole.rows[:6]).all()
     assert source.reads == [0]
     assert held_out.num_tokens > 200  # of what was encoded, as are its bytes
+
+
+def rows_of(*texts: str, **how) -> list[list[int]]:
+    """Rows of all of a corpus of one text a unit."""
+    units = MemoryCorpus([[text] for text in texts])
+    return validation_set(units, ByteEncoder(), num_units=len(texts), **how).rows.tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [None, 8, 9, 2**22])
+def test_rows_that_fit_exactly(max_tokens):
+    """Of two documents that are nine tokens together, the last is only predicted."""
+    texts = ("abc", "defg")
+    flat = [256, *b"abc", 256, *b"defg"]
+    assert rows_of(*texts, sequence_length=8, max_tokens=max_tokens) == [flat]
+    assert rows_of(*texts, sequence_length=4, max_tokens=max_tokens) == [flat[:5], flat[4:]]
+    assert len(rows_of(*texts, sequence_length=1, max_tokens=max_tokens)) == 8
+    with pytest.raises(UserError, match="the 9 validation tokens do not fill one row of 9"):
+        rows_of(*texts, sequence_length=9, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 8))
+def test_as_many_tokens_are_predicted_as_were_asked_for(max_tokens):
+    """Wherever that is in a document: one token more is read."""
+    flat = [256, *b"ab", 256, *b"c", 256, *b"def"]
+    rows = rows_of("ab", "c", "def", sequence_length=1, max_tokens=max_tokens)
+    assert rows == [flat[i : i + 2] for i in range(max_tokens)]
+
+
+def test_one_letter_is_text():
+    assert rows_of("a", sequence_length=1) == [[256, ord("a")]]
+
+
+def test_validation_tokens_are_kept_where_the_training_ones_are(tmp_path):
+    how = {"sequence_length": 32, "num_units": 2, "token_cache_dir": tmp_path}
+    first, again = corpus(), corpus()
+    rows = validation_set(first, ByteEncoder(), **how).rows
+    assert (validation_set(again, ByteEncoder(), **how).rows == rows).all()
+    assert (first.reads, again.reads) == ([0, 1], [])
 
 
 @pytest.mark.parametrize(

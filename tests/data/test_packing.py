@@ -1,6 +1,8 @@
 """Lanes of documents cut into rows: every document once an epoch, whatever it holds."""
 
+import time
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -38,6 +40,35 @@ def test_an_epoch_has_every_training_document_exactly_once(documents_per_unit):
     assert not set(validation[:-1]) & set(trained_on)
 
 
+def test_the_next_unit_is_read_before_this_one_is_used_up():
+    source = MemoryCorpus([["held out"], *[["text"] * 32] * 5])
+    plan = Plan(source.num_units, num_lanes=1, num_validation_units=1, seed=0)
+    reader = UnitReader(source, ByteEncoder())
+    lane = LaneDocuments(plan, reader, ByteEncoder(), 0, Position(0, 0, 0, 0))
+    segments = iter(lane)
+    next(segments)
+    assert len(source.reads) == 1, "not sooner either: lanes are many, and each holds its units"
+    for _ in range(24):
+        next(segments)
+    deadline = time.monotonic() + 10
+    while len(source.reads) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    reader.close()
+    assert len(source.reads) == 2
+
+
+def test_units_without_documents_are_passed_over():
+    """However many there are in all, and dozens in a row: a lane ends only where all are empty."""
+    source = MemoryCorpus([["held out"], *[[]] * 45, ["the only one"]])
+    plan = Plan(source.num_units, num_lanes=1, num_validation_units=1, seed=0)
+    reader = UnitReader(source, ByteEncoder())
+    lane = LaneDocuments(plan, reader, ByteEncoder(), 0, Position(0, 0, 0, 0))
+    segments = [*islice(lane, 12)]
+    reader.close()
+    assert [segment.position.epoch for segment in segments] == [*range(12)]
+    assert {read_back(segment.tokens)[0] for segment in segments} == {"the only one"}
+
+
 def test_any_document_is_carried():
     odd = ["", None, "\0\0 NUL \0", "naïve 中文 😀", "x" * 50_000, " ", "\n" * 99, "plain"] * 8
     source = MemoryCorpus(in_units(["held out " * 9, *odd], 1))
@@ -50,6 +81,7 @@ def test_any_document_is_carried():
             if segment.position.epoch:
                 break
             assert segment.tokens[0] == 256
+            assert segment.tokens.dtype == ByteEncoder.dtype, "two bytes a token, not eight"
             seen[bytes(segment.tokens[1:].astype(np.uint8))] += 1
     reader.close()
     assert seen == expected

@@ -1,5 +1,6 @@
 """The stream's contract: the same rows on any number of processes, resumed at exactly the next."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -119,19 +120,36 @@ def test_resuming_another_stream_is_refused_by_the_field_that_differs(change, na
         streams(1, state, **change)
 
 
-POSITIONS = {
-    "pieces": [0, 99, 0, 0],
-    "documents": [0, 0, 99, 0],
-    "tokens": [0, 0, 0, 10**6],
-}
+# Of 28 units of 10 documents of 3 tokens, lane 3 of 8 has four: the last place of each kind.
+LAST = {"pieces": [0, 3, 0, 0], "documents": [0, 0, 9, 0], "tokens": [0, 0, 0, 2]}
 
 
-@pytest.mark.parametrize("part", POSITIONS)
+@pytest.mark.parametrize("part", LAST)
 def test_a_position_that_the_data_do_not_have_is_refused(part):
-    _, _, state = run(streams(), 1)
-    state["lanes"][3] = POSITIONS[part]
+    source = corpus(["ab"] * 300)
+    _, _, state = run(streams(source=source), 1)
+    state["lanes"][3] = LAST[part]
+    run(streams(state=state, source=source), 1)
+    state["lanes"][3] = [n + (n > 0) for n in LAST[part]]
     with pytest.raises(UserError, match=f"position is beyond the .*{part}.*earlier checkpoint"):
-        run(streams(state=state), 1)
+        run(streams(state=state, source=source), 1)
+
+
+def test_a_position_beyond_the_only_document_of_a_unit_is_refused():
+    one_each = {"source": corpus(["ab"] * 10, 1), "num_lanes": 1}
+    _, _, state = run(streams(**one_each), 1)
+    with pytest.raises(UserError, match="position is beyond the documents"):
+        run(streams(state=state | {"lanes": [[0, 0, 1, 0]]}, **one_each), 1)
+
+
+def test_a_row_that_ends_with_a_document_goes_on_at_the_next_one():
+    """Of documents of 4 tokens: the place after each row of 4 is the beginning of one."""
+    source = corpus(["abc"] * 30)
+    options = {"sequence_length": 4, "rows_per_step": 1, "num_lanes": 1, "source": source}
+    [stream] = streams(**options)
+    places = [tuple(next(stream).lanes[0]) for _ in range(11)]
+    stream.close()
+    assert places == [*((0, 0, n, 0) for n in range(1, 10)), (1, 0, 0, 0), (1, 0, 1, 0)]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +187,8 @@ def test_another_tokenizer_is_refused():
     [
         ({"num_lanes": 5}, r"num_lanes 5 does not divide the 16 rows .* these would: 1, 2, 4, 8$"),
         ({"num_lanes": 32}, "num_lanes 32 does not divide the 16 rows"),
-        ({"num_lanes": 0}, "num_lanes 0 does not divide the 16 rows"),
+        ({"num_lanes": 3}, r"num_lanes 3 does not divide the 16 rows .* these would: 1, 2, 4$"),
+        ({"num_lanes": 0}, r"num_lanes 0 does not divide the 16 rows .* these would: 1, 2$"),
         ({"num_lanes": 2, "world_size": 4}, r"2 is not .* launch 1, 2 .* num_lanes to 4, 8, 16$"),
         ({"world_size": 3}, "the 3 processes .* launch 1, 2, 4, 8 processes, or change batch_tok"),
         ({"num_validation_units": 30}, "num_validation_units: 30 of the dataset's 30 units"),
@@ -179,6 +198,24 @@ def test_another_tokenizer_is_refused():
 def test_what_does_not_fit_is_refused_with_what_would(options, named):
     with pytest.raises(UserError, match=named):
         TokenStream(corpus(), ByteEncoder(), **OPTIONS | options)
+
+
+@pytest.mark.parametrize(
+    ("units", "num_validation_units"),
+    [
+        ([["a"], ["b"], ["c"], ["d"]], 0),
+        ([["held out"], ["a", "b", "c", "d"]], 1),  # a document a lane
+        ([["held out"], ["a"], ["b", "c"], [], ["d"]], 1),  # a unit a lane, whatever it holds
+        ([["held out"], ["a"], ["b"], [], ["d"]], 1),
+    ],
+)
+def test_what_just_fits_is_taken(units, num_validation_units):
+    options = {"num_lanes": 4, "num_validation_units": num_validation_units}
+    [stream] = streams(source=MemoryCorpus(units), **options)
+    tokens = set(next(stream).tokens.flatten().tolist())
+    stream.close()
+    trained_on = units[num_validation_units:]
+    assert tokens == {256, *map(ord, itertools.chain(*trained_on))}
 
 
 def test_lanes_without_documents_are_refused_and_do_not_spin():
@@ -254,6 +291,25 @@ def test_wait_seconds_counts_the_time_spent_waiting():
     read = source.read_arrow
     source.read_arrow = lambda unit: (time.sleep(0.2), read(unit))[1]
     [stream] = streams(source=source, num_lanes=1, num_reader_threads=1)
+    assert stream.wait_seconds == 0
     next(stream)
     stream.close()
     assert 0.2 <= stream.wait_seconds < 5
+
+
+def test_waiting_for_the_next_step_takes_nothing_from_it():
+    source = corpus()
+    read, may_read = source.read_arrow, threading.Event()
+    source.read_arrow = lambda unit: (may_read.wait(60), read(unit))[1]
+    [stream] = streams(source=source)
+    assert not stream.wait(0.01)
+    may_read.set()
+    assert stream.wait(60) and stream.wait(0)
+    digests = [next(stream).digest for _ in range(2)]
+    stream.close()
+    assert digests == run(streams(), 2)[0]
+
+
+def test_one_process_has_all_lanes_unless_it_is_told_of_others():
+    stream = TokenStream(corpus(), ByteEncoder(), **OPTIONS)
+    assert [*stream.lanes] == [*range(8)]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, uniform_gpt2
 
+from gpt2repro import UserError
 from gpt2repro.evaluation.likelihoods import (
     NUM_SHAPES,
     Request,
@@ -16,6 +18,7 @@ from gpt2repro.evaluation.likelihoods import (
     encode_pairs,
     loglikelihoods,
     plan_batches,
+    prefix_token,
 )
 
 POSITIONS = 64
@@ -77,11 +80,54 @@ def test_a_uniform_model_scores_ln_v(requests):
     np.testing.assert_allclose(per_token, math.log(VOCAB_SIZE), rtol=1e-6)  # float32
 
 
+def test_of_no_requests_there_are_no_scores(model):
+    scores = loglikelihoods(model, [], max_length=POSITIONS, batch_size=4)
+    assert scores.log_likelihood.shape == scores.is_greedy.shape == (0,)
+    assert scores.is_greedy.dtype == bool and scores.padding_waste == 0
+
+
+def test_padding_waste_is_the_share_of_positions_that_were_for_nothing(model):
+    """Inputs of 8, 8, 5 and 3 tokens in one batch; filler rows and a second batch count too."""
+    requests = [Request([1] * (n + 1), 1) for n in (8, 3, 8, 5)]
+    how = {"max_length": POSITIONS, "reduce": lambda found: found}
+    scores = loglikelihoods(model, requests, batch_size=4, **how)
+    assert scores.padding_waste == pytest.approx(1 - 24 / 32)
+    scores = loglikelihoods(model, requests, batch_size=3, **how)
+    assert scores.padding_waste == pytest.approx(1 - 24 / 48)
+
+
+def test_the_model_is_asked_for_no_cache_and_for_all_logits_unless_they_may_be_trimmed(requests):
+    asked: list[dict] = []
+    model = random_gpt2(positions=POSITIONS)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: asked.append(dict(kwargs)), with_kwargs=True
+    )
+    loglikelihoods(model, requests, max_length=POSITIONS, batch_size=8)
+    assert all(each.keys() == {"input_ids", "use_cache"} for each in asked)
+    whole = len(asked)
+    loglikelihoods(model, requests, max_length=POSITIONS, batch_size=8, trim_logits=True)
+    assert not any(each["use_cache"] for each in asked)
+    assert any(each.get("logits_to_keep", 0) for each in asked[whole:])
+
+
+def test_trimmed_logits_are_the_end_of_the_row_in_quarters():
+    """A row of 64 inputs whose last 17 tokens are scored needs 17 positions: two quarters."""
+    asked: list[int] = []
+    model = random_gpt2(positions=POSITIONS)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: asked.append(kwargs.get("logits_to_keep", 0)), with_kwargs=True
+    )
+    for num_scored in (1, 16, 17, 48, 49, 64):
+        request = Request([3] * 65, num_scored)
+        loglikelihoods(model, [request], max_length=64, batch_size=1, trim_logits=True)
+    assert asked == [16, 16, 32, 48, 0, 0]  # 0: all 64
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_together_give_the_same_bits(model, requests, world_size):
     """Every rank scores its batches; summing what they found is what `reduce` does."""
     alone = loglikelihoods(model, requests, max_length=POSITIONS, batch_size=4)
-    found, num_forwards = [], []
+    found, num_forwards, num_finished = [], [], 0
 
     def collect(tensor: torch.Tensor) -> torch.Tensor:
         found.append(tensor)
@@ -100,8 +146,10 @@ def test_ranks_together_give_the_same_bits(model, requests, world_size):
             on_batch=finished.append,
         )
         num_forwards.append(len(finished))
+        num_finished += sum(finished)
     together = torch.stack(found).sum(dim=0)
     assert len(set(num_forwards)) == 1, "a sharded model would hang"
+    assert num_finished == len(requests), "for a progress bar: filler does not count"
     np.testing.assert_array_equal(together[0].numpy(), alone.log_likelihood)
     np.testing.assert_array_equal(together[1].numpy() > 0, alone.is_greedy)
 
@@ -165,6 +213,9 @@ def test_batches_hold_each_request_once_in_few_shapes(world_size):
     assert {len(batch.index) for batch in batches} == {16}
     assert len({batch.length for batch in batches}) <= NUM_SHAPES
     assert len(batches) % world_size == 0
+    shapes = [batch.length for batch in batches]
+    assert shapes == sorted(shapes, reverse=True), "what runs out of memory does so at once"
+    assert all(length % 8 == 0 for length in shapes)
     computed = sum(batch.length * 16 for batch in batches)
     assert 1 - lengths.sum() / computed < 0.25
 
@@ -172,6 +223,14 @@ def test_batches_hold_each_request_once_in_few_shapes(world_size):
 def test_no_shape_exceeds_the_model():
     (batch,) = plan_batches(np.array([61, 62]), batch_size=8, max_length=62)
     assert batch.length == 62  # not 64
+
+
+def test_ranks_without_a_batch_of_their_own_repeat_one_that_does_not_count():
+    """Else a sharded model would wait for them. Shorter batches are filled with their own rows."""
+    batches = plan_batches(np.array([9, 30, 20]), batch_size=2, max_length=64, world_size=5)
+    assert [batch.num_counted for batch in batches] == [2, 1, 0, 0, 0]
+    assert [batch.index.tolist() for batch in batches] == [[1, 2], *[[0, 0]] * 4]
+    assert [batch.length for batch in batches] == [32, *[16] * 4]
 
 
 # --- tokens of a pair -----------------------------------------------------------------------------
@@ -185,6 +244,21 @@ def test_pairs_are_split_where_the_context_ends():
     assert first == spaced, "a space at the end of the context belongs to the continuation"
     assert tokenizer.decode(first.ids[-first.num_scored :]) == " fell down"
     assert tokenizer.decode(first.ids) == "The lamp fell down"
+
+
+def test_a_tokenizer_without_bos_begins_texts_with_eos_and_without_either_is_refused():
+    tokenizer = SimpleNamespace(bos_token_id=7, eos_token_id=9)
+    assert prefix_token(tokenizer) == 7
+    tokenizer.bos_token_id = None
+    assert prefix_token(tokenizer) == 9
+    tokenizer.eos_token_id = None
+    with pytest.raises(UserError, match="neither a bos nor an eos token"):
+        prefix_token(tokenizer)
+
+
+def test_of_a_pair_without_a_continuation_nothing_is_scored():
+    (request,) = encode_pairs(tiny_tokenizer(), [("The lamp", "")])
+    assert request.num_scored == 0
 
 
 def test_an_empty_context_becomes_the_prefix_token():

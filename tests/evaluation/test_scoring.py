@@ -13,6 +13,7 @@ import torch._dynamo.testing
 import torch.distributed as dist
 from tiny_language_models import (
     HELLASWAG,
+    LAMBADA,
     VOCAB_SIZE,
     WIKITEXT2,
     random_gpt2,
@@ -27,7 +28,7 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.evaluation.benchmarks import BENCHMARKS, open_tasks
 from gpt2repro.evaluation.likelihoods import NUM_SHAPES
-from gpt2repro.evaluation.scoring import score_tasks
+from gpt2repro.evaluation.scoring import score_task, score_tasks
 from gpt2repro.evaluation.task import MalformedRow, read_jsonl
 from gpt2repro.evaluation.validation import validation_loss
 from gpt2repro.system import patience, ranks
@@ -184,6 +185,24 @@ def test_hellaswag_between_compiled_training_steps_compiles_once():
     assert found == score_tasks(random_gpt2(), tasks, batch_size=4)
 
 
+def test_tasks_in_one_pass_have_the_figures_that_each_has_alone():
+    model, tokenizer = random_gpt2(), tiny_tokenizer()
+    tasks = [
+        *open_tasks("hellaswag", tokenizer, max_length=512, file=str(HELLASWAG)),
+        *open_tasks("lambada", tokenizer, max_length=512, file=str(LAMBADA)),
+    ]
+    together = score_tasks(model, tasks, batch_size=8)
+    for task in tasks:
+        alone = score_task(model, task, batch_size=8)
+        assert alone.task is task and 0 < alone.seconds < 60 and 0 < alone.padding_waste < 1
+        for name, estimate in alone.estimates.items():
+            # Other batches, other float32 rounding.
+            assert together.pop(name) == pytest.approx(estimate.value, rel=1e-4)
+            assert together.pop(f"{name}_stderr") == pytest.approx(estimate.stderr, rel=1e-4)
+    assert not together
+    assert score_task(model, tasks[0], batch_size=8, should_stop=lambda: True) is None
+
+
 def test_hellaswag_stops():
     tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
     assert score_tasks(random_gpt2(), tasks, batch_size=8, should_stop=lambda: True) is None
@@ -260,6 +279,15 @@ def test_wikitext_lines_are_grouped_and_limited(tmp_path):
     path.write_text("\n".join(rows))
     assert BENCHMARKS["wikitext2"].read_rows(str(path)) == pages
     assert BENCHMARKS["wikitext2"].read_rows(str(WIKITEXT2), 1) == pages[:1]
+
+
+def test_a_line_that_is_none_ends_wikitext(tmp_path):
+    """Its neighbours' page would lack it."""
+    path = tmp_path / "lines.jsonl"
+    for bad in ('{"text": 1}', "{}", "[]"):
+        path.write_text(f'{{"text": " = A = "}}\n{bad}\n')
+        with pytest.raises(UserError, match="wikitext2: row 2 has neither 'page' nor 'text'"):
+            BENCHMARKS["wikitext2"].read_rows(str(path))
 
 
 def test_without_a_network_one_line_names_the_file_option(monkeypatch):

@@ -107,6 +107,22 @@ def test_lm_eval_text_and_lengths(tokenizer):
     assert task.lengths(task.examples[0], task.requests) == [13, 3], "characters, not bytes"
 
 
+@BOTH
+def test_labels_are_those_of_the_endings(tokenizer, hellaswag):
+    """Numbers or their text, the last one included; and two endings are enough."""
+    rows = [row(label=3), row(label="0"), row(endings=["a", "b"], label=1)]
+    task = hellaswag(rows, tokenizer, max_length=64)
+    assert [example.label for example in task.examples] == [3, 0, 1]
+    for label in ("1.5", "one", "-1", 1.0, [1], "4"):
+        (reason,) = hellaswag([row(label=label)], tokenizer, max_length=64).skipped.values()
+        assert reason.startswith(f"'label' is {label if label == '4' else repr(label)}, ")
+
+
+def test_an_empty_context_is_named(tokenizer):
+    task = CompletionHellaSwag([row(ctx=" \n")], tokenizer, max_length=64)
+    assert task.skipped == {1: "the context is empty"}
+
+
 def test_cleaning():
     assert hellaswag._clean(" [header] A [title] B  c [x] d ") == " A. B c d"
 
@@ -148,6 +164,10 @@ def test_a_long_context_is_cut_on_the_left_and_counted(tokenizer):
     rows = [row(), row(ctx="a b c " * 100)]
     task = CompletionHellaSwag(rows, tokenizer, max_length=64)
     assert (task.rows, task.truncated, task.skipped) == ([1, 2], [2], {})
+    whole = max(len(request.ids) for request in task.requests[:4]) - 1
+    just_fits = CompletionHellaSwag(rows[:1], tokenizer, max_length=whole)
+    assert just_fits.truncated == []
+    assert CompletionHellaSwag(rows[:1], tokenizer, max_length=whole - 1).truncated == [1]
     assert scored(random_gpt2(positions=64), task)
 
 
@@ -197,6 +217,7 @@ def test_windows_score_every_token_once(num_tokens, stride):
     assert covered == list(range(num_tokens))
     assert all(begin <= scored_from < end <= begin + 8 for begin, scored_from, end in windows)
     assert all(end - scored_from <= stride for _, scored_from, end in windows[1:])
+    assert all(begin == max(0, end - 8) for begin, _, end in windows), "with all there is before"
 
 
 def test_wikitext_of_a_uniform_model(tokenizer):
@@ -213,6 +234,25 @@ def test_wikitext_of_a_uniform_model(tokenizer):
         num_bytes = sum(len(page["page"].encode()) for page in pages)
         bits = num_tokens / num_bytes * np.log2(VOCAB_SIZE)
         assert found["wikitext2/bits_per_byte"] == pytest.approx(bits)
+
+
+def test_the_stride_is_told_and_by_default_the_whole_context(tokenizer):
+    pages = read(WIKITEXT2)
+    default = WikiText2(pages, tokenizer, max_length=64)
+    whole = WikiText2(pages, tokenizer, max_length=64, stride=64)
+    assert default.note == whole.note == "; stride 64"
+    assert default.requests == whole.requests
+    assert WikiText2(pages, tokenizer, max_length=64, stride=16).note == "; stride 16"
+
+
+def test_pages_begin_after_the_prefix_token(tokenizer):
+    """So that the first token is predicted too; later windows begin with what was before."""
+    (page,) = [{"page": "It rained on the river for days. " * 4}]
+    task = WikiText2([page], tokenizer, max_length=8, stride=4)
+    ids = [tokenizer.bos_token_id, *tokenizer(page["page"])["input_ids"]]
+    assert [request.ids for request in task.requests[:3]] == [ids[:9], ids[4:13], ids[8:17]]
+    assert [request.num_scored for request in task.requests[:3]] == [8, 4, 4]
+    assert sum(request.num_scored for request in task.requests) == len(ids) - 1
 
 
 def test_detokenization():

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from power_failure import Disk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_export import VERIFIED, WITHOUT_THE_PACKAGE
+from tiny_export import VERIFIED, WITHOUT_THE_PACKAGE, export_unverified
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
@@ -390,3 +391,10 @@ def test_a_wrong_shard_size_names_the_option(tmp_path):
     with pytest.raises(UserError, match="--max_shard_size many"):
         export.export(tiny_model(), tiny_tokenizer(), tmp_path / "o", max_shard_size="many")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_survives_a_power_failure(tmp_path, monkeypatch):
+    """All of it is on the disk before it has the name."""
+    disk = Disk(monkeypatch)
+    output = export_unverified(tmp_path / "export")
+    assert disk.lost(output) == set()

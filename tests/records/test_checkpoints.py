@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from power_failure import Disk
+from safetensors import safe_open
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
@@ -66,6 +68,18 @@ def test_training_goes_on_bitwise(tmp_path, optimizer, tied):
         assert torch.equal(p, q)
 
 
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    """Of a model with dropout, say."""
+    model, optimizer = make()
+    torch.manual_seed(5)
+    torch.rand(3)
+    path = save(tmp_path, model, optimizer)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    checkpoints.load(path, model=model, optimizer=optimizer)
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_pruning_leaves_copies_alone(tmp_path):
     """Whole checkpoints, but not under a name of ours: somebody keeps them."""
     model, optimizer = make()
@@ -81,6 +95,9 @@ def test_a_checkpoint_is_a_model_directory_without_pickles(tmp_path):
     model, optimizer = make()
     path = save(tmp_path, model, optimizer)
     assert {file.suffix for file in path.iterdir()} <= {".safetensors", ".json", ".py", ""}
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}, "other loaders ask for it"
+        assert {*file.keys()} == {name for name, _ in model.named_parameters()}
     theirs, report = GPT2ReproForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(report.values())
     ids = torch.arange(8)[None]
@@ -142,6 +159,17 @@ def test_an_interrupted_write_is_never_valid(tmp_path, monkeypatch):
                 save(tmp_path, model, optimizer, 2)
         assert checkpoints.find_latest(tmp_path) == (good, {})
     assert integrity.find_problem(save(tmp_path, model, optimizer, 2)) is None
+
+
+def test_a_checkpoint_survives_a_power_failure(tmp_path, monkeypatch):
+    """All of it is on the disk before it has the name; those it replaces are pruned afterwards."""
+    disk = Disk(monkeypatch)
+    model, optimizer = make()
+    for step in (1, 2):
+        path = save(tmp_path, model, optimizer, step, keep_last=1)
+        assert disk.lost(path) == set()
+    assert disk.names[tmp_path] == {"step_00000001", "step_00000002"}
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_another_architecture_is_named(tmp_path):

@@ -173,6 +173,26 @@ def test_a_state_or_marker_of_another_shape_is_found(run, content):
     assert integrity.find_problem(newest)
 
 
+@pytest.mark.parametrize(("step", "may_lack"), [(0, True), (5, True), (6, False)])
+def test_optimizer_state_may_lack_until_an_update_must_have_been(tmp_path, step, may_lack):
+    """Of the first five all may have been skipped; a sixth in a row would have ended the run."""
+    path = save(tmp_path, step)
+    tensors = load_file(path / integrity.OPTIMIZER)
+    save_file({"rng.0.cpu": tensors["rng.0.cpu"]}, path / integrity.OPTIMIZER)
+    (path / integrity.MARKER).unlink()
+    integrity.mark(path)
+    problem = integrity.find_problem(path)
+    assert (problem is None) if may_lack else ("is lacking" in problem)
+
+
+def test_a_checkpoint_under_another_name_is_one(run):
+    """Somebody's copy: `--resume DIRECTORY` goes on from it, `auto` does not look at it."""
+    copy = (run / "step_00000020").rename(run / "step_00000020.best")
+    assert integrity.find_problem(copy) is None and integrity.is_whole(copy)
+    assert checkpoints.read_state(copy)["step"] == 20
+    assert checkpoints.find_latest(run) == (run / "step_00000010", {})
+
+
 def test_checkpoints_of_earlier_versions_are_gone_on_from(run):
     """Their markers list sizes alone."""
     newest = run / "step_00000020"

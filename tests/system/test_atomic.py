@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from power_failure import Disk
 
 from gpt2repro.system import atomic
 
@@ -103,3 +104,27 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     scratch = atomic.partial(tmp_path / "final")
     (scratch / "half").write_text("")
     assert atomic.partial(tmp_path / "final") == scratch and not names(scratch)
+
+
+# --- Power failures -------------------------------------------------------------------------------
+
+
+def test_a_durable_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    disk, path = Disk(monkeypatch), tmp_path / "a.txt"
+    with atomic.new_file(path, durable=True) as scratch:
+        scratch.write_text("all of it")
+    assert disk.lost(path) == set()
+
+
+def test_a_directory_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """With all that is in it; the one before goes when the new one has the name there."""
+    disk, path = Disk(monkeypatch), tmp_path / "final"
+    for text in ("first", "second"):
+        scratch = atomic.partial(path)
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "file").write_text(text)
+        (scratch / "file").write_text(text)
+        atomic.move_into_place(scratch, path)
+        assert disk.lost(path) == set()
+    assert disk.names[tmp_path] == {"final", ".final.previous"}
+    assert names(tmp_path) == ["final"]

@@ -13,11 +13,18 @@ from gpt2repro.training.optim.registry import build_optimizer
 from gpt2repro.training.schedule import set_lr
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-SETTINGS = ("--max_lr", "1e-2", "--muon_lr", "2e-2", "--muon_weight_decay", "0.01")
+SETTINGS = {"max_lr": 1e-2, "muon_lr": 2e-2, "muon_weight_decay": 0.01}
 
 
-def build(model, name: str):
-    return build_optimizer(model, load_recipe([*SETTINGS, "--optimizer", name]))
+EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
+# Nothing that a default could stand in for.
+ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3}
+
+
+def build(model, name: str, **settings: float):
+    settings = SETTINGS | settings
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    return build_optimizer(model, load_recipe([*options, "--optimizer", name]))
 
 
 def tiny_model(**overrides) -> GPT2ReproForCausalLM:
@@ -31,6 +38,15 @@ def backward(model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 50, (4, 8), generator=generator)
     model(input_ids=ids, labels=ids).loss.backward()
+
+
+def give_gradients(model, seed: int | None) -> None:
+    """Random gradients of every parameter, or with None zero ones."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        if seed is not None:
+            p.grad.normal_(generator=generator)
 
 
 # --- Groups ---------------------------------------------------------------------------------------
@@ -48,11 +64,52 @@ def test_groups_cover_every_parameter_once(tied):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_are_left_alone(name):
+    model = tiny_model()
+    frozen = model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
+    before = frozen.clone()
+    optimizer = build(model, name)
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert grouped == {id(p) for p in model.parameters()} - {id(frozen)}
+    backward(model, 0)
+    optimizer.step()
+    assert torch.equal(frozen, before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_parameters_without_a_gradient_stay_as_they_are(name):
+    """A part of the model that a loss does not reach is not decayed either."""
+    model = tiny_model()
+    optimizer = build(model, name)
+    backward(model, 0)
+    unreached = [model.transformer.h[0].mlp.c_fc.weight, model.transformer.wpe.weight]
+    before = [p.detach().clone() for p in unreached]
+    for p in unreached:
+        p.grad = None
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(unreached, before, strict=True))
+    assert not any(p in optimizer.state for p in unreached)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_matrices_and_embeddings_decay(name):
     optimizer = build(tiny_model(), name)
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     matrices = 0.01 if name == "muon" else 0.1
     assert decay == {"qkv": matrices, "matrices": matrices, "embeddings": 0.1, "vectors": 0.0}
+
+
+@pytest.mark.parametrize(("name", "matrices"), [("adamw", 1e-2 * 0.3), ("muon", 2e-2 * 0.7)])
+def test_without_a_gradient_to_follow_there_is_the_decay_alone(name, matrices):
+    """Zero gradients: every parameter shrinks by its learning rate times its decay."""
+    model = tiny_model()
+    optimizer = build(model, name, weight_decay=0.3, muon_weight_decay=0.7)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    give_gradients(model, None)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decay = 0.0 if p.ndim < 2 else 1e-2 * 0.3 if name in EMBEDDINGS else matrices
+        torch.testing.assert_close(p, before[name] * (1 - decay), rtol=1e-6, atol=0)  # float32
 
 
 def test_one_schedule_drives_all_groups():
@@ -67,14 +124,14 @@ def test_one_schedule_drives_all_groups():
 
 def test_adamw_is_torchs():
     ours, theirs = tiny_model(), tiny_model()
-    optimizer = build(ours, "adamw")
+    optimizer = build(ours, "adamw", **ADAM)
     decayed = [p for p in theirs.parameters() if p.ndim >= 2]
     rest = [p for p in theirs.parameters() if p.ndim < 2]
     reference = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
         lr=1e-2,
-        betas=(0.9, 0.95),
-        eps=1e-8,
+        betas=(0.8, 0.9),
+        eps=1e-3,
         fused=True,
     )
     for step in range(3):
@@ -112,6 +169,32 @@ def test_muon_is_torchs_on_each_linear_map():
         torch.testing.assert_close(mine, other, rtol=0, atol=3 * 0.02 * 0.04)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mlp.c_fc", "mlp.c_proj"])
+def test_muon_follows_its_rule(name):
+    """Jordan et al. 2024 in float64: Nesterov's momentum, Newton-Schulz, the decay, step sizes."""
+    lr, momentum, decay = 2e-2, 0.8, 0.7
+    model = tiny_model()
+    optimizer = build(model, "muon", muon_momentum=momentum, muon_weight_decay=decay)
+    weight = model.get_submodule(f"transformer.h.1.{name}").weight
+    expected = weight.double().T  # (out, in)
+    mean = torch.zeros_like(expected)
+    for step in range(3):
+        give_gradients(model, step)
+        gradient = weight.grad.double().T
+        optimizer.step()
+        mean = momentum * mean + (1 - momentum) * gradient
+        ahead = momentum * mean + (1 - momentum) * gradient
+        update = ahead / ahead.norm()
+        for _ in range(5):
+            gram = update @ update.T
+            update = 3.4445 * update + (-4.7750 * gram + 2.0315 * gram @ gram) @ update
+        tall = max(1, expected.shape[0] / expected.shape[1]) ** 0.5
+        expected = expected * (1 - lr * decay) - lr * tall * update
+    # Ten products in float32, as below; three steps of 0.02 of them, of which one kind is doubled.
+    torch.testing.assert_close(weight.T.double(), expected, rtol=0, atol=3 * 2 * lr * 1e-4)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8)])
 def test_newton_schulz_keeps_the_directions_and_levels_the_singular_values(shape):
     maps = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -124,14 +207,14 @@ def test_newton_schulz_keeps_the_directions_and_levels_the_singular_values(shape
     # Ten products in float32, with coefficients up to 5.
     torch.testing.assert_close(ours, u * levelled[:, None] @ vh, rtol=0, atol=1e-4)
     assert levelled.min() > 0.5 and levelled.max() < 1.3
+    small = orthogonalize(maps * 1e-5)  # as gradients are
+    torch.testing.assert_close(small, ours, rtol=0, atol=1e-4)
 
 
 def test_muon_orthogonalizes_q_k_and_v_each_on_its_own():
     """An update of one fused block could not have three orthogonal square maps."""
     model = tiny_model()
-    optimizer = build_optimizer(
-        model, load_recipe([*SETTINGS[:4], "--optimizer", "muon", "--muon_weight_decay", "0"])
-    )
+    optimizer = build(model, "muon", muon_weight_decay=0)
     weight = model.transformer.h[0].attn.c_attn.weight
     before = weight.detach().clone()
     backward(model, 0)
@@ -145,11 +228,36 @@ def test_muon_orthogonalizes_q_k_and_v_each_on_its_own():
 
 def test_muon_trains_the_rest_with_adamw():
     ours, theirs = tiny_model(), tiny_model()
-    muon = build(ours, "muon")
-    adamw = build(theirs, "adamw")
-    for model, optimizer in ((ours, muon), (theirs, adamw)):
-        backward(model, 0)
-        optimizer.step()
-    assert torch.equal(ours.transformer.wte.weight, theirs.transformer.wte.weight)
-    assert torch.equal(ours.transformer.ln_f.bias, theirs.transformer.ln_f.bias)
+    muon = build(ours, "muon", **ADAM)
+    adamw = build(theirs, "adamw", **ADAM)
+    for step in range(3):
+        for model, optimizer in ((ours, muon), (theirs, adamw)):
+            give_gradients(model, step)
+            optimizer.step()
+    rest = [name for name, p in ours.named_parameters() if p.ndim < 2 or name in EMBEDDINGS]
+    for name in rest:
+        assert torch.equal(ours.get_parameter(name), theirs.get_parameter(name)), name
+    assert len(rest) == 2 * 8 + 2 + 2
     assert isinstance(muon, MuonAdamW) and math.isfinite(ours.transformer.wte.weight.sum().item())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_that_is_not_finite_never_happened(name):
+    """`found_inf`, as a gradient scaler or the training step sets it: 1.0 skips, 0.0 does not."""
+    ours, theirs = tiny_model(), tiny_model()
+    skipping, plain = build(ours, name), build(theirs, name)
+    for step in range(5):
+        found_inf = float(step in (0, 2, 3))
+        give_gradients(ours, step)
+        if found_inf:
+            ours.transformer.wte.weight.grad[3, 3] = math.nan
+            ours.transformer.h[0].mlp.c_fc.weight.grad[3, 3] = math.inf
+        skipping.found_inf = torch.tensor(found_inf)
+        skipping.step()
+        if not found_inf:
+            give_gradients(theirs, step)
+            plain.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        for key, value in plain.state[q].items():
+            assert torch.equal(skipping.state[p][key], value), (name, key)
