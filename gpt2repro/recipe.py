@@ -12,6 +12,7 @@ them, and setting one of the two lengths of a run replaces the other.
 
 import difflib
 import sys
+import textwrap
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -266,6 +267,35 @@ FIELDS = Recipe.model_fields
 
 # --- Reading --------------------------------------------------------------------------------------
 
+USUAL = ("exp_name", "dataset_name", "tokenizer_name", "num_steps", "micro_batch_size", "max_lr")
+GROUPS = {  # by their first field
+    "exp_name": "The run",
+    "dataset_name": "Data",
+    "model_size": "Model",
+    "batch_tokens": "Batch and schedule",
+    "optimizer": "Optimizer",
+    "mixed_precision": "Engine",
+    "log_every": "What the run shows and keeps",
+    "push_to_hub": "Publishing",
+}
+# What other training scripts call a field: understood on the command line, or answered.
+ALIASES = {"epochs": "num_epochs", "batch_size": "micro_batch_size"}
+HABITS = {
+    "lr": "max_lr, the peak of the schedule",
+    "learning_rate": "max_lr, the peak of the schedule",
+    "output": "output_dir, the run's own directory",
+    "steps": "num_steps, of the optimizer",
+    "max_steps": "num_steps, of the optimizer",
+    "max_iters": "num_steps, of the optimizer",
+    "gradient_accumulation_steps": "batch_tokens, from which it follows",
+    "block_size": "sequence_length, in tokens",
+    "dataset": "dataset_name",
+    "tokenizer": "tokenizer_name",
+    "model": "model_size, or init_from for weights to start from",
+    "bf16": "mixed_precision bf16",
+    "warmup": "warmup_steps",
+}
+
 FORMER_NAMES = {"hellaswag_every": "eval_tasks_every"}  # what earlier recipes call a field
 TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}  # entries of eval_task_files
 
@@ -364,6 +394,7 @@ def parse_arguments(argv: list[str]) -> dict[str, Any]:
                 f"unexpected argument {brief(word)}: options are --recipe FILE and --FIELD VALUE"
             )
         key, equals, text = underscored(word)[2:].partition("=")
+        key = ALIASES.get(key, key)
         if not equals:
             if words and not words[0].startswith("--"):
                 text = words.pop(0)
@@ -390,15 +421,43 @@ def _parse_value(text: str) -> Any:
 
 
 def _help_text() -> str:
+    """The usual fields, then all of them in the groups of recipes/gpt2.yaml, with their values."""
+    values = {name: read_recipe(find_recipe(name)) for name in (DEFAULT_RECIPE, "demo")}
+
+    def described(key: str) -> list[str]:
+        own, demo = (values[name].get(key, values[DEFAULT_RECIPE][key]) for name in values)
+        shown = f"{_as_typed(own)}; demo {_as_typed(demo)}"
+        text = f"{FIELDS[key].description} ({allowed(key)}) [{shown}]"
+        return [
+            f"  --{key}",
+            *textwrap.wrap(text, 78, initial_indent=" " * 6, subsequent_indent=" " * 6),
+        ]
+
     lines = [
-        "usage: accelerate launch [...] train_accelerate.py [--recipe FILE] [--FIELD VALUE ...]",
+        "usage: accelerate launch [...] train_accelerate.py [--recipe FILE]",
+        "                                                   [--FIELD VALUE ...]",
         "",
         "  --recipe FILE",
         f"      a YAML file, or the name of a shipped recipe (default {DEFAULT_RECIPE})",
+        "",
+        f"In brackets the value of the recipe {DEFAULT_RECIPE}, and of the demo. --epochs and",
+        "--batch_size are understood as --num_epochs and --micro_batch_size.",
+        "",
+        "The usual ones",
     ]
-    for key, definition in FIELDS.items():
-        lines += [f"  --{key}", f"      {definition.description} [{allowed(key)}]"]
+    for key in USUAL:
+        lines += described(key)
+    for key in FIELDS:
+        if key in GROUPS:
+            lines += ["", GROUPS[key]]
+        lines += described(key)
     return "\n".join(lines)
+
+
+def _as_typed(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 # --- Checking -------------------------------------------------------------------------------------
@@ -511,6 +570,8 @@ def _bounds(key: str) -> list[str]:
 
 
 def _unknown(prefix: str, key: str) -> str:
+    if key in HABITS:
+        return f"{prefix}{key}: here it is {HABITS[key]}"
     close = difflib.get_close_matches(key, FIELDS, n=3)
     hint = (
         f"did you mean {' or '.join(close)}?"

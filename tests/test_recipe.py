@@ -285,6 +285,32 @@ def test_help_names_every_field(capsys):
     assert leave.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"--{name}\n" in shown for name in FIELDS)
+    assert max(map(len, shown.splitlines())) < 80
+    values = " ".join(shown.split())
+    for value in (
+        "[0.1; demo 0.1]",
+        "[19073; demo 300]",
+        "[null; demo null]",
+        "[true; demo false]",
+    ):
+        assert value in values
+    headings = [line for line in shown.splitlines() if line[:1].isupper()]
+    shipped = find_recipe("gpt2").read_text().split("\n\n", 1)[1]
+    named = [line[2:].partition(":")[0] for line in shipped.splitlines() if line[:2] == "# "]
+    assert [*dict.fromkeys(headings)][-8:] == [name for name in named if name in headings]
+    assert shown.index("The usual ones") < shown.index("--max_lr") < shown.index("The run")
+
+
+def test_habits_of_other_scripts_are_understood_or_answered_together():
+    recipe = load_recipe(["--exp-name", "mine", "--epochs", "10", "--batch-size", "32"])
+    assert (recipe.exp_name, recipe.num_epochs, recipe.num_steps) == ("mine", 10, None)
+    assert recipe.micro_batch_size == 32
+    with pytest.raises(UserError) as error:
+        load_recipe(["--lr", "3e-4", "--output", "there", "--epochs", "2"])
+    assert "--lr: here it is max_lr" in str(error.value)
+    assert "--output: here it is output_dir" in str(error.value)
+    with pytest.raises(UserError, match="--num_epochs is given twice"):
+        load_recipe(["--epochs", "2", "--num_epochs", "2"])
 
 
 def test_accumulation_follows_from_the_batch():
