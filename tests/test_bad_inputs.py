@@ -252,8 +252,8 @@ def copy_of_the_run(place: Place) -> Path:
         (lambda path: (path / "COMPLETE").unlink(), "no complete checkpoint"),
         (lambda path: os.truncate(path / "model.safetensors", 900), "no complete checkpoint"),
         (lambda path: (path / "optimizer.safetensors").unlink(), "no complete checkpoint"),
-        (lambda path: overwrite(path / "model.safetensors"), "cannot be read"),
-        (lambda path: overwrite(path / "state.json"), "state.json cannot be read"),
+        (lambda path: overwrite(path / "model.safetensors"), "was changed or damaged"),
+        (lambda path: overwrite(path / "state.json"), "state.json was changed or damaged"),
     ],
     ids=["no marker", "truncated", "missing file", "garbage tensors", "garbage state"],
 )

@@ -42,9 +42,9 @@ Result = TypeVar("Result")
 def check_hub_rights(
     repo_id: str, *, private: bool = False, option: str = "--hub_model_id"
 ) -> bool:
-    """Make sure that uploads to `repo_id` will be accepted, creating the repository if need be.
+    """Make sure that uploads to `repo_id` will be accepted. Nothing is made there.
 
-    Returns whether it existed before.
+    Returns whether the repository exists.
 
     Raises:
         UserError: when there is no token, no right to write there, a public repository where a
@@ -58,29 +58,41 @@ def check_hub_rights(
             f"token with write access ({TOKENS_PAGE})"
         )
     return patiently(
-        lambda: _explained(lambda: _claim(repo_id, private), repo_id),
+        lambda: _explained(lambda: _ask(repo_id, private), repo_id),
         f"check the rights to {repo_id}",
         if_unreachable="; without it, push later with `gpt2repro push`",
     )
 
 
-def _claim(repo_id: str, private: bool) -> bool:
-    """Create `repo_id` or find that it may be written to."""
+def _ask(repo_id: str, private: bool) -> bool:
+    """Whether `repo_id` exists, and may be written to or made."""
     api = HfApi()
-    role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
+    account = api.whoami()
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise UserError(
             f"{repo_id}: the Hub token may only read; make one that may write at {TOKENS_PAGE}"
         )
-    existed = api.repo_exists(repo_id)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    api.auth_check(repo_id, write=True)  # creating is silent about somebody else's repository
-    if private and existed and not api.model_info(repo_id).private:
+    if not api.repo_exists(repo_id):
+        orgs = [org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read"]
+        if repo_id.partition("/")[0] not in (account.get("name"), *orgs):
+            raise _no_right(repo_id)
+        return False
+    api.auth_check(repo_id, write=True)
+    if private and not api.model_info(repo_id).private:
         raise UserError(
             f"{repo_id} exists and is public, but a private one was asked for; make it private in "
             "its settings on the Hub, or give another name"
         )
-    return existed
+    return True
+
+
+def _no_right(repo_id: str) -> UserError:
+    owner = repo_id.partition("/")[0]
+    return UserError(
+        f"{repo_id}: the Hub token has no right to write there; give a repository of your own, or "
+        f"a token with write access to {owner!r} ({TOKENS_PAGE})"
+    )
 
 
 def _explained(call: Callable[[], Result], repo_id: str) -> Result:
@@ -97,11 +109,7 @@ def _explained(call: Callable[[], Result], repo_id: str) -> Result:
                 f"run `hf auth login` with a token that may write ({TOKENS_PAGE})"
             ) from error
         if status in (403, 404):
-            owner = repo_id.partition("/")[0]
-            raise UserError(
-                f"{repo_id}: the Hub token has no right to write there; give a repository of your "
-                f"own, or a token with write access to {owner!r} ({TOKENS_PAGE})"
-            ) from error
+            raise _no_right(repo_id) from error
         raise
 
 

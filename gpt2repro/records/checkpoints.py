@@ -177,8 +177,8 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume {path}: no such checkpoint directory")
     if problem := integrity.find_problem(path):
         raise UserError(
-            f"--resume {path}: no run can go on from it: {problem}; a run's checkpoints are in its "
-            "checkpoints/, and --resume auto takes the newest valid one"
+            f"--resume {path}: no complete checkpoint: {problem}; a run's are in its checkpoints/, "
+            "and --resume auto takes the newest valid one"
         )
     return json.loads((path / integrity.STATE).read_bytes())
 

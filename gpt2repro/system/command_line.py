@@ -105,6 +105,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def reassure(text: str) -> None:
+    """`say`, to whoever sits before a terminal; a log needs no such line."""
+    if sys.stdout.isatty():
+        say(text)
+
+
 def let_rank_0_speak() -> None:
     """Usually all ranks have the same to say: rank 0 says it, and the launcher ends the others."""
     if os.environ.get("RANK", "0") != "0":

@@ -69,7 +69,7 @@ def test_a_damaged_checkpoint_is_never_gone_on_from(saved, file, damage):
             assert checkpoints.read_state(newest) == state
         else:
             assert found == before and [*broken] == [newest] and "\n" not in broken[newest]
-            with pytest.raises(UserError, match="no run can go on from it"):
+            with pytest.raises(UserError, match="no complete checkpoint"):
                 checkpoints.read_state(newest)
     finally:
         (newest / file).write_bytes(content)

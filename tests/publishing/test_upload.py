@@ -59,7 +59,12 @@ def test_large_files_go_in_parts(monkeypatch, exported, hub):
     assert hub.messages == ["in parts"]
 
 
-def test_rights_that_hold_create_the_repository(hub):
+def test_asking_for_rights_makes_nothing(hub):
+    """A run whose dataset is mistyped leaves no empty repository, and neither does `doctor`."""
     assert upload.check_hub_rights("me/new", private=True) is False
-    assert upload.check_hub_rights("me/new", private=True) is True
-    assert "me/new" in hub.private
+    assert upload.check_hub_rights("me/new") is False
+    assert not hub.requests("/api/repos/create", "POST")
+    hub.add("models", "me/there", {"a": b"a"})
+    assert upload.check_hub_rights("me/there") is True
+    with pytest.raises(UserError, match=r"no right to write there.*'somebody'"):
+        upload.check_hub_rights("somebody/new")

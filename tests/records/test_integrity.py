@@ -53,7 +53,7 @@ def test_a_flipped_bit_anywhere_is_found(run, file):
         flip(newest / file, place)
         found, broken = checkpoints.find_latest(run)
         assert found == before and [*broken] == [newest], place
-        with pytest.raises(UserError, match="no run can go on from it: "):
+        with pytest.raises(UserError, match="no complete checkpoint: "):
             checkpoints.read_state(newest)
         flip(newest / file, place)
     assert checkpoints.find_latest(run) == (newest, {})
