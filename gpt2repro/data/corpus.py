@@ -7,6 +7,8 @@ documents of another format (other_formats.py). No reader has state: reads are r
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +22,9 @@ class Corpus(ABC):
 
     Attributes:
         num_units: how many; numbers are 0 .. num_units - 1 in dataset order.
-        identity: what was opened (dataset, config, split, revision, a digest of the files, the text
-            column), as plain JSON values. Equal identities give equal units.
+        identity: what was opened (dataset, config, split, revision, a digest of the files, of local
+            ones also of what they hold, the text column), as plain JSON values. Equal identities
+            give equal units.
     """
 
     num_units: int
@@ -61,7 +64,8 @@ class Found:
     """The files that `datasets` found under a name, before anything of them is read."""
 
     name: str  # as the user gave it
-    builder: Any  # of `datasets`
+    format: str  # "parquet", "json", "csv", "text", or another that `datasets` has a module for
+    builder: Any  # of `datasets`; None for local files of the four formats
     files: list[str]
     split: str
     text_column: str
@@ -69,35 +73,56 @@ class Found:
     on_hub: bool
 
 
-def check_text_column(types: dict[str, pa.DataType], text_column: str, where: str) -> None:
-    """Refuse a column that is missing or no text.
+def check_text_column(schema: pa.Schema, text_column: str, where: str) -> None:
+    """Refuse a column that is missing, there twice, or no text.
 
     Raises:
         UserError: naming `text_column` and the columns of text in `where`.
     """
-    texts = [name for name, type_ in types.items() if _is_text(type_)]
-    if text_column not in types:
+    texts = ", ".join(field.name for field in schema if _is_text(field.type)) or "none"
+    fields = [field for field in schema if field.name == text_column]
+    if not fields:
         raise UserError(
-            f"text_column: {where} has no column {text_column!r}; columns of text: "
-            f"{', '.join(texts) or 'none'}"
+            f"text_column: {where} has no column {text_column!r}; columns of text: {texts}"
         )
-    if text_column not in texts:
+    if len(fields) > 1:
+        raise UserError(f"text_column: {where} has {len(fields)} columns {text_column!r}")
+    if not _is_text(fields[0].type):
         raise UserError(
-            f"text_column: column {text_column!r} of {where} is {types[text_column]}, not text; "
-            f"columns of text: {', '.join(texts) or 'none'}"
+            f"text_column: column {text_column!r} of {where} is {fields[0].type}, not text; "
+            f"columns of text: {texts}"
         )
 
 
 def _is_text(type_: pa.DataType) -> bool:
+    """Whether it holds text, for some writers as bytes, for some where there is none as null."""
     if pa.types.is_dictionary(type_):
         type_ = type_.value_type
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    kinds = {pa.string(), pa.large_string(), pa.string_view(), pa.null()}
+    return type_ in kinds | {pa.binary(), pa.large_binary(), pa.binary_view()}
 
 
 def large_strings(column: pa.ChunkedArray) -> pa.LargeStringArray:
-    """A column of any text type, dictionaries included, in one piece."""
+    """A column of any text type, dictionaries included, in one piece; bytes must be UTF-8."""
     chunks = [chunk.cast(pa.large_string()) for chunk in column.chunks]
     return pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
+
+
+@contextmanager
+def in_a_line(what: str | Callable[[], str]) -> Iterator[None]:
+    """Around calls of a library that reads foreign files: what it raises becomes one `UserError`.
+
+    `what` names the field to change and says what failed. Files are broken in more ways than
+    libraries document. Want of memory is no fault of theirs, and is told elsewhere.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        said = what if isinstance(what, str) else what()
+        raise UserError(f"{said}: {reason[:300]}") from error
 
 
 def digest(content: Any) -> str:

@@ -7,9 +7,10 @@ the same loop. Nothing is downloaded and nothing is committed.
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
-import os
+import json
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -18,11 +19,14 @@ from sysconfig import get_path
 
 from gpt2repro import UserError
 from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.content import cache_directory
+from gpt2repro.system import atomic
 
 NAME = "python-docs"  # what a recipe's dataset_name and tokenizer_name call it
 VOCAB_SIZE = 4096
 ROWS_PER_GROUP = 100  # documents per Parquet row group, the stream's unit
 MIN_CHARACTERS = 60  # shorter docstrings are labels, not prose
+SUMS = "SUMS"  # a file with the hashes of the others
 
 # Not the library proper, or not prose: test suites, editors and vendored wheels.
 SKIPPED_FOLDERS = {
@@ -50,22 +54,28 @@ def prepare(directory: Path | None = None) -> Path:
     The directory holds `train.parquet` and `tokenizer/`. By default it lies in the user's cache,
     named after the Python version, because the text differs between versions. The directory appears
     complete or not at all: it is built beside its place and renamed, so concurrent calls are safe.
+    One that is not as it was written (a disk that lost power) is made again.
 
     Raises:
         UserError: it cannot be written.
     """
-    directory = directory or _default_directory()
-    if directory.exists():
-        return directory
     try:
+        directory = directory or _default_directory()
+        if _is_whole(directory):
+            return directory
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
             build = Path(scratch) / directory.name
             _write(build)
-            if not directory.exists():
+            for each in [*build.rglob("*"), build]:
+                atomic.flush(each)
+            if not _is_whole(directory):
+                with contextlib.suppress(FileNotFoundError):
+                    directory.rename(Path(scratch) / "torn")
                 build.rename(directory)
-    except OSError as error:
-        if not directory.exists():  # else another process was faster, and its result is the same
+                atomic.flush(directory.parent)
+    except (OSError, RuntimeError) as error:
+        if not (directory and _is_whole(directory)):  # else another process was faster
             raise UserError(
                 f"the demo's corpus cannot be written to {directory} ({error}); XDG_CACHE_HOME "
                 "names another place"
@@ -73,18 +83,34 @@ def prepare(directory: Path | None = None) -> Path:
     return directory
 
 
+def _is_whole(directory: Path) -> bool:
+    """Whether all is there as it was written: a few milliseconds for a few megabytes."""
+    try:
+        return json.loads((directory / SUMS).read_bytes()) == _sums(directory)
+    except (OSError, ValueError):
+        return False
+
+
+def _sums(directory: Path) -> dict[str, str]:
+    files = [file for file in directory.rglob("*") if file.is_file() and file.name != SUMS]
+    return {
+        str(file.relative_to(directory)): hashlib.blake2b(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
 def _write(directory: Path) -> None:
-    """Make `directory` with the corpus and a tokenizer trained on it."""
+    """Make `directory` with the corpus, a tokenizer trained on it, and the sums of both."""
     directory.mkdir()
     documents = list(_read_documents())
     tokenizer = train_bpe((text for _, text in documents), VOCAB_SIZE)
     tokenizer.save_pretrained(directory / "tokenizer")
     _write_parquet(documents, tokenizer, directory / "train.parquet")
+    (directory / SUMS).write_text(json.dumps(_sums(directory)), encoding="utf-8")
 
 
 def _default_directory() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gpt2repro" / f"{NAME}-{platform.python_version()}"
+    return cache_directory() / f"{NAME}-{platform.python_version()}"
 
 
 def _read_documents() -> Iterator[tuple[str, str]]:

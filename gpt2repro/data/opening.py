@@ -1,7 +1,7 @@
 """A corpus by the name a user gives: of the Hub, of a directory or file, of the demo.
 
-`datasets` says which files a name, config, split and revision mean; who can read them is asked in
-the order of `FORMATS`. A new format is a file of its own and a line there.
+Which files a name means, local_files.py says of this machine and `datasets` of the Hub; who can
+read them is asked in the order of `FORMATS`. A new format is a file of its own and a line there.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
-from gpt2repro.data.corpus import Corpus, Found
+from gpt2repro.data.content import content_hashes
+from gpt2repro.data.corpus import Corpus, Found, digest, in_a_line
+from gpt2repro.data.local_files import LOCAL, files_of, find_local
 from gpt2repro.data.other_formats import open_prepared, open_streamed
 from gpt2repro.data.parquet import open_parquet
 from gpt2repro.system import patience
@@ -21,13 +23,6 @@ FORMATS: tuple[Callable[[Found], Corpus | None], ...] = (
     open_prepared,
     open_streamed,
 )
-BUILDER_OF_SUFFIX = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".txt": "text",
-}
 
 
 def open_corpus(
@@ -52,47 +47,28 @@ def open_corpus(
     name = str(dataset_name)
     if demo := demo_corpus.built_in(name):
         name, config = str(demo), None
-    arguments = _local_arguments(name, data_files)
-    identity: dict[str, Any] = {"dataset": "local files", "config": config, "split": split}
-    on_hub = arguments is None
-    if on_hub:
-        revision = patience.patiently(
-            lambda: _commit(name, revision),
-            f"look up the dataset {name!r} (dataset_name)",
-            if_unreachable=if_unreachable,
-        )
-        arguments = {"path": name, "data_files": data_files, "revision": revision}
-        identity["dataset"] = name
-        identity["revision"] = revision
-    assert arguments is not None
-    builder = _load_builder(arguments | {"name": config}, name, on_hub, if_unreachable)
-    identity["config"] = builder.config.name if on_hub else config
-    files = _files_of_split(builder, split, name)
-    found = Found(name, builder, files, split, text_column, identity, on_hub)
-    corpus = next(filter(None, (open_format(found) for open_format in FORMATS)))
+    identity: dict[str, Any] = {"dataset": LOCAL, "config": config, "split": split}
+    with in_a_line(f"dataset_name: cannot open {name}"):
+        files = find_local(name, config=config, split=split, data_files=data_files)
+        if on_hub := files is None:
+            if not is_hub_id(name):
+                raise UserError(f"dataset_name: {name} is neither a local directory nor a Hub name")
+            commit = patience.patiently(
+                lambda: _commit(name, revision),
+                f"look up the dataset {name!r} (dataset_name)",
+                if_unreachable=if_unreachable,
+            )
+            options = {"path": name, "name": config, "data_files": data_files, "revision": commit}
+            builder = _load_builder(options, name, if_unreachable)
+            files = files_of(builder, split, name)
+            identity |= {"dataset": name, "config": builder.config.name, "revision": commit}
+        found = Found(name, *files, split, text_column, identity, on_hub)
+        corpus = next(filter(None, (open_format(found) for open_format in FORMATS)))
     if all(corpus.num_documents(unit_index) == 0 for unit_index in range(corpus.num_units)):
         raise UserError(f"dataset_split: {name} has no documents in split {split!r}")
+    if not on_hub and "content" not in corpus.identity:
+        corpus.identity["content"] = digest(content_hashes(found.files))
     return corpus
-
-
-def _local_arguments(name: str, data_files: Any) -> dict[str, Any] | None:
-    """`load_dataset_builder`'s arguments for what is on this machine; None for a Hub name."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return {"path": str(path.resolve()), "data_files": data_files}
-    if path.is_file():
-        builder = BUILDER_OF_SUFFIX.get(path.suffix.lower())
-        if builder is None:
-            known = ", ".join(BUILDER_OF_SUFFIX)
-            raise UserError(f"dataset_name: {name} is none of {known}")
-        return {"path": builder, "data_files": str(path.resolve())}
-    if name in BUILDER_OF_SUFFIX.values():
-        if not data_files:
-            raise UserError(f"data_files: say which files the {name!r} reader is to read")
-        return {"path": name, "data_files": data_files}
-    if not is_hub_id(name):
-        raise UserError(f"dataset_name: {name} is neither a local directory nor a Hub name")
-    return None
 
 
 def _commit(name: str, revision: str | None) -> str:
@@ -127,29 +103,19 @@ def _commit(name: str, revision: str | None) -> str:
     return commit
 
 
-def _load_builder(arguments: dict[str, Any], name: str, on_hub: bool, if_unreachable: str):
+def _load_builder(options: dict[str, Any], name: str, if_unreachable: str):
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetNotFoundError
 
-    def load():
-        return load_dataset_builder(**arguments)
-
     try:
-        if not on_hub:
-            return load()
-        what = f"resolve the files of {name} (dataset_name)"
-        return patience.patiently(load, what, if_unreachable=if_unreachable)
+        return patience.patiently(
+            lambda: load_dataset_builder(**options),
+            f"resolve the files of {name} (dataset_name)",
+            if_unreachable=if_unreachable,
+        )
     except (FileNotFoundError, DatasetNotFoundError) as error:
-        knob = "data_files" if arguments["data_files"] else "dataset_name"
+        knob = "data_files" if options["data_files"] else "dataset_name"
         raise UserError(f"{knob}: no data files in {name}: {error}") from error
     except ValueError as error:
         knob = "dataset_config" if "onfig" in str(error) else "dataset_name"
         raise UserError(f"{knob}: {name}: {error}") from error
-
-
-def _files_of_split(builder, split: str, name: str) -> list[str]:
-    files = builder.config.data_files or {}
-    if split not in files:
-        known = ", ".join(map(str, files)) or "none"
-        raise UserError(f"dataset_split: {name} has no split {split!r}; it has: {known}")
-    return list(files[split])

@@ -1,60 +1,130 @@
 """Formats without row groups.
 
-Local files (JSON lines, CSV, text: a line is a document, as `datasets` reads it) go through its
-memory-mapped Arrow cache in units of 1,000 documents. Other Hub formats are streamed by `datasets`,
-a file being one unit that is held in memory whole: prefer the Hub's own parquet copy, revision
-`refs/convert/parquet`.
+Local files (JSON lines, CSV, text: a line is a document) are read once from end to end and kept as
+parquet, 1,000 documents to a row group, in the cache of `datasets`. They are read here because
+`datasets` guesses types: a text column that holds dates, numbers or "NA" comes back as other text.
+Other Hub formats are streamed by `datasets`, a file being one unit that is held in memory whole:
+prefer the Hub's own parquet copy, revision `refs/convert/parquet`.
 """
 
-import hashlib
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import logging
+import lzma
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus, Found, check_text_column, digest, large_strings
+from gpt2repro.data.content import content_hashes, one_at_a_time
+from gpt2repro.data.corpus import Corpus, Found, check_text_column, digest, in_a_line
+from gpt2repro.data.local_files import LOCAL, suffixes_of
+from gpt2repro.data.parquet import LocalSource, ParquetCorpus
+from gpt2repro.system import atomic
 from gpt2repro.system.patience import patiently
 
+logger = logging.getLogger(__name__)
+
 DOCUMENTS_PER_UNIT = 1000  # of local formats that have no row groups
+VERSION = 1  # of how local files are read: another reads them again
+WORTH_A_LINE_BYTES = 10**9  # of files to be read: twenty seconds and more
+
+Texts = Iterator[str | None]
 
 
 def open_prepared(found: Found) -> Corpus | None:
-    """Local files; None for those of the Hub."""
-    if found.on_hub:
+    """Local files of lines; None for others."""
+    if found.builder is not None:
         return None
-    files = digest([_fingerprint(Path(file)) for file in found.files])
-    dataset = _prepare(found.builder, found.split, found.files)
-    return ArrowCorpus(dataset, found.text_column, found.identity | {"files": files})
+    names = [Path(file).name for file in found.files]
+    content = digest(content_hashes(found.files))
+    how = [VERSION, DOCUMENTS_PER_UNIT, found.format, found.text_column]
+    path = _prepare(found, f"{digest([content, names, how])}.parquet")
+    corpus = ParquetCorpus([LocalSource(str(path), path, path.stat().st_size)], "text", {})
+    num_documents = sum(map(corpus.num_documents, range(corpus.num_units)))
+    if num_documents == 0:
+        raise UserError(f"dataset_name: no documents can be read from {names[0]}: it is empty")
+    corpus.identity = found.identity | {
+        "files": digest(names),
+        "content": content,
+        "num_documents": num_documents,
+        "text_column": found.text_column,
+    }
+    return corpus
 
 
 def open_streamed(found: Found) -> Corpus:
     """Whatever `datasets` can stream."""
+    if found.format == "csv":
+        found.builder.config.keep_default_na = False  # "NA" is a text
     dataset = patiently(
         lambda: found.builder.as_streaming_dataset(split=found.split), f"open {found.files[0]}"
     )
-    identity = found.identity | {"files": digest(found.files)}
+    names = found.files if found.on_hub else [Path(file).name for file in found.files]
+    identity = found.identity | {"files": digest(names)}
     return StreamedCorpus(dataset, found.text_column, identity)
 
 
-class ArrowCorpus(Corpus):
-    """A local dataset of another format, prepared by `datasets`: units of 1,000 documents."""
+def _prepare(found: Found, name: str) -> Path:
+    """The local files as one parquet file, made if it is not there whole."""
+    from datasets import config
 
-    def __init__(self, dataset, text_column: str, identity: dict[str, Any]) -> None:
-        types = {field.name: field.type for field in dataset.features.arrow_schema}
-        check_text_column(types, text_column, identity["dataset"])
-        self._dataset = dataset.select_columns([text_column]).with_format("arrow")
-        self._text_column = text_column
-        self.num_units = -(-len(dataset) // DOCUMENTS_PER_UNIT)
-        self.identity = identity | {"num_documents": len(dataset), "text_column": text_column}
+    place = Path(config.HF_DATASETS_CACHE) / "gpt2repro"
+    with one_at_a_time(place / f"{name}.lock"):
+        if _is_whole(place / name):
+            return place / name
+        num_bytes = sum(Path(file).stat().st_size for file in found.files)
+        if num_bytes > WORTH_A_LINE_BYTES:
+            logger.warning("reading %.0f GB of text into %s, once", num_bytes / 1e9, place)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            _write(found, place / name)
+        except OSError as error:
+            logger.warning(
+                "HF_DATASETS_CACHE: %s cannot be written (%s): the data are read again by every "
+                "process, into %s, which goes with it",
+                *(place, error, _scratch().name),
+            )
+            place = Path(_scratch().name)
+            with in_a_line("HF_DATASETS_CACHE or TMPDIR: no place for a copy of the data"):
+                _write(found, place / name)
+    return place / name
 
-    def read_arrow(self, unit_index: int) -> pa.LargeStringArray:
-        begin = unit_index * DOCUMENTS_PER_UNIT
-        table = self._dataset[begin : begin + self.num_documents(unit_index)]
-        return large_strings(table.column(self._text_column))
 
-    def num_documents(self, unit_index: int) -> int:
-        return min(DOCUMENTS_PER_UNIT, len(self._dataset) - unit_index * DOCUMENTS_PER_UNIT)
+@cache
+def _scratch() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="gpt2repro-")
+
+
+def _is_whole(path: Path) -> bool:
+    """Its pages have checksums of their own, for when they are read."""
+    try:
+        pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
+
+
+def _write(found: Found, path: Path) -> None:
+    schema = pa.schema([("text", pa.large_string())])
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+    with (
+        atomic.new_file(path, durable=True) as scratch,
+        pq.ParquetWriter(scratch, schema, use_dictionary=False, **options) as writer,
+    ):
+        files = map(Path, found.files)
+        documents = itertools.chain.from_iterable(_documents_of(file, found) for file in files)
+        while batch := list(itertools.islice(documents, DOCUMENTS_PER_UNIT)):
+            writer.write(pa.table([pa.array(batch, pa.large_string())], schema))
 
 
 class StreamedCorpus(Corpus):
@@ -63,8 +133,7 @@ class StreamedCorpus(Corpus):
     def __init__(self, dataset, text_column: str, identity: dict[str, Any]) -> None:
         where = identity["dataset"]
         features = patiently(lambda: dataset._resolve_features().features, f"read {where}")
-        types = {field.name: field.type for field in features.arrow_schema}
-        check_text_column(types, text_column, where)
+        check_text_column(features.arrow_schema, text_column, where)
         self._dataset = dataset.select_columns([text_column])
         self._text_column = text_column
         self.num_units = dataset.num_shards
@@ -75,29 +144,99 @@ class StreamedCorpus(Corpus):
             shard = self._dataset.shard(self.num_units, unit_index, contiguous=True)
             return pa.array([row[self._text_column] for row in shard], pa.large_string())
 
-        return patiently(read, f"read file {unit_index} of {self.identity['dataset']}")
+        what = f"read file {unit_index} of {self.identity['dataset']}"
+        with in_a_line(f"dataset_name: cannot {what}"):
+            return patiently(read, what)
 
 
-def _prepare(builder, split: str, files: list[str]):
-    """Local files that are not parquet as a memory-mapped dataset, made once and cached."""
-    from datasets.exceptions import DatasetGenerationError
+# --- Files of lines -------------------------------------------------------------------------------
 
-    try:
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
-    except (StopIteration, ValueError, DatasetGenerationError) as error:
-        reason = error.__cause__ or error
-        raise UserError(
-            f"dataset_name: no documents can be read from {Path(files[0]).name}: "
-            f"{type(reason).__name__} {reason}".rstrip()
-        ) from error
+OPENERS: dict[str, Callable[[Path], Any]] = {
+    "": lambda file: file.open("rb"),
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda file: pa.input_stream(str(file), compression="zstd"),
+}
 
 
-def _fingerprint(path: Path) -> tuple[str, int, str]:
-    """Name, size and both ends of a local file: tells files apart, and is cheap for any size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        ends = file.read(2**16)
-        file.seek(max(0, size - 2**16))
-        ends += file.read()
-    return path.name, size, hashlib.blake2b(ends, digest_size=16).hexdigest()
+def _documents_of(file: Path, found: Found) -> Texts:
+    """A local file's documents in order; what cannot be read is a `UserError` with its line."""
+    read, newline = READERS[found.format]
+    number = 1  # of the line that is read, or looked at
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        with io.BufferedReader(OPENERS[suffixes_of(file)[1]](file)) as content:
+            for line in io.TextIOWrapper(content, "utf-8-sig", newline=newline):
+                yield line
+                number += 1
+
+    what = f"dataset_name: no documents can be read from {file.name}, near line"
+    with in_a_line(lambda: f"{what} {number}"):
+        yield from read(lines(), found.text_column, file)
+
+
+def _lines_of_text(lines: Iterator[str], column: str, file: Path) -> Texts:
+    check_text_column(pa.schema([("text", pa.string())]), column, file.name)
+    return (line.removesuffix("\n") for line in lines)
+
+
+def _column_of_csv(lines: Iterator[str], column: str, file: Path) -> Texts:
+    csv.field_size_limit(2**31 - 1)  # of the process; the default refuses long documents
+    delimiter = "\t" if suffixes_of(file)[0] == ".tsv" else ","
+    rows = filter(None, csv.reader(lines, delimiter=delimiter, strict=True))
+    header = next(rows, None)
+    if header is None:
+        return
+    check_text_column(pa.schema([(name, pa.string()) for name in header]), column, file.name)
+    at = header.index(column)
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{len(row)} fields under {len(header)} names (a text with {delimiter!r} in it "
+                "needs quotes)"
+            )
+        yield row[at]
+
+
+def _column_of_json(lines: Iterator[str], column: str, file: Path) -> Texts:
+    """Objects, one a line, or one array of them. A row without the column is a null."""
+    rows = filter(str.strip, lines)
+    first = list(itertools.islice(rows, 1))
+    decoder = json.JSONDecoder(object_pairs_hook=partial(_object, column))
+    if first and first[0].lstrip().startswith("["):
+        objects = decoder.decode("".join([*first, *rows]))
+    else:
+        objects = map(decoder.decode, itertools.chain(first, rows))
+    found, row = False, None
+    for row in objects:
+        if not isinstance(row, dict):
+            raise ValueError(f"a {type(row).__name__}, not an object with fields")
+        text = row.get(column)
+        if not (text is None or isinstance(text, str)):
+            check_text_column(_schema_of(row), column, LOCAL)
+        if text and not text.isascii():
+            text.encode()  # half a surrogate pair, which "\\ud83d" can spell, is no text
+        found |= column in row
+        yield text
+    if row is not None and not found:
+        check_text_column(_schema_of(row), column, LOCAL)
+
+
+def _object(column: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs) and [name for name, _ in pairs].count(column) > 1:
+        raise ValueError(f"an object has {column!r} more than once")
+    return row
+
+
+def _schema_of(row: dict[str, Any]) -> pa.Schema:
+    return pa.Table.from_pylist([row]).schema
+
+
+READERS: dict[str, tuple[Callable[[Iterator[str], str, Path], Texts], str | None]] = {
+    "json": (_column_of_json, "\n"),
+    "csv": (_column_of_csv, ""),
+    "text": (_lines_of_text, None),
+}

@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus, Found, check_text_column, digest, large_strings
+from gpt2repro.data.corpus import (
+    Corpus,
+    Found,
+    check_text_column,
+    digest,
+    in_a_line,
+    large_strings,
+)
 from gpt2repro.system import patience
 from gpt2repro.system.threads import DaemonPool
 
@@ -27,14 +34,12 @@ NUM_PARSED_FOOTERS = 16
 
 def open_parquet(found: Found) -> Corpus | None:
     """Parquet files that can be read by ranges; None for others."""
-    from datasets.packaged_modules.parquet.parquet import ParquetConfig
-
-    if not isinstance(found.builder.config, ParquetConfig):
+    if found.format != "parquet":
         return None
     sources: list[Source]
     if found.on_hub:
         pattern = re.compile(
-            r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)"
+            r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)", re.DOTALL
         )
         places = [match.groupdict() for file in found.files if (match := pattern.fullmatch(file))]
         if len(places) < len(found.files):
@@ -197,8 +202,7 @@ class ParquetCorpus(Corpus):
     def _units_of(self, file: int) -> list[_Unit]:
         metadata, name = self._metadata(file), self._sources[file].name
         schema = metadata.schema
-        types = {field.name: field.type for field in schema.to_arrow_schema()}
-        check_text_column(types, self._text_column, name)
+        check_text_column(schema.to_arrow_schema(), self._text_column, name)
         paths = [schema.column(index).path for index in range(len(schema))]
         leaf = paths.index(self._text_column)
         units = []
@@ -216,19 +220,18 @@ class ParquetCorpus(Corpus):
         place = self._unit(unit_index)
         source = self._sources[place.file]
         what = f"read row group {place.row_group} of {source.name}"
-        if isinstance(source, HubSource):
-            return patience.patiently(lambda: self._decode(place), what)
-        try:
+        with in_a_line(f"dataset_name: cannot {what}"):
+            if isinstance(source, HubSource):
+                return patience.patiently(lambda: self._decode(place), what)
             return self._decode(place)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"dataset_name: cannot {what}: {error}") from error
 
     def _decode(self, place: _Unit) -> pa.LargeStringArray:
         chunk = _OneChunk(self._sources[place.file], place.start, place.length)
         column = self._text_column
         metadata = self._metadata(place.file)
         try:
-            with pq.ParquetFile(chunk, metadata=metadata, pre_buffer=False) as file:
+            options = {"pre_buffer": False, "page_checksum_verification": True}
+            with pq.ParquetFile(chunk, metadata=metadata, **options) as file:
                 table = file.read_row_group(place.row_group, columns=[column], use_threads=False)
         except OSError as error:  # what pyarrow makes of a broken page header
             raise pa.ArrowInvalid(str(error)) from error

@@ -163,13 +163,15 @@ class Benchmark:
 def read_jsonl(file: str, task: str) -> list[Row | MalformedRow]:
     """A row for each line, so that row numbers are line numbers; unreadable lines say why."""
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--{task}_file {file}: {error}") from None
     rows: list[Row | MalformedRow] = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # no half of a surrogate pair in it
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
             rows.append(MalformedRow(f"not JSON: {error}" if line.strip() else "an empty line"))
     return rows

@@ -14,7 +14,8 @@ from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.documents import count_epoch_tokens
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.held_out import ValidationSet, validation_set
-from gpt2repro.data.opening import BUILDER_OF_SUFFIX, open_corpus
+from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
+from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.benchmarks import open_tasks
@@ -82,7 +83,7 @@ def from_anywhere(recipe: Recipe) -> dict[str, Any]:
     if recipe.eval_task_files:
         entries = (entry.partition("=") for entry in recipe.eval_task_files)
         found["eval_task_files"] = [f"{task}={Path(file).absolute()}" for task, _, file in entries]
-    if recipe.data_files and found["dataset_name"] in BUILDER_OF_SUFFIX.values():
+    if recipe.data_files and found["dataset_name"] in FORMAT_OF_SUFFIX.values():
         # Else they are relative to the dataset.
         found["data_files"] = [
             file if "://" in file else str(Path(file).absolute()) for file in recipe.data_files

@@ -11,6 +11,7 @@ from gpt2repro.data import demo_corpus
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.system import atomic
 
 FINEWEB_EDU_COLUMNS = [
     *("text", "id", "dump", "url", "file_path"),
@@ -60,7 +61,7 @@ def test_the_order_is_that_of_hashes(directory):
     assert hashes == sorted(hashes)
 
 
-def test_its_name_opens_it(few_documents, tmp_path, monkeypatch):
+def test_its_name_opens_it(few_documents, tmp_path, monkeypatch, caplog):
     """With the identity that checkpoints hold: that of a directory, without a config."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     corpus = open_corpus("python-docs", config="of another dataset")
@@ -69,6 +70,7 @@ def test_its_name_opens_it(few_documents, tmp_path, monkeypatch):
     assert corpus.identity["dataset"] == "local files" and corpus.identity["config"] is None
     theirs = load_tokenizer(directory / "tokenizer")
     assert load_tokenizer("python-docs").get_vocab() == theirs.get_vocab()
+    assert not caplog.text, "its tokenizer is no data that was left out"
 
 
 @pytest.fixture
@@ -122,3 +124,40 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, few_documents):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         demo_corpus.prepare(tmp_path / "file" / "demo")
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "tokenizer/tokenizer.json", demo_corpus.SUMS])
+@pytest.mark.parametrize("damage", ["emptied", "cut", "flipped", "gone"])
+def test_what_is_not_whole_is_made_again(few_documents, tmp_path, name, damage):
+    """After a loss of power, say: it is not torn for ever."""
+    made = demo_corpus.prepare(tmp_path / "demo")
+    good = {file: file.read_bytes() for file in made.rglob("*") if file.is_file()}
+    content = good[made / name]
+    if damage == "gone":
+        (made / name).unlink()
+    else:
+        flipped = content[:70] + bytes([content[70] ^ 1]) + content[71:]
+        (made / name).write_bytes({"emptied": b"", "cut": content[:-9], "flipped": flipped}[damage])
+    assert demo_corpus.prepare(tmp_path / "demo") == made
+    assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file()} == good
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(few_documents, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(atomic, "flush", lambda path: flushed.append((path.name, place.exists())))
+    place = tmp_path / "demo"
+    demo_corpus.prepare(place)
+    before = {name for name, named in flushed if not named}
+    assert {"train.parquet", "tokenizer.json", "tokenizer", demo_corpus.SUMS, "demo"} <= before
+    assert flushed[-1] == (tmp_path.name, True)
+
+
+def test_without_a_home_it_asks_for_a_place(few_documents, monkeypatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match="XDG_CACHE_HOME names another place"):
+        demo_corpus.prepare()

@@ -1,7 +1,12 @@
 """What the benchmarks ask, by hand, and rows that cannot be scored."""
 
+import re
+import time
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_language_models import (
     HELLASWAG,
     LAMBADA,
@@ -14,9 +19,10 @@ from tiny_language_models import (
     uniform_gpt2,
 )
 
+from gpt2repro import UserError
 from gpt2repro.evaluation.likelihoods import Scores, loglikelihoods
-from gpt2repro.evaluation.task import MalformedRow, Task
-from gpt2repro.evaluation.tasks import hellaswag
+from gpt2repro.evaluation.task import MalformedRow, Task, read_jsonl
+from gpt2repro.evaluation.tasks import hellaswag, wikitext
 from gpt2repro.evaluation.tasks.held_out import Validation
 from gpt2repro.evaluation.tasks.hellaswag import CompletionHellaSwag, LMEvalHellaSwag
 from gpt2repro.evaluation.tasks.lambada import Lambada
@@ -289,3 +295,80 @@ def test_validation_bits_per_byte():
     found = scored(uniform_gpt2(), Validation(rows, bytes_per_token=4.0))
     assert found["val/loss"] == pytest.approx(np.log(VOCAB_SIZE))
     assert found["val/bits_per_byte"] == pytest.approx(np.log2(VOCAB_SIZE) / 4)
+
+
+# --- Files of rows --------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_before_a_benchmark(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a b"}\n{"text": "c d"}\n')
+    assert read_jsonl(str(tmp_path / "rows.jsonl"), "lambada") == [{"text": "a b"}, {"text": "c d"}]
+
+
+@pytest.mark.parametrize("content", ["é".encode("latin-1"), "é".encode("utf-16"), None])
+def test_a_file_that_is_no_text_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="--lambada_file"):
+        read_jsonl(str(tmp_path / "rows.jsonl"), "lambada")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 10**5,
+        '{"a": ' * 10**5,
+        '{"text": "half \\ud83d"}',
+        f'{{"text": {"9" * 5000}}}',
+        "{",
+        "",
+    ],
+    ids=["lists", "objects", "surrogate", "digits", "cut", "nothing"],
+)
+def test_lines_that_no_row_can_be_read_from_are_named(tmp_path, tokenizer, line):
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "a b"}}\n{line}\n{{"text": "c d"}}\n')
+    task = Lambada(read_jsonl(str(tmp_path / "rows.jsonl"), "x"), tokenizer, max_length=64)
+    assert task.rows == [1, 3] and list(task.skipped) == [2]
+
+
+def test_a_label_of_many_digits_is_none(tokenizer):
+    task = CompletionHellaSwag([row(), row(label="9" * 5000)], tokenizer, max_length=64)
+    assert task.rows == [1] and "not the index of an ending" in task.skipped[2]
+
+
+# --- Cleaning takes time in proportion to the text ------------------------------------------------
+
+OLD_CLEANING = r"\[.*?\]"
+OLD_BRACKETS = (
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+)
+
+
+@given(st.text("[]() {}\"'\n\t\u00a0\x1fa.", max_size=40))
+def test_cleaning_is_that_of_lm_eval(text):
+    """Its expressions, which take cubic time, give the same."""
+    expected = re.sub(OLD_CLEANING, "", text.strip().replace(" [title]", ". "))
+    assert hellaswag._clean(text) == expected.replace("  ", " ")
+    ours = theirs = text
+    for pattern, (old, replacement) in zip(wikitext._BRACKETED, OLD_BRACKETS, strict=True):
+        ours = pattern.sub(wikitext._tightened, ours)
+        theirs = re.sub(old, replacement, theirs)
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("opening", ["[", "(", "{", '"', "'"])
+@pytest.mark.parametrize("filling", ["", " ", " a", "a "])
+def test_cleaning_is_linear(opening, filling):
+    """A megabyte in moments, where the old expressions would take hours and years."""
+    once = (opening + filling * 1000) * (10**6 // (1 + 1000 * len(filling)))
+    many = (opening + filling) * (10**6 // (1 + len(filling)))
+    began = time.process_time()
+    for text in (opening + filling * 10**6, once, many, many[:-1] + "]"):
+        hellaswag._clean(text)
+        detokenize_wikitext(text)
+        wikitext_pages([f" = {text} = \n", f" = {text}\n"])
+    assert time.process_time() - began < 20

@@ -35,7 +35,7 @@ def _choices(context: str, endings: list[str], label: Any) -> Choices:
         raise MalformedRow("an ending is empty")
     if label is None or label == "":  # the Hub's test split has ""
         raise MalformedRow("no 'label'")
-    if isinstance(label, bool) or not re.fullmatch("[0-9]+", str(label)):
+    if isinstance(label, bool) or not re.fullmatch("[0-9]{1,9}", str(label)):
         raise MalformedRow(f"'label' is {label!r}, not the index of an ending")
     if int(label) >= len(endings):
         raise MalformedRow(f"'label' is {label}, but there are {len(endings)} endings")
@@ -89,7 +89,9 @@ class CompletionHellaSwag(_HellaSwag):
 
 def _clean(text: str) -> str:
     """lm-evaluation-harness' cleaning: the WikiHow half carries markers such as "[header]"."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    text = text.strip().replace(" [title]", ". ")
+    # Without a "]" the run is kept in one go: a marker cannot begin within it either.
+    text = re.sub(r"\[[^]\n]*+(])?", lambda run: "" if run[1] else run[0], text)
     return text.replace("  ", " ")
 
 

@@ -16,24 +16,26 @@ _SPACED_OUT = (
     *(("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")),
     *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
 )
-_BRACKETED = (
-    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
-    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
-    (r"{\s*([^}]*?)\s*}", r"{\1}"),
-    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
-    (r"'\s*([^']*?)\s*'", r"'\1'"),
-)
+# Each takes all that is no closing mark, in one go: where none follows, none does further on.
+_BRACKETED = [
+    re.compile(f"([{a}])([^{b}]*+)([{b}])?") for a, b in ("()", (r"\[", r"\]"), "{}", '""', "''")
+]
 _THE_REST = (
     *(("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°")),
     *((" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")),
 )
 
 
+def _tightened(run: re.Match[str]) -> str:
+    opening, inner, closing = run.groups()
+    return run[0] if closing is None else f"{opening}{inner.strip()}{closing}"
+
+
 def detokenize_wikitext(page: str) -> str:
     for old, new in _SPACED_OUT:
         page = page.replace(old, new)
-    for pattern, replacement in _BRACKETED:
-        page = re.sub(pattern, replacement, page)
+    for pattern in _BRACKETED:
+        page = pattern.sub(_tightened, page)
     for old, new in _THE_REST:
         page = page.replace(old, new)
     return page

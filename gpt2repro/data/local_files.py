@@ -1,0 +1,191 @@
+"""Files of this machine by the name a user gives: which ones, and of which format.
+
+What exists is meant as it is spelled, whatever `*`, `[` or `::` are elsewhere; what does not exist
+is a pattern, from its first part on that does not. Of a directory `datasets` says which files are a
+split, by their names or by a dataset card.
+"""
+
+import glob
+import logging
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt2repro import UserError
+from gpt2repro.data.corpus import in_a_line
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "local files"  # the name of their dataset, wherever they lie
+FORMAT_OF_SUFFIX = {
+    ".parquet": "parquet",
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    ".txt": "text",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# What `datasets` writes beside data; a name alone asks for them all the same.
+NOT_DATA = {
+    *("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+}
+
+
+class Files(NamedTuple):
+    """A split: its files in order, their format, a builder where only `datasets` can read them."""
+
+    format: str
+    builder: Any
+    files: list[str]
+
+
+def suffixes_of(file: Path) -> tuple[str, str]:
+    """A file's suffixes of format and compression in lower case, "" where it has none."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
+    return (before, last) if last in COMPRESSIONS else (last, "")
+
+
+def format_of(file: Path) -> str | None:
+    """What the file's name says, or that of what it links to."""
+    here, there = (FORMAT_OF_SUFFIX.get(suffixes_of(each)[0]) for each in (file, file.resolve()))
+    return here or there
+
+
+def find_local(
+    name: str, *, config: str | None, split: str, data_files: str | list[str] | None
+) -> Files | None:
+    """A split of a local file, of a directory, or of a reader's `data_files`; None for other names.
+
+    Raises:
+        UserError: naming the recipe's field.
+    """
+    path = Path(name).expanduser()
+    reader = name if name in FORMAT_OF_SUFFIX.values() and not path.exists() else None
+    base = (Path() if reader else path).absolute()
+    if path.is_file():
+        splits = {"train": [base]}
+    elif data_files and (reader or path.is_dir()):
+        given = [data_files] if isinstance(data_files, str) else data_files
+        splits = {"train": [file for each in given for file in _meant(each, base)]}
+    elif path.is_dir():
+        splits = _splits_of(base, config)
+    elif reader:
+        raise UserError(f"data_files: say which files the {name!r} reader is to read")
+    else:
+        return None
+    _check_split(split, splits, name)
+    formats = {reader or format_of(file): file.name for file in splits[split]}
+    if formats.keys() == {None}:
+        return _of_another_format(path, config, split, splits[split])
+    if len(formats) > 1:
+        raise UserError(
+            f"data_files: {name} holds files of several formats ({', '.join(formats.values())}): "
+            "name those of one, such as '*.parquet'"
+        )
+    return Files(str(*formats), None, [str(file) for file in splits[split]])
+
+
+def files_of(builder: Any, split: str, name: str) -> Files:
+    """What a builder of `datasets` found."""
+    splits = builder.config.data_files or {}
+    _check_split(split, splits, name)
+    return Files(builder.name, builder, list(splits[split]))
+
+
+def _check_split(split: str, splits: dict[str, Any], name: str) -> None:
+    if split not in splits:
+        known = ", ".join(map(str, splits)) or "none"
+        raise UserError(f"dataset_split: {name} has no split {split!r}; it has: {known}")
+
+
+def _meant(each: str, base: Path) -> list[Path]:
+    """The files that one of `data_files` means: itself, all in it, or what it is a pattern of."""
+    path = base / Path(each).expanduser()
+    there = next(part for part in (path, *path.parents) if part.exists())
+    rest = path.relative_to(there) if there != path else "**"
+    pattern = glob.escape(str(there)) + (f"/{rest}" if there.is_dir() else "")
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (pathlib's takes hidden ones too)
+    files = [file for file in map(Path, sorted(found)) if file.is_file()]
+    files = [file for file in files if file == path or file.name not in NOT_DATA]
+    if not files:
+        raise UserError(f"data_files: no data files in {base}: {each}")
+    return files
+
+
+def _splits_of(directory: Path, config: str | None) -> dict[str, list[Path]]:
+    """Split -> files, as `datasets` has it, but of all formats: it takes the most frequent one.
+
+    It takes a place for a pattern or an address too, so it is shown a link with a harmless name.
+    """
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+
+    with tempfile.TemporaryDirectory() as scratch:
+        link = Path(scratch).resolve() / "data"
+        link.symlink_to(directory)
+
+        def resolved(patterns: dict) -> dict[str, list[Path]]:
+            found = DataFilesDict.from_patterns(patterns, base_path=str(link))
+            files = {s: [directory / Path(f).relative_to(link) for f in found[s]] for s in found}
+            files = {s: [f for f in files[s] if f.name not in NOT_DATA] for s in files}
+            return {s: list(filter(format_of, files[s])) or files[s] for s in files}
+
+        try:
+            if patterns := _patterns_of_card(directory, link, config):
+                return resolved(patterns)
+            splits = resolved(get_data_patterns(str(link)))
+        except (EmptyDatasetError, FileNotFoundError) as error:
+            raise UserError(f"dataset_name: no data files in {directory}") from error
+    _tell_of_the_rest(directory, splits)
+    return splits
+
+
+def _tell_of_the_rest(directory: Path, splits: dict[str, list[Path]]) -> None:
+    """Of files in no split, such as `more.jsonl` beside `train.jsonl`; hidden ones are no data."""
+    taken = {file for files in splits.values() for file in files}
+    formats = {format_of(file) for file in taken} - {None}
+    every = sorted(directory.rglob("*")) if formats else []
+    names = [file.relative_to(directory) for file in every if file not in taken]
+    rest = [str(name) for name in names if format_of(directory / name) in formats]
+    rest = [name for name in rest if not re.search(r"(^|/)(\.|__)", name)]
+    if rest:
+        logger.warning(
+            "dataset_name: by their names %d files of %s are in no split (%s), such as %r: they "
+            "are left out, unless data_files names them",
+            *(len(rest), directory, ", ".join(map(str, splits)), rest[0]),
+        )
+
+
+def _patterns_of_card(directory: Path, link: Path, config: str | None) -> dict | None:
+    """Split -> patterns of a configuration in the directory's dataset card; None without any."""
+    from datasets.data_files import get_data_patterns, sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    card, configs = directory / "README.md", MetadataConfigs()
+    if card.is_file():
+        with in_a_line(f"dataset_name: the dataset card {card} cannot be read"):
+            configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+    known = list(configs)
+    chosen = config or configs.get_default_config_name() or (known[0] if len(known) == 1 else None)
+    if (config or known) and chosen not in configs:
+        raise UserError(f"dataset_config: {directory} has no {config!r}; it has: {known}")
+    if chosen is None:
+        return None
+    if given := configs[chosen].get("data_files"):
+        return sanitize_patterns(given)
+    return get_data_patterns(str(link / configs[chosen].get("data_dir", "")))
+
+
+def _of_another_format(path: Path, config: str | None, split: str, files: list[Path]) -> Files:
+    """What only `datasets` can read. Its builders write to a cache, of which nothing is needed."""
+    if path.is_file():
+        raise UserError(f"dataset_name: {path} is none of {', '.join(FORMAT_OF_SUFFIX)}")
+    from datasets import load_dataset_builder
+
+    data_files = {split: [glob.escape(str(file)) for file in files]}
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        in_a_line(f"dataset_name: no data files in {path}"),
+    ):
+        builder = load_dataset_builder(str(path), config, data_files=data_files, cache_dir=cache)
+        return files_of(builder, split, str(path))
