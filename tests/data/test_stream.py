@@ -13,6 +13,7 @@ from tiny_corpus import ByteEncoder, MemoryCorpus, in_units, read_back
 from tiny_streams import OPTIONS, TEXTS, corpus, run, streams
 
 from gpt2repro import UserError
+from gpt2repro.data.lanes import check_lanes
 from gpt2repro.data.order import permutation
 from gpt2repro.data.packing import rows_digest
 from gpt2repro.data.stream import TokenStream
@@ -310,6 +311,15 @@ def test_waiting_for_the_next_step_takes_nothing_from_it():
     assert digests == run(streams(), 2)[0]
 
 
+def test_rows_of_one_token_and_its_successor():
+    [stream] = streams(sequence_length=1, rows_per_step=2, num_lanes=1)
+    first, second = next(stream).tokens, next(stream).tokens
+    stream.close()
+    assert first.shape == second.shape == (2, 2)
+    assert first[0, 0] == 256 and first[0, 1] == first[1, 0] and first[1, 1] == second[0, 0]
+
+
 def test_one_process_has_all_lanes_unless_it_is_told_of_others():
+    check_lanes(3, rows_per_step=9)
     stream = TokenStream(corpus(), ByteEncoder(), **OPTIONS)
     assert [*stream.lanes] == [*range(8)]
