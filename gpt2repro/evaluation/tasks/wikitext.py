@@ -102,10 +102,9 @@ class WikiText2(Task):
         return Page(detokenize_wikitext(page), len(re.split(r"\s+", page)), len(page.encode()))
 
     def encode(self, tokenizer, examples: list[Page]) -> list[list[Request]]:
-        return [
-            self._windows([prefix_token(tokenizer), *ids])
-            for ids in tokenizer([page.text for page in examples], verbose=False)["input_ids"]
-        ]
+        texts = [page.text for page in examples]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._windows([prefix_token(tokenizer), *ids]) for ids in encoded]
 
     def _windows(self, ids: list[int]) -> list[Request]:
         return [
