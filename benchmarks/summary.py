@@ -90,7 +90,10 @@ def muon(record: dict[str, Any]) -> Iterator[Row]:
 def kill_resume(record: dict[str, Any]) -> Iterator[Row]:
     equal = "bitwise equal" if record["bitwise_equal"] else "not equal"
     shape = f"{record['recipe']['n_layer']} layers of {record['recipe']['n_embd']}"
-    yield f"{shape}, resumed after {record['num_hits']} x kill -9", "", "an undisturbed run", equal
+    kills = f"{record['num_hits']} x kill -9"
+    if record.get("overlapping"):
+        kills = f"{record['num_kills']} x kill -9, the next launch already there"
+    yield f"{shape}, resumed after {kills}", "", "an undisturbed run", equal
 
 
 # How the names of their records begin.
