@@ -31,9 +31,10 @@ properties: $(VENV)/.installed-test
 	PROPERTY_EXAMPLES=$${PROPERTY_EXAMPLES:-1000} $(BIN)/python -m pytest tests/properties \
 		--numprocesses auto --hypothesis-show-statistics
 
-# Mutation testing (setup.cfg, [mutmut]): small faults planted one at a time, some 3000 of them, and
-# those that no quick test notices listed at the end. Hours, so it is no part of CI; a second run
-# goes on from the first. `mutmut show NAME` shows a fault. MUTANTS='gpt2repro.data.order.*' narrows.
+# Mutation testing (setup.cfg, [mutmut]): small faults planted one at a time, 3300 of them, and those
+# that no quick test notices listed at the end. No part of CI: at one to three seconds a fault, as
+# measured on a core of two that were busy, it takes one to three hours (an estimate). A second run
+# goes on from the first. `mutmut show NAME` shows a fault; MUTANTS='gpt2repro.data.order.*' narrows.
 mutants: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable ".[mutants]"
 	mkdir -p mutants

@@ -335,6 +335,13 @@ def test_dropout_acts_in_training_alone():
         assert not torch.equal(model(ids).logits, model(ids).logits), place
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_dropout_training_computes_what_evaluation_does(attention):
+    model, ids = ours_and_theirs()[0], random_ids(1, 9)
+    model.set_attn_implementation(attention)
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
 # --- caches ---------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ def test_mean_and_difference():
     assert difference.value == 0.25
     assert difference.stderr == pytest.approx(0.25)  # of 0, 0, 1, 0; unpaired it would be 0.38
     assert math.isnan(mean([1.0]).stderr)
+    right, wrong = mean([True, True]), mean([False, True])  # answers, as metrics have them
+    assert (right - wrong).value == 0.5 and (right - wrong).stderr == pytest.approx(0.5)
 
 
 def test_ratio_weighs_by_size():

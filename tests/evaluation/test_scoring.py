@@ -290,6 +290,18 @@ def test_a_line_that_is_none_ends_wikitext(tmp_path):
             BENCHMARKS["wikitext2"].read_rows(str(path))
 
 
+def test_rows_are_those_of_the_published_split(monkeypatch):
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict]:
+        return [{"text": f"{name} {config} {split}"}] * 3
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for name, expected in (
+        ("lambada", "EleutherAI/lambada_openai default test"),
+        ("hellaswag", "Rowan/hellaswag None validation"),
+    ):
+        assert BENCHMARKS[name].read_rows(None, 2) == [{"text": expected}] * 2
+
+
 def test_without_a_network_one_line_names_the_file_option(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")

@@ -20,10 +20,11 @@ def test_lines_are_valid_json_and_there_at_once(tmp_path):
 def test_going_back_cuts_later_lines_and_torn_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert rewind_metrics(path, 0) == [] and path.read_text() == ""
-    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(6)) + '{"step": 6, "lo')
+    lines = [f'{{"step": {step}, "loss": {step}.5}}\n' for step in range(6)]
+    path.write_text("".join(lines) + '{"step": 6, "lo')
     assert [line["step"] for line in read_metrics(path)] == [*range(6)]
     assert [line["step"] for line in rewind_metrics(path, 4)] == [0, 1, 2, 3]
-    assert path.read_text().count("\n") == 4
+    assert path.read_text() == "".join(lines[:4])
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert read_metrics(tmp_path / "nowhere.jsonl") == []
 
