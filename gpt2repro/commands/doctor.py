@@ -12,22 +12,23 @@ from gpt2repro.recipe import Recipe, load_recipe
 
 def main(argv: list[str]) -> int:
     """Print one line for each check; exit status 1 if one failed."""
-    recipe, num_processes = _parse(argv)
+    recipe, num_processes, price = _parse(argv)
 
     from gpt2repro.system import machine
+    from gpt2repro.system.text import count_of
     from gpt2repro.training.examination import FAILURE, Examination
 
     failures = 0
-    print(f"{recipe.run_dir}, {num_processes} process(es), {machine.hardware()}\n")
-    for name, (status, text) in Examination(recipe, num_processes).findings():
+    print(f"{recipe.run_dir}, {count_of(num_processes, 'process')}, {machine.hardware()}\n")
+    for name, (status, text) in Examination(recipe, num_processes, price).findings():
         failures += status == FAILURE
         print(f"{status:>8}  {name:<10} {text}", flush=True)
     print(f"\n{failures} failed." if failures else "\nReady to train.")
     return 1 if failures else 0
 
 
-def _parse(argv: list[str]) -> tuple[Recipe, int]:
-    """The recipe, and the number of processes of the launch."""
+def _parse(argv: list[str]) -> tuple[Recipe, int, float | None]:
+    """The recipe, the number of processes of the launch, and what an hour of one costs."""
     parser = OneLineParser(
         prog="gpt2repro doctor",
         description=__doc__,
@@ -36,8 +37,11 @@ def _parse(argv: list[str]) -> tuple[Recipe, int]:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--num_processes", type=int, default=1, help="of the launch to plan for")
+    parser.add_argument("--price", type=float, help="of an hour of one device, for an estimate")
     options, rest = parser.parse_known_args(argv)
     num_processes = options.num_processes
     if not 1 <= num_processes <= MOST_PROCESSES:
         raise UserError(f"--num_processes {num_processes}: it takes 1 to {MOST_PROCESSES:,}")
-    return load_recipe(rest), num_processes
+    if options.price is not None and not 0 <= options.price < 1e6:
+        raise UserError(f"--price {options.price}: it takes what an hour of one device costs")
+    return load_recipe(rest), num_processes, options.price

@@ -51,13 +51,13 @@ class LaneDocuments:
 
     def __iter__(self) -> Iterator[Segment]:
         document, offset = self._start.document, self._start.offset
-        num_empty = 0
+        last_filled = self._start.epoch  # the last one in which there was a document
         while True:
             epoch, index, piece, future = self._next
             unit = future.result()
             order = piece.document_order(len(unit), self._plan.seed, epoch)
-            num_empty = 0 if len(order) else num_empty + 1
-            if num_empty > MAX_EMPTY_EPOCHS:
+            last_filled = epoch if len(order) else last_filled
+            if epoch - last_filled > MAX_EMPTY_EPOCHS:
                 raise UserError(
                     f"num_lanes: lane {self._lane} finds no documents; take fewer lanes"
                 )

@@ -57,6 +57,7 @@ class MetricsLog:
                 self._file = self.path.open("a+", encoding="utf-8")
                 self._file.write(lines)
                 self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a line that could not be written, which is told

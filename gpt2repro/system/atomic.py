@@ -74,6 +74,7 @@ def move_into_place(scratch: Path, path: Path) -> None:
         path.rename(previous)
     scratch.rename(path)
     flush(path.absolute().parent)
+    flush(path.absolute().parent.parent)  # where that one may be as new
     with contextlib.suppress(OSError):
         remove(previous)
 

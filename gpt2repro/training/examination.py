@@ -5,6 +5,7 @@ whether it will do. A failure names the field to change. Nothing is written.
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ import torch
 from gpt2repro import UserError
 from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.lanes import check_lanes
+from gpt2repro.data.lanes import check_lanes, divisors
 from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.speed.attention import kernel_taken
+from gpt2repro.system.text import count_of, in_short
 from gpt2repro.training.inputs import open_dataset, open_stream, open_tokenizer
 from gpt2repro.training.learner import build_model
+from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -28,6 +31,7 @@ OK, WARNING, FAILURE = "ok", "warning", "FAIL"
 STREAM_SECONDS = 5.0  # how long the data stream is timed
 STEP_SECONDS = 5.0  # how long training is timed
 LARGEST_ON_CPU = 500e6  # parameters; a larger model would take minutes and much memory to time
+BUSY = 0.5  # share of the cores that others use, from which on a timing says little
 ASSUMED_MFU = 0.40  # where training cannot be timed here
 
 Finding = tuple[str, str]  # status, what it says
@@ -36,9 +40,10 @@ Finding = tuple[str, str]  # status, what it says
 class Examination:
     """The checks in the order in which a run would meet their subjects."""
 
-    def __init__(self, recipe: Recipe, num_processes: int) -> None:
+    def __init__(self, recipe: Recipe, num_processes: int, price: float | None = None) -> None:
+        """`price`: of an hour of one process's device, in whatever currency."""
         self.recipe = recipe
-        self.num_processes = num_processes
+        self.num_processes, self.price = num_processes, price
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # What the checks find, for those after them; None where one failed.
         self.tokenizer: Any = None
@@ -104,7 +109,12 @@ class Examination:
         if self.tokenizer is None:
             return WARNING, "not built without a tokenizer"
         self.model = build_model(self.recipe, self.tokenizer)
-        return OK, f"{self.model.num_parameters():,} parameters"
+        num_parameters = self.model.num_parameters()
+        state = _state_bytes(num_parameters, self.recipe.optimizer) + 4 * num_parameters
+        return OK, (
+            f"{num_parameters:,} parameters; {state / 2**30:.2f} GiB of weights, gradients and "
+            "optimizer, and activations on top"
+        )
 
     def _attention(self) -> Finding:
         """The kernel that torch takes is asked for: it depends on card, types and versions."""
@@ -126,7 +136,7 @@ class Examination:
         model = self.model
         if self.device.type == "cpu" and model.num_parameters() > LARGEST_ON_CPU:
             return WARNING, "not timed: the model is too large for this CPU"
-        rows = 1 if self.recipe.micro_batch_size == "auto" else self.recipe.micro_batch_size
+        rows = self._rows_at_once()
         rate = _training_rate(model, self.recipe, rows, self.device)
         self.need = rate * self.num_processes
         per_token = model_flops_per_token(model, self.recipe.sequence_length)
@@ -135,7 +145,22 @@ class Examination:
         if peak:  # an uncompiled micro-batch of this size understates what the run will reach
             self.need = max(self.need, ASSUMED_MFU * peak / per_token * self.num_processes)
             note = f", {rate * per_token / peak:.0%} MFU uncompiled"
-        return OK, f"{rate:,.0f} tokens/s on one {self.device.type} with {rows} row(s){note}"
+        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+        if self.device.type == "cpu" and load > BUSY:
+            note += f"; the machine is busy ({load:.0%} of its cores were): it can do more"
+        return OK, (
+            f"{rate:,.0f} tokens/s on one {self.device.type} with {count_of(rows, 'row')}{note}"
+        )
+
+    def _rows_at_once(self) -> int:
+        """The micro-batch to be timed: the run's, or one row where only a GPU's memory tells it."""
+        size = self.recipe.micro_batch_size
+        if size != "auto":
+            return size
+        if self.device.type != "cpu":
+            return 1
+        rows = divisors(self.recipe.rows_per_step // self.num_processes)
+        return largest_that_fits(rows, lambda _: None, device=self.device, reserve_bytes=0)
 
     def _data(self) -> Finding:
         """Time the stream of one process against what training takes."""
@@ -162,9 +187,9 @@ class Examination:
         """Weights and optimizer state of every checkpoint kept, one being written, the export."""
         if self.model is None:
             return WARNING, "not checked without a model"
-        weights = 4 * self.model.num_parameters()
-        states = 2 if self.recipe.optimizer == "adamw" else 1.5  # Muon keeps one for its matrices
-        needed = (self.recipe.keep_last + 1) * (1 + states) * weights + weights
+        num_parameters = self.model.num_parameters()
+        state = _state_bytes(num_parameters, self.recipe.optimizer)
+        needed = (self.recipe.keep_last + 1) * state + 4 * num_parameters
         place = self.recipe.run_dir.absolute()
         existing = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(existing).free
@@ -184,8 +209,18 @@ class Examination:
             return WARNING, "no estimate: training was not timed, or its length is in epochs"
         tokens = self.recipe.num_steps * self.recipe.batch_tokens
         hours = tokens / self.need / 3600
-        spoken = f"{hours:,.1f} hours" if hours >= 1 else f"{math.ceil(hours * 60)} minutes"
-        return OK, f"about {spoken} for {tokens / 1e6:,.1f} M tokens (an estimate)"
+        minutes = count_of(math.ceil(hours * 60), "minute")
+        spoken = f"{hours:,.1f} hours" if hours >= 1 else minutes
+        money = ""
+        if self.price is not None:
+            money = f", {hours * self.num_processes * self.price:,.2f} at {self.price:g} an hour"
+            money += f" and {self.device.type}"
+        return OK, f"about {spoken} for {in_short(tokens)} tokens{money} (an estimate)"
+
+
+def _state_bytes(num_parameters: int, optimizer: str) -> float:
+    """Weights and optimizer state in fp32; Muon keeps one tensor for its matrices, AdamW two."""
+    return 4 * num_parameters * (3 if optimizer == "adamw" else 2.5)
 
 
 def _multiplies_bf16_faster() -> bool:

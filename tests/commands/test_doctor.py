@@ -47,7 +47,8 @@ def test_a_healthy_run(recipe, capsys, tmp_path):
     assert {verdict for verdict, _ in said.values()} == {OK}
     assert said["batch"][1] == "256 tokens = 4 x 2 rows a process"
     assert "8 units" in said["dataset"][1] and "300 tokens" in said["tokenizer"][1]
-    assert "1 minutes for 0.0 M tokens" in said["time"][1]
+    assert "about 1 minute for 3,072 tokens (an estimate)" in said["time"][1]
+    assert "cpu with 2 rows" in said["training"][1] and "GiB of weights" in said["model"][1]
     assert not list(tmp_path.iterdir())
 
 
@@ -94,6 +95,23 @@ def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch
         status, said = examine(capsys, recipe, "--mixed_precision", "bf16")
         assert status == 0 and said["precision"][0] == verdict
     assert "mixed_precision to no" in said["precision"][1]
+
+
+def test_the_micro_batch_is_timed_that_training_would_take(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
+    _, said = examine(capsys, recipe, "--micro_batch_size", "auto")
+    assert "cpu with 8 rows" in said["training"][1]  # all that a step has
+    assert "the machine is busy" in said["training"][1]
+
+
+def test_money(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(examination, "_training_rate", lambda *_: 3072 / 7200 / 2)  # two hours
+    _, said = examine(capsys, recipe, "--num_processes", "2", "--price", "2.5")
+    assert said["time"][1] == (
+        "about 2.0 hours for 3,072 tokens, 10.00 at 2.5 an hour and cpu (an estimate)"
+    )
+    with pytest.raises(UserError, match="--price nan: it takes what an hour"):
+        examine(capsys, recipe, "--price", "nan")
 
 
 def test_epochs_have_no_estimate(recipe, capsys):
