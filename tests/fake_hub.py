@@ -11,6 +11,7 @@ listing and ranged reads. `ROUTES` maps a method and a path to a handler method:
 (uploads, say) is one line there and one method.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -34,7 +35,10 @@ class Fault:
     """What goes wrong with the requests it matches.
 
     `kind`: "status:CODE" | "reset" (hangs up in mid-body) | "hang" (silence) | "short" (a body and
-    a Content-Length that stop early) | "ignore_range" (200 and the whole file).
+    a Content-Length that stop early) | "ignore_range" (200 and the whole file) | "flip" (a bit in
+    the body) | "zeros" (instead of the body) | "drops" (a body byte by byte) | "drops of headers"
+    (that never end) | "flood" (a body that never ends) | "answer" (whatever was asked) | "" (only
+    `headers` are wrong).
     The first `skip` matching requests pass, the next `times` suffer, the rest pass.
     """
 
@@ -44,6 +48,8 @@ class Fault:
     times: float = 1
     skip: int = 0
     retry_after: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)  # instead of, or besides, the right ones
+    answer: tuple[int, bytes] = (200, b"")
     num_hits: int = 0
 
     def strikes(self, method: str, path: str) -> bool:
@@ -105,6 +111,7 @@ class FakeHub:
         self.signed_links = signed_links
         self.links: dict[str, str] = {}
         self.link_numbers = itertools.count()
+        self.num_bytes_flooded = 0
         self.closing = threading.Event()
         self.lock = threading.Lock()
 
@@ -138,8 +145,9 @@ class FakeHub:
     def use_in_process(self, monkeypatch: Any) -> None:
         """Make this process's `huggingface_hub`, `datasets` and `transformers` use this Hub."""
         import datasets.config
-        from huggingface_hub import constants, hf_api
+        from huggingface_hub import HfFileSystem, constants, hf_api
 
+        HfFileSystem.clear_instance_cache()  # an earlier Hub may have had the same port
         home = self._home.name
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
@@ -210,6 +218,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault and self.fault.kind == "reset" and self.command == "HEAD":
             self.record(0, 0)
             self.reset()
+            return
+        if self.fault and self.fault.kind == "drops of headers":
+            self.record(200, 0)
+            self.send_in_drops(b"HTTP/1.1 200 OK\r\nX-Long: " + bytes(10_000).hex().encode())
+            return
+        if self.fault and self.fault.kind == "answer":
+            self.answer(*self.fault.answer, {})
             return
         if self.fault and self.fault.kind.startswith("status:"):
             headers = {"Retry-After": self.fault.retry_after} if self.fault.retry_after else {}
@@ -332,21 +347,43 @@ class Handler(BaseHTTPRequestHandler):
         kind = self.fault.kind if self.fault else ""
         if kind == "short":
             body = body[: len(body) // 2]
+        if kind == "flip" and body:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 16]) + body[middle + 1 :]
+        if kind == "zeros":
+            body = bytes(len(body))
         sent = body[: len(body) // 2] if kind == "reset" else body
         sent = b"" if self.command == "HEAD" else sent
         self.record(status, len(sent))  # before the client can have it, and look at the log
+        headers = headers | {"Content-Length": str(len(body))}
+        if kind == "flood":
+            headers |= {"Content-Length": str(2**40)}
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in (headers | (self.fault.headers if self.fault else {})).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
         try:
-            self.wfile.write(sent)
+            self.end_headers()
+            if kind == "drops":
+                self.send_in_drops(sent)
+            else:
+                self.wfile.write(sent)
+            while kind == "flood" and self.command == "GET" and not self.hub.closing.is_set():
+                self.wfile.write(bytes(2**20))
+                self.hub.num_bytes_flooded += 2**20
             self.wfile.flush()
         except OSError:  # the client hung up: a range ignored, a thread closed
             self.close_connection = True
         if kind == "reset":
             self.reset()
+
+    def send_in_drops(self, content: bytes) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # the client hung up
+            for byte in content:
+                if self.hub.closing.wait(0.05):
+                    return
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
 
     def reset(self) -> None:
         """Hang up with a RST instead of a FIN."""

@@ -1,18 +1,22 @@
 """Parquet: a unit is a row group, and one ranged read brings the text column's chunk of it.
 
-Nothing but text travels, after each file's footer.
+Nothing but text travels, after each file's footer. What can be compared is: pages with their
+checksums where they have some; what a footer says with itself, the file and what was decoded. What
+does not agree is read again from the Hub, a few times, for it may have broken on its way.
 """
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
@@ -30,6 +34,10 @@ from gpt2repro.system.threads import DaemonPool
 FOOTER_GUESS_BYTES = 2**16  # the first read of a parquet file's end; a longer footer costs a second
 NUM_FOOTER_THREADS = 16
 NUM_PARSED_FOOTERS = 16
+LARGEST_UNIT_BYTES = 2**31  # of a row group's text, decoded
+ROWS_AT_A_TIME = 64  # decoded before the bytes are counted again; fewer where texts may be long
+
+Result = TypeVar("Result")
 
 
 def open_parquet(found: Found) -> Corpus | None:
@@ -93,8 +101,12 @@ class HubSource:
     size: int
 
     def read(self, start: int, length: int) -> bytes:
-        what = f"read {length:,} bytes of {self.repository}/{self.name}"
-        return patience.patiently(lambda: self._read_once(start, length), what)
+        return patience.patiently(
+            lambda: self._read_once(start, length),
+            f"read {length:,} bytes of {self.repository}/{self.name} (dataset_name)",
+            attempt_seconds=patience.SLOW_AFTER_SECONDS + length / patience.LEAST_BYTES_PER_SECOND,
+            passes_on=False,
+        )
 
     def _read_once(self, start: int, length: int) -> bytes:
         from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
@@ -107,21 +119,36 @@ class HubSource:
             "Accept-Encoding": "identity",
         }
         request: dict[str, Any] = {"headers": headers, "timeout": patience.REQUEST_TIMEOUT_SECONDS}
+        wanted = rf"bytes {start}-{start + length - 1}/({self.size}|\*)"
+        content = bytearray()
         # Streamed, so that a server that ignores the range is hung up on before it sends gigabytes.
         with get_session().stream("GET", url, **request) as response:
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)
             served = response.headers.get("Content-Range", "")
-            if response.status_code != 206 or not served.startswith(f"bytes {start}-"):
+            encoding = response.headers.get("Content-Encoding", "identity").lower()
+            right = re.fullmatch(wanted, served, re.IGNORECASE) and encoding in ("", "identity")
+            if response.status_code != 206 or not right:
                 raise patience.PassingFault(
-                    f"asked for bytes {start}-{start + length - 1}, was served HTTP "
-                    f"{response.status_code} {served}".rstrip()
+                    f"asked for bytes {start}-{start + length - 1} of {self.size}, was served HTTP "
+                    f"{response.status_code} {served} {encoding}"
                 )
-            content = response.read()
+            for part in response.iter_raw():
+                content += part
+                if len(content) > length:  # no server is believed when it ends
+                    break
         if len(content) != length:
             raise patience.PassingFault(f"asked for {length:,} bytes, {len(content):,} came")
-        return content
+        return bytes(content)
+
+
+def _whole(source: Source, call: Callable[[], Result], what: str) -> Result:
+    """`call()`, which reads and checks: again if it fails on the Hub's bytes, one line on ours."""
+    if isinstance(source, HubSource):
+        return patience.patiently(call, f"{what} (dataset_name)", passes_on=False)
+    with in_a_line(f"dataset_name: cannot {what}"):
+        return call()
 
 
 class _OneChunk:
@@ -153,11 +180,28 @@ class _OneChunk:
 
     def read(self, length: int) -> bytes:
         begin = self._position - self._start
-        length = min(length, self._source.size - self._position)
+        length = max(0, min(length, self._source.size - self._position))
         self._position += length
         if begin >= 0 and begin + length <= len(self._content):
             return bytes(self._content[begin : begin + length])
         return self._source.read(self._start + begin, length)  # a writer that pads its chunks
+
+
+class _Reached(Exception):
+    """pyarrow asked for the bytes of a chunk."""
+
+
+class _NoBytes(_OneChunk):
+    """A file object that pyarrow takes for the source until it reads."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._position = source, 0
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def read(self, length: int) -> bytes:
+        raise _Reached
 
 
 class _Unit(NamedTuple):
@@ -180,38 +224,57 @@ class ParquetCorpus(Corpus):
         self._text_column = text_column
         pool = DaemonPool(min(NUM_FOOTER_THREADS, len(sources)), "footer-reader")
         try:
-            # Parsed they take six times the room, which 2,400 files of FineWeb-Edu would notice.
-            self._footers: list[bytes] = pool.map(_read_footer, sources)
+            opened = pool.map(self._open, range(len(sources)))
         finally:
             pool.close(0)
-        self._metadata = lru_cache(NUM_PARSED_FOOTERS)(self._parse_footer)
-        units = [unit for file in range(len(sources)) for unit in self._units_of(file)]
+        # Parsed they take six times the room, which 2,400 files of FineWeb-Edu would notice.
+        self._footers = [footer for footer, _ in opened]
+        self._metadata = lru_cache(NUM_PARSED_FOOTERS)(lambda file: _parse(self._footers[file]))
+        units = [unit for _, of_file in opened for unit in of_file]
         self._units = np.array(units, np.int64).reshape(-1, len(_Unit._fields))
         self.num_units = len(units)
         names = [source.name for source in sources]
         files = digest([names, digest(self._units.tolist())])
         self.identity = identity | {"files": files, "text_column": text_column}
 
-    def _parse_footer(self, file: int) -> pq.FileMetaData:
-        try:
-            return pq.read_metadata(pa.BufferReader(zlib.decompress(self._footers[file])))
-        except (pa.ArrowInvalid, OSError) as error:
-            name, reason = self._sources[file].name, str(error).strip()
-            raise UserError(f"dataset_name: {name} has a broken footer: {reason}") from error
+    def _open(self, file: int) -> tuple[bytes, list[_Unit]]:
+        """A file's footer, compressed, and its units."""
+        source = self._sources[file]
 
-    def _units_of(self, file: int) -> list[_Unit]:
-        metadata, name = self._metadata(file), self._sources[file].name
-        schema = metadata.schema
-        check_text_column(schema.to_arrow_schema(), self._text_column, name)
-        paths = [schema.column(index).path for index in range(len(schema))]
-        leaf = paths.index(self._text_column)
-        units = []
+        def read() -> tuple[bytes, list[_Unit]]:
+            footer = _read_footer(source)
+            return footer, self._units_of(file, _parse(footer))
+
+        return _whole(source, read, f"read the footer of {source.name}")
+
+    def _units_of(self, file: int, metadata: pq.FileMetaData) -> list[_Unit]:
+        source = self._sources[file]
+        check_text_column(metadata.schema.to_arrow_schema(), self._text_column, source.name)
+        _check_chunks(metadata, self._text_column, source)
+        leaf, units = self._leaf(metadata), []
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             chunk = group.column(leaf)
             start = min(chunk.data_page_offset, chunk.dictionary_page_offset or 2**62)
-            units.append(_Unit(file, number, group.num_rows, start, chunk.total_compressed_size))
+            length = chunk.total_compressed_size
+            unit = _Unit(file, number, group.num_rows, start, length)
+            inside = 0 <= start <= start + length <= source.size
+            if not inside or chunk.num_values != unit.num_rows:
+                raise pa.ArrowInvalid(f"it contradicts itself or the file's size: {unit}")
+            if not 0 <= chunk.total_uncompressed_size <= LARGEST_UNIT_BYTES:
+                raise pa.ArrowInvalid(
+                    f"row group {number} has {chunk.total_uncompressed_size:,} bytes of text; no "
+                    f"more than {LARGEST_UNIT_BYTES:,} are read at once: write smaller row groups"
+                )
+            units.append(unit)
+        if sum(unit.num_rows for unit in units) != metadata.num_rows:
+            raise pa.ArrowInvalid(f"its row groups do not have {metadata.num_rows:,} rows")
         return units
+
+    def _leaf(self, metadata: pq.FileMetaData) -> int:
+        """The number of the text column among those that are stored."""
+        schema = metadata.schema
+        return [schema.column(index).path for index in range(len(schema))].index(self._text_column)
 
     def _unit(self, unit_index: int) -> _Unit:
         return _Unit(*self._units[unit_index].tolist())
@@ -220,22 +283,38 @@ class ParquetCorpus(Corpus):
         place = self._unit(unit_index)
         source = self._sources[place.file]
         what = f"read row group {place.row_group} of {source.name}"
-        with in_a_line(f"dataset_name: cannot {what}"):
-            if isinstance(source, HubSource):
-                return patience.patiently(lambda: self._decode(place), what)
-            return self._decode(place)
+        return _whole(source, lambda: self._decode(place), what)
 
     def _decode(self, place: _Unit) -> pa.LargeStringArray:
-        chunk = _OneChunk(self._sources[place.file], place.start, place.length)
-        column = self._text_column
+        """The unit's documents, their bytes counted as they come: a little file may hold much.
+
+        The footer says how much text is stored. A dictionary's entry may come many times.
+        """
         metadata = self._metadata(place.file)
-        try:
-            options = {"pre_buffer": False, "page_checksum_verification": True}
-            with pq.ParquetFile(chunk, metadata=metadata, **options) as file:
-                table = file.read_row_group(place.row_group, columns=[column], use_threads=False)
-        except OSError as error:  # what pyarrow makes of a broken page header
-            raise pa.ArrowInvalid(str(error)) from error
-        return large_strings(table.column(column))
+        chunk = metadata.row_group(place.row_group).column(self._leaf(metadata))
+        stored = chunk.total_uncompressed_size
+        num_rows = min(ROWS_AT_A_TIME, LARGEST_UNIT_BYTES // max(stored, 1))
+        content = _OneChunk(self._sources[place.file], place.start, place.length)
+        options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}
+        parts, num_bytes = [], 0
+        with pq.ParquetFile(content, metadata=metadata, **options) as file:
+            for batch in file.iter_batches(
+                num_rows,
+                row_groups=[place.row_group],
+                columns=[self._text_column],
+                use_threads=False,
+            ):
+                parts.append(batch.column(0).cast(pa.large_string()))
+                num_bytes += pc.sum(pc.binary_length(parts[-1])).as_py() or 0
+                if num_bytes > LARGEST_UNIT_BYTES:
+                    raise pa.ArrowInvalid(
+                        f"it holds more than {LARGEST_UNIT_BYTES:,} bytes of text: write smaller "
+                        "row groups"
+                    )
+        documents = large_strings(pa.chunked_array(parts, pa.large_string()))
+        if len(documents) != place.num_rows:
+            raise pa.ArrowInvalid(f"it has {len(documents):,} rows, not {place.num_rows:,}")
+        return documents
 
     def num_documents(self, unit_index: int) -> int:
         return self._unit(unit_index).num_rows
@@ -248,39 +327,67 @@ def _read_footer(source: Source) -> bytes:
     """A parquet file's footer, compressed: one read, two if it is longer than the guess."""
     end = source.size
     if end < 12:
-        raise UserError(f"dataset_name: {source.name} is no parquet file ({end} bytes)")
+        raise pa.ArrowInvalid(f"it is no parquet file ({end} bytes)")
     guess = min(end, FOOTER_GUESS_BYTES)
     tail = source.read(end - guess, guess)
     if tail[-4:] != b"PAR1":
-        raise UserError(f"dataset_name: {source.name} is no parquet file (or is encrypted)")
+        raise pa.ArrowInvalid("it is no parquet file (or is encrypted)")
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if length > end:
-        raise UserError(f"dataset_name: {source.name} has a broken parquet footer")
+        raise pa.ArrowInvalid("it is longer than the file")
     if length > guess:
         tail = source.read(end - length, length - guess) + tail
     return zlib.compress(tail[-length:], level=1)
 
 
+def _parse(footer: bytes) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(zlib.decompress(footer)))
+
+
+def _check_chunks(metadata: pq.FileMetaData, column: str, source: Source) -> None:
+    """Let pyarrow look at all chunks of a column as it does before it reads them.
+
+    A chunk that it does not understand is an error there. `RowGroupMetaData.column` of the same
+    chunk would end the process.
+    """
+    groups = list(range(metadata.num_row_groups))
+    try:
+        with pq.ParquetFile(_NoBytes(source), metadata=metadata, pre_buffer=True) as file:
+            next(file.iter_batches(1, row_groups=groups, columns=[column], use_threads=False), None)
+    except _Reached:
+        pass
+
+
 def _hub_sources(files: list[dict[str, str]]) -> list[HubSource]:
     """The files with their sizes, which a directory listing tells."""
+    folders = defaultdict(list)
+    for f in files:
+        parent = str(PurePosixPath(f["path"]).parent)
+        folders[f["repository"], f["revision"], parent].append(f["path"])
     sizes: dict[tuple[str, str], int] = {}
-    parents = {
-        (f["repository"], f["revision"], str(PurePosixPath(f["path"]).parent)) for f in files
-    }
-    for repository, revision, parent in sorted(parents):
+    for (repository, revision, parent), paths in sorted(folders.items()):
         folder = None if parent == "." else parent
-        listing = patience.patiently(
-            partial(_list_folder, repository, folder, revision),
-            f"list the files of {repository}",
+        listed = patience.patiently(
+            partial(_list_sizes, repository, folder, revision, paths),
+            f"list the files of {repository} (dataset_name)",
+            attempt_seconds=patience.LONGEST_QUESTION_SECONDS,
+            passes_on=False,
         )
-        sizes |= {(repository, entry.path): getattr(entry, "size", 0) for entry in listing}
+        sizes |= {(repository, path): size for path, size in listed.items()}
     return [
         HubSource(f["path"], f["repository"], f["revision"], sizes[f["repository"], f["path"]])
         for f in files
     ]
 
 
-def _list_folder(repository: str, folder: str | None, revision: str) -> list[Any]:
+def _list_sizes(
+    repository: str, folder: str | None, revision: str, paths: list[str]
+) -> dict[str, int]:
     from huggingface_hub import HfApi
 
-    return list(HfApi().list_repo_tree(repository, folder, revision=revision, repo_type="dataset"))
+    entries = HfApi().list_repo_tree(repository, folder, revision=revision, repo_type="dataset")
+    listed = {entry.path: getattr(entry, "size", None) for entry in entries}
+    sizes = {path: size for path in paths if type(size := listed[path]) is int and size >= 0}
+    if lacking := sorted(set(paths) - sizes.keys()):
+        raise ValueError(f"{lacking[0]} has the size {listed[lacking[0]]!r} in the listing")
+    return sizes

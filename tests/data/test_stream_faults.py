@@ -1,5 +1,7 @@
 """The stream over a Hub that misbehaves: the same rows, bit by bit, or one clear line."""
 
+import dataclasses
+import io
 import itertools
 import json
 import logging
@@ -7,7 +9,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Fault
 from tiny_corpus import ByteEncoder, documents, parquet_bytes, refusal
@@ -49,8 +54,10 @@ def repository_files() -> dict[str, bytes]:
     for index in range(2):
         texts = TEXTS[200 * index : 200 * index + 200]
         filler = ["x" * 200 + str(number) for number in range(200)]
-        content = parquet_bytes(texts, 20, id=filler)
-        files[f"sample/10BT/00{index}_00000.parquet"] = content
+        content = io.BytesIO()
+        table = pa.table({"id": filler, "text": texts})
+        pq.write_table(table, content, row_group_size=20, write_page_checksum=True)
+        files[f"sample/10BT/00{index}_00000.parquet"] = content.getvalue()
     files["data/CC-MAIN-2013-20/train-00000.parquet"] = parquet_bytes(["other"], 20)
     return files
 
@@ -61,6 +68,8 @@ def hub(monkeypatch):
     monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.02)
     monkeypatch.setattr(patience, "LONGEST_SILENCE_SECONDS", 0.5)
     monkeypatch.setattr(patience, "REQUEST_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "SLOW_AFTER_SECONDS", 2.0)
+    monkeypatch.setattr(patience, "LONGEST_QUESTION_SECONDS", 4.0)
     monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
     with FakeHub() as hub:
         hub.add("datasets", NAME, repository_files())
@@ -112,14 +121,20 @@ FAULTS = [
     "reset",
     "short",
     "ignore_range",
+    "flood",
     "hang",
+    "flip",
+    "zeros",
+    "drops",
+    "drops of headers",
 ]
+FEW = {"status:403", *FAULTS[FAULTS.index("hang") :]}  # slow, or tried a few times only
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_while_streaming_change_no_row(hub, expected, kind, caplog):
     source = open_fineweb()
-    times = 1 if kind in ("hang", "status:403") else 6
+    times = 1 if kind in FEW else 6
     fault = Fault(kind, PARQUET, times=times, skip=3)
     hub.faults.append(fault)
     assert digests(source=source) == expected
@@ -145,12 +160,14 @@ START_UP = {
     [
         *itertools.product(START_UP, ["status:503", "status:429", "reset"]),
         # Elsewhere the Hub client's own limit of 10 s holds: the same path, only slower.
-        *itertools.product(["revision", "tree", "footer"], ["hang"]),
+        *itertools.product(["revision", "tree", "footer"], ["hang", "drops", "zeros"]),
+        ("footer", "drops of headers"),
+        *itertools.product(["revision", "builder", "tree", "footer"], ["flood"]),
     ],
 )
 def test_faults_at_start_up_are_waited_out(hub, expected, call, kind):
     """Eight in a row, more than the Hub client endures by itself."""
-    times = 1 if kind == "hang" else 8
+    times = {"hang": 1, "drops": 1, "drops of headers": 1, "zeros": 2, "flood": 2}.get(kind, 8)
     fault = Fault(kind, START_UP[call].path, START_UP[call].method, times, retry_after="0")
     hub.faults.append(fault)
     assert digests(6) == expected[:6]
@@ -159,7 +176,7 @@ def test_faults_at_start_up_are_waited_out(hub, expected, call, kind):
 
 def test_all_faults_at_random_places_change_no_row(hub, expected):
     source = open_fineweb()
-    hub.faults += [Fault(kind, PARQUET, skip=i // 2) for i, kind in enumerate(FAULTS[:-1] * 2)]
+    hub.faults += [Fault(kind, PARQUET, skip=i // 2) for i, kind in enumerate(FAULTS[:11] * 2)]
     first = digests(13, source)
     assert first == expected[:13]
     stream = TokenStream(source, ByteEncoder(), **OPTIONS)
@@ -214,6 +231,105 @@ def test_an_ignored_range_is_hung_up_on_before_the_file_comes(hub, monkeypatch):
     source = open_corpus(name)
     hub.faults.append(Fault("ignore_range", r"\.parquet$", times=3))
     assert source.read_unit(2) == texts[2000:3000]
+
+
+def test_what_was_not_asked_for_is_not_held(hub, monkeypatch):
+    """A server that goes on after the range, or after its listing, for ever."""
+    monkeypatch.setattr(patience, "LARGEST_ANSWER_BYTES", 2**20)
+    hub.faults.append(Fault("flood", r"/tree/", times=2))
+    source = open_fineweb()
+    hub.faults.append(Fault("flood", PARQUET, times=2))
+    assert source.read_unit(0) == TEXTS[:20]
+    assert hub.num_bytes_flooded < 2**26  # what sockets hold
+
+
+# --- Answers that nobody foresaw ------------------------------------------------------------------
+
+HTML = b"<!DOCTYPE html><html><body>Sign in to the network of this hotel</body></html>"
+OTHER_ANSWERS = {
+    "html": Fault("answer", answer=(200, HTML)),
+    "list": Fault("answer", answer=(200, b"[]")),
+    "object": Fault("answer", answer=(200, b"{}")),
+    "null": Fault("answer", answer=(200, b"null")),
+    "numbers": Fault("answer", answer=(200, b"[1, 2]")),
+    "no json": Fault("answer", answer=(200, b'[{"path": "a')),
+    "no text": Fault("answer", answer=(200, b"\xff\xfe\x00")),
+    "204": Fault("answer", answer=(204, b"")),
+    "redirects": Fault("answer", answer=(302, b""), headers={"Location": "?again"}),
+    "redirected to no address": Fault(
+        "answer", answer=(302, b""), headers={"Location": "http://["}
+    ),
+    "gzip that is none": Fault("", headers={"Content-Encoding": "gzip"}),
+    "wait for ever": Fault("status:429", headers={"Retry-After": "9" * 30}),
+    "wait squared": Fault("status:429", headers={"Retry-After": "²"}),
+}
+LISTINGS = {
+    "no size": lambda entries: [entry.pop("size") for entry in entries],
+    "less than nothing": lambda entries: [entry.update(size=-1) for entry in entries],
+    "a size in words": lambda entries: [entry.update(size="large") for entry in entries],
+    "other files": lambda entries: [entry.update(path="a/b") for entry in entries],
+    "no files": lambda entries: entries.clear(),
+}
+RANGES = {
+    "another range": {"Content-Range": "bytes 5-9/100"},
+    "another total": {"Content-Range": "bytes {}-{}/1"},
+    "no range": {"Content-Range": ""},
+    "gzip": {"Content-Encoding": "gzip"},
+}
+
+
+PLACES = {"revision": 0, "tree": 1, "footer": 0}  # requests that pass: `datasets` lists it first
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("answer", OTHER_ANSWERS)
+def test_an_answer_that_nobody_foresaw_is_asked_for_again(hub, monkeypatch, answer, place):
+    other, waits = OTHER_ANSWERS[answer], answer == "wait for ever"
+    fault = dataclasses.replace(other, path=START_UP[place].path, skip=PLACES[place])
+    fault.times = 1 if waits else 2
+    hub.faults.append(fault)
+    if waits:  # until patience ends, and then once more
+        monkeypatch.setattr(patience, "GIVE_UP_AFTER_SECONDS", 0.3)
+    assert open_fineweb().read_unit(19) == TEXTS[380:]
+    assert fault.num_hits == fault.times
+    monkeypatch.setattr(patience, "GIVE_UP_AFTER_SECONDS", 0.3)
+    fault.times = 10**9  # `datasets` has kept its listing
+    began = time.monotonic()
+    refusal(NAME, config=CONFIG)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("change", LISTINGS)
+def test_a_listing_without_sizes_is_asked_for_again(hub, change):
+    entries = [
+        {"type": "file", "oid": "0" * 40, "path": path, "size": len(content)}
+        for path, content in repository_files().items()
+        if re.search(PARQUET, path)
+    ]
+    LISTINGS[change](entries)
+    wrong = Fault("answer", r"/tree/.*10BT$", skip=1, times=2)  # `datasets` lists it first
+    wrong.answer = (200, json.dumps(entries).encode())
+    hub.faults.append(wrong)
+    assert open_fineweb().read_unit(0) == TEXTS[:20]
+    assert wrong.num_hits == 2
+    wrong.times = 10**9  # `datasets` has kept its listing
+    assert re.match(r"cannot list the files of .*\(dataset_name\): ", refusal(NAME, config=CONFIG))
+
+
+@pytest.mark.parametrize("headers", RANGES)
+def test_a_range_that_was_not_asked_for_is_asked_for_again(hub, expected, headers):
+    source = open_fineweb()
+    hub.faults.append(Fault("", PARQUET, times=3, headers=RANGES[headers]))
+    assert digests(8, source) == expected[:8]
+    assert hub.faults[0].num_hits == 3
+
+
+def test_bits_that_flip_on_the_disk_of_the_hub_are_told_in_one_line(hub):
+    source = open_fineweb()
+    hub.faults.append(Fault("flip", PARQUET, times=10**9))
+    with pytest.raises(UserError, match=r"^cannot read row group 0 of .*\(dataset_name\).*CRC.*$"):
+        source.read_unit(0)
+    assert hub.faults[0].num_hits == patience.FEW_ATTEMPTS
 
 
 # --- final ----------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """Patience: what is tried again, what is not, for how long, and how little is said about it."""
 
+import json
 import logging
+import re
 import threading
 from email.utils import formatdate
+from time import perf_counter
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -99,22 +102,51 @@ def test_what_is_usually_final_is_tried_a_few_times(error):
     assert patiently(failing(*[error] * (few - 1)), "read") == "done"
     with pytest.raises(UserError, match="cannot read"):
         patiently(failing(*[error] * few), "read")
-    outage = [HttpError(503)] * 20
+    outage = [HttpError(503)] * 15
     assert patiently(failing(*outage, error, *outage, error), "read") == "done"
 
 
-def test_a_bug_passes_through_untouched(clock):
+def raised_by_answers():
+    """What the Hub's client and ours raise at answers that nobody foresaw."""
+    from huggingface_hub import errors
+
+    http = __import__(errors.HTTPError.__module__.partition(".")[0])
+    yield from (KeyError("size"), TypeError("list"), AttributeError("get"), AssertionError())
+    yield json.JSONDecodeError("Expecting value", "<html>", 0)
+    yield UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    yield from (http.TooManyRedirects("20"), http.InvalidURL("port"), http.DecodingError("gzip"))
+    yield from (RuntimeError("closed"), OSError("Unexpected end of stream"), MemoryError())
+
+
+@pytest.mark.parametrize("error", [*raised_by_answers()], ids=repr)
+def test_what_nobody_foresaw_is_doubtful_and_then_one_line(error):
+    few = patience.FEW_ATTEMPTS
+    assert patiently(failing(*[error] * (few - 1)), "read") == "done"
+    with pytest.raises(UserError) as raised:
+        patiently(failing(*[error] * few), "read")
+    told = r"cannot read: {}: [^\n]*, raised at test_patience\.py:\d+"
+    assert re.fullmatch(told.format(type(error).__name__), str(raised.value))
+    assert raised.value.__cause__ is error  # a bug of ours can be found
+
+
+def test_what_is_about_arguments_or_about_local_files_passes_through_untouched(clock):
+    for error in (ValueError("no config"), FileNotFoundError("no file")):
+        with pytest.raises(type(error)):
+            patiently(failing(error), "read")
+        with pytest.raises(UserError, match="cannot read"):
+            patiently(failing(*[error] * 4), "read", passes_on=False)
+    clock.naps.clear()
     with pytest.raises(KeyError):
-        patiently(failing(KeyError("typo")), "read")
+        patiently(failing(KeyError("typo")), "read", reaches_hub=False)
     with pytest.raises(UserError, match="mine"):
         patiently(failing(UserError("mine")), "read")
     assert clock.naps == []
 
 
 def test_gives_up_after_half_an_hour(clock):
-    with pytest.raises(UserError, match=r"^cannot read: gave up after 1[78]\d\d s \(HTTP 503\)$"):
+    with pytest.raises(UserError, match=r"^cannot read: gave up after 1800 s \(HTTP 503\)$"):
         patiently(failing(*[HttpError(503)] * 10_000), "read")
-    assert 1700 < sum(clock.naps) <= 1800
+    assert sum(clock.naps) == pytest.approx(1800)  # and then once more
     assert max(clock.naps) <= patience.LONGEST_DELAY_SECONDS
     assert len(clock.naps) < 100
 
@@ -144,14 +176,67 @@ def test_a_hub_that_answers_503_from_the_start_is_waited_for(clock):
 
 def test_retry_after_is_honoured(clock):
     patiently(failing(HttpError(429, Retry_After="77")), "read")
-    assert clock.naps == [77]
+    assert 77 < clock.naps[0] <= 1.1 * 77
     patiently(failing(HttpError(429, RateLimit='"api";r=0;t=55')), "read")
-    assert clock.naps[1:] == [55]
+    assert 55 < clock.naps[1] <= 1.1 * 55
     in_ten_minutes = formatdate(patience.time.time() + 600, usegmt=True)
     patiently(failing(HttpError(503, Retry_After=in_ten_minutes)), "read")
-    assert 590 <= clock.naps[2] <= 601
-    patiently(failing(HttpError(503, Retry_After="soon")), "read")
-    assert clock.naps[3] <= 1
+    assert 590 <= clock.naps[2] <= 1.1 * 601
+
+
+def test_retry_after_longer_than_patience_is_the_last_nap(clock):
+    """It used to be the reason to give up at once."""
+    patiently(failing(HttpError(429, Retry_After="3600")), "read")
+    assert clock.naps == [1800]
+    with pytest.raises(UserError, match="gave up after 1800 s"):
+        patiently(failing(*[HttpError(429, Retry_After="9" * 400)] * 2), "read")
+
+
+def test_ranks_do_not_come_back_at_the_same_moment(clock):
+    for _ in range(8):
+        patiently(failing(HttpError(429, Retry_After="1")), "read")
+    assert len(set(clock.naps)) == 8 and min(clock.naps) >= 1 and max(clock.naps) <= 2
+
+
+@pytest.mark.parametrize(
+    "garbage", ["soon", "²", "-5", "1e3", "", "nan", "Sat, 99 Foo 99999 99:99:99 GMT", "0x10"]
+)
+def test_retry_after_that_is_no_time_is_ignored(clock, garbage):
+    patiently(failing(HttpError(503, Retry_After=garbage)), "read")
+    assert clock.naps[0] <= 1
+
+
+# --- Limits ---------------------------------------------------------------------------------------
+
+
+def test_an_attempt_that_does_not_end_is_left_to_itself(monkeypatch):
+    never, attempts = threading.Event(), []
+
+    def call():
+        attempts.append(1)
+        return "done" if len(attempts) > 2 else never.wait(60)
+
+    began = perf_counter()
+    assert patiently(call, "read", attempt_seconds=0.05) == "done"
+    assert perf_counter() - began < 10 and len(attempts) == 3
+    never.set()
+    with pytest.raises(KeyError):
+        patiently(failing(KeyError("a")), "read", attempt_seconds=5, reaches_hub=False)
+    assert patiently(failing(TimeoutError("its own")), "read", attempt_seconds=5) == "done"
+
+
+def test_a_client_made_in_mid_call_has_limits_too():
+    """The Hub's client makes another after a connection failed, within its own attempts."""
+    from huggingface_hub import close_session, get_session
+
+    def call():
+        close_session()
+        return get_session().event_hooks
+
+    hooks = patiently(call, "read")
+    assert patience._end_silence in hooks["request"]
+    assert patience._end_drops_and_floods in hooks["response"]
+    assert patiently(call, "read") == hooks  # once each
 
 
 def test_one_line_when_an_outage_begins_and_one_when_it_ends(caplog):
