@@ -8,6 +8,7 @@ Before the first step and after the last there is nothing to save: signals then 
 they do any other.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -56,17 +57,23 @@ class StopRequest:
         now = time.monotonic()
         again = self.signal is not None and now - self.received_at > SAME_REQUEST_SECONDS
         if number == signal.SIGINT and again:
-            os.write(sys.stderr.fileno(), b"\nStopping at once; the last checkpoint stands.\n")
+            _tell(b"\nStopping at once; the last checkpoint stands.\n")
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self.received_at = signal.Signals(number), now
             if os.environ.get("RANK", "0") == "0":
-                os.write(sys.stderr.fileno(), ANSWER[number == signal.SIGINT])
+                _tell(ANSWER[number == signal.SIGINT])
 
     def poll(self) -> bool:
         """Whether any rank was asked to stop. Every rank must call at the same point."""
         self.agreed = self.agreed or self.any_rank(self.signal is not None)
         return self.agreed
+
+
+def _tell(line: bytes) -> None:
+    """Within a signal handler, where a stream may be in the middle of a line."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, line)
 
 
 def end_with_launcher(parent: int = PARENT) -> None:
