@@ -252,7 +252,7 @@ def test_a_tokenizer_without_bos_begins_texts_with_eos_and_without_either_is_ref
     tokenizer.bos_token_id = None
     assert prefix_token(tokenizer) == 9
     tokenizer.eos_token_id = None
-    with pytest.raises(UserError, match="neither a bos nor an eos token"):
+    with pytest.raises(UserError, match="neither an eos nor a bos token"):
         prefix_token(tokenizer)
 
 
