@@ -17,7 +17,7 @@ from gpt2repro.system import patience
 # Property tests try the same few examples every time. With PROPERTY_EXAMPLES=2000 they look further
 # and elsewhere; a failure prints the example and how to have it again.
 EXAMPLES = os.environ.get("PROPERTY_EXAMPLES")
-settings.register_profile("few", max_examples=30, derandomize=True, deadline=None, database=None)
+settings.register_profile("few", max_examples=15, derandomize=True, deadline=None, database=None)
 if EXAMPLES:
     settings.register_profile("many", max_examples=int(EXAMPLES), deadline=None, print_blob=True)
 settings.load_profile("many" if EXAMPLES else "few")

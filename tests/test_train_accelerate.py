@@ -129,12 +129,22 @@ def test_the_whole_path_to_a_model_that_writes(recipe, tmp_path, capsys):
     assert train(recipe, tmp_path / "run", "--num_steps", "2") == 0
     assert "is finished: 2 of 2 steps" in capsys.readouterr().out
 
-    card = (final / "README.md").read_bytes()
-    (tmp_path / "run" / "FINISHED").unlink()  # killed while it pushed: it is pushed after all
-    (final / "README.md").write_text("of an earlier, shorter run")
-    assert train(recipe, tmp_path / "run", "--num_steps", "2") == 0
-    assert "is finished" not in capsys.readouterr().out
-    assert len((final / "README.md").read_bytes()) > len(card) / 2
+
+def test_a_run_that_was_killed_while_it_exported_or_pushed_does_both_again(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    """Also where an earlier, shorter run has left its model."""
+    run, finished = tmp_path / "run", []
+    monkeypatch.setattr(finish, "finish", lambda run: finished.append(run.recipe.num_steps) or 0)
+    assert train(recipe, run, "--num_steps", "2") == 0
+    (run / "final").mkdir()
+    RunDirectory(run).mark_finished(2)
+    assert train(recipe, run, "--num_steps", "4") == 0  # as if killed before it was marked
+    assert train(recipe, run, "--num_steps", "4") == 0
+    assert finished == [2, 4, 4] and "is finished" not in capsys.readouterr().out
+    RunDirectory(run).mark_finished(4)
+    assert train(recipe, run, "--num_steps", "4") == 0
+    assert finished == [2, 4, 4] and "is finished: 4 of 4 steps" in capsys.readouterr().out
 
 
 # --- Resumes --------------------------------------------------------------------------------------
