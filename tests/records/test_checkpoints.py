@@ -199,7 +199,8 @@ def two_processes(mode: str, optimizer: str, directory: Path) -> dict:
     script = Path(__file__).with_name("sharded_training.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(script), mode, optimizer, str(directory)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    paths = [str(script.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
