@@ -56,6 +56,7 @@ def open_corpus(
             commit = patience.patiently(
                 lambda: _commit(name, revision),
                 f"look up the dataset {name!r} (dataset_name)",
+                attempt_seconds=patience.LONGEST_QUESTION_SECONDS,
                 if_unreachable=if_unreachable,
             )
             options = {"path": name, "name": config, "data_files": data_files, "revision": commit}

@@ -187,21 +187,14 @@ class _OneChunk:
         return self._source.read(self._start + begin, length)  # a writer that pads its chunks
 
 
-class _Reached(Exception):
-    """pyarrow asked for the bytes of a chunk."""
-
-
 class _NoBytes(_OneChunk):
     """A file object that pyarrow takes for the source until it reads."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._position = source, 0
 
-    def close(self) -> None:
-        """Nothing is held."""
-
     def read(self, length: int) -> bytes:
-        raise _Reached
+        raise EOFError
 
 
 class _Unit(NamedTuple):
@@ -296,21 +289,15 @@ class ParquetCorpus(Corpus):
         num_rows = min(ROWS_AT_A_TIME, LARGEST_UNIT_BYTES // max(stored, 1))
         content = _OneChunk(self._sources[place.file], place.start, place.length)
         options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}
+        wanted: dict[str, Any] = {"row_groups": [place.row_group], "columns": [self._text_column]}
         parts, num_bytes = [], 0
         with pq.ParquetFile(content, metadata=metadata, **options) as file:
-            for batch in file.iter_batches(
-                num_rows,
-                row_groups=[place.row_group],
-                columns=[self._text_column],
-                use_threads=False,
-            ):
+            for batch in file.iter_batches(num_rows, **wanted, use_threads=False):
                 parts.append(batch.column(0).cast(pa.large_string()))
                 num_bytes += pc.sum(pc.binary_length(parts[-1])).as_py() or 0
                 if num_bytes > LARGEST_UNIT_BYTES:
-                    raise pa.ArrowInvalid(
-                        f"it holds more than {LARGEST_UNIT_BYTES:,} bytes of text: write smaller "
-                        "row groups"
-                    )
+                    limit = f"{LARGEST_UNIT_BYTES:,} bytes of text"
+                    raise pa.ArrowInvalid(f"it has more than {limit}: write smaller row groups")
         documents = large_strings(pa.chunked_array(parts, pa.large_string()))
         if len(documents) != place.num_rows:
             raise pa.ArrowInvalid(f"it has {len(documents):,} rows, not {place.num_rows:,}")
@@ -354,8 +341,8 @@ def _check_chunks(metadata: pq.FileMetaData, column: str, source: Source) -> Non
     try:
         with pq.ParquetFile(_NoBytes(source), metadata=metadata, pre_buffer=True) as file:
             next(file.iter_batches(1, row_groups=groups, columns=[column], use_threads=False), None)
-    except _Reached:
-        pass
+    except EOFError:
+        pass  # it wants to read: all is well
 
 
 def _hub_sources(files: list[dict[str, str]]) -> list[HubSource]:

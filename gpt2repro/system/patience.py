@@ -117,9 +117,8 @@ def _in_a_line(error: BaseException) -> str:
 def _diagnose_status(response, reason: str) -> Diagnosis | None:
     status = response.status_code
     if status in PASSING_STATUS or status >= 500:
-        asked = getattr(response, "extensions", {}).get(ASKED_SECONDS)  # taken over already
-        if asked is None:
-            asked = _retry_after_seconds(response.headers)
+        taken_over = getattr(response, "extensions", {}).get(ASKED_SECONDS)
+        asked = taken_over or _retry_after_seconds(response.headers)
         return Diagnosis(f"HTTP {status}", None, retry_after=asked)
     if status == 403 and "GatedRepo" not in response.headers.get("X-Error-Code", ""):
         return Diagnosis(reason, FEW_ATTEMPTS)  # a signed link expires between resolve and read

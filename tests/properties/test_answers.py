@@ -32,16 +32,17 @@ def files() -> dict[str, bytes]:
 
 
 LIMITS = {
-    "GIVE_UP_AFTER_SECONDS": 0.3,
+    "GIVE_UP_AFTER_SECONDS": 0.2,
     "FIRST_DELAY_SECONDS": 0.01,
     "LONGEST_DELAY_SECONDS": 0.02,
     "LONGEST_SILENCE_SECONDS": 0.1,
     "REQUEST_TIMEOUT_SECONDS": 0.1,
-    "SLOW_AFTER_SECONDS": 0.3,
-    "LONGEST_QUESTION_SECONDS": 0.5,
+    "SLOW_AFTER_SECONDS": 0.2,
+    "LONGEST_QUESTION_SECONDS": 0.4,
     "LARGEST_ANSWER_BYTES": 2**20,
 }
-DEADLINE_SECONDS = 30.0  # each of a dozen requests may use up its patience, on a busy machine
+# Each of a dozen requests may use up its patience, and some the Hub client's own limit of 10 s.
+DEADLINE_SECONDS = 60.0
 
 NUMBERS = itertools.count()
 
@@ -52,6 +53,8 @@ def hub():
         for name, value in LIMITS.items():
             monkeypatch.setattr(patience, name, value)
         monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
+        monkeypatch.setattr("huggingface_hub.file_download.time", NoSleep)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
         hub.use_in_process(monkeypatch)
         yield hub
 
