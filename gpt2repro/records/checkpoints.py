@@ -128,16 +128,15 @@ def _prune(directory: Path, keep_last: int) -> None:
 
     A copy that somebody keeps under a name of its own, `step_00000500.best`, stays.
     """
-    there = [
-        path for path in sorted(directory.glob("step_*")) if integrity.NAME.fullmatch(path.name)
-    ]
-    whole_ones = [path for path in there if integrity.is_whole(path)]
+    whole_ones = [path for path in _in_order(directory) if integrity.is_whole(path)]
     for path in [*whole_ones[:-keep_last], *directory.glob(".step_*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _has_our_name(path: Path) -> bool:
-    return integrity.NAME.fullmatch(path.name) is not None
+def _in_order(directory: Path) -> list[Path]:
+    """The checkpoints under names of ours, whole or not, the oldest first."""
+    paths = sorted(directory.glob("step_*"))
+    return [path for path in paths if integrity.NAME.fullmatch(path.name)]
 
 
 def supersede(directory: Path, step: int) -> None:
@@ -159,16 +158,20 @@ def find_latest(directory: Path) -> tuple[Path | None, dict[Path, str]]:
     Also the newer ones that none can, each with the reason.
     """
     broken: dict[Path, str] = {}
-    for path in sorted(directory.glob("step_*"), reverse=True):
-        if _has_our_name(path):
-            if (problem := integrity.find_problem(path)) is None:
-                return path, broken
-            broken[path] = problem
+    for path in reversed(_in_order(directory)):
+        if (problem := integrity.find_problem(path)) is None:
+            return path, broken
+        broken[path] = problem
     return None, broken
 
 
+def state_of(path: Path) -> dict[str, Any]:
+    """The JSON that `save` was given, with `step`, of a checkpoint that `find_latest` has found."""
+    return json.loads((path / integrity.STATE).read_bytes())
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON that `save` was given, with `step`.
+    """`state_of` a checkpoint that a user names.
 
     Raises:
         UserError: there is no checkpoint at `path` that a run can go on from.
@@ -180,7 +183,7 @@ def read_state(path: Path) -> dict[str, Any]:
             f"--resume {path}: no complete checkpoint: {problem}; a run's are in its checkpoints/, "
             "and --resume auto takes the newest valid one"
         )
-    return json.loads((path / integrity.STATE).read_bytes())
+    return state_of(path)
 
 
 # --- Loading --------------------------------------------------------------------------------------

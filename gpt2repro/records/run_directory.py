@@ -24,7 +24,8 @@ from gpt2repro.system import atomic
 from gpt2repro.system.text import printable
 
 LOCK = ".lock"
-# What schedulers, desktops and file systems put into a directory before or beside a run.
+# What schedulers, desktops and file systems put into a directory before or beside a run; and hidden
+# files of ours, such as those of a launch that was killed before its first file was whole.
 NOT_A_RUNS = re.compile(
     r"\.(?!git$).*|Thumbs\.db|desktop\.ini|lost\+found|__pycache__"
     r"|.+\.(log|out|err|pid|sh|slurm|sbatch)"
@@ -123,8 +124,6 @@ class RunDirectory:
             names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be read: {error}") from None
-        # A launch may have been killed before its first file was whole.
-        names -= {path.name for path in atomic.leftovers(self.recipe)}
         exists = not all(NOT_A_RUNS.fullmatch(name) for name in names)
         if exists and not self.recipe.exists():
             other = min(name for name in names if not NOT_A_RUNS.fullmatch(name))
@@ -138,7 +137,7 @@ class RunDirectory:
                 "give another exp_name, or --resume auto to go on"
             )
         path, broken = checkpoints.find_latest(self.checkpoints)
-        state = checkpoints.read_state(path) if path else {}
+        state = checkpoints.state_of(path) if path else {}
         if resume not in ("auto", "never") and resume != state.get("recipe", {}).get("resume"):
             path = Path(resume)
             return Start(path, checkpoints.read_state(path), f"Resuming from {path}.")
