@@ -8,34 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import save_checkpoint
 
-from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, integrity
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 STREAM = {"version": 1, "identity": {}, "lanes": [[0, 0, 0, 0], [0, 1, 2, 3]]}
-
-
-def save(directory: Path, step: int) -> Path:
-    torch.manual_seed(step)
-    shape = {"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 5, "n_positions": 3}
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    state = {"recipe": {"micro_batch_size": 1}, "world_size": 1, "stream": STREAM}
-    return checkpoints.save(
-        directory, step=step, model=model, optimizer=optimizer, state=state, keep_last=9
-    )
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
     """Checkpoints before steps 10 and 20."""
-    save(tmp_path, 10)
-    save(tmp_path, 20)
+    for step in (10, 20):
+        save_checkpoint(tmp_path, step, recipe={"micro_batch_size": 1}, world_size=1, stream=STREAM)
     return tmp_path
 
 
@@ -176,7 +161,7 @@ def test_a_state_or_marker_of_another_shape_is_found(run, content):
 @pytest.mark.parametrize(("step", "may_lack"), [(0, True), (5, True), (6, False)])
 def test_optimizer_state_may_lack_until_an_update_must_have_been(tmp_path, step, may_lack):
     """Of the first five all may have been skipped; a sixth in a row would have ended the run."""
-    path = save(tmp_path, step)
+    path = save_checkpoint(tmp_path, step)
     tensors = load_file(path / integrity.OPTIMIZER)
     save_file({"rng.0.cpu": tensors["rng.0.cpu"]}, path / integrity.OPTIMIZER)
     (path / integrity.MARKER).unlink()

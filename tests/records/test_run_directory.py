@@ -6,32 +6,16 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_checkpoint import save_checkpoint
 
-from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
-from gpt2repro.records import checkpoints, run_directory
+from gpt2repro.records import run_directory
 from gpt2repro.records.metrics import MetricsLog, read_metrics
 from gpt2repro.records.run_directory import RunDirectory
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
 def add_checkpoint(run: Path, step: int, resume: str = "auto", **state) -> Path:
-    """A checkpoint of the smallest GPT-2, before its first update."""
-    shape = {"n_layer": 1, "n_head": 1, "n_embd": 2, "vocab_size": 3, "n_positions": 2}
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0))
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    return checkpoints.save(
-        run / "checkpoints",
-        step=step,
-        model=model,
-        optimizer=optimizer,
-        state={"recipe": {"resume": resume}, **state},
-        keep_last=9,
-    )
+    return save_checkpoint(run / "checkpoints", step, recipe={"resume": resume}, **state)
 
 
 RECIPE = "exp_name: a\n"
