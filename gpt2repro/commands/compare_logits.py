@@ -13,6 +13,7 @@ from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser, named, path
+from gpt2repro.system import atomic
 
 
 def main(argv: list[str]) -> int:
@@ -125,6 +126,7 @@ def _write_json(options: Namespace, ours, differing, results, tokens, holds: boo
     }
     try:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with atomic.naming(options.json):
+            options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {options.json}: {error}") from None

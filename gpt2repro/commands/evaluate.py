@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from gpt2repro import UserError
 from gpt2repro.commands.parser import DTYPES, OneLineParser, find_device, make_room, named
 from gpt2repro.recipe import Benchmark
+from gpt2repro.system import atomic
 from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
@@ -312,4 +313,6 @@ def _write(arguments: Namespace, names, columns, difference, published) -> None:
     }
     content["settings"] = vars(arguments)
     content["environment"] = machine.describe(arguments.device)
-    Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    output = Path(arguments.output)
+    with atomic.naming(output):
+        output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2repro import UserError
 from gpt2repro.commands.parser import MOST_PROCESSES, OneLineParser, make_room, path
 from gpt2repro.recipe import Recipe, load_recipe
+from gpt2repro.system import atomic
 
 if TYPE_CHECKING:
     from gpt2repro.data.corpus import Corpus
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> int:
     stats = _measure(recipe, options.num_processes, options.seconds, options.tokens_per_second)
     print(_table(stats))
     if options.output:
-        options.output.write_text(json.dumps(stats, indent=2) + "\n")
+        with atomic.naming(options.output):
+            options.output.write_text(json.dumps(stats, indent=2) + "\n")
     return 0 if _keeps_up(stats) else 1
 
 
