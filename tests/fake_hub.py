@@ -155,6 +155,8 @@ class FakeHub:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{home}/hub")
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        # Made once by transformers, for the Hub of its first call. An earlier one has none.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", self.url)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", f"{home}/datasets")
 
