@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
         return 0
     names = [loaded.name for loaded in models]
     difference = differences(*columns) if len(columns) == 2 else {}
-    published = _published_for(arguments)
+    context = arguments.sequence_length or min(loaded.max_length for loaded in models)
+    published = _published_for(arguments, context)
     print(printable(table(names, columns, difference, published)))
     for name, results in zip(names, columns, strict=True):
         print(printable("\n".join(notes(name, results))), file=sys.stderr)
@@ -276,20 +277,16 @@ def _score_all(loaded: Loaded, tasks: list["Task"], batch_size: int) -> list["Ta
 # --- The report -----------------------------------------------------------------------------------
 
 
-def _published_for(arguments: Namespace) -> dict[str, tuple[float, str]]:
+def _published_for(arguments: Namespace, sequence_length: int) -> dict[str, tuple[float, str]]:
     """What others published about the OpenAI model that is being evaluated, if one is."""
-    from gpt2repro.evaluation.published import PUBLISHED
+    from gpt2repro.evaluation.published import PUBLISHED, is_the_published_text
 
     for name in (arguments.baseline, arguments.model):
         model = (name or "").removeprefix("openai-community/")
         if model in PUBLISHED:
             found = dict(PUBLISHED[model])
-            comparable = (
-                arguments.dataset_name == "HuggingFaceFW/fineweb-edu"
-                and arguments.dataset_config == "sample-10BT"
-                and arguments.num_validation_units == 100
-            )
-            if not comparable:
+            text = vars(arguments) | {"sequence_length": sequence_length}
+            if arguments.limit or not is_the_published_text(text):
                 found.pop("val/loss", None)
             return found
     return {}

@@ -1,5 +1,8 @@
 """Figures that others published of OpenAI's weights: shown beside ours, never mixed with them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 NANOGPT = "karpathy/build-nanogpt"
 HARNESS = "lm-evaluation-harness, as reported by build-nanogpt and the harness' issue 2159"
 VALIDATION_LOSS = 3.2924  # nats per token, OpenAI's 124M on the first 100 units of sample-10BT
@@ -20,13 +23,31 @@ PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {
 }
 
 
-def published_loss(dataset_name: str, tokenizer_name: str) -> tuple[str, float] | None:
-    """The published loss that a run on this dataset compares with, as (label, nats per token).
+# The text that the published validation loss is of, in the fields of a recipe.
+VALIDATION_TEXT = {
+    "dataset_name": "HuggingFaceFW/fineweb-edu",
+    "dataset_config": "sample-10BT",
+    "dataset_split": "train",
+    "data_files": None,
+    "text_column": "text",
+    "num_validation_units": 100,
+    "validation_tokens": 10_485_760,
+    "sequence_length": 1024,
+}
+TOKENIZERS = ("openai-community/gpt2", "gpt2")
+
+
+def is_the_published_text(settings: Mapping[str, Any]) -> bool:
+    """Whether these fields of a recipe hold out the text that the published loss is of."""
+    return all(settings.get(field) == value for field, value in VALIDATION_TEXT.items())
+
+
+def published_loss(recipe: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The published loss that a run by `recipe` compares with, as (label, nats per token).
 
     OpenAI's 124M weights on the validation shard of build-nanogpt, which are the row groups that
     the stream holds out of FineWeb-Edu. A loss per token compares only under the same tokenizer.
     """
-    gpt2_tokenizers = ("openai-community/gpt2", "gpt2")
-    if dataset_name == "HuggingFaceFW/fineweb-edu" and tokenizer_name in gpt2_tokenizers:
+    if is_the_published_text(recipe) and recipe.get("tokenizer_name") in TOKENIZERS:
         return f"OpenAI GPT-2 124M, {VALIDATION_LOSS} (build-nanogpt)", VALIDATION_LOSS
     return None

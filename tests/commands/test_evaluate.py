@@ -158,14 +158,23 @@ def test_limit_and_batch_size(model, tmp_path):
 
 
 def test_published_figures_are_a_column_of_their_own():
-    arguments = evaluate._parse(["--model", "x", "--baseline", "openai-community/gpt2"])
-    assert evaluate._published_for(arguments)["val/loss"][0] == 3.2924
-    arguments.num_validation_units = 7
-    assert "val/loss" not in evaluate._published_for(arguments), "other text, not comparable"
+    given = ["--model", "x", "--baseline", "openai-community/gpt2"]
+    arguments = evaluate._parse(given)
+    assert evaluate._published_for(arguments, 1024)["val/loss"][0] == 3.2924
+    for other in (
+        ["--num_validation_units", "7"],
+        ["--validation_tokens", "4096"],
+        ["--dataset_config", "sample-100BT"],
+        ["--text_column", "url"],
+        ["--limit", "5"],
+    ):
+        elsewhere = evaluate._published_for(evaluate._parse([*given, *other]), 1024)
+        assert elsewhere and "val/loss" not in elsewhere, "other text, not comparable"
+    assert "val/loss" not in evaluate._published_for(arguments, 512), "in a shorter context"
     arguments.baseline = "openai-community/gpt2-xl"
-    assert evaluate._published_for(arguments)["hellaswag/completion_acc_norm"][0] == 0.4889
+    assert evaluate._published_for(arguments, 1024)["hellaswag/completion_acc_norm"][0] == 0.4889
     arguments.baseline = None
-    assert evaluate._published_for(arguments) == {}
+    assert evaluate._published_for(arguments, 1024) == {}
 
 
 @pytest.mark.parametrize(
