@@ -448,6 +448,8 @@ def test_compiled_training_evaluates_and_samples(recipe, tmp_path, monkeypatch, 
         torch.testing.assert_close(ours_, theirs_, rtol=1e-3, atol=0)
     prompt = yaml.safe_load((compiled / "recipe.yaml").read_text())["sample_prompt"]
     assert f"step 2: {prompt}" in capsys.readouterr().out
+    samples = {line["step"]: line["sample"] for line in ours if "sample" in line}
+    assert samples.keys() == {2} and samples[2].startswith(prompt)
     assert tensors(compiled, 4).keys() == tensors(eager, 4).keys()  # no prefix of the compiler's
 
 

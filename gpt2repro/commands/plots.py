@@ -5,7 +5,6 @@ Every picture is written as PNG and as SVG, and its title says what there is to 
 
 import argparse
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,64 @@ Heads = list[tuple[int, int]]  # (layer, head)
 def main(argv: list[str]) -> int:
     """`gpt2repro plots RUN_OR_MODEL [--compare RUN2]`: draw, and print each file's finding."""
     arguments = _parse(argv)
-    from gpt2repro.plots.gallery import read_run, run_pictures
+    from gpt2repro.plots.gallery import overlaid, read_run, run_pictures
 
-    run = read_run(arguments.run_or_model)
-    output = Path(arguments.output or _default_output(arguments, run))
-    if arguments.compare:
-        names = (arguments.run_or_model, arguments.compare)
-        runs = [found for found in map(read_run, names) if found]
-        if len(runs) < 2:
-            raise UserError(f"--compare overlays two runs; one of {names} holds no metrics.jsonl")
-        _write(run_pictures(runs), output)
-        return 0
-    if run:
-        _write(run_pictures([run]), output)
-    source = _model_of(arguments.run_or_model)
-    if source is None:
+    write_page = _page_writer() if arguments.html else None
+    names = [name for name in (arguments.run_or_model, arguments.compare) if name]
+    records = [found for found in map(read_run, names) if found]
+    if arguments.compare and len(records) < 2:
+        raise UserError(f"--compare overlays two runs; one of {names} holds no metrics.jsonl")
+    output = Path(arguments.output or _default_output(arguments, bool(records)))
+    pictures: dict[str, Any] = {}
+    runs, neighbours = None, ""
+    if records:
+        runs = overlaid(records)
+        if not runs.of_one_text:
+            print("The runs validate on different texts: those losses are left out")
+        pictures |= _write(run_pictures(runs), output)
+    source = None if arguments.compare else _model_of(arguments.run_or_model)
+    if source:
+        insides, neighbours = _draw_insides(
+            source, output, prompt=arguments.prompt, heads=arguments.heads
+        )
+        pictures |= insides
+    elif not arguments.compare:
         print(f"{arguments.run_or_model} holds no model yet: its insides are left out")
-        return 0
-    _draw_insides(source, output, prompt=arguments.prompt, heads=arguments.heads)
+    if write_page:
+        write_page(
+            output / "page.html",
+            title=" and ".join(record.name for record in records) or arguments.run_or_model,
+            facts=_facts(records[0] if len(records) == 1 else None, arguments.run_or_model),
+            runs=runs,
+            pictures=pictures,
+            neighbours=neighbours,
+        )
+        print(f"{output / 'page.html'}  All of it on one page, which needs no other file")
     return 0
+
+
+def _page_writer() -> Any:
+    try:
+        from gpt2repro.plots.page import write_page
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--html needs {error.name}: `pip install gpt2repro[html]`, or `pip install bokeh`"
+        ) from None
+    return write_page
+
+
+def _facts(record: Any, name: str) -> list[tuple[str, str]]:
+    """What the card says of the training: the model's own, or of a run so far."""
+    from gpt2repro.publishing.card import facts, model_card, published
+    from gpt2repro.recipe import FIELDS
+
+    for path in (Path(name) / "final" / "README.md", Path(name) / "README.md"):
+        if path.is_file():
+            return facts(published(path.read_text(encoding="utf-8")))
+    if record is None or not FIELDS.keys() <= record.recipe.keys():  # of another version, or edited
+        return []
+    card = model_card(name=record.name, recipe=record.recipe, metrics=record.metrics)
+    return facts(published(card))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -59,6 +97,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compare", type=named, metavar="RUN2", help="overlay the curves of two runs instead"
     )
+    parser.add_argument(
+        "--html", action="store_true", help="also all of it on one page, DIR/page.html"
+    )
     return parser.parse_args(argv)
 
 
@@ -70,9 +111,9 @@ def _heads(text: str) -> Heads:
     return [(int(layer), int(head)) for layer, head in places]
 
 
-def _default_output(arguments: argparse.Namespace, run: Any) -> Path:
+def _default_output(arguments: argparse.Namespace, is_run: bool) -> Path:
     name = Path(arguments.run_or_model)
-    if run is None:
+    if not is_run:
         return Path("plots") / name.resolve().name
     return name / "plots" / (f"against-{Path(arguments.compare).name}" if arguments.compare else "")
 
@@ -88,22 +129,25 @@ def _model_of(name: str) -> str | None:
     return str(newest) if newest else None
 
 
-def _write(pictures: Iterable[tuple[str, Any]], output: Path) -> None:
-    """Save each picture and print its path and its finding."""
+def _write(pictures: Iterable[tuple[str, Any]], output: Path) -> dict[str, Any]:
+    """Save each picture, print its path and its finding, and return them by name."""
     from gpt2repro.plots.style import finding, save
 
+    drawn = {}
     for name, figure in pictures:
         try:
-            with warnings.catch_warnings():  # a token of a script that the font lacks is a box
-                warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-                png, _ = save(figure, output / name)
+            png, _ = save(figure, output / name)
         except OSError as error:
             raise UserError(f"--output {output} cannot be written: {error}") from None
         print(f"{png}  {finding(figure)}", flush=True)
+        drawn[name] = figure
+    return drawn
 
 
-def _draw_insides(name: str, output: Path, *, prompt: str, heads: Heads | None) -> None:
-    """Everything that a model shows while it reads `prompt`."""
+def _draw_insides(
+    name: str, output: Path, *, prompt: str, heads: Heads | None
+) -> tuple[dict[str, Any], str]:
+    """Everything that a model shows while it reads `prompt`: pictures, and a table of tokens."""
     import torch
 
     from gpt2repro.data.token_ids import ids_to_continue
@@ -118,13 +162,14 @@ def _draw_insides(name: str, output: Path, *, prompt: str, heads: Heads | None) 
     if len(ids) < 2:
         raise UserError("--prompt must be at least two tokens long")
     _check_heads(heads, model.config.n_layer, model.config.n_head)
-    _write(model_pictures(Reading(model, tokenizer, ids, heads)), output)
+    pictures = _write(model_pictures(Reading(model, tokenizer, ids, heads)), output)
     tokens = list(dict.fromkeys(ids.tolist()))[:NEIGHBOUR_TOKENS]
     neighbours = parameters.token_neighbours(model, tokens)
     table = parameters.neighbours_table(neighbours, tokens, tokenizer)
     path = output / "token_neighbours.md"
     path.write_text(table, encoding="utf-8")
     print(f"{path}  Nearest token embeddings, by cosine similarity\n\n{table}", end="")
+    return pictures, table
 
 
 def _check_heads(heads: Heads | None, n_layer: int, n_head: int) -> None:

@@ -24,6 +24,7 @@ from gpt2repro.plots.style import (
     save,
     short_number,
 )
+from gpt2repro.records.metrics import comparable, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -34,36 +35,32 @@ LEAST_CONNECTED, MOST_MARKED = 8, 40  # evaluations
 # --- Reading metrics ------------------------------------------------------------------------------
 
 
-def _series(metrics: Metrics, key: str, x_key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(metrics: Metrics, key: str, x_key: str) -> tuple[np.ndarray, np.ndarray]:
     """The records that hold finite `x_key` and `key`, as two float arrays (n,)."""
     points = [
         (record[x_key], record[key])
         for record in metrics
-        if _is_number(record.get(x_key)) and _is_number(record.get(key))
+        if is_number(record.get(x_key)) and is_number(record.get(key))
     ]
     x, y = np.array(points, dtype=float).reshape(-1, 2).T
     return x, y
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _tokens_of_a_step(metrics: Metrics) -> float:
+def tokens_of_a_step(metrics: Metrics) -> float:
     """A line tells the tokens seen *after* its step; 0 where the run did not log them."""
-    step, tokens = _series([record for record in metrics if "loss" in record], "tokens", "step")
+    step, tokens = series([record for record in metrics if "loss" in record], "tokens", "step")
     return float(np.median(tokens / (step + 1))) if len(step) else 0.0
 
 
-def _validations(metrics: Metrics, x_key: str) -> tuple[np.ndarray, np.ndarray]:
+def validations(metrics: Metrics, x_key: str) -> tuple[np.ndarray, np.ndarray]:
     """Validation losses at what was trained on *before* them: the first one at nothing."""
-    step, loss = _series(metrics, "val_loss", "step")
-    return (step * _tokens_of_a_step(metrics) if x_key == "tokens" else step), loss
+    step, loss = series(comparable(metrics), "val_loss", "step")
+    return (step * tokens_of_a_step(metrics) if x_key == "tokens" else step), loss
 
 
-def _x_key_of(runs: Mapping[str, Metrics]) -> str:
+def x_key_of(runs: Mapping[str, Metrics]) -> str:
     """Runs with different batches compare by tokens; `step` serves where tokens were not logged."""
-    return "tokens" if all(map(_tokens_of_a_step, runs.values())) else "step"
+    return "tokens" if all(map(tokens_of_a_step, runs.values())) else "step"
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -118,18 +115,18 @@ def draw_losses(
 ) -> Figure:
     """Training and validation loss of one run, or of several overlaid, against tokens seen."""
     figure, ((ax,),) = new_figure(title or _loss_finding(runs, baseline))
-    x_key = _x_key_of(runs)
+    x_key = x_key_of(runs)
     curves = []
     for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
         of = f"{name}: " if name else ""
-        x, loss = _series(metrics, "loss", x_key)
+        x, loss = series(metrics, "loss", x_key)
         if len(x):
             # A single run's two curves differ in colour, several runs' in weight.
             tint = color if name else MUTED
             ax.plot(x, loss, color=tint, linewidth=0.6, alpha=0.35)
             label = f"{of}training (moving average)"
             ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label)
-        x_val, val = _validations(metrics, x_key)
+        x_val, val = validations(metrics, x_key)
         if len(x_val):
             label = f"{of}validation, {val[-1]:.3f} at the end"
             if len(x):
@@ -149,7 +146,7 @@ def draw_losses(
         curves += [(x, loss), (x_val, val)]
     first, *_ = runs.values()
     for index, step in enumerate(resumed_at):
-        at = step * _tokens_of_a_step(first) if x_key == "tokens" else step
+        at = step * tokens_of_a_step(first) if x_key == "tokens" else step
         label = "_nolegend_" if index else "resumed"
         ax.axvline(at, color=MUTED, linestyle=":", linewidth=1, label=label)
     if baseline:
@@ -165,26 +162,31 @@ def draw_losses(
 
 def _loss_finding(runs: Mapping[str, Metrics], baseline: tuple[str, float] | None) -> str:
     """What the loss plot shows, in a sentence."""
-    if len(runs) > 1:
-        ends = []
-        for name, metrics in runs.items():
-            steps, val = _series(metrics, "val_loss", "step")
-            if len(val):
-                ends.append(f"{name} {val[-1]:.2f} after {steps[-1]:,.0f} steps")
-        return f"Validation loss (nats per token): {', '.join(ends) or 'none yet'}"
-    (metrics,) = runs.values()
-    for key, name in (("val_loss", "Validation"), ("loss", "Training")):
-        steps, values = _series(metrics, key, "step")
+    kinds = {
+        "Validation": {name: validations(metrics, "step") for name, metrics in runs.items()},
+        "Training": {name: series(metrics, "loss", "step") for name, metrics in runs.items()},
+    }
+    for name, found in kinds.items():
+        if len(runs) > 1:
+            ends = [
+                f"{run} {values[-1]:.2f} after {steps[-1]:,.0f} steps"
+                for run, (steps, values) in found.items()
+                if len(values)
+            ]
+            if ends:
+                return f"{name} loss (nats per token): {', '.join(ends)}"
+            continue
+        ((steps, values),) = found.values()
         if len(values) < 2:
             continue
         passed = f"{steps[-1] - steps[0]:,.0f} steps"
         finding = f"{name} loss {values[0]:.2f} → {values[-1]:.2f} nats per token in {passed}"
-        if baseline and key == "val_loss":
+        if baseline and name == "Validation":
             gap = values[-1] - baseline[1]
             label = baseline[0].split(",")[0]
             finding += f", {abs(gap):.2f} {'above' if gap > 0 else 'below'} {label}"
         return finding
-    return "The run has just begun"
+    return "The run has just begun" if len(runs) == 1 else "The runs have just begun"
 
 
 def loss_limits(
@@ -210,7 +212,7 @@ def _label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> Non
     """The x axis: tokens seen below, and optimizer steps above if there is one run."""
     for ax in (bottom, top):
         ax.margins(x=0.01)
-    if _x_key_of(runs) == "step":
+    if x_key_of(runs) == "step":
         bottom.set_xlabel("optimizer step")
         return
     bottom.set_xlabel("tokens seen")
@@ -218,7 +220,7 @@ def _label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> Non
     (metrics, *others) = runs.values()
     if others:
         return
-    rate = _tokens_of_a_step(metrics)
+    rate = tokens_of_a_step(metrics)
     steps = (lambda tokens: np.asarray(tokens) / rate, lambda step: np.asarray(step) * rate)
     above = top.secondary_xaxis("top", functions=steps)
     above.set_xlabel("optimizer step", fontsize=9, color=MUTED)
@@ -244,7 +246,7 @@ def draw_learning_rate_and_gradient_norm(
     _traces(top, runs, "lr")
     for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
         if scale := (muon_scale or {}).get(name):
-            x, rate = _series(metrics, "lr", _x_key_of(runs))
+            x, rate = series(metrics, "lr", x_key_of(runs))
             label = f"{name}: matrices (Muon)" if name else "matrices (Muon)"
             top.plot(x, scale * rate, color=color, linewidth=1.8, linestyle="--", label=label)
             if not name and top.lines:
@@ -261,8 +263,8 @@ def draw_learning_rate_and_gradient_norm(
 
 def _schedule_finding(runs: Mapping[str, Metrics], max_grad_norm: float | None) -> str:
     def describe(metrics: Metrics) -> str:
-        steps, rates = _series(metrics, "lr", "step")
-        norms = _series(metrics, "grad_norm", "step")[1]
+        steps, rates = series(metrics, "lr", "step")
+        norms = series(metrics, "grad_norm", "step")[1]
         parts = []
         if len(rates):
             peak = int(rates.argmax())
@@ -283,7 +285,7 @@ def draw_throughput(runs: Mapping[str, Metrics]) -> Figure:
     )
     _traces(top, runs, "tokens_per_second", raw=True)
     top.set_ylabel("tokens per second")
-    top.set_ylim(*rate_limits([_series(m, "tokens_per_second", "step")[1] for m in runs.values()]))
+    top.set_ylim(*rate_limits([series(m, "tokens_per_second", "step")[1] for m in runs.values()]))
     top.yaxis.set_major_formatter(FuncFormatter(short_number))
     _traces(bottom, runs, "data_wait_fraction", raw=True)
     bottom.set_ylabel("time waiting for data")
@@ -309,7 +311,7 @@ def rate_limits(rates: Sequence[np.ndarray]) -> tuple[float, float] | tuple[None
 def _throughput_finding(runs: Mapping[str, Metrics]) -> str:
     def describe(metrics: Metrics) -> str:
         rates, mfu, waits = (
-            _series(metrics, key, "step")[1]
+            series(metrics, key, "step")[1]
             for key in ("tokens_per_second", "mfu", "data_wait_fraction")
         )
         parts = []
@@ -335,9 +337,9 @@ def _each_run(runs: Mapping[str, Metrics], describe: Callable[[Metrics], str]) -
 
 def _traces(ax: Axes, runs: Mapping[str, Metrics], key: str, *, raw: bool = False) -> None:
     """One line per run; with `raw`, the values themselves lie faintly under their average."""
-    x_key = _x_key_of(runs)
+    x_key = x_key_of(runs)
     for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
-        x, y = _series(metrics, key, x_key)
+        x, y = series(metrics, key, x_key)
         if not len(x):
             continue
         if raw:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from gpt2repro.evaluation.published import published_loss
+from gpt2repro.evaluation.published import VALIDATION_TEXT, published_loss
 from gpt2repro.plots import attention, curves, gradients, logit_lens, parameters
 from gpt2repro.plots.style import token_labels
-from gpt2repro.records.metrics import read_metrics
+from gpt2repro.records.metrics import comparable, read_metrics
 from gpt2repro.records.run_directory import read_resumes, saved_recipe
 
 Heads = list[tuple[int, int]]  # (layer, head)
@@ -35,9 +35,15 @@ class RunRecord:
         return self.recipe.get("exp_name") or self.path.resolve().name
 
     @property
+    def validation_text(self) -> str:
+        """What the last validation loss is of: text, tokens and context."""
+        fields = (*VALIDATION_TEXT, "dataset_revision", "tokenizer_name")
+        tokens = [line.get("val_tokens") for line in comparable(self.metrics)][-1:]
+        return repr([self.recipe.get(field) for field in fields] + tokens)
+
+    @property
     def baseline(self) -> tuple[str, float] | None:
-        dataset, tokenizer = self.recipe.get("dataset_name"), self.recipe.get("tokenizer_name")
-        return published_loss(dataset or "", tokenizer or "")
+        return published_loss(self.recipe)
 
 
 def read_run(name: str) -> RunRecord | None:
@@ -53,6 +59,7 @@ class Runs:
     """One run or several, and what is the same in all of them."""
 
     metrics: dict[str, curves.Metrics]  # by name; the name of a single run is ""
+    of_one_text: bool  # whether their validation losses compare; if not, they are left out
     baseline: tuple[str, float] | None
     max_grad_norm: float | None
     resumed_at: list[int]  # steps; of a single run
@@ -70,25 +77,38 @@ RUN_PICTURES: dict[str, Callable[[Runs], Figure]] = {
 }
 
 
-def run_pictures(runs: list[RunRecord]) -> Iterator[tuple[str, Figure]]:
+def run_pictures(runs: Runs) -> Iterator[tuple[str, Figure]]:
     """File name and figure of each of the curves."""
+    for name, draw in RUN_PICTURES.items():
+        yield name, draw(runs)
+
+
+def overlaid(runs: list[RunRecord]) -> Runs:
+    """What is drawn of one run or several. What does not hold for all of them is left out."""
     # A line that holds for one of two runs only would be read as holding for both.
     baselines = {run.baseline for run in runs}
     thresholds = {run.recipe.get("max_grad_norm") for run in runs}
     named = dict(zip(_distinct_names(runs), runs, strict=True))
-    shown = Runs(
-        metrics={name: run.metrics for name, run in named.items()},
+    of_one_text = len({run.validation_text for run in runs}) == 1
+    return Runs(
+        metrics={
+            name: run.metrics if of_one_text else _without_validation(run.metrics)
+            for name, run in named.items()
+        },
+        of_one_text=of_one_text,
         baseline=baselines.pop() if len(baselines) == 1 else None,
         max_grad_norm=thresholds.pop() if len(thresholds) == 1 else None,
         resumed_at=read_resumes(runs[0].path) if len(runs) == 1 else [],
         muon_scale={
             name: run.recipe["muon_lr"] / run.recipe["max_lr"]
             for name, run in named.items()
-            if run.recipe.get("optimizer") == "muon"
+            if run.recipe.get("optimizer") == "muon" and {"muon_lr", "max_lr"} <= run.recipe.keys()
         },
     )
-    for name, draw in RUN_PICTURES.items():
-        yield name, draw(shown)
+
+
+def _without_validation(metrics: curves.Metrics) -> curves.Metrics:
+    return [{k: v for k, v in line.items() if not k.startswith("val_")} for line in metrics]
 
 
 def _distinct_names(runs: list[RunRecord]) -> list[str]:

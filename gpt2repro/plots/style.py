@@ -4,7 +4,9 @@ Figures are built without pyplot, so there is no global state: any thread may dr
 is needed.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,14 @@ def colour_bar(figure: Figure, image: Any, axes: Any, label: str) -> None:
     bar.ax.tick_params(labelsize=8, length=0, labelcolor=INK)
 
 
+@contextmanager
+def glyphs_missing() -> Iterator[None]:
+    """A token of a script that the font lacks is drawn as a box, and that is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
 def save(figure: Figure, output: Path) -> list[Path]:
     """Write `output` as .png and .svg, whatever its suffix, each complete or not at all."""
     paths = []
@@ -138,7 +148,7 @@ def save(figure: Figure, output: Path) -> list[Path]:
         path = output.with_suffix(f".{kind}")
         # A date would make two drawings of the same numbers differ.
         metadata = {"Date": None} if kind == "svg" else None
-        with atomic.new_file(path) as scratch:
+        with atomic.new_file(path) as scratch, glyphs_missing():
             figure.savefig(scratch, format=kind, dpi=DPI, metadata=metadata)
         paths.append(path)
     return paths

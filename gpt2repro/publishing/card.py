@@ -8,7 +8,6 @@ exported or pushed.
 
 import hashlib
 import json
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from jinja2 import Template
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.publishing.contents import read_json
+from gpt2repro.records.metrics import comparable, is_number
 from gpt2repro.system import atomic
 from gpt2repro.system.hub import has_owner, is_hub_id
 from gpt2repro.system.text import printable
@@ -110,7 +110,7 @@ def model_card(
         environment=environment,
         versions=[f"{key} {value}" for key, value in environment.items() if key != "hardware"],
         num_processes=num_processes,
-        tokens=max((r["tokens"] for r in metrics if _is_number(r.get("tokens"))), default=None),
+        tokens=max((r["tokens"] for r in metrics if is_number(r.get("tokens"))), default=None),
         rate=_median_of(metrics, "tokens_per_second"),
         mfu=_median_of(metrics, "mfu"),
         ledger=ledger_digest(metrics),
@@ -182,6 +182,13 @@ def _name(path: str) -> str:
     """The last part of a path; a pattern is no name in YAML, so it gets a dot before it."""
     name = PurePath(path).name
     return name if name[:1].isalnum() else f"./{name}"
+
+
+def facts(card: str) -> list[tuple[str, str]]:
+    """Names and values of the table on training, as plain text."""
+    begin, end = _span(card, "Training") or (0, 0)
+    rows = re.findall(r"^\| (\w.*?) \| (.*) \|$", card[begin:end], re.M)
+    return [(name, value.replace("`", "")) for name, value in rows]
 
 
 def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
@@ -319,20 +326,15 @@ def ledger_digest(metrics: Metrics) -> tuple[str, int] | None:
 def _validations(metrics: Metrics) -> list[tuple[int, float, float | None]]:
     """Step, loss in nats per token, and bits per byte where they are known, of each validation."""
     return [
-        (r["step"], r["val_loss"], bits if _is_number(bits) else None)
-        for r in metrics
-        if _is_number(r.get("val_loss"))
-        for bits in [r.get("val_bits_per_byte")]
+        (line["step"], line["val_loss"], bits if is_number(bits) else None)
+        for line in comparable(metrics)
+        for bits in [line.get("val_bits_per_byte")]
     ]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _median_of(metrics: Metrics, key: str) -> float | None:
     """The middle value of a column, which start-up and evaluation steps do not move."""
-    values = sorted(record[key] for record in metrics if _is_number(record.get(key)))
+    values = sorted(record[key] for record in metrics if is_number(record.get(key)))
     return values[len(values) // 2] if values else None
 
 

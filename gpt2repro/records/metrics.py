@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from gpt2repro.system import atomic
 
 
 class MetricsLine(BaseModel):
-    """A line of the file: beside the step and a digest there are figures, or null for one."""
+    """A line of the file: beside the step and two texts there are figures, or null for one."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, float | None]
 
     step: int = Field(ge=0)
     rows_digest: str | None = None
+    sample: str | None = None
 
 
 class MetricsLog:
@@ -93,6 +95,17 @@ def read_lines(
         except ValueError:
             bad.append(number)
     return records, bad
+
+
+def comparable(metrics: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines whose `val_loss` compares with the last one: a launch may validate on more text."""
+    validated = [line for line in metrics if is_number(line.get("val_loss"))]
+    return [line for line in validated if line.get("val_tokens") == validated[-1].get("val_tokens")]
+
+
+def is_number(value: Any) -> bool:
+    """A figure: neither null nor missing, and finite."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def rewind_metrics(path: Path, step: int) -> list[dict[str, Any]]:

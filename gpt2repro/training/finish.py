@@ -11,7 +11,7 @@ from gpt2repro.evaluation.published import published_loss
 from gpt2repro.publishing.card import model_card
 from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints
-from gpt2repro.records.metrics import read_metrics
+from gpt2repro.records.metrics import comparable, read_metrics
 from gpt2repro.system import machine, processes, ranks
 from gpt2repro.system.command_line import say
 from gpt2repro.system.text import printable
@@ -62,7 +62,7 @@ def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
         commit=run.launch.commit,
         num_processes=run.accelerator.num_processes,
         loss_curve=run.directory.loss_curve.name,
-        published_loss=published_loss(run.recipe.dataset_name, run.recipe.tokenizer_name),
+        published_loss=published_loss(run.recipe.model_dump()),
     )
     export(
         model.eval(),
@@ -85,7 +85,7 @@ def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
 def _summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
     """The last lines on the screen: where things are, what was reached, and what it writes."""
     directory = run.directory
-    losses = [line["val_loss"] for line in metrics if line.get("val_loss") is not None]
+    losses = [line["val_loss"] for line in comparable(metrics)]
     print()
     if losses:
         first, last = losses[0], losses[-1]

@@ -42,6 +42,8 @@ STEPS_TO_WARM_UP = 4
 # They work on a step while this process prepares the next one; only then is the first one told.
 DEVICES_BEHIND = ("cuda",)
 
+Figures = dict[str, float | str]  # of a line in metrics.jsonl, by name; a sample is a text
+
 
 def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
@@ -120,8 +122,8 @@ class Monitor:
 
     # --- Before a step ----------------------------------------------------------------------------
 
-    def observe(self, step: int) -> dict[str, float]:
-        """What is due before `step` trains: validation, benchmarks, a sample; the figures among it.
+    def observe(self, step: int) -> Figures:
+        """What is due before `step` trains: validation, benchmarks, a sample; by name in the line.
 
         A stop request cuts it short; figures that were not finished are left out.
         """
@@ -131,17 +133,17 @@ class Monitor:
         samples = 0 < step < recipe.num_steps and due(recipe.sample_every, step)
         if validates or scores or samples or last:
             self.catch_up()
-        figures: dict[str, float] = {}
+        figures: Figures = {}
         if validates:
             figures |= self._validate(step)
         if scores:
             figures |= self._score_tasks(step)
         if samples and not self._stop.agreed:
-            self._sample(step)
+            figures |= self._sample(step)
         return figures
 
     def _validate(self, step: int) -> dict[str, float]:
-        """Validation loss in nats per token, and bits per byte."""
+        """Validation loss in nats per token, bits per byte, and how many tokens they are of."""
         held_out = self.inputs.validation
         assert held_out is not None
         began = time.perf_counter()
@@ -157,7 +159,11 @@ class Monitor:
         self.progress.note(
             f"step {step}: validation loss {result.loss:.4f} ({bits_per_byte:.4f} bits per byte)"
         )
-        return {"val_loss": result.loss, "val_bits_per_byte": bits_per_byte}
+        return {
+            "val_loss": result.loss,
+            "val_bits_per_byte": bits_per_byte,
+            "val_tokens": result.num_tokens,
+        }
 
     def _score_tasks(self, step: int) -> dict[str, float]:
         """The benchmarks' figures, with standard errors."""
@@ -184,8 +190,8 @@ class Monitor:
             "should_stop": self._stop.poll,
         }
 
-    def _sample(self, step: int) -> None:
-        """Show how the model continues the recipe's prompt."""
+    def _sample(self, step: int) -> dict[str, str]:
+        """How the model continues the recipe's prompt, the prompt before it."""
         text = sample_text(
             self.learner.model,
             self.inputs.tokenizer,
@@ -194,6 +200,7 @@ class Monitor:
             seed=self.recipe.seed + step,
         )
         self.progress.note(f"step {step}: {' '.join(text.split())}")
+        return {"sample": text}
 
     # --- After a step -----------------------------------------------------------------------------
 
@@ -208,9 +215,7 @@ class Monitor:
         seconds = time.perf_counter() - began
         self._throughput.add(0, seconds, stream.wait_seconds - waited)
 
-    def report(
-        self, step: int, rows: StepRows, launched: LaunchedStep, figures: dict[str, float]
-    ) -> None:
+    def report(self, step: int, rows: StepRows, launched: LaunchedStep, figures: Figures) -> None:
         """Tell of the step; on a GPU when the next one is launched, so that it is never idle.
 
         `figures`: what `observe` found before the step.
@@ -276,7 +281,7 @@ class Monitor:
                 f"them {between:,.0f} s: raise eval_every or lower validation_tokens"
             )
 
-    def report_end(self, figures: dict[str, float]) -> None:
+    def report_end(self, figures: Figures) -> None:
         """The last line of metrics.jsonl: what the trained model scores."""
         step = self.recipe.num_steps
         self._write({"step": step, "tokens": step * self.recipe.batch_tokens, **figures})
@@ -318,7 +323,7 @@ class Monitor:
             loss_curve(
                 read_metrics(self.directory.metrics),
                 self.directory.loss_curve,
-                baseline=published_loss(self.recipe.dataset_name, self.recipe.tokenizer_name),
+                baseline=published_loss(self.recipe.model_dump()),
                 resumed_at=read_resumes(self.directory.path),
             )
 
@@ -330,7 +335,7 @@ class Report:
     step: int
     rows: StepRows
     launched: LaunchedStep
-    figures: dict[str, float]
+    figures: Figures
 
 
 class SpikeDetector:

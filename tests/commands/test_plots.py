@@ -11,6 +11,7 @@ from tiny_metrics import run_metrics
 
 from gpt2repro import UserError
 from gpt2repro.commands import plots
+from gpt2repro.evaluation.published import VALIDATION_TEXT
 from gpt2repro.plots import gallery
 
 CURVES = {"loss_curve", "learning_rate", "throughput"}
@@ -90,10 +91,10 @@ def test_runs_of_the_same_name_are_told_apart_by_their_directories(tmp_path):
 
 
 def test_the_baseline_is_drawn_for_the_reproduction_only(tmp_path):
-    published = {"dataset_name": "HuggingFaceFW/fineweb-edu", "tokenizer_name": "gpt2"}
+    published = {**VALIDATION_TEXT, "tokenizer_name": "gpt2"}
     for name, recipe, expected in (("gpt2", published, True), ("other", {}, False)):
         run = gallery.read_run(str(make_run(tmp_path / name, **recipe)))
-        _, figure = next(gallery.run_pictures([run]))
+        _, figure = next(gallery.run_pictures(gallery.overlaid([run])))
         assert ("OpenAI GPT-2 124M" in figure.get_suptitle().replace("\n", " ")) is expected
 
 

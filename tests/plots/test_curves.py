@@ -130,7 +130,7 @@ def test_smooth_is_a_centred_moving_average_that_begins_where_the_values_do():
 
 
 def test_validation_stands_at_the_tokens_that_were_seen_before_it():
-    x, loss = curves._validations(run_metrics(), "tokens")
+    x, loss = curves.validations(run_metrics(), "tokens")
     assert x.tolist() == [step * 4096 for step in (0, 10, 20, 30, 40)] and loss[0] == 8
     (ax, *_) = curves.draw_losses({"": run_metrics()}).axes
     (points,) = [line for line in ax.get_lines() if "validation" in str(line.get_label())]
