@@ -128,11 +128,12 @@ def _problem_of_tensors(path: Path, state: SavedState) -> str | None:
             generators.add(name)
             continue
         parameter, _, key = name.rpartition("/")
-        if tensor.shape and shapes.get(parameter) != tuple(tensor.shape):
+        shape = shapes.get(parameter)
+        if shape is None or tensor.shape not in ((), shape):  # steps are counted in a scalar
             return f"optimizer state {name} belongs to no parameter of the model"
         if not tensor.isfinite().all():
             return f"optimizer state {name} holds values that are not finite"
-        keys.setdefault(parameter, set()).add(key)
+        keys[parameter].add(key)
     # Before the first update there is none; so many in a row that are skipped end a run.
     lacking = [name for name, its in keys.items() if any(its < others for others in keys.values())]
     if state.step > MAX_IN_A_ROW and not any(keys.values()):

@@ -142,7 +142,9 @@ def browse(path: Path, directory: Path) -> tuple[np.ndarray, str]:
         timeout=120,
         check=True,
     )
-    return image.imread(shot), "\n".join(re.findall(r"CONSOLE(?!.*setting log level).*", told.stderr))
+    return image.imread(shot), "\n".join(
+        re.findall(r"CONSOLE(?!.*setting log level).*", told.stderr)
+    )
 
 
 @pytest.mark.chromium

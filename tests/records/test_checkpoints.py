@@ -113,6 +113,36 @@ def test_only_the_newest_valid_ones_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000005"]
 
 
+def test_what_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
+    """On network file systems a directory may be busy for a while."""
+    model, optimizer = make()
+    first = save(tmp_path, model, optimizer, 1)
+
+    def busy(path, *_, **__):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    second = save(tmp_path, model, optimizer, 2, keep_last=1)
+    assert integrity.is_whole(second) and first.exists()
+    monkeypatch.setattr(checkpoints, "save_file", busy)  # the disk too, and then what it left
+    with pytest.raises(UserError, match=r"step_00000003 could not be written .*busy"):
+        save(tmp_path, model, optimizer, 3, keep_last=1)
+    monkeypatch.undo()
+    save(tmp_path, model, optimizer, 4, keep_last=1)
+    names = {path.name for path in tmp_path.iterdir() if any(path.iterdir())}
+    assert names == {"step_00000004"}, "what was busy is an empty directory"
+
+
+def test_going_back_twice_sets_the_later_one_aside(tmp_path):
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, 1)
+    for _ in range(2):
+        save(tmp_path, model, optimizer, 2)
+        checkpoints.supersede(tmp_path, 1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "superseded"]
+        assert integrity.is_whole(tmp_path / "superseded" / "step_00000002")
+
+
 def test_the_newest_valid_one_is_found(tmp_path):
     model, optimizer = make()
     good, bad = (save(tmp_path, model, optimizer, step) for step in (1, 2))

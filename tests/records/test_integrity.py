@@ -99,6 +99,11 @@ TENSORS: list[tuple[str, Change, str]] = [
     ),
     (
         integrity.OPTIMIZER,
+        lambda t: t.update({"transformer.h.7.ln_1.weight/step": torch.tensor(1.0)}),
+        "h.7.ln_1.weight/step belongs to no parameter",
+    ),
+    (
+        integrity.OPTIMIZER,
         lambda t: t.pop("rng.0.cpu"),
         "a random number generator's state is lacking",
     ),
@@ -176,6 +181,14 @@ def test_a_checkpoint_under_another_name_is_one(run):
     assert integrity.find_problem(copy) is None and integrity.is_whole(copy)
     assert checkpoints.read_state(copy)["step"] == 20
     assert checkpoints.find_latest(run) == (run / "step_00000010", {})
+
+
+def test_one_without_a_marker_or_a_file_is_not_whole(run):
+    newest, before = run / "step_00000020", run / "step_00000010"
+    assert integrity.is_whole(newest) and integrity.is_whole(before)
+    (newest / integrity.MARKER).unlink()
+    (before / integrity.WEIGHTS).unlink()
+    assert not integrity.is_whole(newest) and not integrity.is_whole(before)
 
 
 def test_checkpoints_of_earlier_versions_are_gone_on_from(run):

@@ -1,11 +1,19 @@
 """metrics.jsonl: valid lines, there at once, and cut back to where a run goes on."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 
-from gpt2repro.records.metrics import MetricsLog, read_lines, read_metrics, rewind_metrics
+from gpt2repro.records.metrics import (
+    MetricsLog,
+    comparable,
+    read_lines,
+    read_metrics,
+    rewind_metrics,
+)
 from gpt2repro.system import command_line
 
 
@@ -15,6 +23,47 @@ def test_lines_are_valid_json_and_there_at_once(tmp_path):
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line) == {"step": 0, "loss": None, "grad_norm": None, "rows_digest": "00"}
     log.close()
+
+
+def test_lines_are_counted(tmp_path):
+    """A checkpoint tells a launch how many there must be."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert log.num_lines == 0
+    for step in range(3):
+        log.write({"step": step})
+    assert log.num_lines == 3
+    log.close()
+    log = MetricsLog(tmp_path / "metrics.jsonl", num_lines=3)
+    log.write({"step": 3})
+    assert log.num_lines == 4 == len(read_metrics(log.path))
+    log.close()
+
+
+def test_a_disk_that_fails_at_a_checkpoint_names_the_file(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+
+    def fails(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=str(log.path)):
+        log.make_durable()
+    log.close()
+
+
+def test_losses_compare_that_are_of_as_much_text_as_the_last():
+    lines = [
+        {"step": 0, "val_loss": 9.0, "val_tokens": 512},
+        {"step": 1, "loss": 8.0},
+        {"step": 2, "val_loss": 8.0, "val_tokens": 1024},
+        {"step": 3, "val_loss": float("nan"), "val_tokens": 512},
+        {"step": 4, "val_loss": 7.0, "val_tokens": 1024},
+        {"step": 5, "val_loss": None},
+    ]
+    assert [line["step"] for line in comparable(lines)] == [2, 4]
+    assert comparable(lines[1:2]) == []
+    of_before = [{"step": 0, "val_loss": 9.0}, {"step": 5, "val_loss": 8.0}]  # earlier versions
+    assert comparable(of_before) == of_before
 
 
 def test_going_back_cuts_later_lines_and_torn_ones(tmp_path):

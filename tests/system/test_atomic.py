@@ -58,6 +58,22 @@ def test_a_directory_replaces_the_one_before(tmp_path):
         assert names(tmp_path) == ["final"]
 
 
+def test_what_was_replaced_may_stay_when_it_cannot_be_removed(tmp_path, monkeypatch):
+    path = tmp_path / "final"
+    path.mkdir()
+    scratch = atomic.partial(path)
+    (scratch / "file").write_text("second")
+
+    def busy(directory):
+        if directory.is_dir():
+            raise OSError("busy")
+
+    monkeypatch.setattr(atomic, "remove", busy)
+    atomic.move_into_place(scratch, path)
+    assert (path / "file").read_text() == "second"
+    assert names(tmp_path) == [".final.previous", "final"]
+
+
 @pytest.mark.parametrize("link", ["final", ".final.partial", ".final.previous"])
 def test_of_a_link_to_a_directory_the_link_goes(tmp_path, link):
     (tmp_path / "elsewhere").mkdir()
