@@ -6,7 +6,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 
-from configuration_gpt2repro import SIZES, GPT2ReproConfig
+from configuration_gpt2repro import LARGEST, SIZES, GPT2ReproConfig
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
@@ -66,6 +66,21 @@ def test_from_size_takes_overrides_and_names_the_sizes():
 def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
     with pytest.raises(StrictDataclassError, match=field):
         GPT2ReproConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_inner", 1),
+        ("attn_pdrop", 0.0),
+        ("resid_pdrop", 1.0),
+        ("n_inner", None),
+        *LARGEST.items(),
+    ],
+)
+def test_the_bounds_themselves_are_allowed(field, value):
+    divides = {"n_head": {"n_embd": 1000}, "n_embd": {"n_head": 10}}.get(field, {})
+    assert getattr(GPT2ReproConfig(**{field: value} | divides), field) == value
 
 
 def test_a_value_spoilt_later_is_refused_when_saved(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from ours_and_theirs import NO_DROPOUT, SHAPE, ours_and_theirs, random_ids
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -73,6 +74,8 @@ def test_gelu_new_in_one_kernel_is_theirs_in_seven_up_to_rounding():
     ours, theirs = ours_and_theirs(activation_function="gelu_new")
     ids = random_ids(2, 20)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, **REORDERED)
+    x = torch.linspace(-5, 5, 101)
+    assert torch.equal(ours.transformer.h[0].mlp.act(x), F.gelu(x, approximate="tanh"))
 
 
 def test_upcast_attention_agrees():
@@ -245,6 +248,21 @@ def test_a_resized_head_is_still_one(tied):
     before = ours.lm_head.weight.detach().clone()
     ours.post_init()  # whoever calls it again: what is there is not made up anew
     assert torch.equal(ours.lm_head.weight, before)
+
+
+def test_a_head_of_another_kind_takes_the_place_of_ours():
+    """Only a plain layer without bias is what ours would compute."""
+
+    class Scaled(nn.Linear):
+        pass
+
+    for head in (nn.Linear(32, 99, bias=True), Scaled(32, 99, bias=False)):
+        ours, _ = ours_and_theirs(tie_word_embeddings=False)
+        ours.set_output_embeddings(head)
+        assert ours.get_output_embeddings() is head
+        plain = nn.Linear(32, 120, bias=False)
+        ours.set_output_embeddings(plain)  # it is not ours any more
+        assert ours.get_output_embeddings() is plain
 
 
 def test_a_resized_head_keeps_the_hook_of_its_place():

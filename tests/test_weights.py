@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2
 from configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro import (
     GPT2ReproForCausalLM,
+    GPT2ReproForQuestionAnswering,
     GPT2ReproForSequenceClassification,
     GPT2ReproModel,
 )
@@ -121,6 +122,8 @@ def test_a_new_head_starts_fresh_on_pretrained_weights(tmp_path):
     model = GPT2ReproForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
     assert model.score.weight.shape == (5, SHAPE["n_embd"])
     assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight)
+    spans = GPT2ReproForQuestionAnswering.from_pretrained(tmp_path)
+    assert spans.qa_outputs.weight.shape == (2, SHAPE["n_embd"])
 
 
 def test_every_weight_on_disk_and_in_memory_under_a_device_map(tmp_path):
@@ -158,6 +161,18 @@ def test_a_missing_tensor_is_an_error_that_names_it(tmp_path, name):
             kind.from_pretrained(tmp_path)
     _, report = GPT2ReproForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert f"transformer.{name}" in report["missing_keys"]
+
+
+def test_of_many_missing_tensors_three_are_named(tmp_path):
+    _, theirs = ours_and_theirs()
+    save_as_on_the_hub(theirs, tmp_path)
+    names = ["h.0.ln_1.weight", "h.0.ln_2.weight", "ln_f.bias", "ln_f.weight"]
+    for lacking, told in ((names[:3], ""), (names, ", ...")):
+        spoil(tmp_path, lambda tensors, names=lacking: [tensors.pop(n, None) for n in names])
+        first = ", ".join(f"transformer.{name}" for name in names[:3])
+        with pytest.raises(ValueError) as error:
+            GPT2ReproForCausalLM.from_pretrained(tmp_path)
+        assert f"GPT2ReproForCausalLM: {first}{told}" == str(error.value).split(" of ")[1]
 
 
 def test_an_untied_head_that_is_not_in_the_file_is_missing(tmp_path):
