@@ -37,12 +37,12 @@ def count_epoch_tokens(
     world_size: int = 1,
     num_reader_threads: int = 4,
     token_cache_dir: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    on_unit: Callable[[int], object] | None = None,
 ) -> int:
     """How many tokens one epoch has, end-of-text tokens included, by reading all of it.
 
     Process `rank` counts every `world_size`-th unit: add up the processes' counts.
-    `progress(units done, units in all)` is called after each unit.
+    `on_unit(1)` is called after each of them.
     """
     units = range(num_validation_units + rank, corpus.num_units, world_size)
     reader = UnitReader(
@@ -54,11 +54,11 @@ def count_epoch_tokens(
     )
     try:
         num_tokens = 0
-        for done, unit_index in enumerate(units, 1):
+        for unit_index in units:
             for documents, _ in documents_in_order(reader, range(unit_index, unit_index + 1), 1):
                 num_tokens += len(documents) + sum(map(len, documents))
-            if progress:
-                progress(done, len(units))
+            if on_unit:
+                on_unit(1)
         return num_tokens
     finally:
         reader.close()

@@ -23,6 +23,7 @@ from gpt2repro.evaluation.task import Task
 from gpt2repro.recipe import Recipe
 from gpt2repro.records.run_directory import Start
 from gpt2repro.system import ranks
+from gpt2repro.training.progress import phase
 
 OFFLINE_ADVICE = "; --recipe recipes/demo.yaml trains without a network"
 
@@ -175,15 +176,19 @@ def _steps_of_run(recipe: Recipe, start: Start, corpus: Corpus, encoder: BulkEnc
 def _steps_of_epochs(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> int:
     """`num_epochs` in optimizer steps, rounded down; the ranks share the counting."""
     assert recipe.num_epochs is not None
-    counted = count_epoch_tokens(
-        corpus,
-        encoder,
-        recipe.num_validation_units,
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
-        num_reader_threads=recipe.num_reader_threads,
-        token_cache_dir=recipe.token_cache_dir,
-    )
+    rank, world_size = ranks.rank(), ranks.world_size()
+    num_units = -(-(corpus.num_units - recipe.num_validation_units) // world_size)
+    with phase("counting an epoch's tokens", num_units, enabled=rank == 0) as on_unit:
+        counted = count_epoch_tokens(
+            corpus,
+            encoder,
+            recipe.num_validation_units,
+            rank=rank,
+            world_size=world_size,
+            num_reader_threads=recipe.num_reader_threads,
+            token_cache_dir=recipe.token_cache_dir,
+            on_unit=on_unit,
+        )
     steps = sum(ranks.gather(counted)) * recipe.num_epochs // recipe.batch_tokens
     if steps == 0:
         raise UserError("num_epochs is less than one step: lower batch_tokens or raise num_epochs")

@@ -45,22 +45,9 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[int], object]]:
-        """A bar of its own for what takes more than a moment; yields what moves it on."""
-        bar = tqdm(
-            total=total,
-            desc=name,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left",
-            position=1,
-            leave=False,
-            dynamic_ncols=True,
-            disable=not self._enabled,
-            delay=1.0 if self._watched else 60.0,
-            mininterval=0.5 if self._watched else 60.0,
-        )
-        try:
-            yield bar.update
-        finally:
-            bar.close()
+        """A bar below, for what interrupts the steps; yields what moves it on."""
+        with phase(name, total, enabled=self._enabled, position=1) as move_on:
+            yield move_on
 
     def note(self, text: str) -> None:
         """Print a line above the bars, on the main process only."""
@@ -69,3 +56,26 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+@contextmanager
+def phase(
+    name: str, total: int, *, enabled: bool, position: int = 0
+) -> Iterator[Callable[[int], object]]:
+    """A bar of its own for what takes more than a moment; yields what moves it on."""
+    watched = sys.stderr.isatty()
+    bar = tqdm(
+        total=total,
+        desc=name,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left",
+        position=position,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not enabled,
+        delay=1.0 if watched else 60.0,
+        mininterval=0.5 if watched else 60.0,
+    )
+    try:
+        yield bar.update
+    finally:
+        bar.close()
