@@ -1,15 +1,19 @@
 """Each example runs as a user would run it, on a tiny checkpoint in OpenAI's form."""
 
+import json
 import math
 import re
 import runpy
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from ours_and_theirs import SHAPE, ours_and_theirs, random_ids
 from tiny_language_models import random_gpt2, tiny_tokenizer
+from tiny_metrics import run_metrics
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -132,3 +136,21 @@ def test_every_class_of_the_model_file_names_a_twin_that_exists(plain):
     twins = re.findall(r"Twin: (?:the last line of )?`(\w+)", source)
     assert sorted(twins) == ["Attention", "Block", "GPT2", "GPT2", "MLP"]
     assert all(twin in plain for twin in twins)
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+    """Beside a run that is called as the demo is, in a kernel of its own."""
+    run = tmp_path / "runs" / "demo"
+    random_gpt2(positions=64).save_pretrained(run / "final")
+    tiny_tokenizer().save_pretrained(run / "final")
+    lines = "".join(json.dumps(line) + "\n" for line in run_metrics())
+    (run / "metrics.jsonl").write_text(lines)
+    notebook = nbformat.read(EXAMPLES / "inspect.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "none are committed"
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=120, resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 4
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "nats per token" in printed and "layer 1: " in printed
