@@ -28,6 +28,11 @@ def test_mean_and_difference():
     assert (right - wrong).value == 0.5 and (right - wrong).stderr == pytest.approx(0.5)
 
 
+def test_a_factor_stretches_the_error_too():
+    estimate = mean([1, 0, 1, 1])
+    assert (estimate * 3).value == 2.25 and (estimate * 3).stderr == pytest.approx(3 * 0.25)
+
+
 def test_ratio_weighs_by_size():
     estimate = ratio(np.array([2.0, 9.0]), np.array([1.0, 3.0]))
     assert estimate.value == 11 / 4

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, uniform_gpt2
+from tokenizers.processors import TemplateProcessing
 
 from gpt2repro import UserError
 from gpt2repro.evaluation.likelihoods import (
@@ -268,3 +269,13 @@ def test_an_empty_context_becomes_the_prefix_token():
     assert tokenizer.decode(request.ids[1:]) == "Lamp"
     assert request.num_scored == len(request.ids) - 1
     assert marked == request, "a text that begins with it gets no second one"
+
+
+def test_after_an_empty_context_the_tokenizer_adds_nothing_of_its_own():
+    tokenizer = tiny_tokenizer()
+    (expected,) = encode_pairs(tokenizer, [("", "Lamp")])
+    end = ("<|endoftext|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[end]
+    )
+    assert encode_pairs(tokenizer, [("", "Lamp")]) == [expected]
