@@ -20,9 +20,12 @@ from gpt2repro.plots.style import (
     new_figure,
     shades,
 )
+from gpt2repro.system.text import count_of
 
 HEADS_ABREAST = 3
 MOSTLY = 0.5  # the share of a head's attention from which on it is said to look at one place
+RULE = f"Mostly: more than {MOSTLY:.0%} of a head's attention"
+WEIGHT = "attention weight (scale by its root)"
 
 
 @torch.no_grad()
@@ -84,7 +87,7 @@ def draw_attention_maps(
     for layer in range(layers):
         for head in range(heads):
             top, left = layer * pitch, head * pitch
-            tiles[top : top + length, left : left + length] = attention[layer, head]
+            tiles[top : top + length, left : left + length] = _causal(attention[layer, head])
     tile = min(1.4, max(0.42, 10 / heads, 6 / layers))
     figure, ((ax,),) = new_figure(
         _habits_finding(habits),
@@ -96,11 +99,16 @@ def draw_attention_maps(
     centres = np.arange(max(layers, heads)) * pitch + (length - 1) / 2
     ax.set_xticks(centres[:heads], range(heads))
     ax.set_yticks(centres[:layers], range(layers))
-    ax.set_xlabel("head (in each tile: from the first to the last token that is looked at)")
-    ax.set_ylabel("layer (in each tile: from the first to the last token that looks)")
-    caption(figure, text)
-    colour_bar(figure, image, ax, "attention weight")
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
+    caption(figure, text, f"in a tile: down, the tokens that look; across, those looked at. {RULE}")
+    colour_bar(figure, image, ax, WEIGHT)
     return figure
+
+
+def _causal(weights: np.ndarray) -> np.ndarray:
+    """(T, T) without what lies ahead, which is no weight of zero but none."""
+    return np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
 
 
 def _habits_finding(habits: dict[str, np.ndarray]) -> str:
@@ -108,12 +116,11 @@ def _habits_finding(habits: dict[str, np.ndarray]) -> str:
     shares = np.stack(list(habits.values()))
     main = np.where(shares.max(0) > MOSTLY, shares.argmax(0), -1)
     counts = {name: int((main == i).sum()) for i, name in enumerate(habits)}
-    counts["no one place"] = int((main == -1).sum())
-    parts = [
-        f"{name} {counts[name]}" for name in sorted(counts, key=counts.__getitem__, reverse=True)
-    ]
-    shown = [part for part in parts if not part.endswith(" 0")]
-    return f"Where {main.size} attention heads mostly look: {', '.join(shown)}"
+    ordered = sorted(counts, key=counts.__getitem__, reverse=True)
+    parts = [f"{counts[name]} at {name}" for name in ordered if counts[name]]
+    if not parts:
+        return f"None of {count_of(main.size, 'head')} looks mostly at one place"
+    return f"Of {count_of(main.size, 'head')} these look mostly at one place: {', '.join(parts)}"
 
 
 def typical_heads(habits: dict[str, np.ndarray]) -> list[tuple[int, int]]:
@@ -165,16 +172,14 @@ def draw_attention_heads(
         ax.set_visible(False)
     ticks = np.arange(len(labels))
     for ax, (layer, head) in zip(axes.flat, heads, strict=False):
-        weights = np.where(np.tri(len(labels), dtype=bool), attention[layer, head], np.nan)
-        image = ax.imshow(weights, cmap=shades(), norm=PowerNorm(0.5, 0, 1))
+        image = ax.imshow(_causal(attention[layer, head]), cmap=shades(), norm=PowerNorm(0.5, 0, 1))
         bare(ax)
         described = _describe_head(habits, even, (layer, head))
         ax.set_title(described, fontsize=9.5, loc="left", color=INK)
         ax.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
         ax.set_yticks(ticks, labels, fontsize=size, parse_math=False)
-    caption(figure, text, "across: the token that is looked at (heads are named layer.head)")
-    figure.supylabel("the token that looks", fontsize=10, color=INK)
-    colour_bar(figure, image, axes, "attention weight")
+    caption(figure, text, f"down, the tokens that look; across, those looked at. {RULE}")
+    colour_bar(figure, image, axes, WEIGHT)
     return figure
 
 
@@ -185,14 +190,14 @@ def _heads_finding(habits: dict[str, np.ndarray], heads: Sequence[tuple[int, int
     )
     if share <= MOSTLY:
         return f"None of these {len(heads)} heads looks mostly at one place"
-    return f"Head {place[0]}.{place[1]} looks at {name} with {share:.0%} of its attention"
+    head = f"Head {place[1]} of layer {place[0]}"
+    return f"{head} looks at {name} with {share:.0%} of its attention"
 
 
 def _describe_head(
     habits: dict[str, np.ndarray], even: dict[str, float], place: tuple[int, int]
 ) -> str:
     name = max(habits, key=lambda habit: habits[habit][place])
-    share = f"{habits[name][place]:.0%}; evenly {even[name]:.0%}"
-    if habits[name][place] > MOSTLY:
-        return f"{place[0]}.{place[1]}: {name} ({share})"
-    return f"{place[0]}.{place[1]}: no one place\nmost at {name} ({share})"
+    share = f"{habits[name][place]:.0%}; an even head: {even[name]:.0%}"
+    mostly = "mostly" if habits[name][place] > MOSTLY else "not mostly anywhere; most"
+    return f"layer {place[0]}, head {place[1]}: {mostly}\nat {name} ({share})"

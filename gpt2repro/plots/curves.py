@@ -124,7 +124,7 @@ def draw_losses(
             # A single run's two curves differ in colour, several runs' in weight.
             tint = color if name else MUTED
             ax.plot(x, loss, color=tint, linewidth=0.6, alpha=0.35)
-            label = f"{of}training (moving average)"
+            label = f"{of}training (moving average; faint: each step)"
             ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label)
         x_val, val = validations(metrics, x_key)
         if len(x_val):
@@ -144,11 +144,7 @@ def draw_losses(
                 label=label,
             )
         curves += [(x, loss), (x_val, val)]
-    first, *_ = runs.values()
-    for index, step in enumerate(resumed_at):
-        at = step * tokens_of_a_step(first) if x_key == "tokens" else step
-        label = "_nolegend_" if index else "resumed"
-        ax.axvline(at, color=MUTED, linestyle=":", linewidth=1, label=label)
+    _mark_resumes(ax, runs, resumed_at)
     if baseline:
         label, value = baseline
         reference_line(ax, value, label)
@@ -158,6 +154,15 @@ def draw_losses(
     if ax.get_legend_handles_labels()[0]:
         legend(ax, loc="upper right")
     return figure
+
+
+def _mark_resumes(ax: Axes, runs: Mapping[str, Metrics], resumed_at: Sequence[int]) -> None:
+    """Dotted lines where launches of a single run went on."""
+    first, *_ = runs.values()
+    for index, step in enumerate(resumed_at):
+        at = step * tokens_of_a_step(first) if x_key_of(runs) == "tokens" else step
+        label = "_nolegend_" if index else "resumed"
+        ax.axvline(at, color=MUTED, linestyle=":", linewidth=1, label=label)
 
 
 def _loss_finding(runs: Mapping[str, Metrics], baseline: tuple[str, float] | None) -> str:
@@ -235,13 +240,14 @@ def draw_learning_rate_and_gradient_norm(
     *,
     max_grad_norm: float | None = None,
     muon_scale: Mapping[str, float] | None = None,
+    resumed_at: Sequence[int] = (),
 ) -> Figure:
     """The learning rate above the global L2 gradient norm (before clipping), of all runs.
 
     `muon_scale`: by run, how many times the logged rate Muon's matrices have.
     """
     figure, ((top,), (bottom,)) = new_figure(
-        _schedule_finding(runs, max_grad_norm), height=6, rows=2, sharex=True
+        _schedule_finding(runs, max_grad_norm, bool(muon_scale)), height=6, rows=2, sharex=True
     )
     _traces(top, runs, "lr")
     for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):
@@ -257,18 +263,22 @@ def draw_learning_rate_and_gradient_norm(
     logarithmic(bottom)
     bottom.set_ylabel("gradient norm (L2, log scale)")
     if max_grad_norm:
-        reference_line(bottom, max_grad_norm, f"clipped to {max_grad_norm:g}")
-    return _finish_panels(figure, top, bottom, runs)
+        reference_line(bottom, max_grad_norm, f"clipped from {max_grad_norm:g} on")
+    return _finish_panels(figure, top, bottom, runs, resumed_at)
 
 
-def _schedule_finding(runs: Mapping[str, Metrics], max_grad_norm: float | None) -> str:
+def _schedule_finding(
+    runs: Mapping[str, Metrics], max_grad_norm: float | None, by_muon: bool
+) -> str:
+    rate = "AdamW's rate" if by_muon else "learning rate"
+
     def describe(metrics: Metrics) -> str:
         steps, rates = series(metrics, "lr", "step")
         norms = series(metrics, "grad_norm", "step")[1]
         parts = []
         if len(rates):
             peak = int(rates.argmax())
-            parts.append(f"learning rate peaks at {rates[peak]:.2g} at step {steps[peak]:,.0f}")
+            parts.append(f"{rate} peaks at {rates[peak]:.2g} at step {steps[peak]:,.0f}")
         if len(norms):
             parts.append(f"median gradient norm {np.median(norms):.2g}")
             if max_grad_norm:
@@ -278,7 +288,7 @@ def _schedule_finding(runs: Mapping[str, Metrics], max_grad_norm: float | None) 
     return _each_run(runs, describe)
 
 
-def draw_throughput(runs: Mapping[str, Metrics]) -> Figure:
+def draw_throughput(runs: Mapping[str, Metrics], *, resumed_at: Sequence[int] = ()) -> Figure:
     """Tokens per second above the share of time spent waiting for data, of one or more runs."""
     figure, ((top,), (bottom,)) = new_figure(
         _throughput_finding(runs), height=6, rows=2, sharex=True
@@ -292,7 +302,7 @@ def draw_throughput(runs: Mapping[str, Metrics]) -> Figure:
     # At least to 5%: a wait that costs nothing should look like nothing.
     bottom.set_ylim(0, max(0.05, bottom.get_ylim()[1]))
     bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-    return _finish_panels(figure, top, bottom, runs)
+    return _finish_panels(figure, top, bottom, runs, resumed_at)
 
 
 def rate_limits(rates: Sequence[np.ndarray]) -> tuple[float, float] | tuple[None, None]:
@@ -304,7 +314,7 @@ def rate_limits(rates: Sequence[np.ndarray]) -> tuple[float, float] | tuple[None
     if not len(every):
         return None, None
     low, high = map(float, np.quantile(every, (0.025, 0.975)))
-    margin = max(high - low, 0.02 * high) / 2
+    margin = max(high - low, 0.02 * high) / 4
     return (0.0 if low < high / 3 else max(0.0, low - margin)), high + margin
 
 
@@ -320,7 +330,8 @@ def _throughput_finding(runs: Mapping[str, Metrics]) -> str:
         if len(mfu):
             parts.append(f"{np.median(mfu):.0%} MFU")
         if len(waits):
-            parts.append(f"{waits.mean():.1%} of the time waiting for data")
+            share = f"{waits.mean():.1%}" if waits.mean() >= 0.001 else "under 0.1%"
+            parts.append(f"{share} of the time waiting for data")
         return ", ".join(parts) or "nothing logged yet"
 
     return _each_run(runs, describe)
@@ -347,9 +358,12 @@ def _traces(ax: Axes, runs: Mapping[str, Metrics], key: str, *, raw: bool = Fals
         ax.plot(x, smooth(y) if raw else y, color=color, linewidth=1.8, label=name or None)
 
 
-def _finish_panels(figure: Figure, top: Axes, bottom: Axes, runs: Mapping[str, Metrics]) -> Figure:
+def _finish_panels(
+    figure: Figure, top: Axes, bottom: Axes, runs: Mapping[str, Metrics], resumed_at: Sequence[int]
+) -> Figure:
     _label_progress(bottom, top, runs)
     for ax in (top, bottom):
+        _mark_resumes(ax, runs, resumed_at)
         if ax.get_legend_handles_labels()[0]:
             legend(ax, loc="best")
     return figure

@@ -71,9 +71,12 @@ RUN_PICTURES: dict[str, Callable[[Runs], Figure]] = {
         runs.metrics, baseline=runs.baseline, resumed_at=runs.resumed_at
     ),
     "learning_rate": lambda runs: curves.draw_learning_rate_and_gradient_norm(
-        runs.metrics, max_grad_norm=runs.max_grad_norm, muon_scale=runs.muon_scale
+        runs.metrics,
+        max_grad_norm=runs.max_grad_norm,
+        muon_scale=runs.muon_scale,
+        resumed_at=runs.resumed_at,
     ),
-    "throughput": lambda runs: curves.draw_throughput(runs.metrics),
+    "throughput": lambda runs: curves.draw_throughput(runs.metrics, resumed_at=runs.resumed_at),
 }
 
 
@@ -155,6 +158,7 @@ MODEL_PICTURES: dict[str, Callable[[Reading], Figure]] = {
         logit_lens.logit_lens(reading.model, reading.ids, min(LENS_POSITIONS, len(reading.ids))),
         reading.labels[-LENS_POSITIONS:],
         reading.tokenizer,
+        reading.text,
     ),
     "position_similarity": lambda reading: parameters.draw_position_similarity(
         parameters.position_similarity(reading.model)
@@ -163,7 +167,7 @@ MODEL_PICTURES: dict[str, Callable[[Reading], Figure]] = {
         parameters.weight_samples(reading.model), reading.model.config.initializer_range
     ),
     "gradient_norms": lambda reading: gradients.draw_gradient_norms(
-        gradients.gradient_norms(reading.model, reading.ids)
+        gradients.gradient_norms(reading.model, reading.ids), reading.text
     ),
 }
 

@@ -15,7 +15,8 @@ from gpt2repro.plots.style import (
     ORANGE,
     PURPLE,
     VERMILION,
-    legend_below,
+    caption,
+    legend_outside,
     logarithmic,
     new_figure,
     short_number,
@@ -45,7 +46,7 @@ def gradient_norms(model: Any, ids: torch.Tensor) -> dict[str, float]:
     return norms
 
 
-def draw_gradient_norms(norms: dict[str, float]) -> Figure:
+def draw_gradient_norms(norms: dict[str, float], text: str = "") -> Figure:
     """Each layer's gradient norm as a line, its parameters' as dots around it."""
     prefix = "transformer.h."
     layers = 1 + max(int(n.removeprefix(prefix).split(".")[0]) for n in norms if prefix in n)
@@ -61,8 +62,8 @@ def draw_gradient_norms(norms: dict[str, float]) -> Figure:
     totals = np.sqrt(squares)
     most, least = int(totals.argmax()), int(totals.argmin())
     figure, ((ax,),) = new_figure(
-        f"Gradients are largest in layer {most} (norm {short_number(totals[most])}) "
-        f"and smallest in layer {least} ({short_number(totals[least])})"
+        f"The text's gradients are largest in layer {most} (norm {short_number(totals[most])}), "
+        f"smallest in layer {least} ({short_number(totals[least])})"
         if totals[least] > 0
         else "Some layers receive no gradient",
         width=max(8.0, 0.25 * layers + 4),
@@ -81,5 +82,6 @@ def draw_gradient_norms(norms: dict[str, float]) -> Figure:
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     ax.set_ylabel("gradient norm (L2, log scale)")
-    legend_below(figure, ax)
+    legend_outside(figure, ax, loc="outside right center")
+    caption(figure, text)
     return figure

@@ -12,6 +12,7 @@ from gpt2repro.plots.style import (
     INK,
     PALETTE,
     bare,
+    caption,
     colour_bar,
     legend,
     new_figure,
@@ -49,12 +50,15 @@ def logit_lens(model: Any, ids: torch.Tensor, positions: int) -> np.ndarray:
     return model.lm_head(body.ln_f(rows)).float().softmax(-1).numpy()
 
 
-def draw_logit_lens(lens: np.ndarray, labels: Sequence[str], tokenizer: Any) -> Figure:
+def draw_logit_lens(
+    lens: np.ndarray, labels: Sequence[str], tokenizer: Any, text: str = ""
+) -> Figure:
     """The first choice after each layer, shaded by its probability; the last one's as lines too."""
     layers = len(lens) - 1
     shown = sorted(set(np.linspace(0, layers, min(layers + 1, MOST_ROWS)).round().astype(int)))
     lens, positions = lens[shown], lens.shape[1]
     best, chance = lens.argmax(-1), lens.max(-1)
+    title: dict[str, Any] = {"fontsize": 9.5, "loc": "left", "color": INK}
     figure, ((ax, side),) = new_figure(
         _lens_finding(lens, shown, labels, tokenizer),
         width=0.82 * positions + 4.6,
@@ -77,8 +81,8 @@ def draw_logit_lens(lens: np.ndarray, labels: Sequence[str], tokenizer: Any) -> 
         range(len(shown)), [f"after layer {n - 1}" if n else "embedding" for n in shown], fontsize=9
     )
     ax.set_xlabel("token after which the next one is predicted")
-    ax.set_title("first choice for the next token", fontsize=9.5, loc="left", color=INK)
-    colour_bar(figure, image, [ax, side], "probability of the first choice")
+    ax.set_title("likeliest next token, had the model ended there", **title)
+    colour_bar(figure, image, ax, "its probability")
 
     leaders = np.argsort(-lens[-1, -1])[:5]
     words = token_labels(tokenizer, leaders.tolist())
@@ -89,10 +93,11 @@ def draw_logit_lens(lens: np.ndarray, labels: Sequence[str], tokenizer: Any) -> 
     side.set_xlabel("probability")
     side.xaxis.set_major_locator(MaxNLocator(4))
     side.xaxis.set_major_formatter(FuncFormatter(percent))
-    side.tick_params(labelleft=False)
-    side.set_title(f"the final choices after {labels[-1]}", fontsize=9.5, loc="left", color=INK)
+    side.tick_params(labelleft=True)
+    side.set_title(f"the final choices after the last {labels[-1]}", **title)
     side.title.set_parse_math(False)
     legend(side, loc="best")
+    caption(figure, text, f"shown: its last {positions} tokens" if text else "")
     return figure
 
 
@@ -105,6 +110,6 @@ def _lens_finding(
     (word,) = token_labels(tokenizer, [final])
     since = f"after layer {first - 1}" if first else "at the embedding"
     return (
-        f"After “{labels[-1]}”, “{word}” becomes the first choice {since} (the last is "
-        f"{shown[-1] - 1}) and ends at {percent(lens[-1, -1, final])}"
+        f"After the last “{labels[-1]}” of the text, “{word}” is the first choice {since} and on, "
+        f"at {percent(lens[-1, -1, final])} in the end"
     )

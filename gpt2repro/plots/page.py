@@ -6,6 +6,7 @@ is pictures, tables and text.
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -95,6 +96,7 @@ def _panels(runs: Runs) -> Iterator[tuple[str, Any]]:
         for key, (y_label, y_format) in parts.items():
             panel = new_panel(
                 height=320,
+                min_border_left=80,  # so that panels stand above one another
                 sizing_mode="stretch_width",
                 tools=TOOLS,
                 y_axis_label=y_label,
@@ -116,20 +118,21 @@ def _draw(panel: Any, runs: Runs, key: str, x_key: str) -> None:
             _line(panel, x, y, f"{of}training", color if run else MUTED, smooth=True)
             x, y = curves.validations(metrics, x_key)
             _line(panel, x, y, f"{of}validation", color, marked=True)
+        elif key == "lr" and run in runs.muon_scale:
+            scaled = runs.muon_scale[run] * y
+            _line(panel, x, scaled, f"{of}matrices (Muon)", color, line_dash="dashed")
+            _line(panel, x, y, f"{of}all else (AdamW)", color)
         else:
             label = panel.yaxis.axis_label
             _line(panel, x, y, f"{of}{label}", color, smooth=key != "lr")
-        if key == "lr" and run in runs.muon_scale:
-            scaled = runs.muon_scale[run] * y
-            _line(panel, x, scaled, f"{of}of Muon's matrices", color, line_dash="dashed")
     for step in runs.resumed_at:
         (metrics,) = runs.metrics.values()
         at = step * curves.tokens_of_a_step(metrics) if x_key == "tokens" else step
-        _across(panel, at, "height", MUTED, "dotted")
+        _across(panel, at, "resumed", MUTED, "dotted")
     if key == "loss" and runs.baseline:
-        _across(panel, runs.baseline[1], "width", INK, "dashed")
+        _across(panel, runs.baseline[1], runs.baseline[0], INK, "dashed")
     if key == "grad_norm" and runs.max_grad_norm:
-        _across(panel, runs.max_grad_norm, "width", INK, "dashed")
+        _across(panel, runs.max_grad_norm, "clipped from here on", INK, "dashed")
 
 
 def _line(
@@ -157,9 +160,12 @@ def _line(
         panel.scatter(x, y, name=name, legend_label=name, color=color, size=6)
 
 
-def _across(panel: Any, value: float, dimension: str, color: str, dash: str) -> None:
-    span = Span(location=value, dimension=dimension, line_color=color, line_dash=dash)
-    panel.add_layout(span)
+def _across(panel: Any, value: float, name: str, color: str, dash: str) -> None:
+    """A line across the panel: upright where the run went on, level at a value to compare with."""
+    dimension = "height" if name == "resumed" else "width"
+    panel.add_layout(Span(location=value, dimension=dimension, line_color=color, line_dash=dash))
+    nowhere = [math.nan, math.nan]
+    panel.line(nowhere, nowhere, color=color, line_dash=dash, legend_label=name)  # for the legend
 
 
 def _finish(panel: Any, x_key: str, y_format: str) -> None:
@@ -171,7 +177,8 @@ def _finish(panel: Any, x_key: str, y_format: str) -> None:
     panel.toolbar.autohide = True
     if panel.legend:
         panel.legend.click_policy = "hide"
-        panel.legend.background_fill_alpha = 0.8
+        panel.legend.orientation = "horizontal"
+        panel.add_layout(panel.legend[0], "above")  # where it covers no curve
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:

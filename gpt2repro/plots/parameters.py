@@ -20,8 +20,9 @@ from gpt2repro.plots.style import (
     VERMILION,
     bare,
     colour_bar,
-    legend_below,
+    legend_outside,
     new_figure,
+    signed,
     token_labels,
 )
 
@@ -45,16 +46,16 @@ def draw_position_similarity(similarity: np.ndarray) -> Figure:
     by_distance = np.array([np.diagonal(similarity, d).mean() for d in range(size)])
     far = size // 2
     figure, ((ax, side),) = new_figure(
-        f"Neighbouring positions have cosine similarity {by_distance[1]:.2f}, "
-        f"positions {far} apart {by_distance[far]:.2f}",
+        f"Neighbouring positions have cosine similarity {signed(by_distance[1])}, "
+        f"positions {far} apart {signed(by_distance[far])}",
         width=10,
         height=4.8,
         columns=2,
     )
     image = ax.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     bare(ax)
-    ax.set_xlabel("position (token)")
-    ax.set_ylabel("position (token)")
+    ax.set_xlabel("position")
+    ax.set_ylabel("position")
     colour_bar(figure, image, ax, "cosine similarity of the embeddings")
     kept = size - max(1, size // 16)  # the longest distances average over a handful of pairs
     side.plot(np.arange(1, kept), by_distance[1:kept], color=BLUE, linewidth=2)
@@ -126,18 +127,19 @@ def draw_weights(samples: dict[str, list[np.ndarray]], initializer_range: float)
     }
     name, layer = max(spread, key=lambda key: spread[key] / initial[key[0]])
     figure, axes = new_figure(
-        f"Widest for its initialization: {name} of layer {layer}, standard deviation "
-        f"{spread[name, layer]:.3f}, {spread[name, layer] / initial[name]:.1f} times the initial",
+        f"{name} of layer {layer} has spread most: standard deviation {spread[name, layer]:.3f}, "
+        f"{spread[name, layer] / initial[name]:.1f} times that at initialization",
         width=max(9.0, 0.28 * layers + 5),
         height=6.5,
         rows=2,
         columns=2,
         sharex=True,
+        sharey=True,  # else all matrices would look equally wide
     )
     for ax, (name, rows) in zip(axes.flat, samples.items(), strict=True):
         _violins(ax, rows)
         for sign in (-1, 1):
-            label = "one standard deviation at initialization" if sign > 0 else None
+            label = "± one standard deviation at initialization" if sign > 0 else None
             ax.axhline(
                 sign * initial[name], color=VERMILION, linestyle=(0, (5, 3)), linewidth=1.2,
                 label=label,
@@ -148,7 +150,7 @@ def draw_weights(samples: dict[str, list[np.ndarray]], initializer_range: float)
         ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     for ax in axes[:, 0]:
         ax.set_ylabel("weight")
-    legend_below(figure, axes[0, 0])
+    legend_outside(figure, axes[0, 0], loc="outside lower left", ncols=4)
     return figure
 
 
@@ -166,5 +168,7 @@ def _violins(ax: Axes, rows: list[np.ndarray]) -> None:
             linewidth=0,
         )  # fmt: skip
         deviation = values.std()
-        label = "one standard deviation" if layer == 0 else None
-        ax.plot([layer] * 2, [-deviation, deviation], color=BLUE, linewidth=2.5, label=label)
+        ax.plot(
+            [layer] * 2, [-deviation, deviation], color=BLUE, linewidth=2.5, solid_capstyle="butt",
+            label=None if layer else "± one standard deviation",
+        )  # fmt: skip

@@ -76,7 +76,8 @@ def logarithmic(ax: Axes) -> None:
         return  # nothing positive to show
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    subs = (1, 2, 3, 4, 6) if high < 30 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=30))  # else every other decade goes
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
 
@@ -100,16 +101,10 @@ def caption(figure: Figure, text: str, above: str = "") -> None:
     figure.supxlabel(label, x=0.012, ha="left", fontsize=9, color=INK, parse_math=False)
 
 
-def legend_below(figure: Figure, ax: Axes) -> None:
-    """The legend of `ax` under the whole figure, where there is no room in it."""
-    figure.legend(
-        *ax.get_legend_handles_labels(),
-        loc="outside lower left",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-    )
+def legend_outside(figure: Figure, ax: Axes, **place: Any) -> None:
+    """The legend of `ax` beside or under the whole figure, where there is no room in it."""
+    entries = ax.get_legend_handles_labels()
+    figure.legend(*entries, frameon=False, fontsize=9, labelcolor=INK, **place)
 
 
 def shades() -> Any:
@@ -165,6 +160,11 @@ def short_number(value: float, _position: int | None = None) -> str:
 def percent(fraction: float, _position: int | None = None) -> str:
     """0.31 -> 31%, 0.00123 -> 0.12%: small probabilities are not nothing."""
     return f"{100 * fraction:.0f}%" if fraction >= 0.1 or not fraction else f"{100 * fraction:.2g}%"
+
+
+def signed(value: float) -> str:
+    """Two digits, with a minus sign that is as wide as a plus."""
+    return f"{value:.2f}".replace("-", "−")
 
 
 def finding(figure: Figure) -> str:

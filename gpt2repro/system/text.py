@@ -34,8 +34,8 @@ def folded(text: str, indent: int = 2) -> str:
 
 
 def count_of(number: int, thing: str) -> str:
-    """`1 process`, `2 processes`, `1,024 rows`."""
-    plural = "es" if thing.endswith("s") else "s"
+    """`1 process`, `2 processes`, `4 micro-batches`, `1,024 rows`."""
+    plural = "es" if thing.endswith(("s", "ch")) else "s"
     return f"{number:,} {thing}{'' if number == 1 else plural}"
 
 

@@ -65,8 +65,10 @@ def test_without_repetition_there_are_no_habits_of_repetition():
 def test_habits_finding_counts_heads():
     habits = {"the previous token": np.array([[0.9, 0.1, 0.6]]), "itself": np.zeros((1, 3))}
     assert attention_module._habits_finding(habits) == (
-        "Where 3 attention heads mostly look: the previous token 2, no one place 1"
+        "Of 3 heads these look mostly at one place: 2 at the previous token"
     )
+    habits = {"the previous token": np.full((2, 3), 0.4), "itself": np.zeros((2, 3))}
+    assert attention_module._habits_finding(habits) == ("None of 6 heads looks mostly at one place")
 
 
 def test_no_head_that_looks_evenly_is_said_to_look_at_something():
@@ -81,13 +83,14 @@ def test_no_head_that_looks_evenly_is_said_to_look_at_something():
     assert "looks mostly at one place" in attention_module._heads_finding(habits, heads)
     assert attention_module._heads_finding(habits, heads).startswith("None of these 2 heads")
     described = attention_module._describe_head(habits, shares, (1, 2))
-    assert described.startswith("1.2: no one place\nmost at ") and "; evenly 1" in described
+    assert described.startswith("layer 1, head 2: not mostly anywhere; most\nat ")
+    assert "; an even head: 1" in described
     looks = {"the first token": np.array([[0.51, 0.49]])}
     assert attention_module._heads_finding(looks, [(0, 0), (0, 1)]) == (
-        "Head 0.0 looks at the first token with 51% of its attention"
+        "Head 0 of layer 0 looks at the first token with 51% of its attention"
     )
     described = attention_module._describe_head(looks, {"the first token": 0.14}, (0, 0))
-    assert described == "0.0: the first token (51%; evenly 14%)"
+    assert described == "layer 0, head 0: mostly\nat the first token (51%; an even head: 14%)"
 
 
 def test_typical_heads_are_distinct_and_one_for_each_habit_that_is_a_main_one():
@@ -123,9 +126,9 @@ def test_the_lens_finding_names_the_layer_from_which_the_choice_stands():
     for row, winner in enumerate([a, b, a, a]):  # a leads at first, is lost, and comes back
         lens[row, 0, winner] = 0.5
     text = lens_module._lens_finding(lens, range(4), ["x"], tokenizer)
-    assert (
-        text
-        == "After “x”, “a” becomes the first choice after layer 1 (the last is 2) and ends at 50%"
+    assert text == (
+        "After the last “x” of the text, “a” is the first choice after layer 1 and on, at 50% in "
+        "the end"
     )
 
 
@@ -160,4 +163,4 @@ def test_every_picture_has_a_finding(ours):
     ]
     assert all(finding(figure) for figure in figures)
     assert finding(figures[1]) == "None of these 1 heads looks mostly at one place"
-    assert finding(figures[3]).startswith("Gradients are largest in layer ")
+    assert finding(figures[3]).startswith("The text's gradients are largest in layer ")

@@ -68,4 +68,4 @@ def test_the_title_names_the_matrix_that_grew(model):
     samples = parameters.weight_samples(model)
     samples["mlp.c_proj"][1] = samples["mlp.c_proj"][1] * 9
     title = finding(parameters.draw_weights(samples, initializer_range=0.5))
-    assert title.startswith("Widest for its initialization: mlp.c_proj of layer 1, ")
+    assert title.startswith("mlp.c_proj of layer 1 has spread most: ")

@@ -47,7 +47,12 @@ def test_lines_fit_a_terminal_and_are_left_alone_in_a_file(monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "thing", "said"),
-    [(1, "process", "1 process"), (2, "process", "2 processes"), (1024, "row", "1,024 rows")],
+    [
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+        (4, "micro-batch", "4 micro-batches"),
+        (1024, "row", "1,024 rows"),
+    ],
 )
 def test_counts_are_spoken(number, thing, said):
     assert count_of(number, thing) == said
