@@ -335,7 +335,7 @@ def test_options_in_the_text_exist(monkeypatch):
 
 def test_every_metric_is_explained(clone):
     found = {key for line in read_metrics(clone / "runs/demo/metrics.jsonl") for key in line}
-    assert [key for key in found if f"`{key}`" not in TEXT["docs/training.md"]] == []
+    assert [key for key in found if f"`{key}`" not in TEXT["docs/metrics.md"]] == []
 
 
 def test_the_map_names_every_module():
