@@ -3,7 +3,8 @@
 The shell and Python blocks of a page run in order, in a directory like a fresh clone in which the
 demo has been trained, on a recipe small enough for a test. The commands of this project run in this
 process, which has imported what they need; all others in bash. A block that cannot run here says
-why in the line before it, `<!-- runs: hub|gpu|no (reason) -->`: then its commands are parsed.
+why in the line before it, `<!-- runs: hub|gpu|no (reason) -->`: then its commands are parsed. A
+page's first line names the modules without which it is skipped, `<!-- needs: trl, peft -->`.
 """
 
 import ast
@@ -18,7 +19,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,16 +45,19 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md"))),
+    *(f"docs/use/{p.name}" for p in sorted(ROOT.glob("docs/use/*.md"))),
 ]
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 
 SHELLS = ("bash", "sh", "console")
+NEEDS = re.compile(r"<!-- needs: (.+) -->")  # modules of the page's tool
 REASON = re.compile(r"<!-- runs: (hub|gpu|no \(.+\))( \(.+\))? -->")
 BLOCK = re.compile(
     r"^(?P<marker><!-- runs:[^\n]*-->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
 # What is not ours and changes nothing that a test could see; everything else must be known.
-OUTSIDERS = {"source", "tail", "lm_eval", "hf", "cd", "git", "sha256sum"}
+OUTSIDERS = {"source", "tail", "hf", "cd", "git", "sha256sum"}
+OTHER_TOOLS = {"lm_eval", "transformers", "vllm", "docker"}  # run where a block can, not parsed
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,17 @@ def call_launcher(words: list[str], monkeypatch, run: bool) -> None:
     call_script(options.training_script, options.training_script_args, monkeypatch, run)
 
 
+def call_lm_eval(words: list[str], monkeypatch) -> None:
+    """The harness, in this process, and without its own tasks: to list them takes it 15 seconds."""
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.tasks import TaskManager
+
+    ours_alone = partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", ours_alone)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
+    cli_evaluate()
+
+
 def call_make(words: list[str]) -> None:
     """The two commands of the README are what runs this test: the targets must be there."""
     makefile = (ROOT / "Makefile").read_text()
@@ -188,16 +205,20 @@ def call(command: str, monkeypatch, run: bool) -> None:
         place = rest.index("launch/slurm.sh")
         assert not run
         call_script("train_accelerate.py", rest[place + 1 :], monkeypatch, run=False)
+    elif words[:2] == ["python", "llama.cpp/convert_hf_to_gguf.py"]:
+        assert not run
     elif program == "python" and rest[0].endswith(".py"):
         call_script(rest[0], rest[1:], monkeypatch, run)
     elif words[:3] == ["python", "-m", "pytest"]:
         assert not run
         assert all((ROOT / word.split("::")[0]).exists() for word in rest if "tests/" in word)
+    elif program == "lm_eval" and run:
+        call_lm_eval(rest, monkeypatch)
     elif run and program not in OUTSIDERS:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         subprocess.run(["bash", "-ec", command], env=os.environ | {"PATH": path}, check=True)
     else:
-        assert run or program in OUTSIDERS, f"who is {program}?"
+        assert run or program in OUTSIDERS | OTHER_TOOLS, f"who is {program}?"
 
 
 # --- The blocks -----------------------------------------------------------------------------------
@@ -245,6 +266,8 @@ def clone(tmp_path_factory) -> Iterator[Path]:
         for command in SET_UP:
             call(command, patch, run=True)
         yield clone
+    for left in clone.glob("*.pid"):  # of a server whose page failed; a page that ends removes it
+        os.kill(int(left.read_text()), signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -253,10 +276,22 @@ def done() -> set[str]:
     return set(SET_UP)
 
 
+@pytest.fixture
+def fresh_engine() -> Iterator[None]:
+    """Trainers of other tools set up accelerate in this process, each in its own way."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_blocks_run(page, clone, done, monkeypatch):
+def test_blocks_run(page, clone, done, monkeypatch, fresh_engine):
     monkeypatch.chdir(clone)
     names: dict = {"__name__": "page"}
+    if needs := NEEDS.match(TEXT[page]):
+        for module in needs[1].split(", "):
+            if find_spec(module) is None:
+                pytest.skip(f"{module} is not installed")
     for block in blocks(page):
         print(block.where)
         if block.language == "python" and block.runs:

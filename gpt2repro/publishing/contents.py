@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 ALLOWED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(generation_)?config\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\.json|merges\.txt"
+    r"|added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt"
     r"|SHA256SUMS|README\.md|LICENSE|\.gitattributes|[\w-]+\.png"
 )
 EDITABLE = re.compile(r"README\.md|LICENSE|\.gitattributes|[\w-]+\.png")  # not in SHA256SUMS

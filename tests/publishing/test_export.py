@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_export import VERIFIED, WITHOUT_THE_PACKAGE, export_unverified
 from tiny_gpt2 import tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer
 
 from gpt2repro import UserError
 from gpt2repro.publishing import contents, export, fresh_process, verification
@@ -288,6 +290,21 @@ def test_pickles_and_stray_files_are_refused(copy):
         with pytest.raises(UserError, match=f"{name}, which does not belong"):
             verification.verify(copy)
         path.unlink()
+
+
+def test_a_chat_template_travels_with_its_tokenizer(tmp_path, monkeypatch):
+    """As `transformers serve` and `transformers chat` need one (docs/use/serve.md)."""
+    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    directory = tmp_path / "chat"
+    for _ in range(2):  # an export that has one can be replaced, too
+        export.export(tiny_model(), tokenizer, directory, format="gpt2")
+    assert "chat_template.jinja" in (directory / "SHA256SUMS").read_text()
+    spoken = AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    )
+    assert spoken == "user: Hi"
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
