@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
+from gpt2repro.evaluation import validation
 from gpt2repro.evaluation.benchmarks import BENCHMARKS, open_tasks
 from gpt2repro.evaluation.likelihoods import NUM_SHAPES
 from gpt2repro.evaluation.scoring import score_task, score_tasks
@@ -107,6 +108,15 @@ def test_the_loss_does_not_depend_on_the_world(make, world_size):
     assert (nats / num_tokens).item() == pytest.approx(mean_loss(model, ROWS), rel=1e-6)
     assert all(shapes == forwards[0] for shapes in forwards), "ranks run alike, or FSDP hangs"
     assert set(forwards[0]) == {(2, T)}
+
+
+def test_sums_are_in_float64_and_each_batch_is_told(monkeypatch):
+    """A tenth has no float32: added up there, the eighth digit of the mean would be wrong."""
+    monkeypatch.setattr(validation, "_summed_loss", lambda *given: 0.1 * given[3])
+    told = []
+    result = validation_loss(uniform_gpt2(), ROWS, batch_size=4, on_batch=told.append)
+    assert result.loss == pytest.approx(0.1, rel=1e-12)
+    assert sum(told) == len(ROWS) and told[0] == 4
 
 
 def test_a_uniform_model_scores_ln_v_and_bits_per_byte():

@@ -18,6 +18,7 @@ from tiny_language_models import (
     tiny_tokenizer,
     uniform_gpt2,
 )
+from tokenizers.processors import TemplateProcessing
 
 from gpt2repro import UserError
 from gpt2repro.evaluation.likelihoods import Scores, loglikelihoods
@@ -213,6 +214,28 @@ def test_lambada_names_rows_without_a_word(tokenizer):
 
 
 # --- WikiText-2 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        (CompletionHellaSwag, HELLASWAG),
+        (LMEvalHellaSwag, HELLASWAG),
+        (Lambada, LAMBADA),
+        (WikiText2, WIKITEXT2),
+    ],
+)
+def test_what_a_tokenizer_adds_to_a_text_is_no_part_of_a_benchmark(task, rows):
+    """Such as an end; what it puts before a text is asked for (tests/test_odd_tokenizers.py)."""
+    bare, ending = tiny_tokenizer(), tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", ending.eos_token_id)]
+    )
+    theirs, ours = (
+        [list(map(int, request.ids)) for request in task(read(rows), each, max_length=64).requests]
+        for each in (bare, ending)
+    )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
