@@ -21,7 +21,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # Without a launcher, which would answer Ctrl-C with a traceback of its own.
 demo: $(VENV)/.installed
-	OMP_NUM_THREADS=$(CORES) $(BIN)/python train_accelerate.py --recipe recipes/demo.yaml
+	OMP_NUM_THREADS=$(CORES) $(BIN)/python train_accelerate.py --recipe demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

@@ -22,11 +22,11 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command goes on
 
 def main(argv: list[str]) -> int:
     recipe = load_recipe(argv)
-    command_line.reassure("Loading torch and transformers ...")
     # Only now, since they take seconds to import: a mistyped option is answered at once.
-    from gpt2repro.system import failure, ranks
-    from gpt2repro.training.finish import finish
-    from gpt2repro.training.run import AlreadyFinished, open_run
+    with command_line.underway("Loading torch and transformers ..."):
+        from gpt2repro.system import failure, ranks
+        from gpt2repro.training.finish import finish
+        from gpt2repro.training.run import AlreadyFinished, open_run
 
     status = 0
     try:

@@ -6,8 +6,10 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from gpt2repro import UserError
@@ -16,6 +18,7 @@ from gpt2repro.system.text import printable
 EXIT_USAGE = 2
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 RANK_0_SPEAKS_FIRST_SECONDS = 5.0
+SIGN_OF_LIFE_SECONDS = 1.0
 
 
 def underscored(word: str) -> str:
@@ -105,10 +108,49 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def reassure(text: str) -> None:
-    """`say`, to whoever sits before a terminal; a log needs no such line."""
-    if sys.stdout.isatty():
+_a_bar_is_shown = threading.Event()
+
+
+@contextmanager
+def bar_is_shown() -> Iterator[None]:
+    """While a bar tells how far a block is, no seconds are counted over it."""
+    _a_bar_is_shown.set()
+    try:
+        yield
+    finally:
+        _a_bar_is_shown.clear()
+
+
+@contextmanager
+def underway(text: str, *, in_logs: bool = False) -> Iterator[None]:
+    """`say` what the block does; on a terminal its seconds are counted below, as a sign of life.
+
+    A log has no use for that, nor, but for `in_logs`, for the line.
+    """
+    watched = sys.stdout.isatty()
+    if watched or in_logs:
         say(text)
+    if not watched or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    done = threading.Event()
+
+    def count() -> None:
+        began = time.monotonic()
+        while not done.wait(
+            SIGN_OF_LIFE_SECONDS
+        ):  # the cursor returns: whatever is printed next takes the place
+            if not _a_bar_is_shown.is_set():
+                print(f"  {time.monotonic() - began:.0f} s", end="\r", flush=True)
+
+    counter = threading.Thread(target=count, name="seconds", daemon=True)
+    counter.start()
+    try:
+        yield
+    finally:
+        done.set()
+        counter.join()
+        print(" " * 8, end="\r", flush=True)
 
 
 def let_rank_0_speak() -> None:

@@ -13,7 +13,7 @@ from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import comparable, read_metrics
 from gpt2repro.system import machine, processes, ranks
-from gpt2repro.system.command_line import say
+from gpt2repro.system.command_line import underway
 from gpt2repro.system.text import printable
 from gpt2repro.training.run import Run
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -50,7 +50,6 @@ def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
     model = GPT2ReproForCausalLM(checkpoints.innermost(run.learner.model).config)
     model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
     model.tie_weights()
-    say("Exporting the model ...")
     metrics = read_metrics(run.directory.metrics)
     card = model_card(
         name=str(run.recipe.exp_name),
@@ -64,15 +63,17 @@ def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
         loss_curve=run.directory.loss_curve.name,
         published_loss=published_loss(run.recipe.model_dump()),
     )
-    export(
-        model.eval(),
-        run.inputs.tokenizer,
-        run.directory.final,
-        card=card,
-        figures=[run.directory.loss_curve],
-    )
-    say("Letting it write ...")
-    _summarize(run, metrics)
+    with underway("Exporting the model ...", in_logs=True):
+        export(
+            model.eval(),
+            run.inputs.tokenizer,
+            run.directory.final,
+            card=card,
+            figures=[run.directory.loss_curve],
+        )
+    with underway("Letting it write ...", in_logs=True):
+        paragraph = _paragraph(run)
+    _summarize(run, metrics, paragraph)
     if (push := run.checkpoints.push) is not None:
         push.submit(run.directory.final, "The trained model")
         print(f"Waiting for the push to {run.recipe.hub_model_id} ...", flush=True)
@@ -82,7 +83,7 @@ def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
             print(f"Published       {push.url}")
 
 
-def _summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
+def _summarize(run: Run, metrics: list[dict[str, Any]], paragraph: str) -> None:
     """The last lines on the screen: where things are, what was reached, and what it writes."""
     directory = run.directory
     losses = [line["val_loss"] for line in comparable(metrics)]
@@ -94,7 +95,7 @@ def _summarize(run: Run, metrics: list[dict[str, Any]]) -> None:
     print(f"Model           {directory.final}")
     print(f"Loss curve      {directory.loss_curve}")
     print(f"Metrics         {directory.metrics}")
-    print(f"\n{printable(_paragraph(run))}\n")
+    print(f"\n{printable(paragraph)}\n")
     prompt = shlex.quote(run.recipe.sample_prompt)
     print(f"More of it: gpt2repro generate --model {directory.final} --prompt {prompt}")
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from gpt2repro.system.command_line import bar_is_shown
 from gpt2repro.system.text import folded, printable
 
 MEMORY = 0.9  # of the moving average of a step's seconds
@@ -76,6 +77,7 @@ def phase(
         mininterval=0.5 if watched else 60.0,
     )
     try:
-        yield bar.update
+        with bar_is_shown():
+            yield bar.update
     finally:
         bar.close()

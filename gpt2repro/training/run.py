@@ -15,7 +15,7 @@ from gpt2repro.recipe import Recipe, ResolvedRecipe, refuse_changes
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
-from gpt2repro.system.command_line import reassure
+from gpt2repro.system.command_line import underway
 from gpt2repro.system.signals import StopRequest
 from gpt2repro.training.engine import (
     LONGEST_WAIT_SECONDS,
@@ -168,10 +168,10 @@ def open_run(recipe: Recipe, argv: list[str], monitor: Callable[..., Monitor] = 
     directory = RunDirectory(recipe.run_dir)
     try:
         start = _find_start(recipe, directory)
-        reassure("Opening tokenizer and text ...")
-        inputs = open_inputs(recipe, start)
-        reassure("Building the model ...")
-        learner = open_learner(recipe, accelerator, inputs.tokenizer, start)
+        with underway("Opening tokenizer and text ..."):
+            inputs = open_inputs(recipe, start)
+        with underway("Building the model ..."):
+            learner = open_learner(recipe, accelerator, inputs.tokenizer, start)
         return _claim(recipe, directory, start, inputs, learner, monitor, launch)
     except BaseException:
         directory.close()

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -114,3 +117,27 @@ def test_hyphens_in_names_are_underscores_and_values_are_left_alone():
         "-k",
         "-",
     ]
+
+
+def test_seconds_are_counted_on_a_terminal_and_nowhere_else(capsys, monkeypatch):
+    def told(in_logs: bool = False) -> str:
+        with command_line.underway("Loading ...", in_logs=in_logs):
+            time.sleep(0.3)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(command_line, "SIGN_OF_LIFE_SECONDS", 0.05)
+    assert told() == "" and told(in_logs=True) == "Loading ...\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    shown = told()
+    assert re.fullmatch(r"Loading \.\.\.\n(  0 s\r)+ {8}\r", shown), shown
+    with command_line.bar_is_shown():
+        assert told() == "Loading ...\n" + " " * 8 + "\r"
+    monkeypatch.setenv("RANK", "1")
+    assert told(in_logs=True) == ""
+
+
+def test_what_fails_underway_fails_as_ever(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    with pytest.raises(KeyError), command_line.underway("Loading ..."):
+        raise KeyError("x")
+    assert not any(thread.name == "seconds" for thread in threading.enumerate())
