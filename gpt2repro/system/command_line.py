@@ -137,9 +137,8 @@ def underway(text: str, *, in_logs: bool = False) -> Iterator[None]:
 
     def count() -> None:
         began = time.monotonic()
-        while not done.wait(
-            SIGN_OF_LIFE_SECONDS
-        ):  # the cursor returns: whatever is printed next takes the place
+        while not done.wait(SIGN_OF_LIFE_SECONDS):
+            # The cursor returns: whatever is printed next takes the place.
             if not _a_bar_is_shown.is_set():
                 print(f"  {time.monotonic() - began:.0f} s", end="\r", flush=True)
 
