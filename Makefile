@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test properties mutants lint clean
+.PHONY: demo test sweep properties mutants lint clean
 
 # torch goes first and alone: the CPU or CUDA build that the pin names, before anything can pull another.
 $(VENV)/.installed: requirements.txt setup.cfg pyproject.toml
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# What would make `test` too long for every time.
+sweep: $(VENV)/.installed-test
+	GPT2REPRO_SWEEP=1 $(BIN)/python -m pytest -m sweep --numprocesses auto
 
 # The property tests alone, at random and further than `test` looks.
 properties: $(VENV)/.installed-test

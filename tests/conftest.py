@@ -43,9 +43,10 @@ LONG_FILES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are counted as skipped where there is none."""
+    """What cannot run here, or takes too long for every time, is counted as skipped."""
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "sweep" in item.keywords and "GPT2REPRO_SWEEP" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="takes a minute more: make sweep"))

@@ -49,7 +49,11 @@ def test_who_began_a_round_comes_last_in_the_next():
     assert {name: len(measured) for name, measured in turns.items()} == {"a": 2, "b": 2}
 
 
-@pytest.mark.parametrize("command", ["correct", "fast", "real"])
+SWEEP = pytest.mark.sweep
+COMMANDS = ["correct", pytest.param("fast", marks=SWEEP), pytest.param("real", marks=SWEEP)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_waits_for_a_gpu_is_walked_on_a_cpu(command, tmp_path, capsys):
     import gpu
 

@@ -163,7 +163,7 @@ def test_evaluating_looking_and_exporting(run, tmp_path, monkeypatch):
     for name in ("lambada/acc", "lambada/perplexity"):  # as the run scored them
         assert found[name]["value"] == pytest.approx(json.loads(metrics[-1])[name], rel=1e-4)
     seen = []
-    monkeypatch.setattr(plots, "_write", lambda pictures, output: None)
+    monkeypatch.setattr(plots, "_write", lambda pictures, output: {})
     monkeypatch.setattr("gpt2repro.plots.gallery.model_pictures", seen.append)
     (tmp_path / "plots").mkdir()
     options = ["--prompt", "the of", "--output", str(tmp_path / "plots")]
