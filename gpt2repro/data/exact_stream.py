@@ -1,0 +1,221 @@
+"""The token stream for any loop: a dataset for torch that needs neither a recipe nor accelerate.
+
+`TokenStream` gives the rows of whole optimizer steps to our own loop. `ExactStream` opens what it
+is named, deals the rows out in micro-batches as models of transformers take them, and speaks the
+protocol by which torch's loaders save and restore a dataset: `state_dict`, `load_state_dict`.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset, get_worker_info
+
+from gpt2repro import UserError
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.order import Position
+from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.tokenizer import load_tokenizer
+
+MOST_LANES = 64  # by default; as many processes, at most, can share the stream
+
+Batch = dict[str, torch.Tensor]
+
+
+class ExactStream(IterableDataset):
+    """An endless iterable of this process's micro-batches: the same rows however many processes.
+
+    A batch is {"input_ids": (B, T), "shift_labels": (B, T), "labels": (B, T)}, int64. The targets
+    are `shift_labels`, the tokens after the inputs, one for each. Models of transformers take
+    `labels` as a sign that a loss is wanted, and `shift_labels` in their place; a loop of your own
+    ignores `labels`.
+
+    Args:
+        dataset_name, config, split, revision, data_files, text_column: as `open_corpus` has them:
+            a dataset of the Hub, a directory, a file.
+        tokenizer: a fast tokenizer, or the name of one.
+        sequence_length: T.
+        rows_per_step: of one optimizer step, over all processes. What a step has depends on this
+            and the seed, never on the number of processes or on `micro_batch_size`.
+        micro_batch_size: B, rows of a batch; by default all that this process has of a step.
+        num_lanes: places at which the dataset is read side by side. Divides `rows_per_step`, and
+            the number of processes must divide it. By default the largest such power of two up to
+            64 that divides `rows_per_step`.
+        num_validation_units: units at the dataset's beginning that are kept from training.
+        rank, world_size: by default torch.distributed's, else those of torchrun's environment.
+        num_reader_threads, token_cache_dir: as in a recipe.
+
+    Attributes:
+        step: how many steps were taken, all of their batches.
+        digest: of the rows that this process took in its last step; the sum over the processes
+            mod 2**64 is the step's, whatever their number.
+
+    Raises:
+        UserError: one line that names the argument, as the recipe calls it.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str | Path,
+        *,
+        tokenizer: Any,
+        sequence_length: int,
+        rows_per_step: int,
+        micro_batch_size: int | None = None,
+        config: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        data_files: str | list[str] | None = None,
+        text_column: str = "text",
+        seed: int = 1337,
+        num_lanes: int | None = None,
+        num_validation_units: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        num_reader_threads: int = 4,
+        token_cache_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self._corpus = open_corpus(
+            dataset_name,
+            config=config,
+            split=split,
+            revision=revision,
+            data_files=data_files,
+            text_column=text_column,
+        )
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(str(tokenizer))
+        self._encoder = BulkEncoder(tokenizer)
+        self._rows_per_step, self._micro_batch_size = rows_per_step, micro_batch_size
+        self._options: dict[str, Any] = {
+            "sequence_length": sequence_length,
+            "rows_per_step": rows_per_step,
+            "num_lanes": num_lanes or min(MOST_LANES, rows_per_step & -rows_per_step),
+            "num_validation_units": num_validation_units,
+            "seed": seed,
+            "num_reader_threads": num_reader_threads,
+            "token_cache_dir": token_cache_dir,
+        }
+        self.step, self.digest = 0, 0
+        self._batches: deque[torch.Tensor] = deque()  # what is left of the step that was begun
+        self._stream: TokenStream | None = None
+        self.set_world(*_world(rank, world_size))
+
+    def set_world(self, rank: int, world_size: int) -> None:
+        """Deal the lanes out anew. Begins at the beginning: `load_state_dict` goes on."""
+        self.close()
+        rows = self._rows_per_step // world_size
+        size = self._micro_batch_size or rows
+        self._stream = TokenStream(
+            self._corpus, self._encoder, **self._options, rank=rank, world_size=world_size
+        )
+        if rows % size:
+            raise UserError(
+                f"micro_batch_size {size} does not divide the {rows} rows that each of "
+                f"{world_size} processes has of a step"
+            )
+        self._world_size, self._rows = world_size, size
+        self.step, self.digest = 0, 0
+        self._batches.clear()
+
+    @property
+    def stream(self) -> TokenStream:
+        assert self._stream is not None
+        return self._stream
+
+    @property
+    def batches_per_step(self) -> int:
+        """Of this process: the gradients of as many are accumulated to a step."""
+        return self._rows_per_step // self._world_size // self._rows
+
+    @property
+    def lanes(self) -> dict[int, Position]:
+        """Where the lanes of this process go on."""
+        return self.stream.lanes
+
+    def __iter__(self) -> Iterator[Batch]:
+        if get_worker_info() is not None:
+            raise UserError(
+                "num_workers: the stream reads ahead in threads of its own, and a worker would "
+                "read the same rows once more: DataLoader(stream, batch_size=None, num_workers=0)"
+            )
+        while True:
+            yield self._next()
+
+    def _next(self) -> Batch:
+        if not self._batches:
+            rows = next(self.stream)
+            self.digest = rows.digest
+            self._batches.extend(rows.tokens.split(self._rows))
+        batch = self._batches.popleft()
+        self.step += not self._batches
+        inputs = batch[:, :-1].contiguous()
+        return {"input_ids": inputs, "labels": inputs, "shift_labels": batch[:, 1:].contiguous()}
+
+    def state_dict(self, lanes: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
+        """What the next step needs, as plain JSON values; the same on every process.
+
+        Every process calls, between steps: torch.distributed gathers the lanes of all. Without it
+        give `lanes`: the `lanes` of all processes in one dict.
+
+        Raises:
+            UserError: some of a step's batches were taken, others not.
+        """
+        if self._batches:
+            raise UserError(
+                f"state_dict: {len(self._batches)} of the {self.batches_per_step} batches of a "
+                "step are still to come: save between steps"
+            )
+        if lanes is None:
+            lanes = _gathered(self.lanes, self._world_size)
+        return {"step": self.step, "stream": self.stream.state_dict(lanes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, saved by any number of processes.
+
+        Raises:
+            UserError: it is damaged, or of another dataset, tokenizer, order; names what differs.
+        """
+        try:
+            step, stream = int(state["step"]), state["stream"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError("the stream's state is damaged: it is no `state_dict`") from None
+        self.stream.load_state_dict(stream)
+        self.step, self.digest = step, 0
+        self._batches.clear()
+
+    def close(self) -> None:
+        """End the background threads. Iterating again goes on."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and world size: as they are given, of torch.distributed, of the environment."""
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    if rank is not None or world_size is not None:
+        raise UserError("rank and world_size go together")
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _gathered(lanes: dict[int, Position], world_size: int) -> dict[int, Position]:
+    """The lanes of all processes."""
+    if world_size == 1:
+        return lanes
+    if not dist.is_initialized() or dist.get_world_size() != world_size:
+        raise UserError(
+            f"state_dict: the lanes of all {world_size} processes are needed, and "
+            "torch.distributed does not know them: give them as `lanes`"
+        )
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, lanes)
+    return {lane: position for part in parts for lane, position in part.items()}

@@ -1,0 +1,167 @@
+"""The stream outside our own loop: its rows, its state, torch's DataLoader."""
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import write_inputs
+from torch.utils.data import DataLoader, IterableDataset
+
+from gpt2repro import UserError
+from gpt2repro.data import ExactStream
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.tokenizer import load_tokenizer
+
+ROWS, T = 24, 32
+Batches = Iterable[dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    write_inputs(directory)
+    return directory
+
+
+@pytest.fixture
+def make(inputs):
+    """Streams over the same text; all are closed."""
+    made: list[ExactStream] = []
+
+    def make(**options) -> ExactStream:
+        given = {"tokenizer": str(inputs / "tokenizer"), "sequence_length": T, "seed": 7}
+        given |= {"rows_per_step": ROWS, "num_lanes": ROWS, "num_validation_units": 1}
+        made.append(ExactStream(inputs / "corpus", **given | options))
+        return made[-1]
+
+    yield make
+    for stream in made:
+        stream.close()
+
+
+def world(make, size: int, state: dict | None = None, **options) -> list[ExactStream]:
+    streams = [make(rank=rank, world_size=size, **options) for rank in range(size)]
+    for stream in streams:
+        if state:
+            stream.load_state_dict(state)
+    return streams
+
+
+def steps(streams: list[ExactStream], number: int) -> tuple[list[int], dict]:
+    """The digest of each step over all processes; the state after the last."""
+    digests = []
+    iterators = [iter(stream) for stream in streams]
+    for _ in range(number):
+        for stream, batches in zip(streams, iterators, strict=True):
+            for _ in range(stream.batches_per_step):
+                next(batches)
+        digests.append(sum(stream.digest for stream in streams) % 2**64)
+    lanes = {lane: place for stream in streams for lane, place in stream.lanes.items()}
+    return digests, json.loads(json.dumps(streams[0].state_dict(lanes)))
+
+
+def test_its_rows_are_those_of_our_own_loop(make, inputs):
+    theirs = TokenStream(
+        open_corpus(inputs / "corpus"),
+        BulkEncoder(load_tokenizer(str(inputs / "tokenizer"))),
+        sequence_length=T,
+        rows_per_step=ROWS,
+        num_lanes=ROWS,
+        num_validation_units=1,
+        seed=7,
+    )
+    ours = make()
+    for step, (rows, batch) in enumerate(zip(islice(theirs, 5), ours, strict=False), 1):
+        assert torch.equal(batch["input_ids"], rows.tokens[:, :-1])
+        assert torch.equal(batch["shift_labels"], rows.tokens[:, 1:])
+        assert (ours.digest, ours.step) == (rows.digest, step)
+    theirs.close()
+
+
+def test_one_then_eight_then_two_then_three_processes(make):
+    """Across the end of the text, which has some 12 steps."""
+    expected, at_the_end = steps(world(make, 1), 22)
+    found, state = [], None
+    for size, number in ((1, 4), (8, 7), (2, 8), (3, 3)):
+        digests, state = steps(world(make, size, state, micro_batch_size=1), number)
+        found += digests
+    assert found == expected and state == at_the_end and state["step"] == 22
+
+
+def test_a_world_that_changes_in_place(make):
+    expected, _ = steps(world(make, 1), 6)
+    stream = make()
+    first, state = steps([stream], 3)
+    stream.set_world(0, 1)
+    stream.load_state_dict(state)
+    assert first + steps([stream], 3)[0] == expected
+    stream.set_world(0, 1)
+    assert steps([stream], 6)[0] == expected, "without a state it begins at the beginning"
+
+
+def test_micro_batches_are_the_steps_rows_in_order(make):
+    whole, parts = make(), make(micro_batch_size=4)
+    assert parts.batches_per_step == 6
+    rows = list(islice(parts, 6))
+    assert {batch["input_ids"].shape for batch in rows} == {(4, T)}
+    together = torch.cat([batch["input_ids"] for batch in rows])
+    assert torch.equal(together, next(iter(whole))["input_ids"])
+    next(iter(parts))
+    with pytest.raises(UserError, match="5 of the 6 batches of a step are still to come"):
+        parts.state_dict()
+
+
+def test_a_loader_of_torch_gives_the_same_and_its_workers_are_refused(make):
+    assert isinstance(make(), IterableDataset)
+    loader = DataLoader(make(), batch_size=None)
+    for ours, theirs in zip(islice(make(), 4), loader, strict=False):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(UserError, match=r"num_workers.* DataLoader\(stream, batch_size=None, n"):
+        next(iter(DataLoader(make(), batch_size=None, num_workers=1)))
+
+
+def test_the_processes_are_those_of_the_launcher(make, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sorted(make().lanes) == list(range(1, ROWS, 2))
+    with pytest.raises(UserError, match="lanes of all 2 processes are needed"):
+        make().state_dict()
+    with pytest.raises(UserError, match="rank and world_size go together"):
+        make(rank=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"micro_batch_size": 5}, "micro_batch_size 5 does not divide the 24 rows"),
+        ({"num_lanes": 5}, "num_lanes 5 does not divide"),
+        ({"rank": 0, "world_size": 5}, "not divisible by the 5 processes"),
+        ({"num_validation_units": 99}, "num_validation_units"),
+        ({"tokenizer": "/nowhere"}, "tokenizer"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_argument(make, options, named):
+    with pytest.raises(UserError, match=named):
+        make(**options)
+
+
+def test_a_state_of_another_stream_is_refused(make):
+    _, state = steps([make()], 1)
+    with pytest.raises(UserError, match="seed was 7 in the checkpoint and is 8 now"):
+        make(seed=8).load_state_dict(state)
+    for damaged in ({}, {"step": 1}, {"step": "x", "stream": {}}, []):
+        with pytest.raises(UserError, match="state is damaged"):
+            make().load_state_dict(damaged)
+    broken = {"step": 1, "stream": state["stream"] | {"lanes": []}}
+    with pytest.raises(UserError, match="state is damaged"):
+        make().load_state_dict(broken)
+
+
+def test_lanes_by_default_are_what_divides(make):
+    for rows, lanes in ((512, 64), (480, 32), (12, 4), (7, 1)):
+        assert len(make(rows_per_step=rows, num_lanes=None).lanes) == lanes

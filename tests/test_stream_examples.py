@@ -1,0 +1,76 @@
+"""The exact stream in loops that are not ours: transformers' Trainer, and torch's own DDP."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import reset_accelerate, write_inputs
+
+from gpt2repro.data import ExactStream
+
+ROOT = Path(__file__).parent.parent
+TRAINER, LOOP = ROOT / "examples" / "stream_trainer.py", ROOT / "examples" / "stream_loop.py"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> list[str]:
+    """The options that name a text and a model small enough for a test."""
+    directory = tmp_path_factory.mktemp("texts")
+    write_inputs(directory)
+    options = ["--dataset_name", directory / "corpus", "--tokenizer", directory / "tokenizer"]
+    options += ["--sequence_length", 32, "--rows_per_step", 24, "--micro_batch_size", 4]
+    return [*map(str, options), "--width", "32"]
+
+
+def torchrun(num_processes: int, script: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(num_processes), str(script), *options]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_trainer_goes_on_at_the_next_row_under_two_processes(texts, tmp_path, monkeypatch):
+    options = [*texts, "--num_layers", "1", "--max_steps", "4", "--save_steps", "2", "--output"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    monkeypatch.setattr(sys, "argv", [str(TRAINER), *options, str(whole)])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    runpy.run_path(str(TRAINER), run_name="__main__")
+    reset_accelerate()
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    torchrun(2, TRAINER, *options, str(parts))
+
+    states, weights = [], []
+    for run in (whole, parts):
+        states.append(json.loads((run / "checkpoint-4" / "stream.json").read_text()))
+        weights.append(load_file(run / "checkpoint-4" / "model.safetensors"))
+    assert states[0] == states[1] and states[0]["step"] == 4
+    for name, tensor in weights[0].items():
+        # Two processes add the same float32 gradients in another order, twice, at a rate of 6e-4.
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_bare_loop_has_the_same_rows_under_two_processes_and_then_three(texts, tmp_path):
+    def digests(num_processes: int, num_steps: int) -> list[str]:
+        options = ["--num_lanes", "24", "--num_steps", str(num_steps)]
+        told = torchrun(num_processes, LOOP, *texts, *options, "--output", str(tmp_path / "run.pt"))
+        return re.findall(r"^step \d+: loss \d+\.\d+, rows (\w{16})$", told, re.M)
+
+    stream = ExactStream(
+        texts[1], tokenizer=texts[3], sequence_length=32, rows_per_step=24, num_lanes=24
+    )
+    expected = [f"{stream.digest:016x}" for _ in islice(stream, 5)]
+    stream.close()
+    assert digests(2, 3) + digests(3, 5) == expected and len(set(expected)) == 5
