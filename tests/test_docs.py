@@ -34,6 +34,7 @@ import train_accelerate
 from gpt2repro import recipe
 from gpt2repro.__main__ import VERBS
 from gpt2repro.commands import parser
+from gpt2repro.plots import gallery
 from gpt2repro.publishing import verification
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import command_line
@@ -263,6 +264,9 @@ def clone(tmp_path_factory) -> Iterator[Path]:
         patch.setattr(finish, "_paragraph", lambda run: "")
         patch.setattr(examination, "STREAM_SECONDS", 0.1)
         patch.setattr(examination, "STEP_SECONDS", 0.1)
+        # Each picture has tests of its own, in tests/plots.
+        some = {name: gallery.MODEL_PICTURES[name] for name in ("logit_lens", "weights")}
+        patch.setattr(gallery, "MODEL_PICTURES", some)
         for command in SET_UP:
             call(command, patch, run=True)
         yield clone

@@ -56,6 +56,7 @@ def alone(recipe, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.sweep
 def test_compiled_bf16_is_one_process_to_rounding_and_never_gives_up_compiling(
     recipe, alone, tmp_path
 ):
