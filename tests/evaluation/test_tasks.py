@@ -21,6 +21,7 @@ from tiny_language_models import (
 from tokenizers.processors import TemplateProcessing
 
 from gpt2repro import UserError
+from gpt2repro.evaluation.benchmarks import BENCHMARKS
 from gpt2repro.evaluation.likelihoods import Scores, loglikelihoods
 from gpt2repro.evaluation.task import MalformedRow, Task, read_jsonl
 from gpt2repro.evaluation.tasks import hellaswag, wikitext
@@ -33,6 +34,7 @@ from gpt2repro.evaluation.tasks.wikitext import (
     rolling_windows,
     wikitext_pages,
 )
+from gpt2repro.system import patience
 
 POSITIONS = 512
 BOTH = pytest.mark.parametrize("hellaswag", [CompletionHellaSwag, LMEvalHellaSwag])
@@ -395,3 +397,24 @@ def test_cleaning_is_linear(opening, filling):
         detokenize_wikitext(text)
         wikitext_pages([f" = {text} = \n", f" = {text}\n"])
     assert time.process_time() - began < 20
+
+
+def test_rows_from_the_cache_prove_no_connection(monkeypatch):
+    """Else a machine without a network would be patient for half an hour from then on."""
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": "a b"}])
+    assert BENCHMARKS["lambada"].read_rows(None, None) == [{"text": "a b"}]
+    assert not patience._outages.hub_answered
+
+
+def test_a_benchmark_is_waited_for_five_minutes_and_the_line_names_its_option(monkeypatch):
+    now = [0.0]
+
+    def away(*_, **__):
+        raise ConnectionError("away")
+
+    monkeypatch.setattr("datasets.load_dataset", away)
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    patience._outages.hub_answered = True
+    with pytest.raises(UserError, match=r"gave up after 300 s .*--lambada_file"):
+        BENCHMARKS["lambada"].read_rows(None, None)
