@@ -55,7 +55,12 @@ def tokens_of_a_step(metrics: Metrics) -> float:
 def validations(metrics: Metrics, x_key: str) -> tuple[np.ndarray, np.ndarray]:
     """Validation losses at what was trained on *before* them: the first one at nothing."""
     step, loss = series(comparable(metrics), "val_loss", "step")
-    return (step * tokens_of_a_step(metrics) if x_key == "tokens" else step), loss
+    return before(step, metrics, x_key), loss
+
+
+def before(step: Any, metrics: Metrics, x_key: str) -> Any:
+    """Where steps, or a step, begin on the axis: at the tokens that were seen before."""
+    return step * tokens_of_a_step(metrics) if x_key == "tokens" else step
 
 
 def x_key_of(runs: Mapping[str, Metrics]) -> str:
@@ -160,8 +165,8 @@ def _mark_resumes(ax: Axes, runs: Mapping[str, Metrics], resumed_at: Sequence[in
     """Dotted lines where launches of a single run went on."""
     first, *_ = runs.values()
     for index, step in enumerate(resumed_at):
-        at = step * tokens_of_a_step(first) if x_key_of(runs) == "tokens" else step
         label = "_nolegend_" if index else "resumed"
+        at = before(step, first, x_key_of(runs))
         ax.axvline(at, color=MUTED, linestyle=":", linewidth=1, label=label)
 
 

@@ -127,8 +127,7 @@ def _draw(panel: Any, runs: Runs, key: str, x_key: str) -> None:
             _line(panel, x, y, f"{of}{label}", color, smooth=key != "lr")
     for step in runs.resumed_at:
         (metrics,) = runs.metrics.values()
-        at = step * curves.tokens_of_a_step(metrics) if x_key == "tokens" else step
-        _across(panel, at, "resumed", MUTED, "dotted")
+        _across(panel, curves.before(step, metrics, x_key), "resumed", MUTED, "dotted")
     if key == "loss" and runs.baseline:
         _across(panel, runs.baseline[1], runs.baseline[0], INK, "dashed")
     if key == "grad_norm" and runs.max_grad_norm:
