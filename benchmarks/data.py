@@ -39,6 +39,7 @@ from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data import demo_corpus
 from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.mixture import Source
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.packing import rows_digest
 from gpt2repro.data.stream import TokenStream
@@ -51,7 +52,6 @@ STREAM = {
     "sequence_length": SEQUENCE_LENGTH,
     "rows_per_step": ROWS_PER_STEP,
     "num_lanes": NUM_LANES,
-    "num_validation_units": 1,
     "seed": 1,
     "num_reader_threads": 2,
 }
@@ -121,7 +121,7 @@ def measure_speed(corpus: Corpus, encoder: BulkEncoder, rounds: int, num_tokens:
     os.sched_setaffinity(0, {min(cores)})
     for _ in range(rounds):
         seen["raw_tiktoken"].append(per_cpu_second(raw_tiktoken, encoder, texts))
-        stream = TokenStream(corpus, encoder, **STREAM)
+        stream = TokenStream([Source(corpus, 1)], encoder, **STREAM)
         ours(stream, 8 * STEP_TOKENS)
         seen["ours"].append(per_cpu_second(ours, stream, num_tokens))
         stream.close()
@@ -148,7 +148,7 @@ def resident_mb() -> float:
 
 def measure_memory(corpus: Corpus, encoder: BulkEncoder, num_tokens: int) -> tuple[dict, list]:
     """The resident size along the way, and states at tenths of it."""
-    stream = TokenStream(corpus, encoder, **STREAM)
+    stream = TokenStream([Source(corpus, 1)], encoder, **STREAM)
     num_steps = max(20, num_tokens // STEP_TOKENS)
     sizes, states = [], [stream.state_dict()]
     began = time.perf_counter()
@@ -163,7 +163,7 @@ def measure_memory(corpus: Corpus, encoder: BulkEncoder, num_tokens: int) -> tup
     middle = len(sizes) // 2
     report = {
         "tokens": num_steps * STEP_TOKENS,
-        "epochs": states[-1]["lanes"][0][0],
+        "epochs": states[-1]["lanes"][0][0][0],
         "resident_mb_first_half_max": round(max(sizes[:middle])),
         "resident_mb_second_half_max": round(max(sizes[middle:])),
         "growth": round(max(sizes[middle:]) / max(sizes[:middle]) - 1, 3),
@@ -177,7 +177,7 @@ def measure_resume(corpus: Corpus, encoder: BulkEncoder, states: list, rounds: i
     seconds: list[list[float]] = [[] for _ in states]
     for _ in range(rounds):
         for index, state in enumerate(states):
-            stream = TokenStream(corpus, encoder, **STREAM)
+            stream = TokenStream([Source(corpus, 1)], encoder, **STREAM)
             began = time.perf_counter()
             stream.load_state_dict(state)
             next(stream)
@@ -209,12 +209,12 @@ def measure_traffic(files: list[Path], encoder: BulkEncoder) -> dict:
         corpus = open_corpus(DATASET)
         at_start = list(hub.log)
         small = {"sequence_length": 256, "rows_per_step": 4, "num_lanes": 4}
-        stream = TokenStream(corpus, encoder, **STREAM | small)
-        num_pieces = (corpus.num_units - STREAM["num_validation_units"]) // small["num_lanes"]
+        stream = TokenStream([Source(corpus, 1)], encoder, **STREAM | small)
+        num_pieces = (corpus.num_units - 1) // small["num_lanes"]
         furthest = 0
         while furthest < num_pieces - 3:
             step = next(stream)
-            furthest = max(p.epoch * num_pieces + p.piece for p in step.lanes.values())
+            furthest = max(p.epoch * num_pieces + p.piece for _, (p,) in step.lanes.values())
         stream.close()
     reads = hub.log[len(at_start) :]
     chunks = {  # what the text of each unit measures

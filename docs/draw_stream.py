@@ -43,7 +43,11 @@ def line(
 
 def dataset(plan: Plan, y: float) -> list[Shape]:
     """The units in dataset order, each in the colour of the lane that reads it."""
-    owner = {piece.unit_index: lane for lane in range(NUM_LANES) for piece in plan.pieces(lane, 0)}
+    owner = {
+        plan.piece(lane, 0, index).unit_index: lane
+        for lane in range(NUM_LANES)
+        for index in range(plan.num_pieces(lane))
+    }
     shapes = [text(LEFT, y, "1. The dataset is numbered units: row groups of parquet files")]
     for unit in range(NUM_UNITS):
         colour = COLOURS[owner[unit]] if unit in owner else GREY
@@ -67,7 +71,7 @@ def lanes(plan: Plan, y: float) -> list[Shape]:
         shapes.append(text(LEFT, top + 19, f"lane {lane}", size=14))
         x = LEFT + 70.0
         for epoch in (0, 1):
-            for piece in plan.pieces(lane, epoch):
+            for piece in (plan.piece(lane, epoch, n) for n in range(plan.num_pieces(lane))):
                 shapes += box(x, top, BOX, COLOURS[lane], str(piece.unit_index))
                 x += BOX
             x += 14

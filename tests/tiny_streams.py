@@ -4,6 +4,7 @@ import json
 
 from tiny_corpus import ByteEncoder, MemoryCorpus, documents, in_units
 
+from gpt2repro.data.mixture import Source
 from gpt2repro.data.stream import TokenStream
 
 TEXTS = documents(300)
@@ -21,11 +22,16 @@ def corpus(texts=TEXTS, documents_per_unit=10) -> MemoryCorpus:
     return MemoryCorpus(in_units(texts, documents_per_unit))
 
 
+def stream_of(source, encoder, *, num_validation_units, **options) -> TokenStream:
+    """The stream of one dataset."""
+    return TokenStream([Source(source, num_validation_units)], encoder, **options)
+
+
 def streams(world_size=1, state=None, source=None, **options) -> list[TokenStream]:
     """The streams of all ranks of a world."""
     source = source or corpus()
     ranks = [
-        TokenStream(source, ByteEncoder(), **OPTIONS | options, rank=rank, world_size=world_size)
+        stream_of(source, ByteEncoder(), **OPTIONS | options, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for stream in ranks:

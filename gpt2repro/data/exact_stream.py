@@ -7,7 +7,7 @@ protocol by which torch's loaders save and restore a dataset: `state_dict`, `loa
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gpt2repro import UserError
 from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.mixture import Source
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.order import Position
+from gpt2repro.data.order import LaneState
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
 
@@ -81,7 +82,7 @@ class ExactStream(IterableDataset):
         token_cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        self._corpus = open_corpus(
+        corpus = open_corpus(
             dataset_name,
             config=config,
             split=split,
@@ -89,6 +90,7 @@ class ExactStream(IterableDataset):
             data_files=data_files,
             text_column=text_column,
         )
+        self._sources = [Source(corpus, num_validation_units)]
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(str(tokenizer))
         self._encoder = BulkEncoder(tokenizer)
@@ -97,7 +99,6 @@ class ExactStream(IterableDataset):
             "sequence_length": sequence_length,
             "rows_per_step": rows_per_step,
             "num_lanes": num_lanes or min(MOST_LANES, rows_per_step & -rows_per_step),
-            "num_validation_units": num_validation_units,
             "seed": seed,
             "num_reader_threads": num_reader_threads,
             "token_cache_dir": token_cache_dir,
@@ -113,7 +114,7 @@ class ExactStream(IterableDataset):
         rows = self._rows_per_step // world_size
         size = self._micro_batch_size or rows
         self._stream = TokenStream(
-            self._corpus, self._encoder, **self._options, rank=rank, world_size=world_size
+            self._sources, self._encoder, **self._options, rank=rank, world_size=world_size
         )
         if rows % size:
             raise UserError(
@@ -135,7 +136,7 @@ class ExactStream(IterableDataset):
         return self._rows_per_step // self._world_size // self._rows
 
     @property
-    def lanes(self) -> dict[int, Position]:
+    def lanes(self) -> dict[int, LaneState]:
         """Where the lanes of this process go on."""
         return self.stream.lanes
 
@@ -158,7 +159,7 @@ class ExactStream(IterableDataset):
         inputs = batch[:, :-1].contiguous()
         return {"input_ids": inputs, "labels": inputs, "shift_labels": batch[:, 1:].contiguous()}
 
-    def state_dict(self, lanes: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
+    def state_dict(self, lanes: Mapping[int, LaneState] | None = None) -> dict[str, Any]:
         """What the next step needs, as plain JSON values; the same on every process.
 
         Every process calls, between steps: torch.distributed gathers the lanes of all. Without it
@@ -186,7 +187,7 @@ class ExactStream(IterableDataset):
             step, stream = int(state["step"]), state["stream"]
         except (KeyError, TypeError, ValueError):
             raise UserError("the stream's state is damaged: it is no `state_dict`") from None
-        self.stream.load_state_dict(stream)
+        self.stream.load_state_dict({"step": step} | stream)
         self.step, self.digest = step, 0
         self._batches.clear()
 
@@ -207,7 +208,7 @@ def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _gathered(lanes: dict[int, Position], world_size: int) -> dict[int, Position]:
+def _gathered(lanes: dict[int, LaneState], world_size: int) -> dict[int, LaneState]:
     """The lanes of all processes."""
     if world_size == 1:
         return lanes
@@ -218,4 +219,4 @@ def _gathered(lanes: dict[int, Position], world_size: int) -> dict[int, Position
         )
     parts: list[Any] = [None] * world_size
     dist.all_gather_object(parts, lanes)
-    return {lane: position for part in parts for lane, position in part.items()}
+    return {lane: state for part in parts for lane, state in part.items()}

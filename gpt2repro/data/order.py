@@ -40,6 +40,17 @@ def permutation(size: int, *key: int | str) -> np.ndarray:
     return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
 
 
+class LaneState(NamedTuple):
+    """What a lane has given, and where it goes on.
+
+    step: optimizer steps that its rows were given for.
+    positions: of its next row, one in each dataset of the stream.
+    """
+
+    step: int
+    positions: tuple[Position, ...]
+
+
 class Piece(NamedTuple):
     """Part `part` of `num_parts` contiguous ranges of a unit's documents."""
 
@@ -70,13 +81,12 @@ class Plan:
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return permutation(self._num_training_units * self._num_parts, "units", self.seed, epoch)
 
-    def pieces(self, lane: int, epoch: int) -> list[Piece]:
-        """The lane's pieces of an epoch, in reading order; at least one."""
-        return [
-            Piece(
-                self._first_unit + int(n) // self._num_parts,
-                int(n) % self._num_parts,
-                self._num_parts,
-            )
-            for n in self._order(epoch)[lane :: self._num_lanes]
-        ]
+    def num_pieces(self, lane: int) -> int:
+        """How many pieces the lane reads in every epoch; at least one."""
+        return len(range(lane, self._num_training_units * self._num_parts, self._num_lanes))
+
+    def piece(self, lane: int, epoch: int, index: int) -> Piece:
+        """The lane's piece number `index` of an epoch, in reading order."""
+        number = int(self._order(epoch)[lane + index * self._num_lanes])
+        unit, part = divmod(number, self._num_parts)
+        return Piece(self._first_unit + unit, part, self._num_parts)

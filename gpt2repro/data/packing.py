@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -40,9 +40,8 @@ class LaneDocuments:
 
     def _from(self, epoch: int, piece: int) -> Iterator[tuple[int, int, Piece]]:
         while True:
-            pieces = self._plan.pieces(self._lane, epoch)
-            for index in range(piece, len(pieces)):
-                yield epoch, index, pieces[index]
+            for index in range(piece, self._plan.num_pieces(self._lane)):
+                yield epoch, index, self._plan.piece(self._lane, epoch, index)
             epoch, piece = epoch + 1, 0
 
     def _read_ahead(self) -> tuple[int, int, Piece, Future]:
@@ -86,26 +85,38 @@ class LaneDocuments:
             self._next = self._read_ahead()
 
 
-def lane_rows(
-    segments: Iterator[Segment], num_rows: int, sequence_length: int
-) -> Iterator[tuple[np.ndarray, Position]]:
-    """Pack segments: yields (num_rows, T+1) token ids and the position of the row after them."""
-    stride = num_rows * sequence_length
-    held: deque[Segment] = deque()
-    num_held = 0
-    while True:
-        while num_held <= stride:  # one more than the stride: the last row's last target
-            held.append(next(segments))
-            num_held += len(held[-1].tokens)
+class LaneRows:
+    """The segments of a lane, packed into rows of T+1 ids, one every T tokens.
+
+    Attributes:
+        position: where the next row begins.
+    """
+
+    def __init__(
+        self, segments: Iterable[Segment], sequence_length: int, position: Position
+    ) -> None:
+        self._segments, self._sequence_length = iter(segments), sequence_length
+        self._held: deque[Segment] = deque()
+        self._num_held = 0
+        self.position = position
+
+    def take(self, num_rows: int) -> np.ndarray:
+        """The next (num_rows, T+1) token ids."""
+        stride = num_rows * self._sequence_length
+        held = self._held
+        while self._num_held <= stride:  # one more than the stride: the last row's last target
+            held.append(next(self._segments))
+            self._num_held += len(held[-1].tokens)
         flat = np.concatenate([segment.tokens for segment in held])[: stride + 1]
-        rows = np.lib.stride_tricks.sliding_window_view(flat, sequence_length + 1)
+        rows = np.lib.stride_tricks.sliding_window_view(flat, self._sequence_length + 1)
         drop = stride
         while drop >= len(held[0].tokens):
             drop -= len(held.popleft().tokens)
         position, tokens = held.popleft()
-        held.appendleft(Segment(position._replace(offset=position.offset + drop), tokens[drop:]))
-        num_held -= stride
-        yield rows[::sequence_length], held[0].position
+        self.position = position._replace(offset=position.offset + drop)
+        held.appendleft(Segment(self.position, tokens[drop:]))
+        self._num_held -= stride
+        return rows[:: self._sequence_length]
 
 
 def rows_digest(rows: np.ndarray) -> int:

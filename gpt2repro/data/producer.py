@@ -2,13 +2,14 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gpt2repro.data.order import Position
+from gpt2repro.data.mixture import Lane
+from gpt2repro.data.order import LaneState
 from gpt2repro.data.packing import rows_digest
 from gpt2repro.data.units import UnitReader
 from gpt2repro.system.threads import PoolClosed
@@ -22,19 +23,21 @@ class StepRows:
 
     tokens: (rows_per_step / world_size, T+1) int64, lane after lane.
     digest: `rows_digest` of these rows; add up the processes' mod 2**64 for the step's.
-    lanes: {lane: position of the lane's next row after this step}, of this process's lanes.
+    lanes: {lane: its state after this step}, of this process's lanes.
     """
 
     tokens: torch.Tensor
     digest: int
-    lanes: dict[int, Position]
+    lanes: dict[int, LaneState]
 
 
 class Producer:
     """The background thread that encodes and packs a few steps ahead."""
 
-    def __init__(self, make_lanes: Callable[[], dict[int, Iterator]], reader: UnitReader) -> None:
-        self._make_lanes, self._reader = make_lanes, reader
+    def __init__(
+        self, make_lanes: Callable[[], dict[int, Lane]], readers: Sequence[UnitReader]
+    ) -> None:
+        self._make_lanes, self._readers = make_lanes, readers
         self._steps: queue.Queue = queue.Queue(maxsize=NUM_STEPS_AHEAD)
         self._next: StepRows | BaseException | None = None  # taken from the queue by `wait`
         self._stop = threading.Event()
@@ -61,7 +64,8 @@ class Producer:
     def close(self) -> None:
         """End the threads. A read that waits out an outage ends by itself later; nobody waits."""
         self._stop.set()
-        self._reader.close()
+        for reader in self._readers:
+            reader.close()
         while not self._steps.empty():  # wakes a thread that waits for room
             self._steps.get_nowait()
         if self._thread is not threading.current_thread():  # garbage is collected anywhere
@@ -85,10 +89,10 @@ class Producer:
             self._put(error)
 
 
-def _step(lanes: dict[int, Iterator[tuple[np.ndarray, Position]]]) -> StepRows:
-    parts, positions = [], {}
-    for lane, rows_and_position in lanes.items():
-        rows, positions[lane] = next(rows_and_position)
+def _step(lanes: dict[int, Lane]) -> StepRows:
+    parts, states = [], {}
+    for number, lane in lanes.items():
+        rows, states[number] = next(lane)
         parts.append(rows)
     rows = np.concatenate(parts)
-    return StepRows(torch.from_numpy(rows.astype(np.int64)), rows_digest(rows), positions)
+    return StepRows(torch.from_numpy(rows.astype(np.int64)), rows_digest(rows), states)

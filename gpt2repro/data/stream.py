@@ -1,6 +1,6 @@
 """The token stream: documents -> rows of T+1 token ids, the same rows on any number of processes.
 
-    corpus ──units──> plan ──pieces──> lane_documents ──documents──> lane_rows ──rows──> TokenStream
+    corpus ──units──> Plan ──pieces──> LaneDocuments ──documents──> LaneRows ──rows──> TokenStream
 
 - The training units (all but the first `num_validation_units`) are permuted anew for every epoch.
   Lane l of L owns every L-th of them and goes on into its own next epoch when they are used up.
@@ -12,6 +12,8 @@
 - A lane's state is the place of its next row's first token: (epoch, piece of the lane in that
   epoch, document in the piece's order, token in the document). It travels with the rows, so that a
   checkpoint holds what was consumed, and not what was read ahead.
+- Of several datasets every lane reads all, each as if it were alone; mixture.py says which of them
+  a row comes from.
 
 With fewer training units than lanes, every unit is cut into ceil(L / units) contiguous ranges of
 documents, and "piece" means such a range; else a piece is a unit.
@@ -20,22 +22,22 @@ documents, and "piece" means such a range; else a piece is a unit.
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.lanes import check_lanes
-from gpt2repro.data.order import Plan, Position
-from gpt2repro.data.packing import LaneDocuments, lane_rows
+from gpt2repro.data.mixture import Lane, Mixture, Source
+from gpt2repro.data.order import LaneState, Plan, Position
+from gpt2repro.data.packing import LaneDocuments, LaneRows
 from gpt2repro.data.producer import Producer, StepRows
 from gpt2repro.data.units import UnitReader
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 # The recipe's name of what an identity holds, where the two differ.
 FIELD_OF = {
@@ -50,32 +52,47 @@ FIELD_OF = {
 }
 
 Whole = Annotated[int, Field(ge=0)]
+Place = Annotated[list[Whole], Field(min_length=4, max_length=4)]
 
 
 class SavedStream(BaseModel):
     """What `TokenStream.state_dict` gives: plain JSON values.
 
-    lanes: of lane 0, 1, ..., the `Position` of its next row.
+    step: optimizer steps whose rows were taken; version 1 left that to the caller.
+    lanes: of lane 0, 1, ..., the `Position` of its next row in each dataset. Version 1 knew one.
     """
 
     model_config = ConfigDict(strict=True)
 
     version: int
     identity: dict[str, Any]
-    lanes: list[Annotated[list[Whole], Field(min_length=4, max_length=4)]]
+    step: Whole = 0
+    lanes: list[list[Place]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, state: Any) -> Any:
+        if isinstance(state, dict) and state.get("version") == 1:
+            with suppress(KeyError, TypeError):  # then it is no state
+                return state | {"lanes": [[place] for place in state["lanes"]]}
+        return state
+
+    def states(self) -> list[LaneState]:
+        """Of lane 0, 1, ..."""
+        return [LaneState(self.step, tuple(Position(*at) for at in lane)) for lane in self.lanes]
 
 
 class TokenStream:
     """An endless iterator over this process's `StepRows`, one an optimizer step.
 
     Args:
-        corpus, encoder: what is read and what encodes it.
+        sources, encoder: what is read and what encodes it.
         sequence_length: T; rows have T+1 tokens.
         rows_per_step: rows of one optimizer step over all processes.
         num_lanes: a multiple of `world_size` that divides `rows_per_step`.
-        num_validation_units: units at the corpus's beginning that are never trained on.
         seed: of every permutation.
         rank, world_size: which lanes are this process's.
+        num_reader_threads: that fetch units ahead, of each source.
         token_cache_dir: keep tokenized units there; later passes and outages read the disk.
 
     Raises:
@@ -86,13 +103,12 @@ class TokenStream:
 
     def __init__(
         self,
-        corpus: Corpus,
+        sources: Sequence[Source],
         encoder: BulkEncoder,
         *,
         sequence_length: int,
         rows_per_step: int,
         num_lanes: int,
-        num_validation_units: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -101,37 +117,43 @@ class TokenStream:
     ) -> None:
         assert 0 <= rank < world_size and sequence_length > 0
         check_lanes(num_lanes, rows_per_step=rows_per_step, world_size=world_size)
-        _check_units(corpus, num_lanes, num_validation_units)
-        self.identity: dict[str, Any] = corpus.identity | {
+        for source in sources:
+            _check_units(source, num_lanes)
+        if all(source.epochs for source in sources):
+            raise UserError("datasets: each of them ends (epochs); leave one without, that goes on")
+        self.identity: dict[str, Any] = {
+            **_identity(sources),
             "tokenizer": encoder.fingerprint,
             "sequence_length": sequence_length,
             "rows_per_step": rows_per_step,
             "num_lanes": num_lanes,
-            "num_validation_units": num_validation_units,
             "seed": seed,
         }
         self.wait_seconds = 0.0  # spent in next(), waiting for rows
-        self._corpus, self._encoder = corpus, encoder
-        self._plan = Plan(
-            corpus.num_units,
-            num_lanes=num_lanes,
-            num_validation_units=num_validation_units,
-            seed=seed,
-        )
+        self._sources, self._encoder = sources, encoder
+        self._plans = [
+            Plan(
+                source.corpus.num_units,
+                num_lanes=num_lanes,
+                num_validation_units=source.num_validation_units,
+                seed=seed,
+            )
+            for source in sources
+        ]
+        self._mixture = Mixture(sources, rows_per_step=rows_per_step, seed=seed)
         self._reader_options: dict[str, Any] = {
             "num_threads": num_reader_threads,
             "token_cache_dir": token_cache_dir,
         }
-        self._positions = {
-            lane: Position(0, 0, 0, 0) for lane in range(rank, num_lanes, world_size)
-        }
+        start = LaneState(0, (Position(0, 0, 0, 0),) * len(sources))
+        self._lanes = dict.fromkeys(range(rank, num_lanes, world_size), start)
         self._producer: Producer | None = None
         self._finalizer: weakref.finalize | None = None
 
     @property
-    def lanes(self) -> dict[int, Position]:
+    def lanes(self) -> dict[int, LaneState]:
         """Where this process's lanes go on: `StepRows.lanes` of the last step, or the start."""
-        return dict(self._positions)
+        return dict(self._lanes)
 
     def __iter__(self) -> "TokenStream":
         return self
@@ -139,7 +161,7 @@ class TokenStream:
     def __next__(self) -> StepRows:
         with self._waiting() as producer:
             step = producer.get()
-        self._positions = step.lanes
+        self._lanes = step.lanes
         return step
 
     def wait(self, seconds: float) -> bool:
@@ -162,22 +184,31 @@ class TokenStream:
             self.wait_seconds += time.perf_counter() - began
 
     def _start(self) -> None:
-        reader = UnitReader(self._corpus, self._encoder, **self._reader_options)
-        num_rows = self.identity["rows_per_step"] // self.identity["num_lanes"]
-        plan, encoder, positions = self._plan, self._encoder, dict(self._positions)
+        readers = [
+            UnitReader(source.corpus, self._encoder, **self._reader_options)
+            for source in self._sources
+        ]
+        # None of what follows may hold the stream itself, which ends the thread when it is dropped.
+        lanes, plans, mixture, encoder = self.lanes, self._plans, self._mixture, self._encoder
         sequence_length = self.identity["sequence_length"]
+        num_rows = self.identity["rows_per_step"] // self.identity["num_lanes"]
 
-        def make_lanes() -> dict[int, Iterator]:
-            documents = {
-                lane: LaneDocuments(plan, reader, encoder, lane, position)
-                for lane, position in positions.items()
+        def part(source: int, lane: int, start: Position) -> LaneRows:
+            documents = LaneDocuments(plans[source], readers[source], encoder, lane, start)
+            return LaneRows(documents, sequence_length, start)
+
+        def make_lanes() -> dict[int, Lane]:
+            parts = {
+                lane: [part(n, lane, position) for n, position in enumerate(state.positions)]
+                for lane, state in lanes.items()
             }
+            rows = {lane: slice(lane * num_rows, (lane + 1) * num_rows) for lane in lanes}
             return {
-                lane: lane_rows(iter(segments), num_rows, sequence_length)
-                for lane, segments in documents.items()
+                lane: Lane(parts[lane], mixture, rows[lane], state.step)
+                for lane, state in lanes.items()
             }
 
-        self._producer = Producer(make_lanes, reader)
+        self._producer = Producer(make_lanes, readers)
         # Also at exit: a thread that comes back from native code to a dying interpreter aborts it.
         self._finalizer = weakref.finalize(self, self._producer.close)
 
@@ -187,21 +218,19 @@ class TokenStream:
             self._finalizer()
         self._producer = self._finalizer = None
 
-    def state_dict(self, lanes: Mapping[int, Sequence[int]] | None = None) -> dict[str, Any]:
+    def state_dict(self, lanes: Mapping[int, LaneState] | None = None) -> dict[str, Any]:
         """The stream's state as plain JSON values.
 
         `lanes`: `StepRows.lanes` of the last consumed step, of all processes; by default this
         process's own, which is everything if it is the only one.
         """
         if lanes is None:
-            lanes = self._positions
+            lanes = self._lanes
         num_lanes = self.identity["num_lanes"]
         assert sorted(lanes) == list(range(num_lanes)), "the state needs the lanes of every process"
-        return {
-            "version": STATE_VERSION,
-            "identity": self.identity,
-            "lanes": [list(map(int, lanes[lane])) for lane in range(num_lanes)],
-        }
+        [step] = {lane.step for lane in lanes.values()}
+        places = [[list(map(int, at)) for at in lanes[n].positions] for n in range(num_lanes)]
+        return {"version": STATE_VERSION, "identity": self.identity, "step": step, "lanes": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, saved by any number of processes.
@@ -213,31 +242,65 @@ class TokenStream:
             saved = SavedStream.model_validate(state)
         except ValidationError as error:
             raise UserError(f"the checkpoint's stream state is damaged: {error}") from None
-        if saved.version != STATE_VERSION:
+        if not 1 <= saved.version <= STATE_VERSION:
             raise UserError(f"the checkpoint's stream state has version {saved.version}")
-        for name in [*self.identity, *saved.identity]:
-            then, now = saved.identity.get(name), self.identity.get(name)
-            if then != now and (name, then) != ("content", None):  # from before it was hashed
-                field = FIELD_OF.get(name, name)
-                raise UserError(
-                    f"cannot resume the data stream: {field} was {then!r} in the checkpoint and is "
-                    f"{now!r} now: set it back, or give another exp_name to start a new run"
-                )
-        if len(saved.lanes) != self.identity["num_lanes"]:
+        _check_identity(_flat(saved.identity), _flat(self.identity))
+        states = saved.states()
+        whole = all(len(state.positions) == len(self._plans) for state in states)
+        if len(states) != self.identity["num_lanes"] or not whole:
             raise UserError("the checkpoint's stream state is damaged: it has not all lanes")
-        positions = {lane: Position(*saved.lanes[lane]) for lane in self._positions}
-        for lane, position in positions.items():
-            if position.piece >= len(self._plan.pieces(lane, position.epoch)):
-                raise position.beyond(f"pieces of lane {lane}")
+        for lane in self._lanes:
+            for plan, position in zip(self._plans, states[lane].positions, strict=True):
+                if position.piece >= plan.num_pieces(lane):
+                    raise position.beyond(f"pieces of lane {lane}")
         self.close()
-        self._positions = positions
+        self._lanes = {lane: states[lane] for lane in self._lanes}
 
 
-def _check_units(corpus: Corpus, num_lanes: int, num_validation_units: int) -> None:
+def _identity(sources: Sequence[Source]) -> dict[str, Any]:
+    """What is read: of one dataset its fields, of several a list of them with their weights."""
+    each = [
+        source.corpus.identity | {"num_validation_units": source.num_validation_units}
+        for source in sources
+    ]
+    if len(sources) == 1:
+        return each[0]
+    total = sum(source.weight for source in sources)
+    mixed = [{"weight": str(source.weight / total), "epochs": source.epochs} for source in sources]
+    return {"datasets": [one | how for one, how in zip(each, mixed, strict=True)]}
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """`identity` with a field of the n-th dataset as datasets[n].FIELD."""
+    rest = dict(identity)
+    datasets = rest.pop("datasets", [])
+    flat = {
+        f"datasets[{n}].{name}": value
+        for n, dataset in enumerate(datasets)
+        for name, value in dataset.items()
+    }
+    return {"datasets": len(datasets) or 1} | flat | rest
+
+
+def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse another stream than the one that was saved."""
+    for name in [*current, *saved]:
+        then, now = saved.get(name), current.get(name)
+        place, dot, field = name.rpartition(".")
+        if then != now and (field, then) != ("content", None):  # from before it was hashed
+            raise UserError(
+                f"cannot resume the data stream: {place}{dot}{FIELD_OF.get(field, field)} was "
+                f"{then!r} in the checkpoint and is {now!r} now: set it back, or give another "
+                "exp_name to start a new run"
+            )
+
+
+def _check_units(source: Source, num_lanes: int) -> None:
+    corpus, num_validation_units = source.corpus, source.num_validation_units
     num_training_units = corpus.num_units - num_validation_units
     if num_validation_units < 0 or num_training_units < 1:
         raise UserError(
-            f"num_validation_units: {num_validation_units} of the dataset's {corpus.num_units} "
+            f"num_validation_units: {num_validation_units} of {source.label}'s {corpus.num_units} "
             "units leave none to train on"
         )
     if num_training_units >= num_lanes:
@@ -249,5 +312,6 @@ def _check_units(corpus: Corpus, num_lanes: int, num_validation_units: int) -> N
         num_documents += count
     if num_documents < num_lanes:
         raise UserError(
-            f"num_lanes: {num_lanes} lanes are more than the {num_documents} documents to train on"
+            f"num_lanes: {num_lanes} lanes are more than the {num_documents} documents to train on "
+            f"of {source.label}"
         )

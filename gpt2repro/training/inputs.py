@@ -15,6 +15,7 @@ from gpt2repro.data.documents import count_epoch_tokens
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.held_out import ValidationSet, validation_set
 from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
+from gpt2repro.data.mixture import Source
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
@@ -54,7 +55,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
     stream = open_stream(recipe, corpus, encoder, ranks.rank(), ranks.world_size())
     _check_same_data(ranks.gather(stream.identity))
     if start.path is not None:
-        stream.load_state_dict(start.state["stream"])
+        stream.load_state_dict({"step": start.step} | start.state["stream"])
     return Inputs(
         tokenizer=tokenizer,
         corpus=corpus,
@@ -113,12 +114,11 @@ def open_stream(
     recipe: Recipe, corpus: Corpus, encoder: BulkEncoder, rank: int, world_size: int
 ) -> TokenStream:
     return TokenStream(
-        corpus,
+        [Source(corpus, recipe.num_validation_units)],
         encoder,
         sequence_length=recipe.sequence_length,
         rows_per_step=recipe.rows_per_step,
         num_lanes=recipe.num_lanes,
-        num_validation_units=recipe.num_validation_units,
         seed=recipe.seed,
         rank=rank,
         world_size=world_size,

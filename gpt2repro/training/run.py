@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from gpt2repro.data.order import Position
+from gpt2repro.data.order import LaneState
 from gpt2repro.data.producer import StepRows
 from gpt2repro.publishing.background import BackgroundPush
 from gpt2repro.publishing.upload import check_hub_rights
@@ -41,7 +41,7 @@ class Run:
     monitor: Monitor
     checkpoints: "Checkpoints"
     stop: StopRequest
-    lanes: dict[int, Position]  # where this rank's lanes go on after its last step
+    lanes: dict[int, LaneState]  # where this rank's lanes go on after its last step
     launch: machine.Launch
     failure: Exception | None = None  # why it cannot go on, although what it has can be saved
 

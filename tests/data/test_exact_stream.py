@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_run import write_inputs
+from tiny_streams import stream_of
 from torch.utils.data import DataLoader, IterableDataset
 
 from gpt2repro import UserError
 from gpt2repro.data import ExactStream
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
 
 ROWS, T = 24, 32
@@ -66,7 +66,7 @@ def steps(streams: list[ExactStream], number: int) -> tuple[list[int], dict]:
 
 
 def test_its_rows_are_those_of_our_own_loop(make, inputs):
-    theirs = TokenStream(
+    theirs = stream_of(
         open_corpus(inputs / "corpus"),
         BulkEncoder(load_tokenizer(str(inputs / "tokenizer"))),
         sequence_length=T,

@@ -19,12 +19,12 @@ from tiny_corpus import (
     write_lines,
     write_parquet,
 )
+from tiny_streams import stream_of
 
 from gpt2repro import UserError
 from gpt2repro.data import content, opening, parquet
 from gpt2repro.data.corpus import Found
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.units import UnitReader
 
 TEXTS = documents(95)
@@ -272,7 +272,7 @@ def test_a_change_in_the_middle_of_a_file_is_another_identity(tmp_path, records,
     else:
         write_lines(path, texts) if name == "0.jsonl" else write_text(path, texts)
     first = open_corpus(path.parent)
-    state = TokenStream(first, ByteEncoder(), **OPTIONS).state_dict()
+    state = stream_of(first, ByteEncoder(), **OPTIONS).state_dict()
     change_in_the_middle(path)
     second = open_corpus(path.parent)
     assert "OF" in " ".join(joined(second))
@@ -280,12 +280,12 @@ def test_a_change_in_the_middle_of_a_file_is_another_identity(tmp_path, records,
         "content"
     }
     with pytest.raises(UserError, match="the hash of what the local files hold was"):
-        TokenStream(second, ByteEncoder(), **OPTIONS).load_state_dict(state)
+        stream_of(second, ByteEncoder(), **OPTIONS).load_state_dict(state)
 
 
 def test_a_checkpoint_from_before_local_files_were_hashed_goes_on(tmp_path):
     write_parquet(tmp_path / "0.parquet", TEXTS)
-    stream = TokenStream(open_corpus(tmp_path), ByteEncoder(), **OPTIONS)
+    stream = stream_of(open_corpus(tmp_path), ByteEncoder(), **OPTIONS)
     state = stream.state_dict()
     state["identity"] = {k: v for k, v in stream.identity.items() if k != "content"}
     stream.load_state_dict(state)

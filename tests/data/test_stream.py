@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_corpus import ByteEncoder, MemoryCorpus, in_units, read_back
-from tiny_streams import OPTIONS, TEXTS, corpus, run, streams
+from tiny_streams import OPTIONS, TEXTS, corpus, run, stream_of, streams
 
 from gpt2repro import UserError
 from gpt2repro.data.lanes import check_lanes
 from gpt2repro.data.order import permutation
 from gpt2repro.data.packing import rows_digest
-from gpt2repro.data.stream import TokenStream
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
@@ -51,7 +50,7 @@ def test_resume_at_every_step_twice_over_with_changed_worlds():
 
 def test_resume_past_the_end_of_an_epoch():
     digests, _, state = run(streams(), 300)
-    assert min(epoch for epoch, *_ in state["lanes"]) >= 2
+    assert min(epoch for [(epoch, *_)] in state["lanes"]) >= 2
     head, _, state = run(streams(2), 250)
     tail, _, _ = run(streams(4, state), 50)
     assert head + tail == digests
@@ -64,7 +63,7 @@ def test_the_state_is_of_consumed_rows_not_of_prefetched_ones():
     state = stream.state_dict()
     expected = next(stream).digest
     stream.close()
-    assert [tuple(lane) for lane in state["lanes"]] == list(step.lanes.values())
+    assert [tuple(lane) for [lane] in state["lanes"]] == [at for _, (at,) in step.lanes.values()]
     assert run(streams(4, state), 1)[0] == [expected]
 
 
@@ -129,9 +128,9 @@ LAST = {"pieces": [0, 3, 0, 0], "documents": [0, 0, 9, 0], "tokens": [0, 0, 0, 2
 def test_a_position_that_the_data_do_not_have_is_refused(part):
     source = corpus(["ab"] * 300)
     _, _, state = run(streams(source=source), 1)
-    state["lanes"][3] = LAST[part]
+    state["lanes"][3] = [LAST[part]]
     run(streams(state=state, source=source), 1)
-    state["lanes"][3] = [n + (n > 0) for n in LAST[part]]
+    state["lanes"][3] = [[n + (n > 0) for n in LAST[part]]]
     with pytest.raises(UserError, match=f"position is beyond the .*{part}.*earlier checkpoint"):
         run(streams(state=state, source=source), 1)
 
@@ -140,7 +139,7 @@ def test_a_position_beyond_the_only_document_of_a_unit_is_refused():
     one_each = {"source": corpus(["ab"] * 10, 1), "num_lanes": 1}
     _, _, state = run(streams(**one_each), 1)
     with pytest.raises(UserError, match="position is beyond the documents"):
-        run(streams(state=state | {"lanes": [[0, 0, 1, 0]]}, **one_each), 1)
+        run(streams(state=state | {"lanes": [[[0, 0, 1, 0]]]}, **one_each), 1)
 
 
 def test_a_row_that_ends_with_a_document_goes_on_at_the_next_one():
@@ -148,7 +147,7 @@ def test_a_row_that_ends_with_a_document_goes_on_at_the_next_one():
     source = corpus(["abc"] * 30)
     options = {"sequence_length": 4, "rows_per_step": 1, "num_lanes": 1, "source": source}
     [stream] = streams(**options)
-    places = [tuple(next(stream).lanes[0]) for _ in range(11)]
+    places = [tuple(next(stream).lanes[0].positions[0]) for _ in range(11)]
     stream.close()
     assert places == [*((0, 0, n, 0) for n in range(1, 10)), (1, 0, 0, 0), (1, 0, 1, 0)]
 
@@ -157,28 +156,41 @@ def test_a_row_that_ends_with_a_document_goes_on_at_the_next_one():
     "change",
     [
         {"lanes": []},
-        {"lanes": [[0, 0, 0, 0]] * 9},
-        {"lanes": [[0, 0, 0, -1]] * 8},
-        {"lanes": [[0, 0, 0]] * 8},
+        {"lanes": [[[0, 0, 0, 0]]] * 9},
+        {"lanes": [[[0, 0, 0, 0]] * 2] * 8},
+        {"lanes": [[[0, 0, 0, -1]]] * 8},
+        {"lanes": [[[0, 0, 0]]] * 8},
         {"lanes": None},
+        {"lanes": None, "version": 1},
+        {"step": -1},
         {"identity": None},
         {"version": None},
-        {"version": 2},
+        {"version": 3},
     ],
 )
 def test_a_damaged_state_is_refused(change):
     _, _, state = run(streams(), 1)
     with pytest.raises(
-        UserError, match=r"the checkpoint's stream state (is damaged|has version 2)"
+        UserError, match=r"the checkpoint's stream state (is damaged|has version 3)"
     ):
         streams(state=state | change)
+
+
+def test_a_state_of_the_first_version_goes_on():
+    """It knew one dataset, and not which step it was."""
+    digests, _, _ = run(streams(), 9)
+    _, _, state = run(streams(), 5)
+    lanes = [lane for [lane] in state["lanes"]]
+    first = {"version": 1, "identity": state["identity"], "lanes": lanes}
+    assert run(streams(2, {"step": 5} | first), 4)[0] == digests[5:]
+    assert run(streams(2, {"step": 5} | first), 1)[2]["step"] == 6
 
 
 def test_another_tokenizer_is_refused():
     _, _, state = run(streams(), 1)
     encoder = ByteEncoder()
     encoder.fingerprint = "else"
-    stream = TokenStream(corpus(), encoder, **OPTIONS)
+    stream = stream_of(corpus(), encoder, **OPTIONS)
     with pytest.raises(UserError, match="tokenizer_name's fingerprint was 'bytes'"):
         stream.load_state_dict(state)
 
@@ -198,7 +210,7 @@ def test_another_tokenizer_is_refused():
 )
 def test_what_does_not_fit_is_refused_with_what_would(options, named):
     with pytest.raises(UserError, match=named):
-        TokenStream(corpus(), ByteEncoder(), **OPTIONS | options)
+        stream_of(corpus(), ByteEncoder(), **OPTIONS | options)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +236,7 @@ def test_lanes_without_documents_are_refused_and_do_not_spin():
     source = MemoryCorpus([["a", "b"], []])
     source.num_documents = lambda unit: None
     options = OPTIONS | {"num_validation_units": 1}
-    stream = TokenStream(source, ByteEncoder(), **options)
+    stream = stream_of(source, ByteEncoder(), **options)
     with pytest.raises(UserError, match=r"num_lanes: lane \d finds no documents"):
         next(stream)
     stream.close()
@@ -321,5 +333,5 @@ def test_rows_of_one_token_and_its_successor():
 
 def test_one_process_has_all_lanes_unless_it_is_told_of_others():
     check_lanes(3, rows_per_step=9)
-    stream = TokenStream(corpus(), ByteEncoder(), **OPTIONS)
+    stream = stream_of(corpus(), ByteEncoder(), **OPTIONS)
     assert [*stream.lanes] == [*range(8)]

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Fault
 from tiny_corpus import ByteEncoder, documents, parquet_bytes, refusal
+from tiny_streams import stream_of
 
 from gpt2repro import UserError
 from gpt2repro.data import corpus, parquet
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.stream import TokenStream
 from gpt2repro.system import patience
 
 NAME, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
@@ -90,7 +90,7 @@ def open_fineweb(**options) -> corpus.Corpus:
 
 
 def digests(num_steps: int = 30, source: corpus.Corpus | None = None, **options) -> list[int]:
-    stream = TokenStream(source or open_fineweb(), ByteEncoder(), **OPTIONS | options)
+    stream = stream_of(source or open_fineweb(), ByteEncoder(), **OPTIONS | options)
     try:
         return [next(stream).digest for _ in range(num_steps)]
     finally:
@@ -179,13 +179,13 @@ def test_all_faults_at_random_places_change_no_row(hub, expected):
     hub.faults += [Fault(kind, PARQUET, skip=i // 2) for i, kind in enumerate(FAULTS[:11] * 2)]
     first = digests(13, source)
     assert first == expected[:13]
-    stream = TokenStream(source, ByteEncoder(), **OPTIONS)
+    stream = stream_of(source, ByteEncoder(), **OPTIONS)
     for _ in range(13):
         next(stream)
     state = stream.state_dict()
     stream.close()
     tail = []
-    resumed = [TokenStream(source, ByteEncoder(), **OPTIONS, rank=r, world_size=2) for r in (0, 1)]
+    resumed = [stream_of(source, ByteEncoder(), **OPTIONS, rank=r, world_size=2) for r in (0, 1)]
     for stream in resumed:
         stream.load_state_dict(state)
     for _ in range(17):
@@ -385,9 +385,9 @@ def test_the_revision_is_pinned_at_start(hub, expected):
     assert moved.identity["files"] != source.identity["files"]
     assert digests(source=moved) != expected
     assert digests(source=open_fineweb(revision=then)) == expected
-    state = TokenStream(source, ByteEncoder(), **OPTIONS).state_dict()
+    state = stream_of(source, ByteEncoder(), **OPTIONS).state_dict()
     with pytest.raises(UserError, match=f"dataset_revision was '{then}' .* is '{now}'"):
-        TokenStream(moved, ByteEncoder(), **OPTIONS).load_state_dict(state)
+        stream_of(moved, ByteEncoder(), **OPTIONS).load_state_dict(state)
 
 
 def test_a_parquet_copy_by_its_slashed_revision(hub, expected):

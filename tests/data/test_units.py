@@ -5,10 +5,9 @@ import re
 import numpy as np
 import pytest
 from tiny_corpus import ByteEncoder, MemoryCorpus, in_units
-from tiny_streams import OPTIONS, TEXTS, corpus, run, streams
+from tiny_streams import OPTIONS, TEXTS, corpus, run, stream_of, streams
 
 from gpt2repro import UserError
-from gpt2repro.data.stream import TokenStream
 
 
 def test_the_cache_serves_the_same_rows_without_reading(tmp_path):
@@ -45,7 +44,7 @@ def test_another_tokenizer_or_revision_never_meets_an_old_entry(tmp_path):
     encoder = ByteEncoder()
     encoder.fingerprint = "else"
     third = corpus()
-    next(stream := TokenStream(third, encoder, **OPTIONS, token_cache_dir=tmp_path))
+    next(stream := stream_of(third, encoder, **OPTIONS, token_cache_dir=tmp_path))
     stream.close()
     assert third.reads
 
@@ -75,7 +74,7 @@ def test_large_vocabularies_keep_their_ids(tmp_path):
         def encode(self, texts):
             return [ids + 70_000 for ids in super().encode(texts)]
 
-    ours = TokenStream(corpus(), WideEncoder(), **OPTIONS, token_cache_dir=tmp_path)
+    ours = stream_of(corpus(), WideEncoder(), **OPTIONS, token_cache_dir=tmp_path)
     [theirs] = streams()
     expected = next(theirs).tokens + 70_000
     expected[expected == 70_256] = 99_999

@@ -135,8 +135,8 @@ STATES: list[tuple[dict, str]] = [
     ({"stream": []}, "state.json: stream"),
     ({"stream": {}}, "state.json: stream.version"),
     ({"stream": STREAM | {"lanes": [[0, 0, 0]]}}, "state.json: stream.lanes.0"),
-    ({"stream": STREAM | {"lanes": [[0, 0, 0, -1]]}}, "state.json: stream.lanes.0.3"),
-    ({"stream": STREAM | {"lanes": [[0, 0, 0.5, 0]]}}, "state.json: stream.lanes.0.2"),
+    ({"stream": STREAM | {"lanes": [[0, 0, 0, -1]]}}, "state.json: stream.lanes.0.0.3"),
+    ({"stream": STREAM | {"lanes": [[0, 0, 0.5, 0]]}}, "state.json: stream.lanes.0.0.2"),
     ({"stream": STREAM | {"lanes": None}}, "state.json: stream.lanes"),
 ]
 

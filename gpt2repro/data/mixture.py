@@ -1,0 +1,91 @@
+"""Several datasets in one stream: which of them a row comes from, by weights in tokens.
+
+Every lane reads every dataset, with a position in each. All rows are equally long, so a weight in
+tokens is a share of rows: each row of a step gets a point of [0, 1), evenly spread over the step,
+shuffled, and shifted from step to step; cut at the weights, the points say which dataset it is.
+So the choice is a pure function of seed, step and the row's place, on any number of processes, and
+a step's share of a dataset is its weight to within a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.order import LaneState, permutation
+from gpt2repro.data.packing import LaneRows
+
+# Multiples of the golden ratio's fraction spread evenly over [0, 1) however many are taken.
+GOLDEN = 0x9E3779B9
+ONE = 2**32
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset of a stream.
+
+    Args:
+        num_validation_units: units at its beginning that are never trained on.
+        weight: of its tokens, in proportion to the other sources' weights.
+        epochs: passes over it, after which the others have its share, in proportion to theirs;
+            None repeats it as long as the stream is read. A row that begins in the last of them is
+            the last, and a lane looks before each step.
+        label: what messages call it.
+    """
+
+    corpus: Corpus
+    num_validation_units: int = 0
+    weight: Fraction = Fraction(1)
+    epochs: int | None = None
+    label: str = "the dataset"
+
+    def goes_on(self, lane: LaneState, index: int) -> bool:
+        """Whether the lane, in which this is source number `index`, has rows of it left."""
+        return self.epochs is None or lane.positions[index].epoch < self.epochs
+
+
+class Mixture:
+    """Which source each row of a step comes from."""
+
+    def __init__(self, sources: Sequence[Source], *, rows_per_step: int, seed: int) -> None:
+        self._sources, self._num_rows, self._seed = sources, rows_per_step, seed
+        self._points: tuple[int, np.ndarray] = (-1, np.zeros(0))  # of the step asked for last
+
+    def choose(self, lane: LaneState, rows: slice) -> np.ndarray:
+        """Indices of the sources of the lane's next rows, which lie at `rows` in the step."""
+        if len(self._sources) == 1:
+            return np.zeros(rows.stop - rows.start, np.int64)
+        weights = [
+            source.weight if source.goes_on(lane, index) else Fraction(0)
+            for index, source in enumerate(self._sources)
+        ]
+        # A point p / (ONE * num_rows) lies below a cut c where p < c * ONE * num_rows.
+        scale, total = ONE * self._num_rows, sum(weights)
+        cuts = [-(-scale * sum(weights[: n + 1]) // total) for n in range(len(weights))]
+        return np.searchsorted(np.array(cuts), self._points_of(lane.step)[rows], side="right")
+
+    def _points_of(self, step: int) -> np.ndarray:
+        """(rows_per_step,) int64: each row's point times ONE * rows_per_step."""
+        if self._points[0] != step:
+            spread = permutation(self._num_rows, "sources", self._seed, step)
+            self._points = step, spread * ONE + step * GOLDEN % ONE
+        return self._points[1]
+
+
+class Lane:
+    """A lane in all sources: an endless iterator over its rows of each step and its next state."""
+
+    def __init__(self, parts: list[LaneRows], mixture: Mixture, rows: slice, step: int) -> None:
+        self._parts, self._mixture, self._rows = parts, mixture, rows
+        self._state = LaneState(step, tuple(part.position for part in parts))
+
+    def __next__(self) -> tuple[np.ndarray, LaneState]:
+        """(rows, T+1) token ids, and where the lane goes on after them."""
+        chosen = self._mixture.choose(self._state, self._rows)
+        taken = {int(n): self._parts[n].take(int(sum(chosen == n))) for n in np.unique(chosen)}
+        rows = np.concatenate([*taken.values()])[np.argsort(np.argsort(chosen, kind="stable"))]
+        positions = tuple(part.position for part in self._parts)
+        self._state = LaneState(self._state.step + 1, positions)
+        return rows, self._state
