@@ -14,6 +14,7 @@ import difflib
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as brief
@@ -29,12 +30,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
     field_validator,
 )
 
 from gpt2repro import UserError
+from gpt2repro.data.dataset import Dataset, Place, Text
 from gpt2repro.data.lanes import check_lanes, divisors
 from gpt2repro.system.command_line import place, underscored
 
@@ -72,8 +73,6 @@ def _no_as_a_word(value: Any) -> Any:
     return "no" if value is False else value
 
 
-Text = Annotated[str, StringConstraints(strict=True, min_length=1, pattern=r"^[^\x00]+$")]
-Place = Annotated[Text, AfterValidator(place)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Switch = Annotated[bool, Field(strict=True)]
@@ -83,6 +82,7 @@ TaskFile = Annotated[Text, AfterValidator(_task_file)]
 TaskFiles = Annotated[list[TaskFile], BeforeValidator(_split_at_commas)]
 Benchmark = Literal["hellaswag", "lambada", "wikitext2"]
 Benchmarks = Annotated[list[Benchmark], BeforeValidator(_split_at_commas)]
+Datasets = Annotated[list[Dataset], Field(min_length=1, max_length=1000)]
 
 
 def knob(meaning: str, **limits: Any) -> Any:
@@ -108,8 +108,9 @@ class Recipe(BaseModel):
     )
 
     # Data
-    dataset_name: Place = knob(
-        "Hub id, local directory or file format of `datasets`; python-docs is the offline demo's"
+    dataset_name: Place | None = knob(
+        "Hub id, local directory or file format of `datasets`; python-docs is the offline demo's; "
+        "null for a mixture"
     )
     dataset_config: Text | None = knob("configuration of the dataset")
     dataset_split: Text = knob("split of the dataset")
@@ -118,6 +119,11 @@ class Recipe(BaseModel):
     )
     data_files: Places | None = knob("files or glob patterns, if the dataset is given as files")
     text_column: Text = knob("the column that holds the text")
+    datasets: Datasets | None = knob(
+        "a mixture: for each dataset its name, weight (in tokens, 1 by default), and what differs "
+        "from the default of config, split, revision, data_files, text_column, epochs (null: "
+        "repeats), num_validation_units (null: as below)"
+    )
     tokenizer_name: Place = knob(
         "Hub id or directory of the tokenizer; python-docs is the offline demo's"
     )
@@ -234,6 +240,26 @@ class Recipe(BaseModel):
         return self.batch_tokens // self.sequence_length
 
     @property
+    def all_datasets(self) -> list[Dataset]:
+        """What the run reads: `datasets`, or the one that the fields `dataset_...` name."""
+        if self.datasets is not None:
+            units = {"num_validation_units": self.num_validation_units}
+            every = [(each, each.num_validation_units is None) for each in self.datasets]
+            return [each.model_copy(update=units) if bare else each for each, bare in every]
+        assert self.dataset_name is not None
+        return [
+            Dataset(
+                name=self.dataset_name,
+                config=self.dataset_config,
+                split=self.dataset_split,
+                revision=self.dataset_revision,
+                data_files=self.data_files,
+                text_column=self.text_column,
+                num_validation_units=self.num_validation_units,
+            )
+        ]
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.exp_name}")
 
@@ -296,6 +322,12 @@ HABITS = {
     "warmup": "warmup_steps",
 }
 
+REPLACES = {
+    "num_epochs": ["num_steps"],
+    "num_steps": ["num_epochs"],
+    "dataset_name": ["datasets"],
+    "datasets": ["dataset_name", "dataset_config", "dataset_revision", "data_files"],
+}
 FORMER_NAMES = {"hellaswag_every": "eval_tasks_every"}  # what earlier recipes call a field
 TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}  # entries of eval_task_files
 
@@ -457,7 +489,7 @@ def _help_text() -> str:
 def _as_typed(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return ",".join(value) if isinstance(value, list) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # --- Checking -------------------------------------------------------------------------------------
@@ -476,23 +508,37 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
             raise UserError(f"{prefix}{former} is what {key} was called: give one of them")
         if former in layer:
             layer[key], spelled[key] = layer.pop(former), former
-    # A layer that sets one of the two lengths of a run means to replace the other.
-    for one, other in (("num_epochs", "num_steps"), ("num_steps", "num_epochs")):
-        if layer.get(one) not in (None, "null") and other not in layer:
-            layer[other] = None
+    # A layer that sets one of the two lengths of a run, or one dataset or several, means to replace
+    # the other.
+    for one, others in REPLACES.items():
+        if layer.get(one) not in (None, "null"):
+            layer |= {other: None for other in others if other not in layer}
     try:
         return Recipe(**(below | layer)).model_dump()
     except ValidationError as error:
-        reasons = {str(each["loc"][0]): each.get("ctx", {}).get("error") for each in error.errors()}
+        nested = [each for each in error.errors() if "datasets" in each["loc"][:-1]]
+        reasons = {
+            str(each["loc"][0]): each.get("ctx", {}).get("error")
+            for each in error.errors()
+            if each not in nested
+        }
         raise UserError(
             "; ".join(
-                f"{prefix}{spelled.get(key, key)}: {_shown(layer[key])} is not allowed"
-                f"{f' ({reason})' if str(reason or '') else ''}; it takes {allowed(key)}"
-                if key in FIELDS
-                else _unknown(prefix, key)
-                for key, reason in [*reasons.items()][:MOST_SHOWN]
+                [f"{prefix}{_path(each['loc'])}: {each['msg']}" for each in nested[:MOST_SHOWN]]
+                + [
+                    f"{prefix}{spelled.get(key, key)}: {_shown(layer[key])} is not allowed"
+                    f"{f' ({reason})' if str(reason or '') else ''}; it takes {allowed(key)}"
+                    if key in FIELDS
+                    else _unknown(prefix, key)
+                    for key, reason in [*reasons.items()][:MOST_SHOWN]
+                ]
             )
         ) from None
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """A place within a nested field: datasets[1].weight."""
+    return "".join(f"[{n}]" if isinstance(n, int) else f".{n}" for n in location).lstrip(".")
 
 
 def _shown(value: Any) -> str:
@@ -551,7 +597,8 @@ def allowed(key: str) -> str:
             words += get_args(kind)
         elif get_origin(kind) is list:
             (item,) = _alternatives(get_args(kind)[0])
-            words.append(f"a list of {', '.join(get_args(item)) or 'text'}")
+            what = "mappings" if item is Dataset else ", ".join(get_args(item)) or "text"
+            words.append(f"a list of {what}")
         else:
             words.append(names[kind])
     bounds = " and ".join(_bounds(key))
@@ -585,6 +632,10 @@ def _check_consistency(recipe: Recipe) -> None:
     """Refuse fields that contradict each other."""
     if (recipe.num_steps is None) == (recipe.num_epochs is None):
         raise UserError("set exactly one of num_steps and num_epochs (the other to null)")
+    if (recipe.dataset_name is None) == (recipe.datasets is None):
+        raise UserError("set exactly one of dataset_name and datasets (the other to null)")
+    if recipe.datasets and recipe.num_epochs:
+        raise UserError("num_epochs: each of several datasets has epochs of its own; set num_steps")
     if recipe.batch_tokens % recipe.sequence_length:
         nearest = (
             max(1, round(recipe.batch_tokens / recipe.sequence_length)) * recipe.sequence_length

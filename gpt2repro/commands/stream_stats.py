@@ -63,12 +63,15 @@ def _measure(
 ) -> Stats:
     """Open what the recipe names and stream it as process 0 of `num_processes` for `seconds`."""
     from gpt2repro.data.encoder import BulkEncoder
-    from gpt2repro.training.inputs import open_dataset, open_stream, open_tokenizer
+    from gpt2repro.training.inputs import open_datasets, open_stream, open_tokenizer
 
     encoder = BulkEncoder(open_tokenizer(recipe))
-    corpus = open_dataset(recipe)
-    stream = open_stream(recipe, corpus, encoder, 0, num_processes)
-    training = range(recipe.num_validation_units, corpus.num_units)
+    sources = open_datasets(recipe)
+    if len(sources) > 1:
+        raise UserError("datasets: stream-stats counts one; name it with --dataset_name")
+    corpus = sources[0].corpus
+    stream = open_stream(recipe, sources, encoder, 0, num_processes)
+    training = range(sources[0].num_validation_units, corpus.num_units)
     num_bytes = _stored_bytes(corpus, training)
     epoch_tokens = _estimate_tokens(corpus, encoder, training)
     run_tokens = recipe.batch_tokens * recipe.num_steps if recipe.num_steps else None

@@ -7,7 +7,7 @@ protocol by which torch's loaders save and restore a dataset: `state_dict`, `loa
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gpt2repro import UserError
+from gpt2repro.data.dataset import named
 from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.mixture import Source
-from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.opening import open_sources
 from gpt2repro.data.order import LaneState
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
@@ -37,8 +37,10 @@ class ExactStream(IterableDataset):
     ignores `labels`.
 
     Args:
-        dataset_name, config, split, revision, data_files, text_column: as `open_corpus` has them:
-            a dataset of the Hub, a directory, a file.
+        dataset_name: a dataset of the Hub, a directory, a file; or a mixture, as a list of what a
+            recipe's `datasets` has: [{"name": ..., "weight": 0.7, "epochs": None}, ...].
+        config, split, revision, data_files, text_column: as `open_corpus` has them; for one
+            dataset.
         tokenizer: a fast tokenizer, or the name of one.
         sequence_length: T.
         rows_per_step: of one optimizer step, over all processes. What a step has depends on this
@@ -47,7 +49,7 @@ class ExactStream(IterableDataset):
         num_lanes: places at which the dataset is read side by side. Divides `rows_per_step`, and
             the number of processes must divide it. By default the largest such power of two up to
             64 that divides `rows_per_step`.
-        num_validation_units: units at the dataset's beginning that are kept from training.
+        num_validation_units: units at a dataset's beginning that are kept from training.
         rank, world_size: by default torch.distributed's, else those of torchrun's environment.
         num_reader_threads, token_cache_dir: as in a recipe.
 
@@ -62,7 +64,7 @@ class ExactStream(IterableDataset):
 
     def __init__(
         self,
-        dataset_name: str | Path,
+        dataset_name: str | Path | Sequence[Mapping[str, Any]],
         *,
         tokenizer: Any,
         sequence_length: int,
@@ -82,15 +84,12 @@ class ExactStream(IterableDataset):
         token_cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        corpus = open_corpus(
-            dataset_name,
-            config=config,
-            split=split,
-            revision=revision,
-            data_files=data_files,
-            text_column=text_column,
-        )
-        self._sources = [Source(corpus, num_validation_units)]
+        files = [data_files] if isinstance(data_files, str) else data_files
+        one = {"config": config, "split": split, "revision": revision, "data_files": files}
+        one |= {"name": str(dataset_name), "text_column": text_column}
+        mixture = [one] if isinstance(dataset_name, str | Path) else dataset_name
+        units = {"num_validation_units": num_validation_units}
+        self._sources = open_sources([named(units | {**each}) for each in mixture])
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(str(tokenizer))
         self._encoder = BulkEncoder(tokenizer)

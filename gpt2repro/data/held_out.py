@@ -1,5 +1,6 @@
 """Held-out rows: the first units in dataset order, which are never trained on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,3 +80,12 @@ def validation_set(
     flat = np.concatenate(held)[: num_rows * sequence_length + 1]
     rows = np.lib.stride_tricks.sliding_window_view(flat, sequence_length + 1)[::sequence_length]
     return ValidationSet(np.ascontiguousarray(rows), num_tokens, num_bytes)
+
+
+def together_held_out(parts: Sequence[ValidationSet]) -> ValidationSet:
+    """The rows of several datasets, one after the other."""
+    return ValidationSet(
+        np.concatenate([part.rows for part in parts]),
+        sum(part.num_tokens for part in parts),
+        sum(part.num_bytes for part in parts),
+    )

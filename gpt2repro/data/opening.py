@@ -4,7 +4,9 @@ Which files a name means, local_files.py says of this machine and `datasets` of 
 read them is asked in the order of `FORMATS`. A new format is a file of its own and a line there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.data.content import content_hashes
 from gpt2repro.data.corpus import Corpus, Found, digest, in_a_line
+from gpt2repro.data.dataset import Dataset
 from gpt2repro.data.local_files import LOCAL, files_of, find_local
+from gpt2repro.data.mixture import Source
 from gpt2repro.data.other_formats import open_prepared, open_streamed
 from gpt2repro.data.parquet import open_parquet
 from gpt2repro.system import patience
@@ -70,6 +74,45 @@ def open_corpus(
     if not on_hub and "content" not in corpus.identity:
         corpus.identity["content"] = digest(content_hashes(found.files))
     return corpus
+
+
+def open_sources(
+    datasets: Sequence[Dataset], revisions: Sequence[str | None] = (), if_unreachable: str = ""
+) -> list[Source]:
+    """Open what a stream reads.
+
+    Args:
+        datasets: their `num_validation_units` are given.
+        revisions: for each dataset that names none, the commit that a resumed run had pinned.
+
+    Raises:
+        UserError: naming the field, and of several datasets which one.
+    """
+    sources: list[Source] = []
+    for dataset, pinned in zip_longest(datasets, revisions[: len(datasets)]):
+        n = len(sources)
+        with _about(f"datasets[{n}]: " if len(datasets) > 1 else ""):
+            corpus = open_corpus(
+                dataset.name,
+                config=dataset.config,
+                split=dataset.split,
+                revision=dataset.revision or pinned,
+                data_files=dataset.data_files,
+                text_column=dataset.text_column,
+                if_unreachable=if_unreachable,
+            )
+        label = f"datasets[{n}]" if len(datasets) > 1 else "the dataset"
+        units = dataset.num_validation_units or 0
+        sources.append(Source(corpus, units, dataset.exact_weight, dataset.epochs, label))
+    return sources
+
+
+@contextmanager
+def _about(which: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{which}{error}") from error
 
 
 def _commit(name: str, revision: str | None) -> str:

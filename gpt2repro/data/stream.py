@@ -212,6 +212,22 @@ class TokenStream:
         # Also at exit: a thread that comes back from native code to a dying interpreter aborts it.
         self._finalizer = weakref.finalize(self, self._producer.close)
 
+    def epochs(self, lanes: Mapping[int, LaneState]) -> dict[str, float]:
+        """How often each dataset was read when `lanes` were where they are: 1.5 is once and a half.
+
+        By name of a figure: `epoch`, or of several datasets `epoch/datasets[0]` and so on.
+        """
+        read = [
+            sum(
+                lane.positions[n].epoch + lane.positions[n].piece / plan.num_pieces(number)
+                for number, lane in lanes.items()
+            )
+            for n, plan in enumerate(self._plans)
+        ]
+        names = [f"/datasets[{n}]" if len(read) > 1 else "" for n in range(len(read))]
+        each = zip(names, read, strict=True)
+        return {f"epoch{name}": round(total / len(lanes), 4) for name, total in each}
+
     def close(self) -> None:
         """End the background threads; the stream can go on from where it was."""
         if self._finalizer is not None:
@@ -244,7 +260,7 @@ class TokenStream:
             raise UserError(f"the checkpoint's stream state is damaged: {error}") from None
         if not 1 <= saved.version <= STATE_VERSION:
             raise UserError(f"the checkpoint's stream state has version {saved.version}")
-        _check_identity(_flat(saved.identity), _flat(self.identity))
+        _check_identity(flat(saved.identity), flat(self.identity))
         states = saved.states()
         whole = all(len(state.positions) == len(self._plans) for state in states)
         if len(states) != self.identity["num_lanes"] or not whole:
@@ -270,7 +286,7 @@ def _identity(sources: Sequence[Source]) -> dict[str, Any]:
     return {"datasets": [one | how for one, how in zip(each, mixed, strict=True)]}
 
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+def flat(identity: dict[str, Any]) -> dict[str, Any]:
     """`identity` with a field of the n-th dataset as datasets[n].FIELD."""
     rest = dict(identity)
     datasets = rest.pop("datasets", [])

@@ -30,6 +30,7 @@ VALIDATION_TEXT = {
     "dataset_split": "train",
     "data_files": None,
     "text_column": "text",
+    "datasets": None,
     "num_validation_units": 100,
     "validation_tokens": 10_485_760,
     "sequence_length": 1024,

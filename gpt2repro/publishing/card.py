@@ -50,6 +50,7 @@ PATH_FIELDS = (
     "resume",
     "init_from",
     "dataset_name",
+    "name",  # of an entry of `datasets`
     "data_files",
     "tokenizer_name",
     "token_cache_dir",
@@ -91,17 +92,17 @@ def model_card(
     """
     known = recipe or {}
     shown = {k: _cell(v) if isinstance(v, str) else v for k, v in known.items()}
+    datasets = _datasets(known)
     recipe_yaml = yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True).rstrip()
-    dataset = known.get("dataset_name", "")
-    link = f"[{dataset}](https://huggingface.co/datasets/{dataset})"
     environment, validations = environment or {}, _validations(metrics)
     card = ModelCard.from_template(
         _metadata(name, known, metrics),
         template_path=str(CARD),
         name=name,
         num_parameters=num_parameters,
-        corpus=link if _is_on_hub(dataset) else dataset,
-        note=KNOWN_DATASETS.get(dataset, {}).get("note"),
+        corpus=" and ".join(map(_linked, datasets)),
+        data="; ".join(_described(each, datasets) for each in datasets),
+        notes=[KNOWN_DATASETS[e["name"]]["note"] for e in datasets if e["name"] in KNOWN_DATASETS],
         recipe=shown,
         recipe_yaml=recipe_yaml,
         fence=_fence(recipe_yaml, command or ""),
@@ -167,9 +168,11 @@ def _local_paths(recipe_yaml: str) -> set[str]:
     except yaml.YAMLError:  # somebody edited it
         return set()
     values: list[Any] = []
-    for field in PATH_FIELDS if isinstance(recipe, dict) else ():
-        value = recipe.get(field)
-        values += value if isinstance(value, list) else [value]
+    datasets = (recipe.get("datasets") or []) if isinstance(recipe, dict) else []
+    for fields in (recipe, *datasets):
+        for field in PATH_FIELDS if isinstance(fields, dict) else ():
+            value = fields.get(field)
+            values += value if isinstance(value, list) else [value]
     return {
         value
         for value in values
@@ -251,12 +254,52 @@ def _span(card: str, title: str) -> tuple[int, int] | None:
     return None if begin is None else (begin, len(card))
 
 
+# --- Data ---------------------------------------------------------------------------------------
+
+
+def _datasets(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a recipe reads, each with the fields of an entry of its `datasets`."""
+    fields = ("config", "split", "revision")
+    one = {field: recipe.get(f"dataset_{field}") for field in fields} | {
+        "name": recipe.get("dataset_name") or "",
+        "data_files": recipe.get("data_files"),
+        "num_validation_units": recipe.get("num_validation_units"),
+    }
+    return list(recipe.get("datasets") or [one])
+
+
+def _linked(dataset: Mapping[str, Any]) -> str:
+    name = dataset["name"]
+    link = f"[{name}](https://huggingface.co/datasets/{name})" if _is_on_hub(name) else name
+    return f"{link} `{dataset['config']}`" if dataset["config"] else link
+
+
+def _described(dataset: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]]) -> str:
+    """A dataset in the card's table, with its share of a mixture."""
+    files, units = dataset["data_files"], dataset["num_validation_units"]
+    share = dataset.get("weight", 1) / sum(each.get("weight", 1) for each in datasets)
+    parts = [
+        f"{share:.3g} of the tokens from {dataset['name']}"
+        if len(datasets) > 1
+        else dataset["name"],
+        dataset["config"],
+        f"files {', '.join(files)}" if files else None,
+        f"split {dataset['split']}",
+        f"revision {dataset['revision']}" if dataset["revision"] else None,
+        f"the first {units} row groups held out" if units else None,
+        f"{dataset['epochs']} epochs of it" if dataset.get("epochs") else None,
+    ]
+    return _cell(", ".join(filter(None, parts)))
+
+
 # --- Metadata -------------------------------------------------------------------------------------
 
 
 def _metadata(name: str, recipe: Mapping, metrics: Metrics) -> ModelCardData:
     """What the Hub reads: licence, library, task, data and the validation loss."""
-    dataset, start = recipe.get("dataset_name", ""), recipe.get("init_from")
+    names, start = [each["name"] for each in _datasets(recipe)], recipe.get("init_from")
+    dataset = names[0] if len(names) == 1 else ""
+    languages = {KNOWN_DATASETS.get(name, {}).get("language") for name in names}
     results = [
         _result(dataset, f"{dataset} (held out)", kind, kind, value)
         for _, loss, bits in _validations(metrics)[-1:]
@@ -265,11 +308,11 @@ def _metadata(name: str, recipe: Mapping, metrics: Metrics) -> ModelCardData:
     ]
     return ModelCardData(
         license="mit",
-        language=KNOWN_DATASETS.get(dataset, {}).get("language"),
+        language=languages.pop() if len(languages) == 1 else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"],
-        datasets=[dataset] if _is_on_hub(dataset) else None,
+        datasets=list(dict.fromkeys(filter(_is_on_hub, names))) or None,
         base_model=start if _is_on_hub(start) else None,
         model_name=name if results else None,
         eval_results=results or None,

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.lanes import check_lanes, divisors
+from gpt2repro.data.mixture import Source
 from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.speed.attention import kernel_taken
 from gpt2repro.system.text import count_of, in_short
-from gpt2repro.training.inputs import open_dataset, open_stream, open_tokenizer
+from gpt2repro.training.inputs import open_datasets, open_stream, open_tokenizer
 from gpt2repro.training.learner import build_model
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
@@ -47,7 +47,7 @@ class Examination:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # What the checks find, for those after them; None where one failed.
         self.tokenizer: Any = None
-        self.corpus: Corpus | None = None
+        self.sources: list[Source] | None = None
         self.model: GPT2ReproForCausalLM | None = None
         self.need: float | None = None  # tokens/s that training takes, all processes
 
@@ -100,10 +100,13 @@ class Examination:
         return OK, f"{self.recipe.tokenizer_name}, {len(self.tokenizer):,} tokens"
 
     def _dataset(self) -> Finding:
-        self.corpus = open_dataset(self.recipe)
-        revision = self.corpus.identity.get("revision")
-        at = f" at {revision[:10]}" if revision else ""
-        return OK, f"{self.recipe.dataset_name}{at}, {self.corpus.num_units:,} units"
+        self.sources = open_datasets(self.recipe)
+        said = []
+        for dataset, source in zip(self.recipe.all_datasets, self.sources, strict=True):
+            revision = source.corpus.identity.get("revision")
+            at = f" at {revision[:10]}" if revision else ""
+            said.append(f"{dataset.name}{at}, {source.corpus.num_units:,} units")
+        return OK, "; ".join(said)
 
     def _model(self) -> Finding:
         if self.tokenizer is None:
@@ -164,10 +167,10 @@ class Examination:
 
     def _data(self) -> Finding:
         """Time the stream of one process against what training takes."""
-        if self.corpus is None or self.tokenizer is None:
+        if self.sources is None or self.tokenizer is None:
             return WARNING, "not timed without dataset and tokenizer"
         encoder = BulkEncoder(self.tokenizer)
-        stream = open_stream(self.recipe, self.corpus, encoder, 0, self.num_processes)
+        stream = open_stream(self.recipe, self.sources, encoder, 0, self.num_processes)
         try:
             next(stream)  # the start-up
             began, tokens = time.perf_counter(), 0

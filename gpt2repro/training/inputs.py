@@ -4,20 +4,21 @@ The verbs that speak of a recipe (`doctor`, `stream-stats`) open the same things
 they check is what the run will use.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
-from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.dataset import Dataset
 from gpt2repro.data.documents import count_epoch_tokens
 from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.held_out import ValidationSet, validation_set
+from gpt2repro.data.held_out import ValidationSet, together_held_out, validation_set
 from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
 from gpt2repro.data.mixture import Source
-from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.opening import open_sources
+from gpt2repro.data.stream import TokenStream, flat
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.task import Task
@@ -34,7 +35,7 @@ class Inputs:
     """Everything opened, nothing trained on yet."""
 
     tokenizer: Any
-    corpus: Corpus
+    sources: list[Source]
     stream: TokenStream  # of this rank, at the row where the run begins
     validation: ValidationSet | None
     tasks: list[Task]  # benchmarks to be scored during training
@@ -50,71 +51,80 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
     """
     tokenizer = open_tokenizer(recipe)
     encoder = BulkEncoder(tokenizer)
-    corpus = open_dataset(recipe, start.recipe.get("dataset_revision"))
-    num_steps = _steps_of_run(recipe, start, corpus, encoder)
-    stream = open_stream(recipe, corpus, encoder, ranks.rank(), ranks.world_size())
+    sources = open_datasets(recipe, start.recipe)
+    num_steps = _steps_of_run(recipe, start, sources, encoder)
+    stream = open_stream(recipe, sources, encoder, ranks.rank(), ranks.world_size())
     _check_same_data(ranks.gather(stream.identity))
     if start.path is not None:
         stream.load_state_dict({"step": start.step} | start.state["stream"])
     return Inputs(
         tokenizer=tokenizer,
-        corpus=corpus,
+        sources=sources,
         stream=stream,
-        validation=_open_validation(recipe, corpus, encoder),
+        validation=_open_validation(recipe, sources, encoder),
         tasks=_open_benchmarks(recipe, tokenizer),
         num_steps=num_steps,
         num_epochs=recipe.num_epochs,
     )
 
 
-def from_anywhere(recipe: Recipe) -> dict[str, Any]:
-    """The fields that name files here, as they are saved: from any working directory the same.
+def from_anywhere(recipe: Recipe, sources: Sequence[Source] | None = None) -> dict[str, Any]:
+    """The fields that name what is read, as they are saved: they mean the same later, anywhere.
 
-    What no file here is called stays as it is: a name of the Hub, of a format, of the demo.
+    Files here are named from any working directory. What no file here is called stays as it is: a
+    name of the Hub, of a format, of the demo. Of `sources` come the commits that are read.
     """
-
-    def absolute(name: str | None) -> str | None:
-        is_here = name and name != demo_corpus.NAME and Path(name).exists()
-        return str(Path(name).absolute()) if name and is_here else name
-
-    fields = ("dataset_name", "tokenizer_name", "init_from")
-    found: dict[str, Any] = {field: absolute(getattr(recipe, field)) for field in fields}
+    fields = ("tokenizer_name", "init_from")
+    found: dict[str, Any] = {field: _absolute(getattr(recipe, field)) for field in fields}
     found["output_dir"] = str(recipe.run_dir.absolute())
     if recipe.token_cache_dir:
         found["token_cache_dir"] = str(Path(recipe.token_cache_dir).absolute())
     if recipe.eval_task_files:
         entries = (entry.partition("=") for entry in recipe.eval_task_files)
         found["eval_task_files"] = [f"{task}={Path(file).absolute()}" for task, _, file in entries]
-    if recipe.data_files and found["dataset_name"] in FORMAT_OF_SUFFIX.values():
+    datasets = [_placed(dataset) for dataset in recipe.all_datasets]
+    for dataset, source in zip(datasets, sources or [], strict=sources is not None):
+        dataset["revision"] = source.corpus.identity.get("revision")
+    if recipe.datasets:
+        return found | {"datasets": datasets}
+    [one] = datasets
+    names = {"dataset_name": "name", "dataset_revision": "revision", "data_files": "data_files"}
+    return found | {field: one[name] for field, name in names.items()}
+
+
+def _absolute(name: str | None) -> str | None:
+    is_here = name and name != demo_corpus.NAME and Path(name).exists()
+    return str(Path(name).absolute()) if name and is_here else name
+
+
+def _placed(dataset: Dataset) -> dict[str, Any]:
+    """A dataset's fields, with files of this machine named from any working directory."""
+    fields = dataset.model_dump() | {"name": _absolute(dataset.name)}
+    if dataset.data_files and fields["name"] in FORMAT_OF_SUFFIX.values():
         # Else they are relative to the dataset.
-        found["data_files"] = [
-            file if "://" in file else str(Path(file).absolute()) for file in recipe.data_files
-        ]
-    return found
+        files = dataset.data_files
+        fields["data_files"] = [f if "://" in f else str(Path(f).absolute()) for f in files]
+    return fields
 
 
 def open_tokenizer(recipe: Recipe) -> Any:
     return load_tokenizer(recipe.tokenizer_name, if_unreachable=OFFLINE_ADVICE)
 
 
-def open_dataset(recipe: Recipe, revision: str | None = None) -> Corpus:
-    """The recipe's text; `revision` is the commit that a resumed run had pinned."""
-    return open_corpus(
-        recipe.dataset_name,
-        config=recipe.dataset_config,
-        split=recipe.dataset_split,
-        revision=recipe.dataset_revision or revision,
-        data_files=recipe.data_files,
-        text_column=recipe.text_column,
-        if_unreachable=OFFLINE_ADVICE,
+def open_datasets(recipe: Recipe, saved: Mapping[str, Any] | None = None) -> list[Source]:
+    """The recipe's texts, of the commits that `saved`, the recipe of a resumed run, has pinned."""
+    saved = saved or {}
+    pinned = [each.get("revision") for each in saved.get("datasets") or []]
+    return open_sources(
+        recipe.all_datasets, pinned or [saved.get("dataset_revision")], OFFLINE_ADVICE
     )
 
 
 def open_stream(
-    recipe: Recipe, corpus: Corpus, encoder: BulkEncoder, rank: int, world_size: int
+    recipe: Recipe, sources: Sequence[Source], encoder: BulkEncoder, rank: int, world_size: int
 ) -> TokenStream:
     return TokenStream(
-        [Source(corpus, recipe.num_validation_units)],
+        sources,
         encoder,
         sequence_length=recipe.sequence_length,
         rows_per_step=recipe.rows_per_step,
@@ -127,18 +137,27 @@ def open_stream(
     )
 
 
-def _open_validation(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> ValidationSet | None:
-    if not recipe.num_validation_units:
-        return None
-    return validation_set(
-        corpus,
-        encoder,
-        sequence_length=recipe.sequence_length,
-        num_units=recipe.num_validation_units,
-        max_tokens=recipe.validation_tokens,
-        num_reader_threads=recipe.num_reader_threads,
-        token_cache_dir=recipe.token_cache_dir,
-    )
+def _open_validation(
+    recipe: Recipe, sources: Sequence[Source], encoder: BulkEncoder
+) -> ValidationSet | None:
+    """Held-out rows of every dataset that holds some out, as many as its weight has it."""
+    held_out = [source for source in sources if source.num_validation_units]
+    total = sum(source.weight for source in held_out)
+    parts = [
+        validation_set(
+            source.corpus,
+            encoder,
+            sequence_length=recipe.sequence_length,
+            num_units=source.num_validation_units,
+            max_tokens=max(
+                recipe.sequence_length, int(recipe.validation_tokens * source.weight / total)
+            ),
+            num_reader_threads=recipe.num_reader_threads,
+            token_cache_dir=recipe.token_cache_dir,
+        )
+        for source in held_out
+    ]
+    return together_held_out(parts) if parts else None
 
 
 def _open_benchmarks(recipe: Recipe, tokenizer: Any) -> list[Task]:
@@ -161,10 +180,12 @@ def counted_steps(recipe: Recipe, start: Start) -> int | None:
     return recipe.num_steps
 
 
-def _steps_of_run(recipe: Recipe, start: Start, corpus: Corpus, encoder: BulkEncoder) -> int:
+def _steps_of_run(
+    recipe: Recipe, start: Start, sources: Sequence[Source], encoder: BulkEncoder
+) -> int:
     num_steps = counted_steps(recipe, start)
     if num_steps is None:
-        num_steps = _steps_of_epochs(recipe, corpus, encoder)
+        num_steps = _steps_of_epochs(recipe, sources[0], encoder)
     if start.step > num_steps:
         raise UserError(
             f"num_steps {num_steps} is behind the checkpoint's {start.step}: raise it, or "
@@ -173,16 +194,16 @@ def _steps_of_run(recipe: Recipe, start: Start, corpus: Corpus, encoder: BulkEnc
     return num_steps
 
 
-def _steps_of_epochs(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> int:
+def _steps_of_epochs(recipe: Recipe, source: Source, encoder: BulkEncoder) -> int:
     """`num_epochs` in optimizer steps, rounded down; the ranks share the counting."""
     assert recipe.num_epochs is not None
     rank, world_size = ranks.rank(), ranks.world_size()
-    num_units = -(-(corpus.num_units - recipe.num_validation_units) // world_size)
+    num_units = -(-(source.corpus.num_units - source.num_validation_units) // world_size)
     with phase("counting an epoch's tokens", num_units, enabled=rank == 0) as on_unit:
         counted = count_epoch_tokens(
-            corpus,
+            source.corpus,
             encoder,
-            recipe.num_validation_units,
+            source.num_validation_units,
             rank=rank,
             world_size=world_size,
             num_reader_threads=recipe.num_reader_threads,
@@ -197,8 +218,8 @@ def _steps_of_epochs(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> in
 
 def _check_same_data(identities: list[dict[str, Any]]) -> None:
     """Refuse processes that opened other data than rank 0: machines with files of their own."""
-    first = identities[0]
-    if differing := {key for each in identities for key in first if each.get(key) != first[key]}:
+    first, *others = map(flat, identities)
+    if differing := {key for each in others for key in first if each.get(key) != first[key]}:
         raise UserError(
             f"the processes of this launch see different data ({', '.join(sorted(differing))}): "
             "every machine needs the same files and tokenizer, or a dataset_revision that stays"

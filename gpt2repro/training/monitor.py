@@ -102,7 +102,7 @@ class Monitor:
             "run": f"{self.directory.path}",
             "model": f"GPT-2, {in_short(self.learner.num_parameters)} parameters, "
             f"{recipe.sequence_length:,} tokens of context",
-            "data": f"{recipe.dataset_name} {recipe.dataset_config or ''}".rstrip(),
+            "data": ", ".join(map(str, recipe.all_datasets)),
             "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
             f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens",
             "optimizer": f"{recipe.optimizer}, {count_of(recipe.num_steps, 'step')}, "
@@ -253,7 +253,8 @@ class Monitor:
         if figures or due(self.recipe.log_every, step):
             record: dict[str, Any] = {"step": step, "tokens": (step + 1) * self.recipe.batch_tokens}
             record |= {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
-            record |= {"rows_digest": result.rows_digest} | self._throughput.read()
+            record |= {"rows_digest": result.rows_digest}
+            record |= self.inputs.stream.epochs(report.rows.lanes) | self._throughput.read()
             record |= {"peak_memory_gib": peak_memory_gib(self.learner.accelerator.device)}
             self._write(record | figures)
         if "val_loss" in figures:

@@ -207,8 +207,7 @@ def _claim(
     resolved = recipe.resolved(
         num_steps=inputs.num_steps,
         micro_batch_size=learner.micro_batch_size,
-        dataset_revision=inputs.corpus.identity.get("revision"),
-        **from_anywhere(recipe),
+        **from_anywhere(recipe, inputs.sources),
     )
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
     start_tracker(resolved, learner.accelerator)  # may ask for a login: signals end the process
