@@ -198,6 +198,7 @@ class _Patch:
     """What `FakeHub.use_in_process` needs of pytest's monkeypatch; this process ends anyway."""
 
     setattr = staticmethod(setattr)
+    setenv = staticmethod(os.environ.__setitem__)
 
 
 def measure_traffic(files: list[Path], encoder: BulkEncoder) -> dict:
@@ -218,10 +219,8 @@ def measure_traffic(files: list[Path], encoder: BulkEncoder) -> dict:
         stream.close()
     reads = hub.log[len(at_start) :]
     chunks = {  # what the text of each unit measures
-        (corpus._sources[unit.file].name, f"bytes={unit.start}-{unit.start + unit.length - 1}"): (
-            unit.length
-        )
-        for unit in map(corpus._unit, range(corpus.num_units))
+        (corpus._sources[file].name, f"bytes={start}-{start + length - 1}"): length
+        for file, start, length in corpus._units[["file", "start", "length"]].tolist()
     }
     units = {(read.path.rpartition("/")[2], read.range) for read in reads}
     text_bytes = sum(chunks[unit] for unit in units)

@@ -140,6 +140,7 @@ class FakeHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
+            "XDG_CACHE_HOME": self._home.name,
         }
 
     def use_in_process(self, monkeypatch: Any) -> None:
@@ -150,6 +151,7 @@ class FakeHub:
         HfFileSystem.clear_instance_cache()  # an earlier Hub may have had the same port
         home = self._home.name
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{home}/hub")

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -144,7 +145,7 @@ class UnitReader:
         self._held: weakref.WeakValueDictionary[int, TextUnit | TokenUnit] = (
             weakref.WeakValueDictionary()
         )
-        self._locks: dict[int, threading.Lock] = {}
+        self._locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         self._pool = DaemonPool(num_threads, "unit-reader")
 
