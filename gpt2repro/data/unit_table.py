@@ -97,13 +97,13 @@ def _load(path: Path) -> UnitTable | None:
 
 def _save(path: Path, table: UnitTable) -> None:
     header = json.dumps({"columns": table.columns, "digest": table.digest}).encode() + b"\n"
-    units = table.units.view(np.uint8)
+    units = table.units.view(np.uint8).data
     with atomic.new_file(path) as scratch, scratch.open("wb") as file:
         for part in (_checksum(header, units), header, units):
             file.write(part)
     age = {file: file.stat().st_mtime for file in path.parent.iterdir()}
-    for file in sorted(age, key=age.__getitem__)[: -2 * NUM_KEPT]:  # a lock beside each
-        file.unlink()
+    for old in sorted(age, key=age.__getitem__)[: -2 * NUM_KEPT]:  # a lock beside each
+        old.unlink()
 
 
 def _checksum(*parts: Any) -> bytes:

@@ -295,6 +295,7 @@ def test_an_answer_that_nobody_foresaw_is_asked_for_again(hub, monkeypatch, answ
     assert open_fineweb().read_unit(19) == TEXTS[380:]
     assert fault.num_hits == fault.times
     monkeypatch.setattr(patience, "GIVE_UP_AFTER_SECONDS", 0.3)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # no table of units is kept
     fault.times = 10**9  # `datasets` has kept its listing
     began = time.monotonic()
     refusal(NAME, config=CONFIG)
