@@ -12,7 +12,7 @@ from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.data.content import content_hashes
 from gpt2repro.data.corpus import Corpus, Found, digest, in_a_line
-from gpt2repro.data.local_files import LOCAL, files_of, find_local
+from gpt2repro.data.local_files import FORMAT_OF_SUFFIX, LOCAL, files_of, find_local
 from gpt2repro.data.other_formats import open_prepared, open_streamed
 from gpt2repro.data.parquet import open_parquet
 from gpt2repro.system import patience
@@ -23,6 +23,17 @@ FORMATS: tuple[Callable[[Found], Corpus | None], ...] = (
     open_prepared,
     open_streamed,
 )
+
+
+def is_local(dataset_name: str | Path) -> bool:
+    """Whether this machine has what the name means; else it is the Hub's.
+
+    Raises:
+        UserError: naming the recipe's field.
+    """
+    known = str(dataset_name) in (demo_corpus.NAME, *FORMAT_OF_SUFFIX.values())
+    with in_a_line(f"dataset_name: cannot open {dataset_name}"):
+        return known or Path(dataset_name).expanduser().exists()
 
 
 def open_corpus(

@@ -15,7 +15,7 @@ from gpt2repro.data.documents import count_epoch_tokens
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.held_out import ValidationSet, validation_set
 from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
-from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.opening import is_local, open_corpus
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.benchmarks import open_tasks
@@ -49,7 +49,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
     """
     tokenizer = open_tokenizer(recipe)
     encoder = BulkEncoder(tokenizer)
-    corpus = open_dataset(recipe, start.recipe.get("dataset_revision"))
+    corpus = _open_for_all(recipe, start.recipe.get("dataset_revision"))
     num_steps = _steps_of_run(recipe, start, corpus, encoder)
     stream = open_stream(recipe, corpus, encoder, ranks.rank(), ranks.world_size())
     _check_same_data(ranks.gather(stream.identity))
@@ -59,7 +59,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
         tokenizer=tokenizer,
         corpus=corpus,
         stream=stream,
-        validation=_open_validation(recipe, corpus, encoder),
+        validation=ranks.on_rank_0(lambda: _open_validation(recipe, corpus, encoder)),
         tasks=_open_benchmarks(recipe, tokenizer),
         num_steps=num_steps,
         num_epochs=recipe.num_epochs,
@@ -107,6 +107,13 @@ def open_dataset(recipe: Recipe, revision: str | None = None) -> Corpus:
         text_column=recipe.text_column,
         if_unreachable=OFFLINE_ADVICE,
     )
+
+
+def _open_for_all(recipe: Recipe, revision: str | None) -> Corpus:
+    """Rank 0 asks the Hub, for all; files of this machine every rank opens, as machines differ."""
+    if ranks.on_rank_0(lambda: is_local(recipe.dataset_name)):
+        return open_dataset(recipe, revision)
+    return ranks.on_rank_0(lambda: open_dataset(recipe, revision))
 
 
 def open_stream(
