@@ -23,6 +23,7 @@ from gpt2repro.data.corpus import (
     Corpus,
     Found,
     check_text_column,
+    digest,
     in_a_line,
     large_strings,
 )
@@ -34,6 +35,7 @@ from gpt2repro.system.threads import DaemonPool
 FOOTER_GUESS_BYTES = 2**16  # the first read of the first file's end: more may cost a second
 NUM_FOOTER_THREADS = 16
 LARGEST_UNIT_BYTES = 2**31  # of a row group's text, decoded
+SHA256_DIGITS = 64
 ROWS_AT_A_TIME = 64  # decoded before the bytes are counted again; fewer where texts may be long
 
 Result = TypeVar("Result")
@@ -44,6 +46,7 @@ def open_parquet(found: Found) -> Corpus | None:
     if found.format != "parquet":
         return None
     sources: list[Source]
+    identity = found.identity
     if found.on_hub:
         pattern = re.compile(
             r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)", re.DOTALL
@@ -51,11 +54,12 @@ def open_parquet(found: Found) -> Corpus | None:
         places = [match.groupdict() for file in found.files if (match := pattern.fullmatch(file))]
         if len(places) < len(found.files):
             return None
-        sources = [*_hub_sources(places)]
+        sources = [*(listed := _hub_sources(places))]
+        identity = identity | {"content": digest([source.content for source in listed])}
     else:
         paths = [Path(file) for file in found.files]
         sources = [LocalSource(path.name, path, path.stat().st_size) for path in paths]
-    return ParquetCorpus(sources, found.text_column, found.identity)
+    return ParquetCorpus(sources, found.text_column, identity)
 
 
 class Source(Protocol):
@@ -90,6 +94,8 @@ class LocalSource:
 class HubSource:
     """A file of a Hub repository at one commit. Every read asks for its (signed) address anew.
 
+    content: the hash that the listing tells: SHA-256 of a large file, else Git's of its blob.
+
     By hand, because `HfFileSystem` takes what a server sends for the range it asked for, also where
     the answer is not 206: a whole file read as a part of it.
     """
@@ -98,6 +104,7 @@ class HubSource:
     repository: str
     revision: str
     size: int
+    content: str = ""
 
     def read(self, start: int, length: int) -> bytes:
         return patience.patiently(
@@ -125,6 +132,7 @@ class HubSource:
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)
+            self._check_unchanged([*response.history, response])
             served = response.headers.get("Content-Range", "")
             encoding = response.headers.get("Content-Encoding", "identity").lower()
             right = re.fullmatch(wanted, served, re.IGNORECASE) and encoding in ("", "identity")
@@ -140,6 +148,23 @@ class HubSource:
         if len(content) != length:
             raise patience.PassingFault(f"asked for {length:,} bytes, {len(content):,} came")
         return bytes(content)
+
+    def _check_unchanged(self, answers: Sequence[Any]) -> None:
+        """Refuse another content than was listed, if the Hub says that it is one.
+
+        Of a large file it tells the hash before it redirects. What the storage there calls its ETag
+        may be a hash of something else, and on a mirror the SHA-1 of the file, which Git's is not.
+        """
+        tags = [answer.headers.get("X-Linked-ETag", "") for answer in answers]
+        if len(answers) == 1 and len(self.content) == SHA256_DIGITS:
+            tags.append(answers[0].headers.get("ETag", ""))
+        told = next(filter(None, tags), "").strip('"')
+        is_hash = re.fullmatch("[0-9a-f]+", told) and len(told) == len(self.content)
+        if is_hash and told != self.content:
+            raise UserError(
+                f"dataset_revision: {self.repository}/{self.name} changed under its commit "
+                f"{self.revision}: listed as {self.content}, served as {told}"
+            )
 
 
 def _whole(source: Source, call: Callable[[], Result], what: str) -> Result:
@@ -343,35 +368,34 @@ def _check_chunks(metadata: pq.FileMetaData, column: str, source: Source) -> Non
 
 
 def _hub_sources(files: list[dict[str, str]]) -> list[HubSource]:
-    """The files with their sizes, which a directory listing tells."""
+    """The files with their sizes and hashes, which a directory listing tells."""
     folders = defaultdict(list)
     for f in files:
         parent = str(PurePosixPath(f["path"]).parent)
         folders[f["repository"], f["revision"], parent].append(f["path"])
-    sizes: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, str], HubSource] = {}
     for (repository, revision, parent), paths in sorted(folders.items()):
         folder = None if parent == "." else parent
         listed = patience.patiently(
-            partial(_list_sizes, repository, folder, revision, paths),
+            partial(_list, repository, folder, revision, paths),
             f"list the files of {repository} (dataset_name)",
             attempt_seconds=patience.LONGEST_QUESTION_SECONDS,
             passes_on=False,
         )
-        sizes |= {(repository, path): size for path, size in listed.items()}
-    return [
-        HubSource(f["path"], f["repository"], f["revision"], sizes[f["repository"], f["path"]])
-        for f in files
-    ]
+        found |= {(repository, source.name): source for source in listed}
+    return [found[f["repository"], f["path"]] for f in files]
 
 
-def _list_sizes(
-    repository: str, folder: str | None, revision: str, paths: list[str]
-) -> dict[str, int]:
+def _list(repository: str, folder: str | None, revision: str, paths: list[str]) -> list[HubSource]:
     from huggingface_hub import HfApi
 
     entries = HfApi().list_repo_tree(repository, folder, revision=revision, repo_type="dataset")
-    listed = {entry.path: getattr(entry, "size", None) for entry in entries}
-    sizes = {path: size for path in paths if type(size := listed[path]) is int and size >= 0}
-    if lacking := sorted(set(paths) - sizes.keys()):
-        raise ValueError(f"{lacking[0]} has the size {listed[lacking[0]]!r} in the listing")
-    return sizes
+    listed: dict[str, Any] = {entry.path: entry for entry in entries}
+    sources = []
+    for path in paths:
+        size = getattr(listed[path], "size", None)
+        if type(size) is not int or size < 0:
+            raise ValueError(f"{path} has the size {size!r} in the listing")
+        content = listed[path].lfs.sha256 if listed[path].lfs else listed[path].blob_id
+        sources.append(HubSource(path, repository, revision, size, str(content)))
+    return sources

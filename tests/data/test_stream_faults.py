@@ -392,6 +392,52 @@ def test_the_revision_is_pinned_at_start(hub, expected):
         TokenStream(moved, ByteEncoder(), **OPTIONS).load_state_dict(state)
 
 
+def change_under_its_commit(hub: FakeHub) -> None:
+    """Letters of the first file: no length, no place, no name."""
+    repository = hub.repositories["datasets", NAME]
+    [files] = repository.commits.values()
+    path = "sample/10BT/000_00000.parquet"
+    files[path] = files[path].replace(b"<0>", b"<O>")
+    assert files != repository_files()
+
+
+@pytest.mark.parametrize("signed_links", [True, False])
+def test_what_changes_under_its_commit_while_it_is_read_is_refused_at_once(hub, signed_links):
+    hub.signed_links = signed_links
+    source = open_fineweb()
+    change_under_its_commit(hub)
+    hub.log.clear()
+    line = r"^dataset_revision: .*/000_00000\.parquet changed under its commit .*listed as [^\n]*$"
+    with pytest.raises(UserError, match=line):
+        source.read_unit(0)
+    assert len(hub.requests(PARQUET)) == 1
+    assert source.read_unit(19) == TEXTS[380:]
+
+
+def test_what_changed_under_its_commit_is_refused_at_resume(hub):
+    then = open_fineweb()
+    state = TokenStream(then, ByteEncoder(), **OPTIONS).state_dict()
+    change_under_its_commit(hub)
+    now = open_fineweb()
+    assert {key for key in now.identity if now.identity[key] != then.identity[key]} == {"content"}
+    stream = TokenStream(now, ByteEncoder(), **OPTIONS)
+    with pytest.raises(UserError, match=r"^cannot resume the data stream: the hash of what .*$"):
+        stream.load_state_dict(state)
+    del state["identity"]["content"]  # saved before there were hashes
+    stream.load_state_dict(state)
+
+
+OTHER_TAGS = ("", "0" * 64, 'W/"%s"' % ("0" * 64), '"%s"' % ("0" * 32), f'"{"0" * 62}-2"')
+
+
+@pytest.mark.parametrize("tag", OTHER_TAGS)
+def test_tags_that_are_no_hash_of_the_listings_kind_say_nothing(hub, expected, tag):
+    """A mirror's, and any at all of the storage that the Hub redirects to."""
+    hub.signed_links = len(tag) == 64
+    hub.faults.append(Fault("", "^/signed/|10BT", times=10**9, headers={"ETag": tag}))
+    assert digests(5) == expected[:5]
+
+
 def test_a_parquet_copy_by_its_slashed_revision(hub, expected):
     repository = hub.repositories["datasets", NAME]
     repository.commit(repository_files(), "refs/convert/parquet")
