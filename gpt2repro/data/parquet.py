@@ -6,6 +6,7 @@ does not agree is read again from the Hub, a few times, for it may have broken o
 """
 
 import re
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -283,13 +284,15 @@ def _decode(
 def _read_table(sources: Sequence[Source], text_column: str) -> UnitTable:
     """Read every file's footer."""
     lengths: deque[int] = deque(maxlen=NUM_FOOTER_THREADS)
+    parsing = threading.Lock()
 
     def read(file: int) -> tuple[Column, np.ndarray]:
         source = sources[file]
 
         def once() -> tuple[Column, np.ndarray]:
-            metadata = _parse(_read_footer(source, lengths))
-            return _units_of(file, metadata, text_column, source)
+            footer = _read_footer(source, lengths)
+            with parsing:  # parsed, a footer takes six times the room
+                return _units_of(file, _parse(footer), text_column, source)
 
         return _whole(source, once, f"read the footer of {source.name}")
 
