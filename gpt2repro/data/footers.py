@@ -15,11 +15,10 @@ PHYSICAL_TYPES = ("BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE
 # pyarrow's names in the order of the enum CompressionCodec: what it calls LZ4 is LZ4_RAW, and it
 # has no name for the older LZ4.
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "LZO", "BROTLI", "UNKNOWN", "ZSTD", "LZ4")
-MEANINGS = ("string", "bytes", "null")
+LOGICAL_TYPES = {"string": 1, "null": 11}  # fields of the union LogicalType; bytes have none
 
 I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12  # types of the compact protocol
-EMPTY_STRUCT = b"\0"
-UTF8, STRING_TYPE, NULL_TYPE = 0, 1, 11  # ConvertedType; fields of the union LogicalType
+Value = tuple[int, bytes]  # a type and what follows it
 
 
 class Column(NamedTuple):
@@ -28,7 +27,7 @@ class Column(NamedTuple):
     name: str
     physical_type: int  # of the enum Type
     is_optional: bool
-    meaning: str  # one of MEANINGS
+    meaning: str  # "string", "bytes" or "null"
     created_by: str  # pyarrow makes up for what old writers did wrong
 
     @classmethod
@@ -48,52 +47,27 @@ class Column(NamedTuple):
 
 
 def footer_of_chunk(
-    column: Column, *, num_rows: int, start: int, length: int, uncompressed: int, codec: int
+    column: Column, num_rows: int, start: int, length: int, uncompressed: int, codec: int
 ) -> bytes:
-    """A file's end as of one that has this column chunk alone, of flat values, and nothing else.
+    """The end of a parquet file that has this column chunk, of flat values, and nothing else.
 
-    start, length: where the chunk's pages lie, that of its dictionary included: pages say
-        themselves what they are.
+    start, length: where its pages lie, the dictionary's included: each says itself what it is.
     uncompressed: bytes of the pages, decompressed.
     codec: of the enum CompressionCodec.
     """
-    name = _string(column.name)
-    leaf = {1: (I32, _integer(column.physical_type)), 3: (I32, _integer(column.is_optional))}
-    leaf[4] = BINARY, name
-    if column.meaning == "string":
-        leaf |= {6: (I32, _integer(UTF8)), 10: (STRUCT, _struct({STRING_TYPE: _EMPTY}))}
-    elif column.meaning == "null":
-        leaf[10] = STRUCT, _struct({NULL_TYPE: _EMPTY})
-    root = {4: (BINARY, _string("schema")), 5: (I32, _integer(1))}  # has one child
-    meta_data = {
-        1: (I32, _integer(column.physical_type)),
-        2: (LIST, _list(I32, [])),  # encodings: pages say theirs
-        3: (LIST, _list(BINARY, [name])),
-        4: (I32, _integer(codec)),
-        5: (I64, _integer(num_rows)),
-        6: (I64, _integer(uncompressed)),
-        7: (I64, _integer(length)),
-        9: (I64, _integer(start)),
-    }
-    chunk = {2: (I64, _integer(0)), 3: (STRUCT, _struct(meta_data))}
-    row_group = {
-        1: (LIST, _list(STRUCT, [_struct(chunk)])),
-        2: (I64, _integer(uncompressed)),
-        3: (I64, _integer(num_rows)),
-    }
-    footer = _struct(
-        {
-            1: (I32, _integer(2)),  # version
-            2: (LIST, _list(STRUCT, [_struct(root), _struct(leaf)])),
-            3: (I64, _integer(num_rows)),
-            4: (LIST, _list(STRUCT, [_struct(row_group)])),
-            6: (BINARY, _string(column.created_by)),
-        }
-    )
-    return footer + len(footer).to_bytes(4, "little") + b"PAR1"
-
-
-_EMPTY = (STRUCT, EMPTY_STRUCT)
+    name, type_ = _string(column.name), _i32(column.physical_type)
+    root = {4: _string("schema"), 5: _i32(1)}  # has one child
+    leaf = {1: type_, 3: _i32(column.is_optional), 4: name}
+    if column.meaning in LOGICAL_TYPES:
+        leaf[10] = _struct({LOGICAL_TYPES[column.meaning]: _struct({})})
+    described = {1: type_, 2: _list(I32), 3: _list(BINARY, name), 4: _i32(codec)}
+    described |= {5: _i64(num_rows), 6: _i64(uncompressed), 7: _i64(length), 9: _i64(start)}
+    chunk = _struct({2: _i64(0), 3: _struct(described)})
+    row_group = {1: _list(STRUCT, chunk), 2: _i64(uncompressed), 3: _i64(num_rows)}
+    footer = {1: _i32(2), 2: _list(STRUCT, _struct(root), _struct(leaf)), 3: _i64(num_rows)}
+    footer |= {4: _list(STRUCT, _struct(row_group)), 6: _string(column.created_by)}
+    _, content = _struct(footer)
+    return content + len(content).to_bytes(4, "little") + b"PAR1"
 
 
 def _varint(number: int) -> bytes:
@@ -104,25 +78,28 @@ def _varint(number: int) -> bytes:
     return bytes([*content, number])
 
 
-def _integer(number: int) -> bytes:
-    """None is negative here: its zigzag is twice it."""
-    return _varint(2 * number)
+# The zigzag of a number that is not negative is twice it.
+def _i32(number: int) -> Value:
+    return I32, _varint(2 * number)
 
 
-def _string(text: str) -> bytes:
-    content = text.encode()
-    return _varint(len(content)) + content
+def _i64(number: int) -> Value:
+    return I64, _varint(2 * number)
 
 
-def _list(kind: int, items: list[bytes]) -> bytes:
+def _string(text: str) -> Value:
+    return BINARY, _varint(len(text.encode())) + text.encode()
+
+
+def _list(kind: int, *items: Value) -> Value:
     """Of fewer than 15 items."""
-    return bytes([len(items) << 4 | kind, *b"".join(items)])
+    return LIST, bytes([len(items) << 4 | kind]) + b"".join(content for _, content in items)
 
 
-def _struct(fields: dict[int, tuple[int, bytes]]) -> bytes:
+def _struct(fields: dict[int, Value]) -> Value:
     """Fields by number, ascending: each says how far its number is from that of the one before."""
     content, before = b"", 0
     for number, (kind, value) in fields.items():
-        content += bytes([(number - before) << 4 | kind]) + value
+        content += bytes([number - before << 4 | kind]) + value
         before = number
-    return content + b"\0"
+    return STRUCT, content + b"\0"

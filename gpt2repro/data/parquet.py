@@ -34,7 +34,7 @@ from gpt2repro.system import patience
 from gpt2repro.system.threads import DaemonPool
 
 FOOTER_GUESS_BYTES = 2**16  # the first read of the first file's end: more may cost a second
-NUM_FOOTER_THREADS = 16
+NUM_FOOTER_THREADS = 8
 LARGEST_UNIT_BYTES = 2**31  # of a row group's text, decoded
 SHA256_DIGITS = 64
 ROWS_AT_A_TIME = 64  # decoded before the bytes are counted again; fewer where texts may be long
@@ -262,8 +262,7 @@ def _decode(
 
     The footer says how much text is stored. A dictionary's entry may come many times.
     """
-    place = {"start": start, "length": length, "uncompressed": uncompressed, "codec": codec}
-    metadata = _parse(footer_of_chunk(column, num_rows=num_rows, **place))
+    metadata = _parse(footer_of_chunk(column, num_rows, start, length, uncompressed, codec))
     at_a_time = min(ROWS_AT_A_TIME, LARGEST_UNIT_BYTES // max(uncompressed, 1))
     content = _OneChunk(source, start, length)
     options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}
@@ -282,7 +281,6 @@ def _decode(
 
 
 def _read_table(sources: Sequence[Source], text_column: str) -> UnitTable:
-    """Read every file's footer."""
     lengths: deque[int] = deque(maxlen=NUM_FOOTER_THREADS)
     parsing = threading.Lock()
 
@@ -315,6 +313,8 @@ def _units_of(
     _check_chunks(metadata, text_column, source)
     paths = [metadata.schema.column(leaf).path for leaf in range(len(metadata.schema))]
     leaf = paths.index(text_column)
+    if text_column in paths[leaf + 1 :]:  # "a.b" beside an "a" that has a "b"
+        raise UserError(f"text_column: {source.name} stores two columns as {text_column!r}")
     units = np.zeros(metadata.num_row_groups, UNIT)
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -336,7 +336,7 @@ def _units_of(
     return Column.of(metadata, leaf), units
 
 
-def _read_footer(source: Source, lengths: deque[int]) -> bytes:
+def _read_footer(source: Source, lengths: deque[int]) -> memoryview:
     """A parquet file's footer: one read, two if it is longer than the last of `lengths` suggest."""
     end = source.size
     if end < 12:
@@ -351,10 +351,10 @@ def _read_footer(source: Source, lengths: deque[int]) -> bytes:
     if length > guess:
         tail = source.read(end - length, length - guess) + tail
     lengths.append(length)
-    return tail[-length:]
+    return memoryview(tail)[-length:]
 
 
-def _parse(footer: bytes) -> pq.FileMetaData:
+def _parse(footer: bytes | memoryview) -> pq.FileMetaData:
     return pq.read_metadata(pa.BufferReader(footer))
 
 

@@ -27,15 +27,10 @@ NUM_KEPT = 20  # the newest
 CHECKSUM_BYTES = 16
 DIGESTED_AT_A_TIME = 2**14  # units, as Python's objects
 
-# file, row_group: their numbers; start, length: of the text column's chunk; uncompressed: its bytes
-# decompressed; codec: of the enum CompressionCodec.
-UNIT = np.dtype(
-    [
-        *(("file", "<i4"), ("row_group", "<i4"), ("num_rows", "<i8")),
-        *(("start", "<i8"), ("length", "<i8"), ("uncompressed", "<i8"), ("codec", "i1")),
-    ]
-)
+# file, row_group: their numbers; start, length, uncompressed, codec: as `footer_of_chunk` has them.
 PLACE = ["file", "row_group", "num_rows", "start", "length"]
+NUMBERS = ["<i4", "<i4", "<i8", "<i8", "<i8", "<i8", "i1"]
+UNIT = np.dtype([*zip([*PLACE, "uncompressed", "codec"], NUMBERS, strict=True)])
 
 
 class UnitTable(NamedTuple):
@@ -77,7 +72,7 @@ def kept(key: Any, make: Callable[[], UnitTable]) -> UnitTable:
             table = make()
             with contextlib.suppress(OSError):
                 _save(path, table)
-        return table
+    return table
 
 
 def _load(path: Path) -> UnitTable | None:

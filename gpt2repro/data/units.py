@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -145,7 +144,9 @@ class UnitReader:
         self._held: weakref.WeakValueDictionary[int, TextUnit | TokenUnit] = (
             weakref.WeakValueDictionary()
         )
-        self._locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._locks: weakref.WeakValueDictionary[int, threading.Lock] = (
+            weakref.WeakValueDictionary()
+        )
         self._lock = threading.Lock()
         self._pool = DaemonPool(num_threads, "unit-reader")
 
