@@ -98,7 +98,7 @@ def first_rows(place: dict[str, int], cache: str, together: Any, results: Any) -
         "cpu_seconds": time.process_time() - cpu,
         "mb_opened": opened[1],
         "mb_first_rows": resident_mb() - imported,
-        "mb_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - imported,
+        "mb_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - imported,
     }
     stream.close()
     lanes = dict.fromkeys(range(place["num_lanes"]), next(iter(step.lanes.values())))
