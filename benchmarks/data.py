@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pytest import MonkeyPatch
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for everyone
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -194,18 +195,12 @@ def measure_resume(corpus: Corpus, encoder: BulkEncoder, states: list, rounds: i
 # --- traffic --------------------------------------------------------------------------------------
 
 
-class _Patch:
-    """What `FakeHub.use_in_process` needs of pytest's monkeypatch; this process ends anyway."""
-
-    setattr = staticmethod(setattr)
-
-
 def measure_traffic(files: list[Path], encoder: BulkEncoder) -> dict:
     """Most of an epoch, in which no unit is due twice; on few lanes, for a small corpus."""
-    with FakeHub() as hub:
+    with FakeHub() as hub, MonkeyPatch.context() as patch:
         contents = {path.name: path.read_bytes() for path in files}
         hub.add("datasets", DATASET, contents)
-        hub.use_in_process(_Patch)
+        hub.use_in_process(patch)
         corpus = open_corpus(DATASET)
         at_start = list(hub.log)
         small = {"sequence_length": 256, "rows_per_step": 4, "num_lanes": 4}
@@ -218,10 +213,8 @@ def measure_traffic(files: list[Path], encoder: BulkEncoder) -> dict:
         stream.close()
     reads = hub.log[len(at_start) :]
     chunks = {  # what the text of each unit measures
-        (corpus._sources[unit.file].name, f"bytes={unit.start}-{unit.start + unit.length - 1}"): (
-            unit.length
-        )
-        for unit in map(corpus._unit, range(corpus.num_units))
+        (corpus._sources[file].name, f"bytes={start}-{start + length - 1}"): length
+        for file, start, length in corpus._units[["file", "start", "length"]].tolist()
     }
     units = {(read.path.rpartition("/")[2], read.range) for read in reads}
     text_bytes = sum(chunks[unit] for unit in units)

@@ -74,6 +74,16 @@ def data(record: dict[str, Any]) -> Iterator[Row]:
         yield "stream, tokens per second of CPU", ours, f"{name}: {tokens[who]:,}", f"{ratio:.2f}"
 
 
+def scale(record: dict[str, Any]) -> Iterator[Row]:
+    num_files, launches = list(record["files"].items())[-1]
+    cold, warm = launches["cold"], launches["warm"]
+    what = f"{record['processes']} processes open {int(num_files):,} parquet files"
+    again = f"a second start: {warm['footer_reads']:,}"
+    yield f"{what}, requests for footers", f"{cold['footer_reads']:,}", again, ""
+    memory = f"a second start: {warm['mb_first_rows']:.0f}"
+    yield "resident of one above its imports, MB", f"{cold['mb_first_rows']:.0f}", memory, ""
+
+
 def evaluation(record: dict[str, Any]) -> Iterator[Row]:
     rows = record["rows_per_second"]
     ratio = f"{record['speedup_over_row_by_row']:.2f}"
@@ -103,6 +113,7 @@ BENCHMARKS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "loop": loop,
     "startup": startup,
     "data": data,
+    "scale": scale,
     "evaluation": evaluation,
     "muon": muon,
     "kill_resume": kill_resume,

@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any
@@ -140,6 +141,7 @@ class FakeHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
+            "XDG_CACHE_HOME": self._home.name,
         }
 
     def use_in_process(self, monkeypatch: Any) -> None:
@@ -150,6 +152,7 @@ class FakeHub:
         HfFileSystem.clear_instance_cache()  # an earlier Hub may have had the same port
         home = self._home.name
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{home}/hub")
@@ -290,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
         content = repository.commits[commit].get(path)
         if content is None:
             raise Refused(404, "EntryNotFound")
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{oid(content)}"'}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag(path, content)}"'}
         if self.hub.signed_links and is_large(path):
             with self.hub.lock:
                 link = str(next(self.hub.link_numbers))
@@ -403,13 +406,23 @@ def is_large(path: str) -> bool:
     return path.endswith((".parquet", ".safetensors", ".bin", ".gz"))
 
 
+@lru_cache
 def oid(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+@lru_cache
+def git_oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def etag(path: str, content: bytes) -> str:
+    return oid(content) if is_large(path) else git_oid(content)
+
+
 def entry(path: str, content: bytes) -> dict[str, Any]:
     """A file as the listings describe it."""
-    answer: dict[str, Any] = {"type": "file", "oid": oid(content)[:40], "path": path}
+    answer: dict[str, Any] = {"type": "file", "oid": git_oid(content), "path": path}
     answer["size"] = len(content)
     if is_large(path):
         answer["lfs"] = {"oid": oid(content), "size": len(content), "pointerSize": 134}

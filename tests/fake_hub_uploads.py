@@ -9,7 +9,6 @@ committed can be downloaded again through the routes of `fake_hub`.
 """
 
 import base64
-import hashlib
 import json
 import re
 import socket
@@ -18,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fake_hub import NAME, FakeHub, Handler, Refused, Repository, is_large, oid
+from fake_hub import NAME, FakeHub, Handler, Refused, Repository, etag, is_large, oid
 
 from gpt2repro.system import patience
 
@@ -193,7 +192,7 @@ class UploadHandler(Handler):
             answer = {"path": path, "shouldIgnore": False}
             answer["uploadMode"] = "lfs" if is_large(path) else "regular"
             if path in there:
-                answer["oid"] = oid(there[path]) if is_large(path) else git_oid(there[path])
+                answer["oid"] = etag(path, there[path])
             answers.append(answer)
         self.answer_json({"files": answers})
 
@@ -265,8 +264,3 @@ class UploadHandler(Handler):
         if stored is None or len(stored) != wanted["size"]:
             raise Refused(404, "LfsObjectMissing")
         self.answer_json({})
-
-
-def git_oid(content: bytes) -> str:
-    """The hash that git gives a file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

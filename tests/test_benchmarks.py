@@ -135,3 +135,17 @@ def test_the_script_and_a_bare_loop_take_turns_within_one_run(tmp_path, monkeypa
     found = json.loads(record.read_text())
     assert [len(found["seconds"][who]) for who in ("script", "bare")] == [3, 3]
     assert found["seconds_to_first_step"] == []
+
+
+@SWEEP
+def test_eight_processes_read_a_footer_once(tmp_path):
+    import scale
+
+    assert scale.main(["--files", "2", "--output", str(tmp_path / "scale.json")]) == 0
+    launches = json.loads((tmp_path / "scale.json").read_text())["files"]["2"]
+    # The first is longer than anyone guesses, and says how long the second is.
+    assert {name: found["footer_reads"] for name, found in launches.items()} == {
+        "cold": 3,
+        "warm": 0,
+        "one_of_many": 0,
+    }

@@ -63,6 +63,18 @@ def refusal(*arguments, **options) -> str:
     return message
 
 
+class Bytes:
+    """A parquet file in memory."""
+
+    name = "a.parquet"
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.size = content, len(content)
+
+    def read(self, start: int, length: int) -> bytes:
+        return self.content[start : start + length]
+
+
 class MemoryCorpus(Corpus):
     """Units given as lists; counts its reads."""
 

@@ -6,6 +6,7 @@ read them is asked in the order of `FORMATS`. A new format is a file of its own 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from gpt2repro.data import demo_corpus
 from gpt2repro.data.content import content_hashes
 from gpt2repro.data.corpus import Corpus, Found, digest, in_a_line
 from gpt2repro.data.dataset import Dataset
-from gpt2repro.data.local_files import LOCAL, files_of, find_local
+from gpt2repro.data.local_files import FORMAT_OF_SUFFIX, LOCAL, files_of, find_local
 from gpt2repro.data.mixture import Source
 from gpt2repro.data.other_formats import open_prepared, open_streamed
 from gpt2repro.data.parquet import open_parquet
@@ -27,6 +28,25 @@ FORMATS: tuple[Callable[[Found], Corpus | None], ...] = (
     open_prepared,
     open_streamed,
 )
+
+
+Share = Callable[[str, Callable[[], Corpus]], Corpus]
+
+
+def by_itself(name: str, opener: Callable[[], Corpus]) -> Corpus:
+    """Every process opens everything."""
+    return opener()
+
+
+def is_local(dataset_name: str | Path) -> bool:
+    """Whether this machine has what the name means; else it is the Hub's.
+
+    Raises:
+        UserError: naming the recipe's field.
+    """
+    known = str(dataset_name) in (demo_corpus.NAME, *FORMAT_OF_SUFFIX.values())
+    with in_a_line(f"dataset_name: cannot open {dataset_name}"):
+        return known or Path(dataset_name).expanduser().exists()
 
 
 def open_corpus(
@@ -77,13 +97,17 @@ def open_corpus(
 
 
 def open_sources(
-    datasets: Sequence[Dataset], revisions: Sequence[str | None] = (), if_unreachable: str = ""
+    datasets: Sequence[Dataset],
+    revisions: Sequence[str | None] = (),
+    if_unreachable: str = "",
+    share: Share = by_itself,
 ) -> list[Source]:
     """Open what a stream reads.
 
     Args:
         datasets: their `num_validation_units` are given.
         revisions: for each dataset that names none, the commit that a resumed run had pinned.
+        share: is given a name and what opens it, and may have one process open it for several.
 
     Raises:
         UserError: naming the field, and of several datasets which one.
@@ -92,7 +116,8 @@ def open_sources(
     for dataset, pinned in zip_longest(datasets, revisions[: len(datasets)]):
         n = len(sources)
         with _about(f"datasets[{n}]: " if len(datasets) > 1 else ""):
-            corpus = open_corpus(
+            opener = partial(
+                open_corpus,
                 dataset.name,
                 config=dataset.config,
                 split=dataset.split,
@@ -101,6 +126,7 @@ def open_sources(
                 text_column=dataset.text_column,
                 if_unreachable=if_unreachable,
             )
+            corpus = share(dataset.name, opener)
         label = f"datasets[{n}]" if len(datasets) > 1 else "the dataset"
         units = dataset.num_validation_units or 0
         sources.append(Source(corpus, units, dataset.exact_weight, dataset.epochs, label))

@@ -6,13 +6,13 @@ does not agree is read again from the Hub, a few times, for it may have broken o
 """
 
 import re
-import zlib
-from collections import defaultdict
+import threading
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,13 +28,15 @@ from gpt2repro.data.corpus import (
     in_a_line,
     large_strings,
 )
+from gpt2repro.data.footers import CODECS, Column, footer_of_chunk
+from gpt2repro.data.unit_table import UNIT, UnitTable, kept
 from gpt2repro.system import patience
 from gpt2repro.system.threads import DaemonPool
 
-FOOTER_GUESS_BYTES = 2**16  # the first read of a parquet file's end; a longer footer costs a second
-NUM_FOOTER_THREADS = 16
-NUM_PARSED_FOOTERS = 16
+FOOTER_GUESS_BYTES = 2**16  # the first read of the first file's end: more may cost a second
+NUM_FOOTER_THREADS = 8
 LARGEST_UNIT_BYTES = 2**31  # of a row group's text, decoded
+SHA256_DIGITS = 64
 ROWS_AT_A_TIME = 64  # decoded before the bytes are counted again; fewer where texts may be long
 
 Result = TypeVar("Result")
@@ -45,6 +47,7 @@ def open_parquet(found: Found) -> Corpus | None:
     if found.format != "parquet":
         return None
     sources: list[Source]
+    identity = found.identity
     if found.on_hub:
         pattern = re.compile(
             r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)", re.DOTALL
@@ -52,11 +55,12 @@ def open_parquet(found: Found) -> Corpus | None:
         places = [match.groupdict() for file in found.files if (match := pattern.fullmatch(file))]
         if len(places) < len(found.files):
             return None
-        sources = [*_hub_sources(places)]
+        sources = [*(listed := _hub_sources(places))]
+        identity = identity | {"content": digest([source.content for source in listed])}
     else:
         paths = [Path(file) for file in found.files]
         sources = [LocalSource(path.name, path, path.stat().st_size) for path in paths]
-    return ParquetCorpus(sources, found.text_column, found.identity)
+    return ParquetCorpus(sources, found.text_column, identity)
 
 
 class Source(Protocol):
@@ -91,6 +95,8 @@ class LocalSource:
 class HubSource:
     """A file of a Hub repository at one commit. Every read asks for its (signed) address anew.
 
+    content: the hash that the listing tells: SHA-256 of a large file, else Git's of its blob.
+
     By hand, because `HfFileSystem` takes what a server sends for the range it asked for, also where
     the answer is not 206: a whole file read as a part of it.
     """
@@ -99,6 +105,7 @@ class HubSource:
     repository: str
     revision: str
     size: int
+    content: str = ""
 
     def read(self, start: int, length: int) -> bytes:
         return patience.patiently(
@@ -126,6 +133,7 @@ class HubSource:
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)
+            self._check_unchanged([*response.history, response])
             served = response.headers.get("Content-Range", "")
             encoding = response.headers.get("Content-Encoding", "identity").lower()
             right = re.fullmatch(wanted, served, re.IGNORECASE) and encoding in ("", "identity")
@@ -141,6 +149,23 @@ class HubSource:
         if len(content) != length:
             raise patience.PassingFault(f"asked for {length:,} bytes, {len(content):,} came")
         return bytes(content)
+
+    def _check_unchanged(self, answers: Sequence[Any]) -> None:
+        """Refuse another content than was listed, if the Hub says that it is one.
+
+        Of a large file it tells the hash before it redirects. What the storage there calls its ETag
+        may be a hash of something else, and on a mirror the SHA-1 of the file, which Git's is not.
+        """
+        tags = [answer.headers.get("X-Linked-ETag", "") for answer in answers]
+        if len(answers) == 1 and len(self.content) == SHA256_DIGITS:
+            tags.append(answers[0].headers.get("ETag", ""))
+        told = next(filter(None, tags), "").strip('"')
+        is_hash = re.fullmatch("[0-9a-f]+", told) and len(told) == len(self.content)
+        if is_hash and told != self.content:
+            raise UserError(
+                f"dataset_revision: {self.repository}/{self.name} changed under its commit "
+                f"{self.revision}: listed as {self.content}, served as {told}"
+            )
 
 
 def _whole(source: Source, call: Callable[[], Result], what: str) -> Result:
@@ -188,23 +213,13 @@ class _OneChunk:
 
 
 class _NoBytes(_OneChunk):
-    """A file object that pyarrow takes for the source until it reads."""
+    """A file object that pyarrow takes for the source, and finds ended wherever it reads."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._position = source, 0
 
     def read(self, length: int) -> bytes:
-        raise EOFError
-
-
-class _Unit(NamedTuple):
-    """A row group's place: which file, which of its row groups, and the text column's chunk."""
-
-    file: int
-    row_group: int
-    num_rows: int
-    start: int
-    length: int
+        return b""
 
 
 class ParquetCorpus(Corpus):
@@ -214,108 +229,119 @@ class ParquetCorpus(Corpus):
         self, sources: Sequence[Source], text_column: str, identity: dict[str, Any]
     ) -> None:
         self._sources = sources
-        self._text_column = text_column
-        pool = DaemonPool(min(NUM_FOOTER_THREADS, len(sources)), "footer-reader")
-        try:
-            opened = pool.map(self._open, range(len(sources)))
-        finally:
-            pool.close(0)
-        # Parsed they take six times the room, which 2,400 files of FineWeb-Edu would notice.
-        self._footers = [footer for footer, _ in opened]
-        self._metadata = lru_cache(NUM_PARSED_FOOTERS)(lambda file: _parse(self._footers[file]))
-        units = [unit for _, of_file in opened for unit in of_file]
-        self._units = np.array(units, np.int64).reshape(-1, len(_Unit._fields))
-        self.num_units = len(units)
-        names = [source.name for source in sources]
-        files = digest([names, digest(self._units.tolist())])
-        self.identity = identity | {"files": files, "text_column": text_column}
-
-    def _open(self, file: int) -> tuple[bytes, list[_Unit]]:
-        """A file's footer, compressed, and its units."""
-        source = self._sources[file]
-
-        def read() -> tuple[bytes, list[_Unit]]:
-            footer = _read_footer(source)
-            return footer, self._units_of(file, _parse(footer))
-
-        return _whole(source, read, f"read the footer of {source.name}")
-
-    def _units_of(self, file: int, metadata: pq.FileMetaData) -> list[_Unit]:
-        source = self._sources[file]
-        check_text_column(metadata.schema.to_arrow_schema(), self._text_column, source.name)
-        _check_chunks(metadata, self._text_column, source)
-        leaf, units = self._leaf(metadata), []
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            chunk = group.column(leaf)
-            start = min(chunk.data_page_offset, chunk.dictionary_page_offset or 2**62)
-            length = chunk.total_compressed_size
-            unit = _Unit(file, number, group.num_rows, start, length)
-            inside = 0 <= start <= start + length <= source.size
-            if not inside or chunk.num_values != unit.num_rows:
-                raise pa.ArrowInvalid(f"it contradicts itself or the file's size: {unit}")
-            if not 0 <= chunk.total_uncompressed_size <= LARGEST_UNIT_BYTES:
-                raise pa.ArrowInvalid(
-                    f"row group {number} has {chunk.total_uncompressed_size:,} bytes of text; no "
-                    f"more than {LARGEST_UNIT_BYTES:,} are read at once: write smaller row groups"
-                )
-            units.append(unit)
-        if sum(unit.num_rows for unit in units) != metadata.num_rows:
-            raise pa.ArrowInvalid(f"its row groups do not have {metadata.num_rows:,} rows")
-        return units
-
-    def _leaf(self, metadata: pq.FileMetaData) -> int:
-        """The number of the text column among those that are stored."""
-        schema = metadata.schema
-        return [schema.column(index).path for index in range(len(schema))].index(self._text_column)
-
-    def _unit(self, unit_index: int) -> _Unit:
-        return _Unit(*self._units[unit_index].tolist())
+        remote = [astuple(source) for source in sources if isinstance(source, HubSource)]
+        make = partial(_read_table, sources, text_column)
+        table = kept([text_column, remote], make) if len(remote) == len(sources) else make()
+        self._columns, self._units = table.columns, table.units
+        self.num_units = len(table.units)
+        self.identity = identity | {"files": table.digest, "text_column": text_column}
 
     def read_arrow(self, unit_index: int) -> pa.LargeStringArray:
-        place = self._unit(unit_index)
-        source = self._sources[place.file]
-        what = f"read row group {place.row_group} of {source.name}"
-        return _whole(source, lambda: self._decode(place), what)
-
-    def _decode(self, place: _Unit) -> pa.LargeStringArray:
-        """The unit's documents, their bytes counted as they come: a little file may hold much.
-
-        The footer says how much text is stored. A dictionary's entry may come many times.
-        """
-        metadata = self._metadata(place.file)
-        chunk = metadata.row_group(place.row_group).column(self._leaf(metadata))
-        stored = chunk.total_uncompressed_size
-        num_rows = min(ROWS_AT_A_TIME, LARGEST_UNIT_BYTES // max(stored, 1))
-        content = _OneChunk(self._sources[place.file], place.start, place.length)
-        options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}
-        wanted: dict[str, Any] = {"row_groups": [place.row_group], "columns": [self._text_column]}
-        parts, num_bytes = [], 0
-        with pq.ParquetFile(content, metadata=metadata, **options) as file:
-            for batch in file.iter_batches(num_rows, **wanted, use_threads=False):
-                parts.append(batch.column(0).cast(pa.large_string()))
-                num_bytes += pc.sum(pc.binary_length(parts[-1])).as_py() or 0
-                if num_bytes > LARGEST_UNIT_BYTES:
-                    limit = f"{LARGEST_UNIT_BYTES:,} bytes of text"
-                    raise pa.ArrowInvalid(f"it has more than {limit}: write smaller row groups")
-        documents = large_strings(pa.chunked_array(parts, pa.large_string()))
-        if len(documents) != place.num_rows:
-            raise pa.ArrowInvalid(f"it has {len(documents):,} rows, not {place.num_rows:,}")
-        return documents
+        file, row_group, *place = self._units[unit_index].tolist()
+        source, column = self._sources[file], self._columns[file]
+        what = f"read row group {row_group} of {source.name}"
+        return _whole(source, lambda: _decode(source, column, *place), what)
 
     def num_documents(self, unit_index: int) -> int:
-        return self._unit(unit_index).num_rows
+        return int(self._units[unit_index]["num_rows"])
 
     def num_bytes(self, unit_index: int) -> int:
-        return self._unit(unit_index).length
+        return int(self._units[unit_index]["length"])
 
 
-def _read_footer(source: Source) -> bytes:
-    """A parquet file's footer, compressed: one read, two if it is longer than the guess."""
+def _decode(
+    source: Source,
+    column: Column,
+    num_rows: int,
+    start: int,
+    length: int,
+    uncompressed: int,
+    codec: int,
+) -> pa.LargeStringArray:
+    """A unit's documents, their bytes counted as they come: a little file may hold much.
+
+    The footer says how much text is stored. A dictionary's entry may come many times.
+    """
+    metadata = _parse(footer_of_chunk(column, num_rows, start, length, uncompressed, codec))
+    at_a_time = min(ROWS_AT_A_TIME, LARGEST_UNIT_BYTES // max(uncompressed, 1))
+    content = _OneChunk(source, start, length)
+    options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}
+    parts, num_bytes = [], 0
+    with pq.ParquetFile(content, metadata=metadata, **options) as file:
+        for batch in file.iter_batches(at_a_time, use_threads=False):
+            parts.append(batch.column(0).cast(pa.large_string()))
+            num_bytes += pc.sum(pc.binary_length(parts[-1])).as_py() or 0
+            if num_bytes > LARGEST_UNIT_BYTES:
+                limit = f"{LARGEST_UNIT_BYTES:,} bytes of text"
+                raise pa.ArrowInvalid(f"it has more than {limit}: write smaller row groups")
+    documents = large_strings(pa.chunked_array(parts, pa.large_string()))
+    if len(documents) != num_rows:
+        raise pa.ArrowInvalid(f"it has {len(documents):,} rows, not {num_rows:,}")
+    return documents
+
+
+def _read_table(sources: Sequence[Source], text_column: str) -> UnitTable:
+    lengths: deque[int] = deque(maxlen=NUM_FOOTER_THREADS)
+    parsing = threading.Lock()
+
+    def read(file: int) -> tuple[Column, np.ndarray]:
+        source = sources[file]
+
+        def once() -> tuple[Column, np.ndarray]:
+            footer = _read_footer(source, lengths)
+            with parsing:  # parsed, a footer takes six times the room
+                return _units_of(file, _parse(footer), text_column, source)
+
+        return _whole(source, once, f"read the footer of {source.name}")
+
+    files = range(len(sources))
+    pool = DaemonPool(min(NUM_FOOTER_THREADS, len(sources)), "footer-reader")
+    try:
+        # The first by itself: it says how long the others may be.
+        opened = [*map(read, files[:1]), *pool.map(read, files[1:])]
+    finally:
+        pool.close(0)
+    columns = [column for column, _ in opened]
+    units = np.concatenate([np.zeros(0, UNIT), *(of_file for _, of_file in opened)])
+    return UnitTable.of([source.name for source in sources], columns, units)
+
+
+def _units_of(
+    file: int, metadata: pq.FileMetaData, text_column: str, source: Source
+) -> tuple[Column, np.ndarray]:
+    check_text_column(metadata.schema.to_arrow_schema(), text_column, source.name)
+    _check_chunks(metadata, text_column, source)
+    paths = [metadata.schema.column(leaf).path for leaf in range(len(metadata.schema))]
+    leaf = paths.index(text_column)
+    if text_column in paths[leaf + 1 :]:  # "a.b" beside an "a" that has a "b"
+        raise UserError(f"text_column: {source.name} stores two columns as {text_column!r}")
+    units = np.zeros(metadata.num_row_groups, UNIT)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunk = group.column(leaf)
+        start = min(chunk.data_page_offset, chunk.dictionary_page_offset or 2**62)
+        length, uncompressed = chunk.total_compressed_size, chunk.total_uncompressed_size
+        unit = (file, number, group.num_rows, start, length)
+        inside = 0 <= start <= start + length <= source.size
+        if not inside or chunk.num_values != group.num_rows:
+            raise pa.ArrowInvalid(f"it contradicts itself or the file's size: {unit}")
+        if not 0 <= uncompressed <= LARGEST_UNIT_BYTES:
+            raise pa.ArrowInvalid(
+                f"row group {number} has {uncompressed:,} bytes of text; no "
+                f"more than {LARGEST_UNIT_BYTES:,} are read at once: write smaller row groups"
+            )
+        units[number] = (*unit, uncompressed, CODECS.index(chunk.compression))
+    if sum(units["num_rows"].tolist()) != metadata.num_rows:
+        raise pa.ArrowInvalid(f"its row groups do not have {metadata.num_rows:,} rows")
+    return Column.of(metadata, leaf), units
+
+
+def _read_footer(source: Source, lengths: deque[int]) -> memoryview:
+    """A parquet file's footer: one read, two if it is longer than the last of `lengths` suggest."""
     end = source.size
     if end < 12:
         raise pa.ArrowInvalid(f"it is no parquet file ({end} bytes)")
-    guess = min(end, FOOTER_GUESS_BYTES)
+    guess = min(end, max([FOOTER_GUESS_BYTES, *(length * 9 // 8 for length in lengths.copy())]))
     tail = source.read(end - guess, guess)
     if tail[-4:] != b"PAR1":
         raise pa.ArrowInvalid("it is no parquet file (or is encrypted)")
@@ -324,57 +350,55 @@ def _read_footer(source: Source) -> bytes:
         raise pa.ArrowInvalid("it is longer than the file")
     if length > guess:
         tail = source.read(end - length, length - guess) + tail
-    return zlib.compress(tail[-length:], level=1)
+    lengths.append(length)
+    return memoryview(tail)[-length:]
 
 
-def _parse(footer: bytes) -> pq.FileMetaData:
-    return pq.read_metadata(pa.BufferReader(zlib.decompress(footer)))
+def _parse(footer: bytes | memoryview) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(footer))
 
 
 def _check_chunks(metadata: pq.FileMetaData, column: str, source: Source) -> None:
-    """Let pyarrow look at all chunks of a column as it does before it reads them.
+    """Let pyarrow open all chunks of a column as it does to read them: all without a page.
 
-    A chunk that it does not understand is an error there. `RowGroupMetaData.column` of the same
-    chunk would end the process.
+    A chunk or codec that it does not understand is an error there. `RowGroupMetaData.column` of the
+    same chunk would end the process.
     """
     groups = list(range(metadata.num_row_groups))
-    try:
-        with pq.ParquetFile(_NoBytes(source), metadata=metadata, pre_buffer=True) as file:
-            next(file.iter_batches(1, row_groups=groups, columns=[column], use_threads=False), None)
-    except EOFError:
-        pass  # it wants to read: all is well
+    options = {"pre_buffer": False, "buffer_size": 1}
+    with pq.ParquetFile(_NoBytes(source), metadata=metadata, **options) as file:
+        next(file.iter_batches(1, row_groups=groups, columns=[column], use_threads=False), None)
 
 
 def _hub_sources(files: list[dict[str, str]]) -> list[HubSource]:
-    """The files with their sizes, which a directory listing tells."""
+    """The files with their sizes and hashes, which a directory listing tells."""
     folders = defaultdict(list)
     for f in files:
         parent = str(PurePosixPath(f["path"]).parent)
         folders[f["repository"], f["revision"], parent].append(f["path"])
-    sizes: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, str], HubSource] = {}
     for (repository, revision, parent), paths in sorted(folders.items()):
         folder = None if parent == "." else parent
         listed = patience.patiently(
-            partial(_list_sizes, repository, folder, revision, paths),
+            partial(_list, repository, folder, revision, paths),
             f"list the files of {repository} (dataset_name)",
             attempt_seconds=patience.LONGEST_QUESTION_SECONDS,
             passes_on=False,
         )
-        sizes |= {(repository, path): size for path, size in listed.items()}
-    return [
-        HubSource(f["path"], f["repository"], f["revision"], sizes[f["repository"], f["path"]])
-        for f in files
-    ]
+        found |= {(repository, source.name): source for source in listed}
+    return [found[f["repository"], f["path"]] for f in files]
 
 
-def _list_sizes(
-    repository: str, folder: str | None, revision: str, paths: list[str]
-) -> dict[str, int]:
+def _list(repository: str, folder: str | None, revision: str, paths: list[str]) -> list[HubSource]:
     from huggingface_hub import HfApi
 
     entries = HfApi().list_repo_tree(repository, folder, revision=revision, repo_type="dataset")
-    listed = {entry.path: getattr(entry, "size", None) for entry in entries}
-    sizes = {path: size for path in paths if type(size := listed[path]) is int and size >= 0}
-    if lacking := sorted(set(paths) - sizes.keys()):
-        raise ValueError(f"{lacking[0]} has the size {listed[lacking[0]]!r} in the listing")
-    return sizes
+    listed: dict[str, Any] = {entry.path: entry for entry in entries}
+    sources = []
+    for path in paths:
+        size = getattr(listed[path], "size", None)
+        if type(size) is not int or size < 0:
+            raise ValueError(f"{path} has the size {size!r} in the listing")
+        content = listed[path].lfs.sha256 if listed[path].lfs else listed[path].blob_id
+        sources.append(HubSource(path, repository, revision, size, str(content)))
+    return sources

@@ -144,7 +144,9 @@ class UnitReader:
         self._held: weakref.WeakValueDictionary[int, TextUnit | TokenUnit] = (
             weakref.WeakValueDictionary()
         )
-        self._locks: dict[int, threading.Lock] = {}
+        self._locks: weakref.WeakValueDictionary[int, threading.Lock] = (
+            weakref.WeakValueDictionary()
+        )
         self._lock = threading.Lock()
         self._pool = DaemonPool(num_threads, "unit-reader")
 

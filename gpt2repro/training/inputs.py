@@ -4,20 +4,21 @@ The verbs that speak of a recipe (`doctor`, `stream-stats`) open the same things
 they check is what the run will use.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
+from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.dataset import Dataset
 from gpt2repro.data.documents import count_epoch_tokens
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.held_out import ValidationSet, together_held_out, validation_set
 from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
 from gpt2repro.data.mixture import Source
-from gpt2repro.data.opening import open_sources
+from gpt2repro.data.opening import Share, by_itself, is_local, open_sources
 from gpt2repro.data.stream import TokenStream, flat
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.benchmarks import open_tasks
@@ -51,7 +52,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
     """
     tokenizer = open_tokenizer(recipe)
     encoder = BulkEncoder(tokenizer)
-    sources = open_datasets(recipe, start.recipe)
+    sources = open_datasets(recipe, start.recipe, _for_all_ranks)
     num_steps = _steps_of_run(recipe, start, sources, encoder)
     stream = open_stream(recipe, sources, encoder, ranks.rank(), ranks.world_size())
     _check_same_data(ranks.gather(stream.identity))
@@ -61,7 +62,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
         tokenizer=tokenizer,
         sources=sources,
         stream=stream,
-        validation=_open_validation(recipe, sources, encoder),
+        validation=ranks.on_rank_0(lambda: _open_validation(recipe, sources, encoder)),
         tasks=_open_benchmarks(recipe, tokenizer),
         num_steps=num_steps,
         num_epochs=recipe.num_epochs,
@@ -111,13 +112,22 @@ def open_tokenizer(recipe: Recipe) -> Any:
     return load_tokenizer(recipe.tokenizer_name, if_unreachable=OFFLINE_ADVICE)
 
 
-def open_datasets(recipe: Recipe, saved: Mapping[str, Any] | None = None) -> list[Source]:
+def open_datasets(
+    recipe: Recipe, saved: Mapping[str, Any] | None = None, share: Share = by_itself
+) -> list[Source]:
     """The recipe's texts, of the commits that `saved`, the recipe of a resumed run, has pinned."""
     saved = saved or {}
     pinned = [each.get("revision") for each in saved.get("datasets") or []]
     return open_sources(
-        recipe.all_datasets, pinned or [saved.get("dataset_revision")], OFFLINE_ADVICE
+        recipe.all_datasets, pinned or [saved.get("dataset_revision")], OFFLINE_ADVICE, share
     )
+
+
+def _for_all_ranks(name: str, open_corpus: Callable[[], Corpus]) -> Corpus:
+    """Rank 0 asks the Hub, for all; files of this machine every rank opens, as machines differ."""
+    if ranks.on_rank_0(lambda: is_local(name)):
+        return open_corpus()
+    return ranks.on_rank_0(open_corpus)
 
 
 def open_stream(

@@ -93,7 +93,7 @@ def test_a_broken_file_is_refused_by_name(tmp_path, damage):
 def test_a_broken_page_is_refused_when_it_is_read(tmp_path):
     content = bytearray(parquet_bytes(TEXTS, 10))
     source = open_corpus(_written(tmp_path / "a.parquet", content))
-    start = source._unit(3).start
+    start = int(source._units[3]["start"])
     content[start : start + 60] = b"\xff" * 60
     _written(tmp_path / "a.parquet", content)
     with pytest.raises(UserError, match=r"dataset_name: cannot read row group 3 of a\.parquet"):

@@ -216,10 +216,11 @@ def test_requests_and_bytes(hub):
     assert hub.num_bytes(PARQUET) == sum(map(source.num_bytes, range(source.num_units)))
 
 
-def test_a_footer_longer_than_the_guess_costs_a_second_request(hub, expected, monkeypatch):
+def test_one_footer_longer_than_the_guess_costs_a_second_request(hub, expected, monkeypatch):
+    """It says how long the others may be."""
     monkeypatch.setattr(parquet, "FOOTER_GUESS_BYTES", 64)
     source = open_fineweb()
-    assert len(hub.requests(PARQUET)) == 4
+    assert len(hub.requests(PARQUET)) == 3
     assert digests(5, source) == expected[:5]
 
 
@@ -294,6 +295,7 @@ def test_an_answer_that_nobody_foresaw_is_asked_for_again(hub, monkeypatch, answ
     assert open_fineweb().read_unit(19) == TEXTS[380:]
     assert fault.num_hits == fault.times
     monkeypatch.setattr(patience, "GIVE_UP_AFTER_SECONDS", 0.3)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # no table of units is kept
     fault.times = 10**9  # `datasets` has kept its listing
     began = time.monotonic()
     refusal(NAME, config=CONFIG)
@@ -320,8 +322,8 @@ def test_a_listing_without_sizes_is_asked_for_again(hub, change):
 @pytest.mark.parametrize("answer", RANGES)
 def test_a_range_that_was_not_asked_for_is_asked_for_again(hub, answer):
     source = open_fineweb()
-    place = source._unit(0)
-    headers = RANGES[answer](place.start, place.start + place.length - 1)
+    start = int(source._units[0]["start"])
+    headers = RANGES[answer](start, start + source.num_bytes(0) - 1)
     hub.faults.append(Fault("", PARQUET, times=3, headers=headers))
     assert source.read_unit(0) == TEXTS[:20]
     assert hub.faults[0].num_hits == 3
@@ -388,6 +390,52 @@ def test_the_revision_is_pinned_at_start(hub, expected):
     state = stream_of(source, ByteEncoder(), **OPTIONS).state_dict()
     with pytest.raises(UserError, match=f"dataset_revision was '{then}' .* is '{now}'"):
         stream_of(moved, ByteEncoder(), **OPTIONS).load_state_dict(state)
+
+
+def change_under_its_commit(hub: FakeHub) -> None:
+    """Letters of the first file: no length, no place, no name."""
+    repository = hub.repositories["datasets", NAME]
+    [files] = repository.commits.values()
+    path = "sample/10BT/000_00000.parquet"
+    files[path] = files[path].replace(b"<0>", b"<O>")
+    assert files != repository_files()
+
+
+@pytest.mark.parametrize("signed_links", [True, False])
+def test_what_changes_under_its_commit_while_it_is_read_is_refused_at_once(hub, signed_links):
+    hub.signed_links = signed_links
+    source = open_fineweb()
+    change_under_its_commit(hub)
+    hub.log.clear()
+    line = r"^dataset_revision: .*/000_00000\.parquet changed under its commit .*listed as [^\n]*$"
+    with pytest.raises(UserError, match=line):
+        source.read_unit(0)
+    assert len(hub.requests(PARQUET)) == 1
+    assert source.read_unit(19) == TEXTS[380:]
+
+
+def test_what_changed_under_its_commit_is_refused_at_resume(hub):
+    then = open_fineweb()
+    state = stream_of(then, ByteEncoder(), **OPTIONS).state_dict()
+    change_under_its_commit(hub)
+    now = open_fineweb()
+    assert {key for key in now.identity if now.identity[key] != then.identity[key]} == {"content"}
+    stream = stream_of(now, ByteEncoder(), **OPTIONS)
+    with pytest.raises(UserError, match=r"^cannot resume the data stream: the hash of what .*$"):
+        stream.load_state_dict(state)
+    del state["identity"]["content"]  # saved before there were hashes
+    stream.load_state_dict(state)
+
+
+OTHER_TAGS = ("", "0" * 64, 'W/"%s"' % ("0" * 64), '"%s"' % ("0" * 32), f'"{"0" * 62}-2"')
+
+
+@pytest.mark.parametrize("tag", OTHER_TAGS)
+def test_tags_that_are_no_hash_of_the_listings_kind_say_nothing(hub, expected, tag):
+    """A mirror's, and any at all of the storage that the Hub redirects to."""
+    hub.signed_links = len(tag) == 64
+    hub.faults.append(Fault("", "^/signed/|10BT", times=10**9, headers={"ETag": tag}))
+    assert digests(5) == expected[:5]
 
 
 def test_a_parquet_copy_by_its_slashed_revision(hub, expected):

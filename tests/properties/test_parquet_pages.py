@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_corpus import documents, read_all
+from tiny_corpus import Bytes, documents, read_all
 
 from gpt2repro import UserError
 from gpt2repro.data.parquet import ParquetCorpus
@@ -37,18 +37,6 @@ WRITERS = (
     {"compression": "gzip", "data_page_size": 100, "write_page_index": True},
 )
 FILES = {checked: [written(checked, **options) for options in WRITERS] for checked in (True, False)}
-
-
-class Bytes:
-    """A source in memory."""
-
-    name = "a.parquet"
-
-    def __init__(self, content: bytes) -> None:
-        self.content, self.size = content, len(content)
-
-    def read(self, start: int, length: int) -> bytes:
-        return self.content[start : start + length]
 
 
 @st.composite

@@ -1,19 +1,23 @@
-"""What a saved recipe names is found from any working directory."""
+"""What a recipe names, from any working directory; what rank 0 opens for all."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import yaml
+from fake_hub import FakeHub
 from tiny_corpus import documents
 from tiny_language_models import LAMBADA
 from tiny_run import digests, train, write_inputs
 
 from gpt2repro.data.bpe import train_bpe
 from gpt2repro.recipe import load_recipe
+from gpt2repro.records.run_directory import Start
 from gpt2repro.records.saved_models import find_tokenizer
+from gpt2repro.system import ranks
 from gpt2repro.training import finish
-from gpt2repro.training.inputs import from_anywhere
+from gpt2repro.training.inputs import Inputs, from_anywhere, open_inputs
 
 
 def test_a_run_of_relative_names_goes_on_from_another_directory(tmp_path, monkeypatch, capsys):
@@ -90,3 +94,39 @@ def test_the_home_is_understood(tmp_path, monkeypatch):
     recipe = load_recipe(["--tokenizer_name", "~/tokenizer", "--lambada_file", "~/a.jsonl"])
     assert recipe.tokenizer_name == str(tmp_path / "tokenizer")
     assert recipe.eval_task_file("lambada") == str(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("place", ["hub", "here"])
+def test_rank_0_asks_the_hub_for_all(tmp_path, monkeypatch, place):
+    """One process plays both, one after the other: what rank 0 sends is what rank 1 receives."""
+    path = write_inputs(tmp_path)
+    options = ["--recipe", str(path)]
+    if place == "hub":
+        options += ["--dataset_name", "someone/texts"]
+    sent: list[bytes] = []
+
+    def opened(rank: int) -> Inputs:
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        inputs = open_inputs(load_recipe(options), Start(None, {}, ""))
+        inputs.stream.close()
+        return inputs
+
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda value: [value])
+    with FakeHub() as hub:
+        hub.use_in_process(monkeypatch)
+        texts = (tmp_path / "corpus" / "0.parquet").read_bytes()
+        hub.add("datasets", "someone/texts", {"0.parquet": texts})
+        monkeypatch.setattr(
+            ranks, "broadcast", lambda value: sent.append(pickle.dumps(value)) or value
+        )
+        zero = opened(0)
+        assert bool(hub.log) == (place == "hub")
+        hub.log.clear()
+        monkeypatch.setattr(ranks, "broadcast", lambda value: pickle.loads(sent.pop(0)))
+        one = opened(1)
+        assert not hub.log and not sent
+        assert one.sources[0].corpus.read_unit(7) == zero.sources[0].corpus.read_unit(7)
+    assert one.stream.identity == zero.stream.identity
+    assert (one.validation.rows == zero.validation.rows).all()
+    assert one.validation.num_bytes == zero.validation.num_bytes
