@@ -118,6 +118,9 @@ class Recipe(BaseModel):
     )
     data_files: Places | None = knob("files or glob patterns, if the dataset is given as files")
     text_column: Text = knob("the column that holds the text")
+    document: Literal["file", "line"] | None = knob(
+        "what is one in local .txt and .md files; null: a file if there are several, else a line"
+    )
     tokenizer_name: Place = knob(
         "Hub id or directory of the tokenizer; python-docs is the offline demo's"
     )

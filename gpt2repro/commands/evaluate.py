@@ -98,6 +98,7 @@ def _parse(argv: list[str]) -> Namespace:
     val.add_argument("--dataset_revision")
     val.add_argument("--data_files", type=named, nargs="+")
     val.add_argument("--text_column", default="text")
+    val.add_argument("--document", choices=("file", "line"), help="of local .txt and .md files")
     val.add_argument("--num_validation_units", type=int, default=100)
     val.add_argument("--validation_tokens", type=int, default=10_485_760)
     val.add_argument("--sequence_length", type=int, help="default: the context of both models")
@@ -233,6 +234,7 @@ def _open_corpus(arguments: Namespace) -> "Corpus":
         revision=arguments.dataset_revision,
         data_files=arguments.data_files,
         text_column=arguments.text_column,
+        document=arguments.document,
         if_unreachable="; give a local dataset with --dataset_name",
     )
 

@@ -71,6 +71,7 @@ class Found:
     text_column: str
     identity: dict[str, Any]
     on_hub: bool
+    document: str | None = None  # of local text: "file" or "line", or as many files as there are
 
 
 def check_text_column(schema: pa.Schema, text_column: str, where: str) -> None:

@@ -1,8 +1,9 @@
 """Formats without row groups.
 
-Local files (JSON lines, CSV, text: a line is a document) are read once from end to end and kept as
-parquet, 1,000 documents to a row group, in the cache of `datasets`. They are read here because
-`datasets` guesses types: a text column that holds dates, numbers or "NA" comes back as other text.
+Local files (JSON lines, CSV, text: a document is a file of several, a line of one) are read once
+from end to end and kept as parquet, 1,000 documents to a row group, in the cache of `datasets`.
+They are read here because `datasets` guesses types: a text column that holds dates, numbers or "NA"
+comes back as other text.
 Other Hub formats are streamed by `datasets`, a file being one unit that is held in memory whole:
 prefer the Hub's own parquet copy, revision `refs/convert/parquet`.
 """
@@ -17,6 +18,7 @@ import logging
 import lzma
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,19 +37,23 @@ from gpt2repro.system.patience import patiently
 logger = logging.getLogger(__name__)
 
 DOCUMENTS_PER_UNIT = 1000  # of local formats that have no row groups
-VERSION = 1  # of how local files are read: another reads them again
+VERSION = 2  # of how local files are read: another reads them again
 WORTH_A_LINE_BYTES = 10**9  # of files to be read: twenty seconds and more
 
 Texts = Iterator[str | None]
 
 
 def open_prepared(found: Found) -> Corpus | None:
-    """Local files of lines; None for others."""
+    """Local files that are read from end to end; None for others."""
     if found.builder is not None:
         return None
     names = [Path(file).name for file in found.files]
     content = digest(content_hashes(found.files))
-    how = [VERSION, DOCUMENTS_PER_UNIT, found.format, found.text_column]
+    if found.format == "text":
+        document = found.document or ("file" if len(names) > 1 else "line")
+        cut = {"document": document}
+        found = replace(found, document=document, identity=found.identity | cut)
+    how = [VERSION, DOCUMENTS_PER_UNIT, found.format, found.text_column, found.document]
     path = _prepare(found, f"{digest([content, names, how])}.parquet")
     corpus = ParquetCorpus([LocalSource(str(path), path, path.stat().st_size)], "text", {})
     num_documents = sum(map(corpus.num_documents, range(corpus.num_units)))
@@ -149,7 +155,7 @@ class StreamedCorpus(Corpus):
             return patiently(read, what)
 
 
-# --- Files of lines -------------------------------------------------------------------------------
+# --- Files from end to end ------------------------------------------------------------------------
 
 OPENERS: dict[str, Callable[[Path], Any]] = {
     "": lambda file: file.open("rb"),
@@ -162,7 +168,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
 
 def _documents_of(file: Path, found: Found) -> Texts:
     """A local file's documents in order; what cannot be read is a `UserError` with its line."""
-    read, newline = READERS[found.format]
+    read, newline = READERS[found.document or found.format]
     number = 1  # of the line that is read, or looked at
 
     def lines() -> Iterator[str]:
@@ -179,7 +185,12 @@ def _documents_of(file: Path, found: Found) -> Texts:
 
 def _lines_of_text(lines: Iterator[str], column: str, file: Path) -> Texts:
     check_text_column(pa.schema([("text", pa.string())]), column, file.name)
-    return (line.removesuffix("\n") for line in lines)
+    return (line.removesuffix("\n") for line in lines if line.strip())
+
+
+def _whole_text(lines: Iterator[str], column: str, file: Path) -> Texts:
+    check_text_column(pa.schema([("text", pa.string())]), column, file.name)
+    return filter(None, ["".join(lines)])
 
 
 def _column_of_csv(lines: Iterator[str], column: str, file: Path) -> Texts:
@@ -238,5 +249,6 @@ def _schema_of(row: dict[str, Any]) -> pa.Schema:
 READERS: dict[str, tuple[Callable[[Iterator[str], str, Path], Texts], str | None]] = {
     "json": (_column_of_json, "\n"),
     "csv": (_column_of_csv, ""),
-    "text": (_lines_of_text, None),
+    "line": (_lines_of_text, None),
+    "file": (_whole_text, None),
 }

@@ -105,6 +105,7 @@ def open_dataset(recipe: Recipe, revision: str | None = None) -> Corpus:
         revision=recipe.dataset_revision or revision,
         data_files=recipe.data_files,
         text_column=recipe.text_column,
+        document=recipe.document,
         if_unreachable=OFFLINE_ADVICE,
     )
 

@@ -86,7 +86,8 @@ GUESSED = ["NA", "null", "nan", "", "007", "1.0", "1e5", "True", "2020-01-01", "
 @pytest.mark.parametrize("name", ["0.csv", "0.tsv", "0.jsonl", "0.json", "0.txt"])
 def test_text_is_not_taken_for_something_else(tmp_path, name, texts):
     write(tmp_path / name, texts)
-    assert joined(open_corpus(tmp_path / name)) == texts
+    # An empty line is between texts, where the others have an empty text.
+    assert joined(open_corpus(tmp_path / name)) == [t for t in texts if t or name != "0.txt"]
 
 
 def write(path: Path, texts: list[str], more: str = "") -> None:
@@ -165,7 +166,24 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
     for file in (tmp_path / name, tmp_path / f"1{Path(name).suffix}"):
         write(file, ["hello", "naïve"])
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert joined(open_corpus(tmp_path)) == ["hello", "naïve"] * 2
+    document = "line" if name == "0.txt" else None
+    assert joined(open_corpus(tmp_path, document=document)) == ["hello", "naïve"] * 2
+
+
+def test_a_document_is_a_file_of_several_or_a_line_of_one(tmp_path, prepared):
+    contents = [b"\xef\xbb\xbfone\r\n\r\n  two \n", b"", b" \n", b"three"]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.txt").write_bytes(content)
+    (tmp_path / "4.md.gz").write_bytes(gzip.compress(b"# four\n"))
+    files, lines = ["one\n\n  two \n", " \n", "three", "# four\n"], ["one", "  two "]
+    several = open_corpus(tmp_path)
+    assert joined(several) == joined(open_corpus(tmp_path, document="file")) == files
+    cut = open_corpus(tmp_path, document="line")
+    assert joined(cut) == [*lines, "three", "# four"]
+    assert (several.identity["document"], cut.identity["document"]) == ("file", "line")
+    assert joined(open_corpus(tmp_path / "0.txt")) == lines
+    assert joined(open_corpus(tmp_path / "0.txt", document="file")) == files[:1]
+    assert "no documents can be read" in refusal(tmp_path / "1.txt", document="file")
 
 
 COMPRESSED = {
@@ -220,7 +238,8 @@ def test_empty_files_among_others(tmp_path, suffix):
             write(tmp_path / f"{name}.{suffix}", texts)
         else:
             (tmp_path / f"{name}.{suffix}").touch()
-    assert joined(open_corpus(tmp_path)) == ["a", "b", "c"]
+    document = "line" if suffix == "txt" else None
+    assert joined(open_corpus(tmp_path, document=document)) == ["a", "b", "c"]
 
 
 STRINGS = ["plain", "naïve", None, "", "plain"]
