@@ -1,9 +1,9 @@
 """Formats without row groups.
 
 Local files (JSON lines, CSV, text: a document is a file of several, a line of one) are read once
-from end to end and kept as parquet, 1,000 documents to a row group, in the cache of `datasets`.
-They are read here because `datasets` guesses types: a text column that holds dates, numbers or "NA"
-comes back as other text.
+from end to end and kept as parquet in the cache of `datasets`: 1,000 documents to a row group, or
+some 4 MB, and fewer where the text is small. They are read here because `datasets` guesses types: a
+text column that holds dates, numbers or "NA" comes back as other text.
 Other Hub formats are streamed by `datasets`, a file being one unit that is held in memory whole:
 prefer the Hub's own parquet copy, revision `refs/convert/parquet`.
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
@@ -36,7 +37,9 @@ from gpt2repro.system.patience import patiently
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS_PER_UNIT = 1000  # of local formats that have no row groups
+DOCUMENTS_PER_UNIT = 1000  # at most, of local formats that have no row groups
+BYTES_PER_UNIT = 4 * 10**6  # of text; the document in which they are reached is the last
+FEWEST_UNITS = 128  # else they are cut smaller, down to a document each
 VERSION = 2  # of how local files are read: another reads them again
 WORTH_A_LINE_BYTES = 10**9  # of files to be read: twenty seconds and more
 
@@ -53,16 +56,16 @@ def open_prepared(found: Found) -> Corpus | None:
         document = found.document or ("file" if len(names) > 1 else "line")
         cut = {"document": document}
         found = replace(found, document=document, identity=found.identity | cut)
-    how = [VERSION, DOCUMENTS_PER_UNIT, found.format, found.text_column, found.document]
+    how: list[Any] = [VERSION, DOCUMENTS_PER_UNIT, BYTES_PER_UNIT, FEWEST_UNITS]
+    how += [found.format, found.text_column, found.document]
     path = _prepare(found, f"{digest([content, names, how])}.parquet")
     corpus = ParquetCorpus([LocalSource(str(path), path, path.stat().st_size)], "text", {})
-    num_documents = sum(map(corpus.num_documents, range(corpus.num_units)))
-    if num_documents == 0:
+    in_units = [corpus.num_documents(unit_index) for unit_index in range(corpus.num_units)]
+    if not any(in_units):
         raise UserError(f"dataset_name: no documents can be read from {names[0]}: it is empty")
     corpus.identity = found.identity | {
-        "files": digest(names),
+        "files": digest([names, in_units]),  # other units are another order
         "content": content,
-        "num_documents": num_documents,
         "text_column": found.text_column,
     }
     return corpus
@@ -121,16 +124,45 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write(found: Found, path: Path) -> None:
+    files = map(Path, found.files)
+    documents = itertools.chain.from_iterable(_documents_of(file, found) for file in files)
+    with atomic.new_file(path, durable=True) as scratch:
+        _write_units(_in_units(documents, BYTES_PER_UNIT), scratch)
+        with pq.ParquetFile(scratch) as whole:
+            units = range(whole.num_row_groups)
+            if len(units) < min(FEWEST_UNITS, whole.metadata.num_rows):
+                scratch.unlink()  # still open, and read while the other is written
+                columns = partial(map, lambda unit_index: whole.read_row_group(unit_index)["text"])
+                num_bytes = sum(map(_num_bytes, columns(units)))
+                again = (text.as_py() for column in columns(units) for text in column)
+                _write_units(_in_units(again, num_bytes / FEWEST_UNITS), scratch)
+
+
+def _num_bytes(texts: pa.ChunkedArray) -> int:
+    return 4 * len(texts) + (pc.sum(pc.binary_length(texts)).as_py() or 0)  # as parquet has them
+
+
+def _in_units(documents: Texts, most_bytes: float) -> Iterator[list[str | None]]:
+    """`DOCUMENTS_PER_UNIT` at a time, or as many as are about `most_bytes` of text."""
+    unit: list[str | None] = []
+    num_bytes = 0.0
+    for text in documents:
+        unit.append(text)
+        num_bytes += 4 + len((text or "").encode())  # as `_num_bytes`
+        if num_bytes >= most_bytes or len(unit) == DOCUMENTS_PER_UNIT:
+            yield unit
+            # What is too much counts for the next unit, so that their mean is `most_bytes`.
+            unit, num_bytes = [], num_bytes % most_bytes if num_bytes >= most_bytes else 0.0
+    if unit:
+        yield unit
+
+
+def _write_units(units: Iterator[list[str | None]], path: Path) -> None:
     schema = pa.schema([("text", pa.large_string())])
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-    with (
-        atomic.new_file(path, durable=True) as scratch,
-        pq.ParquetWriter(scratch, schema, use_dictionary=False, **options) as writer,
-    ):
-        files = map(Path, found.files)
-        documents = itertools.chain.from_iterable(_documents_of(file, found) for file in files)
-        while batch := list(itertools.islice(documents, DOCUMENTS_PER_UNIT)):
-            writer.write(pa.table([pa.array(batch, pa.large_string())], schema))
+    with pq.ParquetWriter(path, schema, use_dictionary=False, **options) as writer:
+        for unit in units:
+            writer.write(pa.table([pa.array(unit, pa.large_string())], schema))
 
 
 class StreamedCorpus(Corpus):

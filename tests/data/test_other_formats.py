@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub
 from tiny_corpus import (
+    ByteEncoder,
     documents,
     joined,
     read_all,
@@ -29,13 +30,17 @@ from tiny_corpus import (
 from gpt2repro import UserError
 from gpt2repro.data import other_formats
 from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.stream import TokenStream
 
 ROOT = Path(__file__).parents[2]
 TEXTS = documents(95)
+OPTIONS = {"sequence_length": 16, "rows_per_step": 4, "num_lanes": 2, "num_validation_units": 1}
+OPTIONS |= {"seed": 1}
 
 
 def test_json_lines_csv_and_text_are_read_in_units_of_1000(tmp_path, monkeypatch):
     monkeypatch.setattr(other_formats, "DOCUMENTS_PER_UNIT", 40)
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 3)
     write_lines(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "a.txt").write_text("\n".join(TEXTS) + "\n")
     rows = pa.table({"text": TEXTS}).to_pandas()
@@ -48,10 +53,42 @@ def test_json_lines_csv_and_text_are_read_in_units_of_1000(tmp_path, monkeypatch
         assert [source.num_documents(unit) for unit in range(3)] == [40, 40, 15]
 
 
+def test_a_unit_ends_at_four_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 1)
+    texts = ["long " * 10**6, *["é" * 10**6] * 5, "short"]  # 5 MB, 2 MB each
+    write(tmp_path / "0.jsonl", texts)
+    assert read_all(open_corpus(tmp_path)) == [texts[:1], texts[1:3], texts[3:5], texts[5:]]
+
+
+@pytest.mark.parametrize(("num_documents", "num_units"), [(1, 1), (2, 2), (95, 84), (2000, 128)])
+def test_small_data_are_cut_into_128_units_or_documents(tmp_path, num_documents, num_units):
+    texts = documents(num_documents)
+    write_lines(tmp_path / "a.jsonl", texts)
+    source = open_corpus(tmp_path)
+    assert joined(source) == texts
+    units = read_all(source)
+    assert len(units) == num_units
+    if num_documents > 128:
+        sizes = [sum(map(len, unit)) for unit in units[:-1]]
+        assert max(sizes) - min(sizes) < 2 * max(map(len, texts))
+
+
+def test_other_units_are_another_identity(tmp_path, monkeypatch):
+    """Documents are permuted within units: a run that goes on would have other rows."""
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    first = open_corpus(tmp_path)
+    state = TokenStream(first, ByteEncoder(), **OPTIONS).state_dict()
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 20)
+    second = open_corpus(tmp_path)
+    assert joined(first) == joined(second)
+    with pytest.raises(UserError, match="the digest of the data files was"):
+        TokenStream(second, ByteEncoder(), **OPTIONS).load_state_dict(state)
+
+
 def test_a_null_or_missing_text_in_json_lines_is_empty(tmp_path):
     lines = ['{"text": "one"}', '{"text": null}', '{"other": 1}', '{"text": "\\u0000 nul"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert open_corpus(tmp_path).read_unit(0) == ["one", "", "", "\0 nul"]
+    assert joined(open_corpus(tmp_path)) == ["one", "", "", "\0 nul"]
 
 
 def test_columns_of_json_lines_are_checked_too(tmp_path):
@@ -303,7 +340,8 @@ def test_a_copy_that_is_not_whole_is_made_again(tmp_path, prepared, damage):
     assert joined(open_corpus(tmp_path / "0.jsonl")) == TEXTS
 
 
-def test_a_flipped_bit_in_the_copy_is_never_other_text(tmp_path, prepared):
+def test_a_flipped_bit_in_the_copy_is_never_other_text(tmp_path, prepared, monkeypatch):
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 1)
     write_lines(tmp_path / "0.jsonl", TEXTS)
     open_corpus(tmp_path / "0.jsonl")
     [copy] = prepared.glob("*.parquet")

@@ -40,6 +40,7 @@ def caches(tmp_path_factory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", place)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", place)
         patch.setattr(other_formats, "DOCUMENTS_PER_UNIT", DOCUMENTS_PER_UNIT)
+        patch.setattr(other_formats, "FEWEST_UNITS", 1)
         yield
 
 
