@@ -7,7 +7,8 @@ values.
 
 Nothing large is imported here: a misspelled option is answered before torch is. The layers are laid
 over each other by hand, a dozen lines: a message names the layer and the field as the user spelled
-them, and setting one of the two lengths of a run replaces the other.
+them, setting one of the two lengths of a run replaces the other, and what belongs to a dataset goes
+with it.
 """
 
 import difflib
@@ -127,8 +128,14 @@ class Recipe(BaseModel):
     num_lanes: WholeNumber = knob(
         "parallel reading positions; the number of processes must divide it", ge=1, le=10**6
     )
-    num_validation_units: WholeNumber = knob(
-        "row groups at the start of the dataset that are never trained on", ge=0, le=10**9
+    num_validation_units: WholeNumber | None = knob(
+        "row groups at the start of the dataset that are never trained on; null: as many as have "
+        "about validation_tokens, at most a tenth",
+        ge=0,
+        le=10**9,
+    )
+    validation_fraction: Number | None = knob(
+        "the share of the dataset's row groups that num_validation_units is to be", gt=0, le=0.5
     )
     validation_tokens: WholeNumber = knob("tokens of them an evaluation reads", ge=1, le=10**12)
     num_reader_threads: WholeNumber = knob("threads that fetch row groups ahead", ge=1, le=256)
@@ -246,8 +253,9 @@ class Recipe(BaseModel):
         return next((file for name, _, file in entries if name == task), None)
 
     def resolved(self, **decided: Any) -> "ResolvedRecipe":
-        """This recipe with everything decided; a length in epochs has become one in steps."""
-        return ResolvedRecipe(**(self.model_dump() | {"num_epochs": None} | decided))
+        """This recipe with everything decided; epochs and shares have become steps and units."""
+        undecided = {"num_epochs": None, "validation_fraction": None}
+        return ResolvedRecipe(**(self.model_dump() | undecided | decided))
 
     def as_yaml(self) -> str:
         """Every field, in the order of this class."""
@@ -263,6 +271,7 @@ class ResolvedRecipe(Recipe):
 
     num_steps: int
     micro_batch_size: int
+    num_validation_units: int
 
 
 FIELDS = Recipe.model_fields
@@ -300,6 +309,9 @@ HABITS = {
 }
 
 FORMER_NAMES = {"hellaswag_every": "eval_tasks_every"}  # what earlier recipes call a field
+EITHER = (("num_steps", "num_epochs"), ("num_validation_units", "validation_fraction"))
+# What means nothing for another dataset: a layer that names one begins without.
+OF_A_DATASET = ("dataset_config", "dataset_revision", "num_validation_units")
 TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}  # entries of eval_task_files
 
 
@@ -479,10 +491,13 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
             raise UserError(f"{prefix}{former} is what {key} was called: give one of them")
         if former in layer:
             layer[key], spelled[key] = layer.pop(former), former
-    # A layer that sets one of the two lengths of a run means to replace the other.
-    for one, other in (("num_epochs", "num_steps"), ("num_steps", "num_epochs")):
-        if layer.get(one) not in (None, "null") and other not in layer:
-            layer[other] = None
+    # A layer that sets one of two ways to say a thing means to replace the other.
+    for pair in EITHER:
+        for one, other in (pair, pair[::-1]):
+            if layer.get(one) not in (None, "null") and other not in layer:
+                layer[other] = None
+    if below and layer.get("dataset_name", below["dataset_name"]) != below["dataset_name"]:
+        layer = dict.fromkeys(OF_A_DATASET) | layer
     try:
         return Recipe(**(below | layer)).model_dump()
     except ValidationError as error:
@@ -588,6 +603,8 @@ def _check_consistency(recipe: Recipe) -> None:
     """Refuse fields that contradict each other."""
     if (recipe.num_steps is None) == (recipe.num_epochs is None):
         raise UserError("set exactly one of num_steps and num_epochs (the other to null)")
+    if recipe.num_validation_units is not None and recipe.validation_fraction is not None:
+        raise UserError("set one of num_validation_units and validation_fraction, not both")
     if recipe.batch_tokens % recipe.sequence_length:
         nearest = (
             max(1, round(recipe.batch_tokens / recipe.sequence_length)) * recipe.sequence_length

@@ -16,6 +16,7 @@ from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.held_out import ValidationSet, validation_set
 from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
 from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.size import tokens_per_byte, units_to_hold_out
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.benchmarks import open_tasks
@@ -39,6 +40,8 @@ class Inputs:
     tasks: list[Task]  # benchmarks to be scored during training
     num_steps: int
     num_epochs: int | None  # as the recipe asked, before it was counted in steps
+    num_validation_units: int
+    tokens_per_byte: float | None  # of the corpus as stored, an estimate
 
 
 def open_inputs(recipe: Recipe, start: Start) -> Inputs:
@@ -50,7 +53,13 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
     tokenizer = open_tokenizer(recipe)
     encoder = BulkEncoder(tokenizer)
     corpus = open_dataset(recipe, start.recipe.get("dataset_revision"))
-    num_steps = _steps_of_run(recipe, start, corpus, encoder)
+    rate = ranks.on_rank_0(lambda: tokens_per_byte(corpus, encoder))
+    if recipe.num_validation_units is None and recipe.validation_fraction is None:
+        then = {"num_validation_units": start.recipe.get("num_validation_units")}
+        recipe = recipe.model_copy(update=then)
+    num_held_out = units_held_out(recipe, corpus, encoder, rate)
+    recipe = recipe.model_copy(update={"num_validation_units": num_held_out})
+    num_steps = _steps_of_run(recipe, num_held_out, start, corpus, encoder)
     stream = open_stream(recipe, corpus, encoder, ranks.rank(), ranks.world_size())
     _check_same_data(ranks.gather(stream.identity))
     if start.path is not None:
@@ -59,10 +68,12 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
         tokenizer=tokenizer,
         corpus=corpus,
         stream=stream,
-        validation=_open_validation(recipe, corpus, encoder),
+        validation=_open_validation(recipe, num_held_out, corpus, encoder),
         tasks=_open_benchmarks(recipe, tokenizer),
         num_steps=num_steps,
         num_epochs=recipe.num_epochs,
+        num_validation_units=num_held_out,
+        tokens_per_byte=rate,
     )
 
 
@@ -110,6 +121,26 @@ def open_dataset(recipe: Recipe, revision: str | None = None) -> Corpus:
     )
 
 
+def units_held_out(
+    recipe: Recipe, corpus: Corpus, encoder: BulkEncoder, rate: float | None = None
+) -> int:
+    """The recipe's `num_validation_units`: as given, as a share, or as `units_to_hold_out` says.
+
+    `rate`: `tokens_per_byte` of the corpus, if it is known.
+    """
+    if recipe.num_validation_units is not None:
+        return recipe.num_validation_units
+    if corpus.num_units == 1:
+        raise UserError(
+            "num_validation_units: the dataset is a single unit (row group, document), of which no "
+            "part can be held out: set it to 0, or write the dataset in several"
+        )
+    if recipe.validation_fraction is not None:
+        return max(1, round(recipe.validation_fraction * corpus.num_units))
+    rate = rate or tokens_per_byte(corpus, encoder)
+    return units_to_hold_out(corpus, recipe.validation_tokens, rate)
+
+
 def open_stream(
     recipe: Recipe, corpus: Corpus, encoder: BulkEncoder, rank: int, world_size: int
 ) -> TokenStream:
@@ -119,7 +150,7 @@ def open_stream(
         sequence_length=recipe.sequence_length,
         rows_per_step=recipe.rows_per_step,
         num_lanes=recipe.num_lanes,
-        num_validation_units=recipe.num_validation_units,
+        num_validation_units=units_held_out(recipe, corpus, encoder),
         seed=recipe.seed,
         rank=rank,
         world_size=world_size,
@@ -128,14 +159,16 @@ def open_stream(
     )
 
 
-def _open_validation(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> ValidationSet | None:
-    if not recipe.num_validation_units:
+def _open_validation(
+    recipe: Recipe, num_held_out: int, corpus: Corpus, encoder: BulkEncoder
+) -> ValidationSet | None:
+    if num_held_out == 0:
         return None
     return validation_set(
         corpus,
         encoder,
         sequence_length=recipe.sequence_length,
-        num_units=recipe.num_validation_units,
+        num_units=num_held_out,
         max_tokens=recipe.validation_tokens,
         num_reader_threads=recipe.num_reader_threads,
         token_cache_dir=recipe.token_cache_dir,
@@ -162,10 +195,12 @@ def counted_steps(recipe: Recipe, start: Start) -> int | None:
     return recipe.num_steps
 
 
-def _steps_of_run(recipe: Recipe, start: Start, corpus: Corpus, encoder: BulkEncoder) -> int:
+def _steps_of_run(
+    recipe: Recipe, num_held_out: int, start: Start, corpus: Corpus, encoder: BulkEncoder
+) -> int:
     num_steps = counted_steps(recipe, start)
     if num_steps is None:
-        num_steps = _steps_of_epochs(recipe, corpus, encoder)
+        num_steps = _steps_of_epochs(recipe, num_held_out, corpus, encoder)
     if start.step > num_steps:
         raise UserError(
             f"num_steps {num_steps} is behind the checkpoint's {start.step}: raise it, or "
@@ -174,16 +209,18 @@ def _steps_of_run(recipe: Recipe, start: Start, corpus: Corpus, encoder: BulkEnc
     return num_steps
 
 
-def _steps_of_epochs(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> int:
+def _steps_of_epochs(
+    recipe: Recipe, num_held_out: int, corpus: Corpus, encoder: BulkEncoder
+) -> int:
     """`num_epochs` in optimizer steps, rounded down; the ranks share the counting."""
     assert recipe.num_epochs is not None
     rank, world_size = ranks.rank(), ranks.world_size()
-    num_units = -(-(corpus.num_units - recipe.num_validation_units) // world_size)
+    num_units = -(-(corpus.num_units - num_held_out) // world_size)
     with phase("counting an epoch's tokens", num_units, enabled=rank == 0) as on_unit:
         counted = count_epoch_tokens(
             corpus,
             encoder,
-            recipe.num_validation_units,
+            num_held_out,
             rank=rank,
             world_size=world_size,
             num_reader_threads=recipe.num_reader_threads,

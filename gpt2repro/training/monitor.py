@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from gpt2repro.data.producer import StepRows
+from gpt2repro.data.size import estimate_tokens, in_words
 from gpt2repro.data.token_ids import begin_id, ids_to_continue
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.evaluation.scoring import score_tasks
@@ -102,7 +103,8 @@ class Monitor:
             "run": f"{self.directory.path}",
             "model": f"GPT-2, {in_short(self.learner.num_parameters)} parameters, "
             f"{recipe.sequence_length:,} tokens of context",
-            "data": f"{recipe.dataset_name} {recipe.dataset_config or ''}".rstrip(),
+            "data": f"{recipe.dataset_name} {recipe.dataset_config or ''}".rstrip()
+            + f": {self._shares_of_data()}",
             "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
             f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens",
             "optimizer": f"{recipe.optimizer}, {count_of(recipe.num_steps, 'step')}, "
@@ -119,6 +121,24 @@ class Monitor:
         for name, value in [*lines.items(), *notes]:
             print(folded(f"{name:>10}  {value}", indent=12))
         print(flush=True)
+
+    def _shares_of_data(self) -> str:
+        """What is trained on, how often, and what is held out."""
+        recipe, inputs = self.recipe, self.inputs
+        held_out = range(recipe.num_validation_units)
+        training = range(held_out.stop, inputs.corpus.num_units)
+        run_tokens = recipe.num_steps * recipe.batch_tokens
+        tokens, tokens_held_out = (
+            estimate_tokens(inputs.corpus, units, inputs.tokens_per_byte)
+            for units in (training, held_out)
+        )
+        if inputs.num_epochs:  # for which they were counted
+            tokens = run_tokens // inputs.num_epochs
+        said = f"{in_words(inputs.corpus, training, tokens)} to train on"
+        if tokens:
+            epochs = run_tokens / tokens
+            said += f", {epochs:{',.1f' if epochs >= 1 else '.2g'}} epochs in this run"
+        return f"{said}; {in_words(inputs.corpus, held_out, tokens_held_out)} held out"
 
     # --- Before a step ----------------------------------------------------------------------------
 

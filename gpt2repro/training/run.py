@@ -206,6 +206,7 @@ def _claim(
     """Write to the directory for the first time, and say what this run is."""
     resolved = recipe.resolved(
         num_steps=inputs.num_steps,
+        num_validation_units=inputs.num_validation_units,
         micro_batch_size=learner.micro_batch_size,
         dataset_revision=inputs.corpus.identity.get("revision"),
         **from_anywhere(recipe),

@@ -1,6 +1,7 @@
 """What a saved recipe names is found from any working directory."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from tiny_corpus import documents
 from tiny_language_models import LAMBADA
 from tiny_run import digests, train, write_inputs
 
+from gpt2repro import UserError
 from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.saved_models import find_tokenizer
-from gpt2repro.training import finish
+from gpt2repro.training import finish, inputs
 from gpt2repro.training.inputs import from_anywhere
 
 
@@ -52,6 +55,53 @@ def test_a_run_of_relative_names_goes_on_from_another_directory(tmp_path, monkey
     changes = [line for line in said.splitlines() if " until here and is " in line]
     assert len(changes) == 1 and "num_steps" in changes[0]
     assert len(digests(home / "runs" / "tiny")) == 8 and not list(elsewhere.iterdir())
+
+
+def test_a_folder_of_texts_is_trained_on_by_its_name_alone(tmp_path, monkeypatch, capsys):
+    """What is held out is decided once, and saved; what it is stands on the first lines."""
+    recipe = write_inputs(tmp_path)
+    (tmp_path / "texts").mkdir()
+    texts = documents(100, max_words=40)
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number:03}.txt").write_text(text)
+    monkeypatch.setattr(finish, "finish", lambda run: 0)
+    run, words = tmp_path / "run", ["--dataset_name", str(tmp_path / "texts")]
+    assert train(recipe, run, *words, "--num_steps", "4", "--save_every", "2") == 0
+    saved = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert (saved["num_validation_units"], saved["validation_fraction"]) == (8, None)
+    said = capsys.readouterr().out
+    [line] = [line for line in said.splitlines() if line.startswith("      data  ")]
+    about, epochs, held_out = re.fullmatch(
+        r".*/texts: 90 documents, about ([\d,]+) tokens to train on, ([\d.]+) epochs in this "
+        r"run; 10 documents, about ([\d,]+) tokens held out",
+        line,
+    ).groups()
+    encoder = BulkEncoder(train_bpe(documents(240, max_words=40), 300))
+    lengths = [1 + len(ids) for ids in encoder.encode(texts)]
+    assert int(about.replace(",", "")) == pytest.approx(sum(lengths[10:]), rel=0.1)
+    assert float(epochs) == pytest.approx(4 * 256 / sum(lengths[10:]), rel=0.1)
+    assert int(held_out.replace(",", "")) == pytest.approx(sum(lengths[:10]), rel=0.1)
+    # Another default, as a later version may have it: the run keeps its own.
+    monkeypatch.setattr(inputs, "units_to_hold_out", lambda *_: 3)
+    assert train(recipe, run, *words, "--num_steps", "6") == 0
+    assert not [line for line in capsys.readouterr().out if "units was" in line]
+    assert len(digests(run)) == 6
+    capsys.readouterr()
+    with pytest.raises(UserError, match="num_validation_units was 8 in the checkpoint and is"):
+        train(recipe, run, *words, "--validation_fraction", "0.5", "--num_steps", "8")
+
+
+def test_one_document_cannot_be_held_out(tmp_path, monkeypatch, capsys):
+    recipe = write_inputs(tmp_path)
+    (tmp_path / "all.txt").write_text("word " * 2000)
+    words = ["--dataset_name", str(tmp_path / "all.txt"), "--num_lanes", "1"]
+    with pytest.raises(UserError, match="num_validation_units: the dataset is a single unit"):
+        train(recipe, tmp_path / "run", *words)
+    monkeypatch.setattr(finish, "finish", lambda run: 0)
+    nothing = ["--num_validation_units", "0", "--num_epochs", "2"]
+    assert train(recipe, tmp_path / "run", *words, *nothing) == 0
+    said = capsys.readouterr().out
+    assert "1 document, about " in said and "2.0 epochs in this run; nothing held out" in said
 
 
 def test_only_what_is_here_is_made_absolute(tmp_path, monkeypatch):
