@@ -47,8 +47,8 @@ def suffixes_of(file: Path) -> tuple[str, str]:
 
 def format_of(file: Path) -> str | None:
     """What the file's name says, or that of what it links to."""
-    here, there = (FORMAT_OF_SUFFIX.get(suffixes_of(each)[0]) for each in (file, file.resolve()))
-    return here or there
+    here = FORMAT_OF_SUFFIX.get(suffixes_of(file)[0])
+    return here or FORMAT_OF_SUFFIX.get(suffixes_of(file.resolve())[0])
 
 
 def find_local(
