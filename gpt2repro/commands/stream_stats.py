@@ -60,22 +60,17 @@ def _measure(
     recipe: Recipe, num_processes: int, seconds: float, tokens_per_second: float | None
 ) -> Stats:
     """Open what the recipe names and stream it as process 0 of `num_processes` for `seconds`."""
+    from gpt2repro.data import size
     from gpt2repro.data.encoder import BulkEncoder
-    from gpt2repro.data.size import estimate_tokens, stored_bytes, tokens_per_byte
-    from gpt2repro.training.inputs import (
-        open_dataset,
-        open_stream,
-        open_tokenizer,
-        units_held_out,
-    )
+    from gpt2repro.training import inputs
 
-    encoder = BulkEncoder(open_tokenizer(recipe))
-    corpus = open_dataset(recipe)
-    stream = open_stream(recipe, corpus, encoder, 0, num_processes)
-    rate = tokens_per_byte(corpus, encoder)
-    training = range(units_held_out(recipe, corpus, encoder, rate), corpus.num_units)
-    num_bytes = stored_bytes(corpus, training)
-    epoch_tokens = estimate_tokens(corpus, training, rate)
+    encoder = BulkEncoder(inputs.open_tokenizer(recipe))
+    corpus = inputs.open_dataset(recipe)
+    stream = inputs.open_stream(recipe, corpus, encoder, 0, num_processes)
+    training = range(inputs.units_held_out(recipe, corpus, encoder), corpus.num_units)
+    num_bytes = size.stored_bytes(corpus, training)
+    per_byte = size.tokens_per_byte(corpus, encoder)
+    epoch_tokens = size.estimate_tokens(corpus, training, per_byte)
     run_tokens = recipe.batch_tokens * recipe.num_steps if recipe.num_steps else None
     first, rate = _time_stream(stream, recipe.batch_tokens // num_processes, seconds)
     num_pieces = len(training) * -(-recipe.num_lanes // len(training))

@@ -156,15 +156,11 @@ def _data_of(files: list[Path]) -> list[Path]:
     if any(format_of(file) not in ("text", None) or file.suffix == ".arrow" for file in files):
         no_data = set(markdown)
     else:
-        no_data = {file for file in markdown if _is_readme(file)}
+        no_data = {file for file in markdown if file.name.lower() == "readme.md"}
         if len(no_data) < len(markdown):
             no_data = {file for file in no_data if _is_card(file)}
     data = [file for file in files if file not in no_data]
     return list(filter(format_of, data)) or data or files
-
-
-def _is_readme(file: Path) -> bool:
-    return file.name.lower() == "readme.md"
 
 
 def _is_card(file: Path) -> bool:

@@ -59,7 +59,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
         recipe = recipe.model_copy(update=then)
     num_held_out = units_held_out(recipe, corpus, encoder, rate)
     recipe = recipe.model_copy(update={"num_validation_units": num_held_out})
-    num_steps = _steps_of_run(recipe, num_held_out, start, corpus, encoder)
+    num_steps = _steps_of_run(recipe, start, corpus, encoder)
     stream = open_stream(recipe, corpus, encoder, ranks.rank(), ranks.world_size())
     _check_same_data(ranks.gather(stream.identity))
     if start.path is not None:
@@ -68,7 +68,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
         tokenizer=tokenizer,
         corpus=corpus,
         stream=stream,
-        validation=_open_validation(recipe, num_held_out, corpus, encoder),
+        validation=_open_validation(recipe, corpus, encoder),
         tasks=_open_benchmarks(recipe, tokenizer),
         num_steps=num_steps,
         num_epochs=recipe.num_epochs,
@@ -159,16 +159,14 @@ def open_stream(
     )
 
 
-def _open_validation(
-    recipe: Recipe, num_held_out: int, corpus: Corpus, encoder: BulkEncoder
-) -> ValidationSet | None:
-    if num_held_out == 0:
+def _open_validation(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> ValidationSet | None:
+    if not recipe.num_validation_units:
         return None
     return validation_set(
         corpus,
         encoder,
         sequence_length=recipe.sequence_length,
-        num_units=num_held_out,
+        num_units=recipe.num_validation_units,
         max_tokens=recipe.validation_tokens,
         num_reader_threads=recipe.num_reader_threads,
         token_cache_dir=recipe.token_cache_dir,
@@ -195,12 +193,10 @@ def counted_steps(recipe: Recipe, start: Start) -> int | None:
     return recipe.num_steps
 
 
-def _steps_of_run(
-    recipe: Recipe, num_held_out: int, start: Start, corpus: Corpus, encoder: BulkEncoder
-) -> int:
+def _steps_of_run(recipe: Recipe, start: Start, corpus: Corpus, encoder: BulkEncoder) -> int:
     num_steps = counted_steps(recipe, start)
     if num_steps is None:
-        num_steps = _steps_of_epochs(recipe, num_held_out, corpus, encoder)
+        num_steps = _steps_of_epochs(recipe, corpus, encoder)
     if start.step > num_steps:
         raise UserError(
             f"num_steps {num_steps} is behind the checkpoint's {start.step}: raise it, or "
@@ -209,18 +205,16 @@ def _steps_of_run(
     return num_steps
 
 
-def _steps_of_epochs(
-    recipe: Recipe, num_held_out: int, corpus: Corpus, encoder: BulkEncoder
-) -> int:
+def _steps_of_epochs(recipe: Recipe, corpus: Corpus, encoder: BulkEncoder) -> int:
     """`num_epochs` in optimizer steps, rounded down; the ranks share the counting."""
-    assert recipe.num_epochs is not None
+    assert recipe.num_epochs is not None and recipe.num_validation_units is not None
     rank, world_size = ranks.rank(), ranks.world_size()
-    num_units = -(-(corpus.num_units - num_held_out) // world_size)
+    num_units = -(-(corpus.num_units - recipe.num_validation_units) // world_size)
     with phase("counting an epoch's tokens", num_units, enabled=rank == 0) as on_unit:
         counted = count_epoch_tokens(
             corpus,
             encoder,
-            num_held_out,
+            recipe.num_validation_units,
             rank=rank,
             world_size=world_size,
             num_reader_threads=recipe.num_reader_threads,

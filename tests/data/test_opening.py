@@ -21,7 +21,7 @@ from tiny_corpus import (
 )
 
 from gpt2repro import UserError
-from gpt2repro.data import content, opening, parquet
+from gpt2repro.data import content, opening, other_formats, parquet
 from gpt2repro.data.corpus import Found
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.stream import TokenStream
@@ -236,11 +236,6 @@ def test_markdown_with_a_splits_name(tmp_path, caplog):
     assert joined(open_corpus(tmp_path, split="test")) == ["test"] and not caplog.text
 
 
-def test_documents_of_other_files_are_not_cut(tmp_path):
-    write_lines(tmp_path / "a.jsonl", TEXTS)
-    assert refusal(tmp_path, document="line").startswith("document: line is for text files of this")
-
-
 def test_dataset_cards(tmp_path):
     """Configurations as in a clone of a Hub repository; what is no YAML is told."""
     write_parquet(tmp_path / "d*" / "en" / "0.parquet", ["hello"])
@@ -311,6 +306,15 @@ def test_a_change_in_the_middle_of_a_file_is_another_identity(tmp_path, records,
     }
     with pytest.raises(UserError, match="the hash of what the local files hold was"):
         TokenStream(second, ByteEncoder(), **OPTIONS).load_state_dict(state)
+
+
+def test_other_units_are_another_identity(tmp_path, monkeypatch):
+    """Documents are permuted within units: a run that went on would have other rows."""
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    state = TokenStream(open_corpus(tmp_path), ByteEncoder(), **OPTIONS).state_dict()
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 20)
+    with pytest.raises(UserError, match="the digest of the data files was"):
+        TokenStream(open_corpus(tmp_path), ByteEncoder(), **OPTIONS).load_state_dict(state)
 
 
 def test_a_checkpoint_from_before_local_files_were_hashed_goes_on(tmp_path):

@@ -59,47 +59,39 @@ def test_a_run_of_relative_names_goes_on_from_another_directory(tmp_path, monkey
 
 def test_a_folder_of_texts_is_trained_on_by_its_name_alone(tmp_path, monkeypatch, capsys):
     """What is held out is decided once, and saved; what it is stands on the first lines."""
-    recipe = write_inputs(tmp_path)
+    recipe, run, texts = write_inputs(tmp_path), tmp_path / "run", documents(100, max_words=40)
     (tmp_path / "texts").mkdir()
-    texts = documents(100, max_words=40)
     for number, text in enumerate(texts):
         (tmp_path / "texts" / f"{number:03}.txt").write_text(text)
     monkeypatch.setattr(finish, "finish", lambda run: 0)
-    run, words = tmp_path / "run", ["--dataset_name", str(tmp_path / "texts")]
-    assert train(recipe, run, *words, "--num_steps", "4", "--save_every", "2") == 0
+    words = ["--dataset_name", str(tmp_path / "texts"), "--num_steps"]
+    assert train(recipe, run, *words, "4") == 0
     saved = yaml.safe_load((run / "recipe.yaml").read_text())
     assert (saved["num_validation_units"], saved["validation_fraction"]) == (8, None)
-    said = capsys.readouterr().out
-    [line] = [line for line in said.splitlines() if line.startswith("      data  ")]
-    about, epochs, held_out = re.fullmatch(
-        r".*/texts: 90 documents, about ([\d,]+) tokens to train on, ([\d.]+) epochs in this "
-        r"run; 10 documents, about ([\d,]+) tokens held out",
-        line,
-    ).groups()
+    shares = (
+        r"texts: 90 documents, about ([\d,]+) tokens to train on, ([\d.]+) epochs in this run; "
+        r"10 documents, about ([\d,]+) tokens held out\n"
+    )
+    found = re.search(shares, capsys.readouterr().out).groups()
     encoder = BulkEncoder(train_bpe(documents(240, max_words=40), 300))
     lengths = [1 + len(ids) for ids in encoder.encode(texts)]
-    assert int(about.replace(",", "")) == pytest.approx(sum(lengths[10:]), rel=0.1)
-    assert float(epochs) == pytest.approx(4 * 256 / sum(lengths[10:]), rel=0.1)
-    assert int(held_out.replace(",", "")) == pytest.approx(sum(lengths[:10]), rel=0.1)
+    true = [sum(lengths[10:]), 4 * 256 / sum(lengths[10:]), sum(lengths[:10])]
+    assert [float(each.replace(",", "")) for each in found] == pytest.approx(true, rel=0.1)
     # Another default, as a later version may have it: the run keeps its own.
     monkeypatch.setattr(inputs, "units_to_hold_out", lambda *_: 3)
-    assert train(recipe, run, *words, "--num_steps", "6") == 0
-    assert not [line for line in capsys.readouterr().out if "units was" in line]
-    assert len(digests(run)) == 6
-    capsys.readouterr()
+    assert train(recipe, run, *words, "6") == 0 and len(digests(run)) == 6
     with pytest.raises(UserError, match="num_validation_units was 8 in the checkpoint and is"):
-        train(recipe, run, *words, "--validation_fraction", "0.5", "--num_steps", "8")
+        train(recipe, run, *words, "8", "--validation_fraction", "0.5")
 
 
 def test_one_document_cannot_be_held_out(tmp_path, monkeypatch, capsys):
-    recipe = write_inputs(tmp_path)
-    (tmp_path / "all.txt").write_text("word " * 2000)
-    words = ["--dataset_name", str(tmp_path / "all.txt"), "--num_lanes", "1"]
+    recipe, run, text = write_inputs(tmp_path), tmp_path / "run", tmp_path / "all.txt"
+    text.write_text("word " * 2000)
+    words = ["--dataset_name", str(text), "--num_lanes", "1", "--num_epochs", "2"]
     with pytest.raises(UserError, match="num_validation_units: the dataset is a single unit"):
-        train(recipe, tmp_path / "run", *words)
+        train(recipe, run, *words)
     monkeypatch.setattr(finish, "finish", lambda run: 0)
-    nothing = ["--num_validation_units", "0", "--num_epochs", "2"]
-    assert train(recipe, tmp_path / "run", *words, *nothing) == 0
+    assert train(recipe, run, *words, "--num_validation_units", "0") == 0
     said = capsys.readouterr().out
     assert "1 document, about " in said and "2.0 epochs in this run; nothing held out" in said
 
