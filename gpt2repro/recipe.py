@@ -7,7 +7,8 @@ values.
 
 Nothing large is imported here: a misspelled option is answered before torch is. The layers are laid
 over each other by hand, a dozen lines: a message names the layer and the field as the user spelled
-them, and setting one of the two lengths of a run replaces the other.
+them, setting one of the two lengths of a run replaces the other, and what belongs to a dataset goes
+with it.
 """
 
 import difflib
@@ -119,10 +120,13 @@ class Recipe(BaseModel):
     )
     data_files: Places | None = knob("files or glob patterns, if the dataset is given as files")
     text_column: Text = knob("the column that holds the text")
+    document: Literal["file", "line"] | None = knob(
+        "what is one in local .txt and .md files; null: a file if there are several, else a line"
+    )
     datasets: Datasets | None = knob(
         "a mixture: for each dataset its name, weight (in tokens, 1 by default), and what differs "
-        "from the default of config, split, revision, data_files, text_column, epochs (null: "
-        "repeats), num_validation_units (null: as below)"
+        "from the default of config, split, revision, data_files, text_column, document, epochs "
+        "(null: repeats), num_validation_units (null: as below)"
     )
     tokenizer_name: Place = knob(
         "Hub id or directory of the tokenizer; python-docs is the offline demo's"
@@ -130,8 +134,14 @@ class Recipe(BaseModel):
     num_lanes: WholeNumber = knob(
         "parallel reading positions; the number of processes must divide it", ge=1, le=10**6
     )
-    num_validation_units: WholeNumber = knob(
-        "row groups at the start of the dataset that are never trained on", ge=0, le=10**9
+    num_validation_units: WholeNumber | None = knob(
+        "row groups at the start of the dataset that are never trained on; null: as many as have "
+        "about validation_tokens, at most a tenth",
+        ge=0,
+        le=10**9,
+    )
+    validation_fraction: Number | None = knob(
+        "the share of the dataset's row groups that num_validation_units is to be", gt=0, le=0.5
     )
     validation_tokens: WholeNumber = knob("tokens of them an evaluation reads", ge=1, le=10**12)
     num_reader_threads: WholeNumber = knob("threads that fetch row groups ahead", ge=1, le=256)
@@ -255,6 +265,7 @@ class Recipe(BaseModel):
                 revision=self.dataset_revision,
                 data_files=self.data_files,
                 text_column=self.text_column,
+                document=self.document,
                 num_validation_units=self.num_validation_units,
             )
         ]
@@ -269,8 +280,9 @@ class Recipe(BaseModel):
         return next((file for name, _, file in entries if name == task), None)
 
     def resolved(self, **decided: Any) -> "ResolvedRecipe":
-        """This recipe with everything decided; a length in epochs has become one in steps."""
-        return ResolvedRecipe(**(self.model_dump() | {"num_epochs": None} | decided))
+        """This recipe with everything decided; epochs and shares have become steps and units."""
+        undecided = {"num_epochs": None, "validation_fraction": None}
+        return ResolvedRecipe(**(self.model_dump() | undecided | decided))
 
     def as_yaml(self) -> str:
         """Every field, in the order of this class."""
@@ -325,10 +337,14 @@ HABITS = {
 REPLACES = {
     "num_epochs": ["num_steps"],
     "num_steps": ["num_epochs"],
+    "num_validation_units": ["validation_fraction"],
+    "validation_fraction": ["num_validation_units"],
     "dataset_name": ["datasets"],
-    "datasets": ["dataset_name", "dataset_config", "dataset_revision", "data_files"],
+    "datasets": ["dataset_name", "data_files"],
 }
 FORMER_NAMES = {"hellaswag_every": "eval_tasks_every"}  # what earlier recipes call a field
+# What means nothing for another dataset: a layer that names one begins without.
+OF_A_DATASET = ("dataset_config", "dataset_revision", "num_validation_units")
 TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}  # entries of eval_task_files
 
 
@@ -508,11 +524,12 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
             raise UserError(f"{prefix}{former} is what {key} was called: give one of them")
         if former in layer:
             layer[key], spelled[key] = layer.pop(former), former
-    # A layer that sets one of the two lengths of a run, or one dataset or several, means to replace
-    # the other.
+    # A layer that sets one of two ways to say a thing means to replace the other.
     for one, others in REPLACES.items():
         if layer.get(one) not in (None, "null"):
             layer |= {other: None for other in others if other not in layer}
+    if below and layer.get("dataset_name", below["dataset_name"]) != below["dataset_name"]:
+        layer = dict.fromkeys(OF_A_DATASET) | layer
     try:
         return Recipe(**(below | layer)).model_dump()
     except ValidationError as error:
@@ -636,6 +653,8 @@ def _check_consistency(recipe: Recipe) -> None:
         raise UserError("set exactly one of dataset_name and datasets (the other to null)")
     if recipe.datasets and recipe.num_epochs:
         raise UserError("num_epochs: each of several datasets has epochs of its own; set num_steps")
+    if recipe.num_validation_units is not None and recipe.validation_fraction is not None:
+        raise UserError("set one of num_validation_units and validation_fraction, not both")
     if recipe.batch_tokens % recipe.sequence_length:
         nearest = (
             max(1, round(recipe.batch_tokens / recipe.sequence_length)) * recipe.sequence_length

@@ -184,6 +184,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--dataset_split test": ("dataset_split", "'test'", "train"),
     "--data_files nothing*.parquet": ("data_files",),
     "--dataset_name json": ("data_files",),
+    "--document line": ("document: line", "null"),
     "--num_validation_units 8": ("num_validation_units", "none to train on"),
     "--num_validation_units 99": ("num_validation_units", "none to train on"),
     "--num_lanes 256 --batch_tokens 8192": ("num_lanes", "documents to train on"),

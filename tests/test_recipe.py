@@ -94,6 +94,35 @@ def test_epochs_and_steps_replace_each_other(tmp_path):
     assert (recipe.num_steps, recipe.num_epochs) == (7, None)
 
 
+def test_what_is_held_out_is_said_in_units_or_as_a_share(tmp_path):
+    recipe = load_recipe(["--validation_fraction", "0.05"])
+    assert (recipe.num_validation_units, recipe.validation_fraction) == (None, 0.05)
+    path = tmp_path / "share.yaml"
+    path.write_text("validation_fraction: 0.05\n")
+    recipe = load_recipe(["--recipe", str(path), "--num_validation_units", "0"])
+    assert (recipe.num_validation_units, recipe.validation_fraction) == (0, None)
+    recipe = load_recipe(["--num_validation_units", "null"])
+    assert recipe.num_validation_units is recipe.validation_fraction is None
+
+
+def test_what_belongs_to_a_dataset_goes_with_it(tmp_path):
+    def of_data(*argv: str) -> tuple:
+        recipe = load_recipe([*argv])
+        return recipe.dataset_config, recipe.dataset_revision, recipe.num_validation_units
+
+    assert of_data() == ("sample-10BT", None, 100)
+    assert of_data("--dataset_name", "HuggingFaceFW/fineweb-edu") == ("sample-10BT", None, 100)
+    assert of_data("--dataset_name", "./texts") == (None, None, None)
+    assert of_data("--recipe", "demo", "--dataset_name", "./texts") == (None, None, None)
+    said = ["--dataset_config", "en", "--num_validation_units", "7"]
+    assert of_data("--dataset_name", "./texts", *said) == ("en", None, 7)
+    path = tmp_path / "mine.yaml"
+    path.write_text("dataset_name: texts\nvalidation_fraction: 0.1\ndataset_revision: v2\n")
+    assert of_data("--recipe", str(path)) == (None, "v2", None)
+    recipe = load_recipe(["--recipe", str(path), "--dataset_name", "others"])
+    assert (recipe.dataset_revision, recipe.validation_fraction) == (None, 0.1)
+
+
 def test_a_saved_recipe_reads_back(tmp_path):
     recipe = load_recipe(["--recipe", "demo", "--max_lr", "1e-5"])
     (tmp_path / "recipe.yaml").write_text(recipe.as_yaml())
@@ -132,6 +161,12 @@ BAD_ARGUMENTS = [
     (["--num_lanes", "7"], "num_lanes 7 does not divide the 512 rows of a step"),
     (["--min_lr", "1"], "min_lr 1 is above max_lr 0.0006"),
     (["--num_steps", "9", "--num_epochs", "1"], "set exactly one of num_steps and num_epochs"),
+    (
+        ["--num_validation_units", "1", "--validation_fraction", "0.1"],
+        "set one of num_validation_units and validation_fraction, not both",
+    ),
+    (["--validation_fraction", "0.6"], "it takes null or a number, above 0 and at most 0.5"),
+    (["--document", "page"], "it takes null or file or line"),
     (["--num_steps", "null"], "set exactly one of num_steps and num_epochs"),
     (["--push_to_hub"], "push_to_hub needs hub_model_id"),
     (["--eval_task_files", "piqa=a.jsonl"], "'piqa=a.jsonl' is not TASK=FILE with a TASK of"),

@@ -98,12 +98,15 @@ def _parse(argv: list[str]) -> Namespace:
     val.add_argument("--dataset_revision")
     val.add_argument("--data_files", type=named, nargs="+")
     val.add_argument("--text_column", default="text")
-    val.add_argument("--num_validation_units", type=int, default=100)
+    val.add_argument("--document", choices=("file", "line"), help="of local .txt and .md files")
+    val.add_argument("--num_validation_units", type=int, help="default: 100 for FineWeb-Edu")
     val.add_argument("--validation_tokens", type=int, default=10_485_760)
     val.add_argument("--sequence_length", type=int, help="default: the context of both models")
     arguments = parser.parse_args(argv)
     if arguments.dataset_name == parser.get_default("dataset_name"):
         arguments.dataset_config = arguments.dataset_config or "sample-10BT"
+        if arguments.num_validation_units is None:
+            arguments.num_validation_units = 100
     _check(arguments)
     return arguments
 
@@ -113,6 +116,11 @@ def _check(arguments: Namespace) -> None:
     unknown = [task for task in arguments.tasks if task not in TASKS]
     if unknown or not arguments.tasks:
         raise UserError(f"--tasks: {unknown or 'none'}; there are {', '.join(TASKS)}")
+    if "val" in arguments.tasks and arguments.num_validation_units is None:
+        raise UserError(
+            "--num_validation_units: say how many the run held out of "
+            f"{arguments.dataset_name}; its recipe.yaml has the number"
+        )
     for name, value in vars(arguments).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
@@ -233,6 +241,7 @@ def _open_corpus(arguments: Namespace) -> "Corpus":
         revision=arguments.dataset_revision,
         data_files=arguments.data_files,
         text_column=arguments.text_column,
+        document=arguments.document,
         if_unreachable="; give a local dataset with --dataset_name",
     )
 

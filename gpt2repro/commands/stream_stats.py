@@ -18,8 +18,6 @@ from gpt2repro.recipe import Recipe, load_recipe
 from gpt2repro.system import atomic
 
 if TYPE_CHECKING:
-    from gpt2repro.data.corpus import Corpus
-    from gpt2repro.data.encoder import BulkEncoder
     from gpt2repro.data.stream import TokenStream
 
 Stats = dict[str, Any]  # figures by name; None where the dataset does not tell without being read
@@ -62,18 +60,19 @@ def _measure(
     recipe: Recipe, num_processes: int, seconds: float, tokens_per_second: float | None
 ) -> Stats:
     """Open what the recipe names and stream it as process 0 of `num_processes` for `seconds`."""
+    from gpt2repro.data import size
     from gpt2repro.data.encoder import BulkEncoder
-    from gpt2repro.training.inputs import open_datasets, open_stream, open_tokenizer
+    from gpt2repro.training import inputs
 
-    encoder = BulkEncoder(open_tokenizer(recipe))
-    sources = open_datasets(recipe)
+    encoder = BulkEncoder(inputs.open_tokenizer(recipe))
+    sources = inputs.open_datasets(recipe, encoder)
     if len(sources) > 1:
         raise UserError("datasets: stream-stats counts one; name it with --dataset_name")
     corpus = sources[0].corpus
-    stream = open_stream(recipe, sources, encoder, 0, num_processes)
+    stream = inputs.open_stream(recipe, sources, encoder, 0, num_processes)
     training = range(sources[0].num_validation_units, corpus.num_units)
-    num_bytes = _stored_bytes(corpus, training)
-    epoch_tokens = _estimate_tokens(corpus, encoder, training)
+    num_bytes = size.stored_bytes(corpus, training)
+    epoch_tokens = size.estimate_tokens(corpus, training, sources[0].tokens_per_byte)
     run_tokens = recipe.batch_tokens * recipe.num_steps if recipe.num_steps else None
     first, rate = _time_stream(stream, recipe.batch_tokens // num_processes, seconds)
     num_pieces = len(training) * -(-recipe.num_lanes // len(training))
@@ -96,23 +95,6 @@ def _measure(
         "tokens_per_second": round(rate),
         "needed_tokens_per_second": tokens_per_second and tokens_per_second / num_processes,
     }
-
-
-def _stored_bytes(corpus: "Corpus", units: range) -> int | None:
-    """What reading the units moves, compressed; None where the dataset does not tell."""
-    sizes = [corpus.num_bytes(unit_index) for unit_index in units]
-    return None if None in sizes else sum(filter(None, sizes))
-
-
-def _estimate_tokens(corpus: "Corpus", encoder: "BulkEncoder", training: range) -> int | None:
-    """From the tokens of the first of the units, in proportion to the stored bytes."""
-    num_bytes = _stored_bytes(corpus, training)
-    sample_bytes = corpus.num_bytes(training[0])
-    if not (num_bytes and sample_bytes):
-        return None
-    sample = encoder.encode(corpus.read_unit(training[0]))
-    num_tokens = len(sample) + sum(map(len, sample))
-    return round(num_tokens * num_bytes / sample_bytes)
 
 
 def _time_stream(stream: "TokenStream", step_tokens: int, seconds: float) -> tuple[float, float]:

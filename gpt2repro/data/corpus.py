@@ -25,10 +25,14 @@ class Corpus(ABC):
         identity: what was opened (dataset, config, split, revision, a digest of the files, of local
             ones also of what they hold, the text column), as plain JSON values. Equal identities
             give equal units.
+        num_held_out_units: how many at the beginning are for validation by their files' names.
+        tokens_per_byte: as stored, where that is known without encoding.
     """
 
     num_units: int
     identity: dict[str, Any]
+    num_held_out_units: int = 0
+    tokens_per_byte: float | None = None
 
     @abstractmethod
     def read_arrow(self, unit_index: int) -> pa.LargeStringArray:
@@ -71,6 +75,7 @@ class Found:
     text_column: str
     identity: dict[str, Any]
     on_hub: bool
+    document: str | None = None  # of local text: "file" or "line", or as many files as there are
 
 
 def check_text_column(schema: pa.Schema, text_column: str, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +29,7 @@ class Dataset(BaseModel):
     revision: Text | None = None
     data_files: list[Place] | None = None
     text_column: Text = "text"
+    document: Literal["file", "line"] | None = None
     weight: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 1.0
     epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     num_validation_units: Annotated[int, Field(ge=0, le=10**9)] | None = None

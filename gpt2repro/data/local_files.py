@@ -22,7 +22,7 @@ FORMAT_OF_SUFFIX = {
     ".parquet": "parquet",
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
     **dict.fromkeys((".csv", ".tsv"), "csv"),
-    ".txt": "text",
+    **dict.fromkeys((".txt", ".md"), "text"),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # What `datasets` writes beside data; a name alone asks for them all the same.
@@ -47,8 +47,8 @@ def suffixes_of(file: Path) -> tuple[str, str]:
 
 def format_of(file: Path) -> str | None:
     """What the file's name says, or that of what it links to."""
-    here, there = (FORMAT_OF_SUFFIX.get(suffixes_of(each)[0]) for each in (file, file.resolve()))
-    return here or there
+    here = FORMAT_OF_SUFFIX.get(suffixes_of(file)[0])
+    return here or FORMAT_OF_SUFFIX.get(suffixes_of(file.resolve())[0])
 
 
 def find_local(
@@ -117,7 +117,12 @@ def _splits_of(directory: Path, config: str | None) -> dict[str, list[Path]]:
 
     It takes a place for a pattern or an address too, so it is shown a link with a harmless name.
     """
-    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+    from datasets.data_files import (
+        DEFAULT_PATTERNS_ALL,
+        DataFilesDict,
+        EmptyDatasetError,
+        get_data_patterns,
+    )
 
     with tempfile.TemporaryDirectory() as scratch:
         link = Path(scratch).resolve() / "data"
@@ -127,16 +132,42 @@ def _splits_of(directory: Path, config: str | None) -> dict[str, list[Path]]:
             found = DataFilesDict.from_patterns(patterns, base_path=str(link))
             files = {s: [directory / Path(f).relative_to(link) for f in found[s]] for s in found}
             files = {s: [f for f in files[s] if f.name not in NOT_DATA] for s in files}
-            return {s: list(filter(format_of, files[s])) or files[s] for s in files}
+            return {s: _data_of(files[s]) for s in files}
 
         try:
             if patterns := _patterns_of_card(directory, link, config):
                 return resolved(patterns)
-            splits = resolved(get_data_patterns(str(link)))
+            patterns = get_data_patterns(str(link))
+            if patterns == DEFAULT_PATTERNS_ALL:  # of which `datasets` leaves them out
+                patterns = {s: [*patterns[s], "**/README.md"] for s in patterns}
+            splits = resolved(patterns)
         except (EmptyDatasetError, FileNotFoundError) as error:
             raise UserError(f"dataset_name: no data files in {directory}") from error
     _tell_of_the_rest(directory, splits)
     return splits
+
+
+def _data_of(files: list[Path]) -> list[Path]:
+    """Those of a split that are data. Markdown beside another format than text is none.
+
+    README.md is a text among other Markdown only, and a dataset card never.
+    """
+    markdown = [file for file in files if suffixes_of(file)[0] == ".md"]
+    if any(format_of(file) not in ("text", None) or file.suffix == ".arrow" for file in files):
+        no_data = set(markdown)
+    else:
+        no_data = {file for file in markdown if file.name.lower() == "readme.md"}
+        if len(no_data) < len(markdown):
+            no_data = {file for file in no_data if _is_card(file)}
+    data = [file for file in files if file not in no_data]
+    return list(filter(format_of, data)) or data or files
+
+
+def _is_card(file: Path) -> bool:
+    """Whether what it begins with, between lines of dashes, describes a dataset."""
+    begins = rb"---\r?\n((?!---).*\n)*(configs|dataset_info):"
+    with in_a_line("dataset_name"), file.open("rb") as content:
+        return re.match(begins, content.read(2**20)) is not None
 
 
 def _tell_of_the_rest(directory: Path, splits: dict[str, list[Path]]) -> None:
@@ -146,7 +177,7 @@ def _tell_of_the_rest(directory: Path, splits: dict[str, list[Path]]) -> None:
     every = sorted(directory.rglob("*")) if formats else []
     names = [file.relative_to(directory) for file in every if file not in taken]
     rest = [str(name) for name in names if format_of(directory / name) in formats]
-    rest = [name for name in rest if not re.search(r"(^|/)(\.|__)", name)]
+    rest = [name for name in rest if not re.search(r"(^|/)(\.|__|(?i:readme\.md)$)", name)]
     if rest:
         logger.warning(
             "dataset_name: by their names %d files of %s are in no split (%s), such as %r: they "
@@ -162,7 +193,7 @@ def _patterns_of_card(directory: Path, link: Path, config: str | None) -> dict |
     from huggingface_hub import DatasetCard
 
     card, configs = directory / "README.md", MetadataConfigs()
-    if card.is_file():
+    if card.is_file() and card.read_bytes().lstrip().startswith(b"---"):  # else it is told of
         with in_a_line(f"dataset_name: the dataset card {card} cannot be read"):
             configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
     known = list(configs)

@@ -33,6 +33,7 @@ class Source:
             None repeats it as long as the stream is read. A row that begins in the last of them is
             the last, and a lane looks before each step.
         label: what messages call it.
+        tokens_per_byte: of its text as stored, about; see size.py.
     """
 
     corpus: Corpus
@@ -40,6 +41,7 @@ class Source:
     weight: Fraction = Fraction(1)
     epochs: int | None = None
     label: str = "the dataset"
+    tokens_per_byte: float | None = None
 
     def goes_on(self, lane: LaneState, index: int) -> bool:
         """Whether the lane, in which this is source number `index`, has rows of it left."""

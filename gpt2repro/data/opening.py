@@ -57,12 +57,15 @@ def open_corpus(
     revision: str | None = None,
     data_files: str | list[str] | None = None,
     text_column: str = "text",
+    document: str | None = None,
     if_unreachable: str = "",
 ) -> Corpus:
     """Open a dataset of the Hub, a local directory, a local file, or the demo's.
 
     `config`, `split`, `revision` and `data_files` mean what they mean to `datasets.load_dataset`.
     A Hub revision is pinned to its commit, which `identity["revision"]` tells.
+    `document` says what is one in local text files, a "file" or a "line": by default a file where
+    there are several, a line where there is one.
     `if_unreachable` is advice for a machine without a network, appended to that error.
 
     Raises:
@@ -87,7 +90,12 @@ def open_corpus(
             builder = _load_builder(options, name, if_unreachable)
             files = files_of(builder, split, name)
             identity |= {"dataset": name, "config": builder.config.name, "revision": commit}
-        found = Found(name, *files, split, text_column, identity, on_hub)
+        if document and (on_hub or files.format != "text"):
+            raise UserError(
+                f"document: {document} is for text files of this machine, and {name} has none: "
+                "set it to null"
+            )
+        found = Found(name, *files, split, text_column, identity, on_hub, document)
         corpus = next(filter(None, (open_format(found) for open_format in FORMATS)))
     if all(corpus.num_documents(unit_index) == 0 for unit_index in range(corpus.num_units)):
         raise UserError(f"dataset_split: {name} has no documents in split {split!r}")
@@ -124,6 +132,7 @@ def open_sources(
                 revision=dataset.revision or pinned,
                 data_files=dataset.data_files,
                 text_column=dataset.text_column,
+                document=dataset.document,
                 if_unreachable=if_unreachable,
             )
             corpus = share(dataset.name, opener)

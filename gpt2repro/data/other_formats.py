@@ -1,8 +1,9 @@
 """Formats without row groups.
 
-Local files (JSON lines, CSV, text: a line is a document) are read once from end to end and kept as
-parquet, 1,000 documents to a row group, in the cache of `datasets`. They are read here because
-`datasets` guesses types: a text column that holds dates, numbers or "NA" comes back as other text.
+Local files (JSON lines, CSV, text: a document is a file of several, a line of one) are read once
+from end to end and kept as parquet in the cache of `datasets`: 1,000 documents to a row group, or
+some 4 MB, and fewer where the text is small. They are read here because `datasets` guesses types: a
+text column that holds dates, numbers or "NA" comes back as other text.
 Other Hub formats are streamed by `datasets`, a file being one unit that is held in memory whole:
 prefer the Hub's own parquet copy, revision `refs/convert/parquet`.
 """
@@ -17,11 +18,13 @@ import logging
 import lzma
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
@@ -34,29 +37,35 @@ from gpt2repro.system.patience import patiently
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS_PER_UNIT = 1000  # of local formats that have no row groups
-VERSION = 1  # of how local files are read: another reads them again
+DOCUMENTS_PER_UNIT = 1000  # at most, of local formats that have no row groups
+BYTES_PER_UNIT = 4 * 10**6  # of text; the document in which they are reached is the last
+FEWEST_UNITS = 128  # else they are cut smaller, down to a document each
+VERSION = 2  # of how local files are read: another reads them again
 WORTH_A_LINE_BYTES = 10**9  # of files to be read: twenty seconds and more
 
 Texts = Iterator[str | None]
 
 
 def open_prepared(found: Found) -> Corpus | None:
-    """Local files of lines; None for others."""
+    """Local files that are read from end to end; None for others."""
     if found.builder is not None:
         return None
     names = [Path(file).name for file in found.files]
     content = digest(content_hashes(found.files))
-    how = [VERSION, DOCUMENTS_PER_UNIT, found.format, found.text_column]
+    if found.format == "text":
+        document = found.document or ("file" if len(names) > 1 else "line")
+        cut = {"document": document}
+        found = replace(found, document=document, identity=found.identity | cut)
+    how: list[Any] = [VERSION, DOCUMENTS_PER_UNIT, BYTES_PER_UNIT, FEWEST_UNITS]
+    how += [found.format, found.text_column, found.document]
     path = _prepare(found, f"{digest([content, names, how])}.parquet")
     corpus = ParquetCorpus([LocalSource(str(path), path, path.stat().st_size)], "text", {})
-    num_documents = sum(map(corpus.num_documents, range(corpus.num_units)))
-    if num_documents == 0:
+    in_units = [corpus.num_documents(unit_index) for unit_index in range(corpus.num_units)]
+    if not any(in_units):
         raise UserError(f"dataset_name: no documents can be read from {names[0]}: it is empty")
     corpus.identity = found.identity | {
-        "files": digest(names),
+        "files": digest([names, in_units]),  # other units are another order
         "content": content,
-        "num_documents": num_documents,
         "text_column": found.text_column,
     }
     return corpus
@@ -115,16 +124,45 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write(found: Found, path: Path) -> None:
+    files = map(Path, found.files)
+    documents = itertools.chain.from_iterable(_documents_of(file, found) for file in files)
+    with atomic.new_file(path, durable=True) as scratch:
+        _write_units(_in_units(documents, BYTES_PER_UNIT), scratch)
+        with pq.ParquetFile(scratch) as whole:
+            units = range(whole.num_row_groups)
+            if len(units) < min(FEWEST_UNITS, whole.metadata.num_rows):
+                scratch.unlink()  # still open, and read while the other is written
+                columns = partial(map, lambda unit_index: whole.read_row_group(unit_index)["text"])
+                num_bytes = sum(map(_num_bytes, columns(units)))
+                again = (text.as_py() for column in columns(units) for text in column)
+                _write_units(_in_units(again, num_bytes / FEWEST_UNITS), scratch)
+
+
+def _num_bytes(texts: pa.ChunkedArray) -> int:
+    return 4 * len(texts) + (pc.sum(pc.binary_length(texts)).as_py() or 0)  # as parquet has them
+
+
+def _in_units(documents: Texts, most_bytes: float) -> Iterator[list[str | None]]:
+    """`DOCUMENTS_PER_UNIT` at a time, or as many as are about `most_bytes` of text."""
+    unit: list[str | None] = []
+    num_bytes = 0.0
+    for text in documents:
+        unit.append(text)
+        num_bytes += 4 + len((text or "").encode())  # as `_num_bytes`
+        if num_bytes >= most_bytes or len(unit) == DOCUMENTS_PER_UNIT:
+            yield unit
+            # What is too much counts for the next unit, so that their mean is `most_bytes`.
+            unit, num_bytes = [], num_bytes % most_bytes if num_bytes >= most_bytes else 0.0
+    if unit:
+        yield unit
+
+
+def _write_units(units: Iterator[list[str | None]], path: Path) -> None:
     schema = pa.schema([("text", pa.large_string())])
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-    with (
-        atomic.new_file(path, durable=True) as scratch,
-        pq.ParquetWriter(scratch, schema, use_dictionary=False, **options) as writer,
-    ):
-        files = map(Path, found.files)
-        documents = itertools.chain.from_iterable(_documents_of(file, found) for file in files)
-        while batch := list(itertools.islice(documents, DOCUMENTS_PER_UNIT)):
-            writer.write(pa.table([pa.array(batch, pa.large_string())], schema))
+    with pq.ParquetWriter(path, schema, use_dictionary=False, **options) as writer:
+        for unit in units:
+            writer.write(pa.table([pa.array(unit, pa.large_string())], schema))
 
 
 class StreamedCorpus(Corpus):
@@ -149,7 +187,7 @@ class StreamedCorpus(Corpus):
             return patiently(read, what)
 
 
-# --- Files of lines -------------------------------------------------------------------------------
+# --- Files from end to end ------------------------------------------------------------------------
 
 OPENERS: dict[str, Callable[[Path], Any]] = {
     "": lambda file: file.open("rb"),
@@ -162,7 +200,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
 
 def _documents_of(file: Path, found: Found) -> Texts:
     """A local file's documents in order; what cannot be read is a `UserError` with its line."""
-    read, newline = READERS[found.format]
+    read, newline = READERS[found.document or found.format]
     number = 1  # of the line that is read, or looked at
 
     def lines() -> Iterator[str]:
@@ -179,7 +217,12 @@ def _documents_of(file: Path, found: Found) -> Texts:
 
 def _lines_of_text(lines: Iterator[str], column: str, file: Path) -> Texts:
     check_text_column(pa.schema([("text", pa.string())]), column, file.name)
-    return (line.removesuffix("\n") for line in lines)
+    return (line.removesuffix("\n") for line in lines if line.strip())
+
+
+def _whole_text(lines: Iterator[str], column: str, file: Path) -> Texts:
+    check_text_column(pa.schema([("text", pa.string())]), column, file.name)
+    return filter(None, ["".join(lines)])
 
 
 def _column_of_csv(lines: Iterator[str], column: str, file: Path) -> Texts:
@@ -238,5 +281,6 @@ def _schema_of(row: dict[str, Any]) -> pa.Schema:
 READERS: dict[str, tuple[Callable[[Iterator[str], str, Path], Texts], str | None]] = {
     "json": (_column_of_json, "\n"),
     "csv": (_column_of_csv, ""),
-    "text": (_lines_of_text, None),
+    "line": (_lines_of_text, None),
+    "file": (_whole_text, None),
 }

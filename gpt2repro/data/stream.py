@@ -46,7 +46,7 @@ FIELD_OF = {
     "split": "dataset_split",
     "revision": "dataset_revision",
     "files": "the digest of the data files",
-    "content": "the hash of what the local files hold",
+    "content": "the hash of what the files hold",
     "tokenizer": "tokenizer_name's fingerprint",
     "rows_per_step": "rows_per_step (batch_tokens / sequence_length)",
 }

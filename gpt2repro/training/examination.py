@@ -100,7 +100,8 @@ class Examination:
         return OK, f"{self.recipe.tokenizer_name}, {len(self.tokenizer):,} tokens"
 
     def _dataset(self) -> Finding:
-        self.sources = open_datasets(self.recipe)
+        encoder = BulkEncoder(self.tokenizer) if self.tokenizer is not None else None
+        self.sources = open_datasets(self.recipe, encoder)
         said = []
         for dataset, source in zip(self.recipe.all_datasets, self.sources, strict=True):
             revision = source.corpus.identity.get("revision")

@@ -5,7 +5,9 @@ they check is what the run will use.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.held_out import ValidationSet, together_held_out, validation_set
 from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
 from gpt2repro.data.mixture import Source
-from gpt2repro.data.opening import Share, by_itself, is_local, open_sources
+from gpt2repro.data.opening import is_local, open_sources
+from gpt2repro.data.size import tokens_per_byte, units_to_hold_out
 from gpt2repro.data.stream import TokenStream, flat
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.benchmarks import open_tasks
@@ -52,7 +55,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
     """
     tokenizer = open_tokenizer(recipe)
     encoder = BulkEncoder(tokenizer)
-    sources = open_datasets(recipe, start.recipe, _for_all_ranks)
+    sources = open_datasets(recipe, encoder, start.recipe)
     num_steps = _steps_of_run(recipe, start, sources, encoder)
     stream = open_stream(recipe, sources, encoder, ranks.rank(), ranks.world_size())
     _check_same_data(ranks.gather(stream.identity))
@@ -86,11 +89,13 @@ def from_anywhere(recipe: Recipe, sources: Sequence[Source] | None = None) -> di
     datasets = [_placed(dataset) for dataset in recipe.all_datasets]
     for dataset, source in zip(datasets, sources or [], strict=sources is not None):
         dataset["revision"] = source.corpus.identity.get("revision")
+        dataset["num_validation_units"] = source.num_validation_units
     if recipe.datasets:
         return found | {"datasets": datasets}
     [one] = datasets
-    names = {"dataset_name": "name", "dataset_revision": "revision", "data_files": "data_files"}
-    return found | {field: one[name] for field, name in names.items()}
+    names = ("name", "revision"), ("data_files", "num_validation_units")
+    of_one = {f"dataset_{name}": one[name] for name in names[0]} | {n: one[n] for n in names[1]}
+    return found | of_one
 
 
 def _absolute(name: str | None) -> str | None:
@@ -113,14 +118,50 @@ def open_tokenizer(recipe: Recipe) -> Any:
 
 
 def open_datasets(
-    recipe: Recipe, saved: Mapping[str, Any] | None = None, share: Share = by_itself
+    recipe: Recipe, encoder: BulkEncoder | None, saved: Mapping[str, Any] | None = None
 ) -> list[Source]:
-    """The recipe's texts, of the commits that `saved`, the recipe of a resumed run, has pinned."""
-    saved = saved or {}
-    pinned = [each.get("revision") for each in saved.get("datasets") or []]
-    return open_sources(
-        recipe.all_datasets, pinned or [saved.get("dataset_revision")], OFFLINE_ADVICE, share
-    )
+    """The recipe's texts, with what is held out of each decided.
+
+    Of the commits that `saved`, the recipe of a resumed run, has pinned, and with its decisions.
+    Without an encoder nobody knows how many tokens a unit has.
+    """
+    before = (saved or {}).get("datasets") or [
+        {"revision": (saved or {}).get("dataset_revision"), **(saved or {})}
+    ]
+    pinned = [each.get("revision") for each in before]
+    datasets = recipe.all_datasets
+    found = open_sources(datasets, pinned, OFFLINE_ADVICE, _for_all_ranks)
+    sources = []
+    for dataset, source, then in zip_longest(datasets, found, before[: len(datasets)]):
+        corpus = source.corpus
+        rate = ranks.on_rank_0(partial(tokens_per_byte, corpus, encoder)) if encoder else None
+        given = dataset.num_validation_units
+        if given is None and recipe.validation_fraction is None and then:
+            given = then.get("num_validation_units")
+        held_out = _units_held_out(recipe, given, corpus, rate)
+        sources.append(replace(source, num_validation_units=held_out, tokens_per_byte=rate))
+    return sources
+
+
+def _units_held_out(recipe: Recipe, given: int | None, corpus: Corpus, rate: float | None) -> int:
+    """`num_validation_units`: as given, as a share, or as `units_to_hold_out` says."""
+    if named := corpus.num_held_out_units:
+        if given not in (None, named):
+            raise UserError(
+                "num_validation_units: the dataset's files say by their names what is held out "
+                f"({named} units); set it to null"
+            )
+        return named
+    if given is not None:
+        return given
+    if corpus.num_units == 1:
+        raise UserError(
+            "num_validation_units: the dataset is a single unit (row group, document), of which no "
+            "part can be held out: set it to 0, or write the dataset in several"
+        )
+    if recipe.validation_fraction is not None:
+        return max(1, round(recipe.validation_fraction * corpus.num_units))
+    return units_to_hold_out(corpus, recipe.validation_tokens, rate)
 
 
 def _for_all_ranks(name: str, open_corpus: Callable[[], Corpus]) -> Corpus:

@@ -15,7 +15,10 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from gpt2repro.data.dataset import Dataset
+from gpt2repro.data.mixture import Source
 from gpt2repro.data.producer import StepRows
+from gpt2repro.data.size import estimate_tokens, in_words
 from gpt2repro.data.token_ids import begin_id, ids_to_continue
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.evaluation.scoring import score_tasks
@@ -102,7 +105,7 @@ class Monitor:
             "run": f"{self.directory.path}",
             "model": f"GPT-2, {in_short(self.learner.num_parameters)} parameters, "
             f"{recipe.sequence_length:,} tokens of context",
-            "data": ", ".join(map(str, recipe.all_datasets)),
+            "data": "; ".join(map(self._share_of_data, recipe.all_datasets, self.inputs.sources)),
             "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
             f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens",
             "optimizer": f"{recipe.optimizer}, {count_of(recipe.num_steps, 'step')}, "
@@ -119,6 +122,24 @@ class Monitor:
         for name, value in [*lines.items(), *notes]:
             print(folded(f"{name:>10}  {value}", indent=12))
         print(flush=True)
+
+    def _share_of_data(self, dataset: Dataset, source: Source) -> str:
+        """What of a dataset is trained on, how often, and what is held out."""
+        sources, corpus = self.inputs.sources, source.corpus
+        held_out = range(source.num_validation_units)
+        training = range(held_out.stop, corpus.num_units)
+        run_tokens = self.recipe.num_steps * self.recipe.batch_tokens
+        run_tokens = int(run_tokens * source.weight / sum(each.weight for each in sources))
+        tokens, tokens_held_out = (
+            estimate_tokens(corpus, units, source.tokens_per_byte) for units in (training, held_out)
+        )
+        if self.inputs.num_epochs:  # for which they were counted
+            tokens = run_tokens // self.inputs.num_epochs
+        said = f"{dataset}: {in_words(corpus, training, tokens)} to train on"
+        if tokens:
+            epochs = min(run_tokens / tokens, source.epochs or math.inf)
+            said += f", {epochs:{',.1f' if epochs >= 1 else '.2g'}} epochs in this run"
+        return f"{said}; {in_words(corpus, held_out, tokens_held_out)} held out"
 
     # --- Before a step ----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from tiny_language_models import HELLASWAG, LAMBADA, WIKITEXT2, random_gpt2, rea
 
 from gpt2repro import UserError
 from gpt2repro.commands import evaluate
+from gpt2repro.data.opening import open_corpus
 from gpt2repro.evaluation.benchmarks import BENCHMARKS
 from gpt2repro.recipe import Benchmark
 from gpt2repro.system.command_line import EXIT_USAGE, run
@@ -71,7 +72,8 @@ def test_held_out_text(model, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     arguments = ["--model", model, "--tasks", "val", "--dataset-name", str(corpus)]
-    arguments += ["--num-validation-units", "1", "--sequence-length=64"]
+    num_units = str(open_corpus(corpus).num_units)
+    arguments += ["--num-validation-units", num_units, "--sequence-length=64"]
     found = evaluated(tmp_path, *arguments)
     loss = found["results"]["val/loss"]["value"]
     ids = tiny_tokenizer()(texts)["input_ids"]
@@ -188,7 +190,11 @@ def test_published_figures_are_a_column_of_their_own():
         (["--dtype", "float8"], "--dtype"),
         (["--baseline", "/nowhere"], "--baseline /nowhere"),
         (["--lambada_file", "/nowhere"], "--lambada_file /nowhere"),
-        (["--tasks", "val", "--dataset_name", "/nowhere"], "dataset_name"),
+        (
+            ["--tasks", "val", "--dataset_name", "/nowhere", "--num_validation_units", "1"],
+            "dataset_name: /nowhere",
+        ),
+        (["--tasks", "val", "--dataset_name", "texts"], "--num_validation_units: say how many"),
         (["--devise", "cpu"], "--devise"),
         (["--device", "meta"], "--device meta"),
         (["--device", "cuda:99"], "--device cuda:99"),

@@ -22,7 +22,7 @@ from tiny_corpus import (
 from tiny_streams import stream_of
 
 from gpt2repro import UserError
-from gpt2repro.data import content, opening, parquet
+from gpt2repro.data import content, opening, other_formats, parquet
 from gpt2repro.data.corpus import Found
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.units import UnitReader
@@ -149,7 +149,7 @@ def test_a_directory_in_data_files_is_all_in_it(tmp_path):
     write_text(tmp_path / "b*" / "0.txt", ["mine"])
     write_text(tmp_path / "b*" / "deep" / "1.txt", ["mine too"])
     write_text(tmp_path / "bc" / "0.txt", ["theirs"])
-    assert joined(open_corpus(tmp_path, data_files=["b*"])) == ["mine", "mine too"]
+    assert joined(open_corpus(tmp_path, data_files=["b*"])) == ["mine\n", "mine too\n"]
 
 
 def test_an_address_in_a_directorys_name_is_none(tmp_path):
@@ -194,8 +194,9 @@ def test_odd_characters_in_files_names(tmp_path):
     names = ["a.txt", "b\nc.txt", "d e.txt", "f*.txt", "g#%.txt"]
     for name in names:
         write_text(tmp_path / name, [repr(name)])
-    assert joined(open_corpus(tmp_path)) == list(map(repr, names))
-    assert joined(open_corpus(tmp_path, data_files=names[1:4])) == list(map(repr, names[1:4]))
+    texts = [f"{name!r}\n" for name in names]
+    assert joined(open_corpus(tmp_path)) == texts
+    assert joined(open_corpus(tmp_path, data_files=names[1:4])) == texts[1:4]
 
 
 def test_a_directory_of_several_formats_is_refused(tmp_path):
@@ -205,10 +206,34 @@ def test_a_directory_of_several_formats_is_refused(tmp_path):
     (tmp_path / "LICENSE.md").write_text("no data")
     message = refusal(tmp_path)
     assert message.startswith("data_files: ") and "several formats (a.parquet, " in message
-    assert joined(open_corpus(tmp_path, data_files="*.txt")) == ["b", "c"]
+    assert joined(open_corpus(tmp_path, data_files="*.txt", document="line")) == ["b", "c"]
     assert "several formats" in refusal(tmp_path, data_files=["a.parquet", "b.txt"])
-    (tmp_path / "a.parquet").unlink()
-    assert joined(open_corpus(tmp_path)) == ["b", "c"], "LICENSE.md is no data"
+
+
+def test_markdown_is_text_where_nothing_else_is_data(tmp_path, caplog):
+    """Beside data it says something of them, README.md often also beside plain text."""
+    write_text(tmp_path / "README.md", ["about"])
+    write_text(tmp_path / "input.txt", ["one", "two"])
+    assert joined(open_corpus(tmp_path)) == ["one", "two"], "a file alone is one of lines"
+    write_text(tmp_path / "deep" / "notes.md", ["three"])
+    texts = ["three\n", "one\ntwo\n"]
+    assert sorted(joined(open_corpus(tmp_path))) == sorted([*texts, "about\n"])
+    for key in ("configs: []", "license: mit\ndataset_info:\n  size: 1"):
+        (tmp_path / "README.md").write_text(f"---\n{key}\n---\nabout\n")
+        assert sorted(joined(open_corpus(tmp_path))) == sorted(texts), "a dataset card"
+    write_parquet(tmp_path / "0.parquet", ["data"])
+    (tmp_path / "input.txt").unlink()
+    assert joined(open_corpus(tmp_path)) == ["data"] and not caplog.text
+    (tmp_path / "0.parquet").unlink()
+    Dataset.from_dict({"text": ["saved"]}).save_to_disk(tmp_path)
+    assert joined(open_corpus(tmp_path)) == ["saved"]
+
+
+def test_markdown_with_a_splits_name(tmp_path, caplog):
+    for name in ("train", "test", "README"):
+        write_text(tmp_path / f"{name}.md", [name])
+    assert joined(open_corpus(tmp_path)) == ["train"]
+    assert joined(open_corpus(tmp_path, split="test")) == ["test"] and not caplog.text
 
 
 def test_dataset_cards(tmp_path):
@@ -279,8 +304,17 @@ def test_a_change_in_the_middle_of_a_file_is_another_identity(tmp_path, records,
     assert {key for key in first.identity if first.identity[key] != second.identity[key]} == {
         "content"
     }
-    with pytest.raises(UserError, match="the hash of what the local files hold was"):
+    with pytest.raises(UserError, match="the hash of what the files hold was"):
         stream_of(second, ByteEncoder(), **OPTIONS).load_state_dict(state)
+
+
+def test_other_units_are_another_identity(tmp_path, monkeypatch):
+    """Documents are permuted within units: a run that went on would have other rows."""
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    state = stream_of(open_corpus(tmp_path), ByteEncoder(), **OPTIONS).state_dict()
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 20)
+    with pytest.raises(UserError, match="the digest of the data files was"):
+        stream_of(open_corpus(tmp_path), ByteEncoder(), **OPTIONS).load_state_dict(state)
 
 
 def test_a_checkpoint_from_before_local_files_were_hashed_goes_on(tmp_path):

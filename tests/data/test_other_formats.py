@@ -36,6 +36,7 @@ TEXTS = documents(95)
 
 def test_json_lines_csv_and_text_are_read_in_units_of_1000(tmp_path, monkeypatch):
     monkeypatch.setattr(other_formats, "DOCUMENTS_PER_UNIT", 40)
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 3)
     write_lines(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "a.txt").write_text("\n".join(TEXTS) + "\n")
     rows = pa.table({"text": TEXTS}).to_pandas()
@@ -48,10 +49,27 @@ def test_json_lines_csv_and_text_are_read_in_units_of_1000(tmp_path, monkeypatch
         assert [source.num_documents(unit) for unit in range(3)] == [40, 40, 15]
 
 
+def test_a_unit_ends_at_four_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 1)
+    texts = ["long " * 10**6, *["é" * 10**6] * 5, "short"]  # 5 MB, 2 MB each
+    write(tmp_path / "0.jsonl", texts)
+    assert read_all(open_corpus(tmp_path)) == [texts[:1], texts[1:3], texts[3:5], texts[5:]]
+
+
+@pytest.mark.parametrize(("num_documents", "num_units"), [(1, 1), (2, 2), (95, 84), (2000, 128)])
+def test_small_data_are_cut_into_128_units_or_documents(tmp_path, num_documents, num_units):
+    texts = documents(num_documents)
+    write_lines(tmp_path / "a.jsonl", texts)
+    units = read_all(open_corpus(tmp_path))
+    assert [text for unit in units for text in unit] == texts and len(units) == num_units
+    sizes = [sum(map(len, unit)) for unit in units]
+    assert max(sizes) - min(sizes[:-1], default=0) < 2 * max(map(len, texts))
+
+
 def test_a_null_or_missing_text_in_json_lines_is_empty(tmp_path):
     lines = ['{"text": "one"}', '{"text": null}', '{"other": 1}', '{"text": "\\u0000 nul"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert open_corpus(tmp_path).read_unit(0) == ["one", "", "", "\0 nul"]
+    assert joined(open_corpus(tmp_path)) == ["one", "", "", "\0 nul"]
 
 
 def test_columns_of_json_lines_are_checked_too(tmp_path):
@@ -86,7 +104,8 @@ GUESSED = ["NA", "null", "nan", "", "007", "1.0", "1e5", "True", "2020-01-01", "
 @pytest.mark.parametrize("name", ["0.csv", "0.tsv", "0.jsonl", "0.json", "0.txt"])
 def test_text_is_not_taken_for_something_else(tmp_path, name, texts):
     write(tmp_path / name, texts)
-    assert joined(open_corpus(tmp_path / name)) == texts
+    # An empty line is between texts, where the others have an empty text.
+    assert joined(open_corpus(tmp_path / name)) == [t for t in texts if t or name != "0.txt"]
 
 
 def write(path: Path, texts: list[str], more: str = "") -> None:
@@ -165,7 +184,24 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
     for file in (tmp_path / name, tmp_path / f"1{Path(name).suffix}"):
         write(file, ["hello", "naïve"])
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert joined(open_corpus(tmp_path)) == ["hello", "naïve"] * 2
+    document = "line" if name == "0.txt" else None
+    assert joined(open_corpus(tmp_path, document=document)) == ["hello", "naïve"] * 2
+
+
+def test_a_document_is_a_file_of_several_or_a_line_of_one(tmp_path, prepared):
+    contents = [b"\xef\xbb\xbfone\r\n\r\n  two \n", b"", b" \n", b"three"]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.txt").write_bytes(content)
+    (tmp_path / "4.md.gz").write_bytes(gzip.compress(b"# four\n"))
+    files, lines = ["one\n\n  two \n", " \n", "three", "# four\n"], ["one", "  two "]
+    several = open_corpus(tmp_path)
+    assert joined(several) == joined(open_corpus(tmp_path, document="file")) == files
+    cut = open_corpus(tmp_path, document="line")
+    assert joined(cut) == [*lines, "three", "# four"]
+    assert (several.identity["document"], cut.identity["document"]) == ("file", "line")
+    assert joined(open_corpus(tmp_path / "0.txt")) == lines
+    assert joined(open_corpus(tmp_path / "0.txt", document="file")) == files[:1]
+    assert "no documents can be read" in refusal(tmp_path / "1.txt", document="file")
 
 
 COMPRESSED = {
@@ -220,7 +256,8 @@ def test_empty_files_among_others(tmp_path, suffix):
             write(tmp_path / f"{name}.{suffix}", texts)
         else:
             (tmp_path / f"{name}.{suffix}").touch()
-    assert joined(open_corpus(tmp_path)) == ["a", "b", "c"]
+    document = "line" if suffix == "txt" else None
+    assert joined(open_corpus(tmp_path, document=document)) == ["a", "b", "c"]
 
 
 STRINGS = ["plain", "naïve", None, "", "plain"]
@@ -284,7 +321,8 @@ def test_a_copy_that_is_not_whole_is_made_again(tmp_path, prepared, damage):
     assert joined(open_corpus(tmp_path / "0.jsonl")) == TEXTS
 
 
-def test_a_flipped_bit_in_the_copy_is_never_other_text(tmp_path, prepared):
+def test_a_flipped_bit_in_the_copy_is_never_other_text(tmp_path, prepared, monkeypatch):
+    monkeypatch.setattr(other_formats, "FEWEST_UNITS", 1)
     write_lines(tmp_path / "0.jsonl", TEXTS)
     open_corpus(tmp_path / "0.jsonl")
     [copy] = prepared.glob("*.parquet")

@@ -93,7 +93,7 @@ def test_what_others_wrote_is_text(text):
 
 def test_facts_are_the_cards(run, text, tmp_path):
     """Of a run without a card, those of the card that it would get, without paths."""
-    assert "<th>Data</th><td>corpus, sample-10BT, split train" in text and "secret" not in text
+    assert "<th>Data</th><td>corpus, split train" in text and "secret" not in text
     card = "# x\n\n## Training\n\n| | |\n| --- | --- |\n| Batch | `4,096` tokens |\n\n## More\n"
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "README.md").write_text(card)

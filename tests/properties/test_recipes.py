@@ -130,6 +130,6 @@ def test_a_saved_recipe_is_the_recipe(file, fields):
         return
     file.write_text(recipe.as_yaml(), encoding="utf-8")
     assert load_recipe(["--recipe", str(file)]) == recipe
-    resolved = recipe.resolved(num_steps=7, micro_batch_size=1)
+    resolved = recipe.resolved(num_steps=7, micro_batch_size=1, num_validation_units=2)
     file.write_text(resolved.as_yaml(), encoding="utf-8")
     assert load_recipe(["--recipe", str(file)]).model_dump() == resolved.model_dump()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from tiny_corpus import documents
 from tiny_language_models import LAMBADA
 from tiny_run import digests, train, write_inputs
 
+from gpt2repro import UserError
 from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.run_directory import Start
 from gpt2repro.records.saved_models import find_tokenizer
 from gpt2repro.system import ranks
-from gpt2repro.training import finish
+from gpt2repro.training import finish, inputs
 from gpt2repro.training.inputs import Inputs, from_anywhere, open_inputs
 
 
@@ -56,6 +59,45 @@ def test_a_run_of_relative_names_goes_on_from_another_directory(tmp_path, monkey
     changes = [line for line in said.splitlines() if " until here and is " in line]
     assert len(changes) == 1 and "num_steps" in changes[0]
     assert len(digests(home / "runs" / "tiny")) == 8 and not list(elsewhere.iterdir())
+
+
+def test_a_folder_of_texts_is_trained_on_by_its_name_alone(tmp_path, monkeypatch, capsys):
+    """What is held out is decided once, and saved; what it is stands on the first lines."""
+    recipe, run, texts = write_inputs(tmp_path), tmp_path / "run", documents(100, max_words=40)
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number:03}.txt").write_text(text)
+    monkeypatch.setattr(finish, "finish", lambda run: 0)
+    words = ["--dataset_name", str(tmp_path / "texts"), "--num_steps"]
+    assert train(recipe, run, *words, "4") == 0
+    saved = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert (saved["num_validation_units"], saved["validation_fraction"]) == (8, None)
+    shares = (
+        r"texts: 90 documents, about ([\d,]+) tokens to train on, ([\d.]+) epochs in this run; "
+        r"10 documents, about ([\d,]+) tokens held out\n"
+    )
+    found = re.search(shares, capsys.readouterr().out).groups()
+    encoder = BulkEncoder(train_bpe(documents(240, max_words=40), 300))
+    lengths = [1 + len(ids) for ids in encoder.encode(texts)]
+    true = [sum(lengths[10:]), 4 * 256 / sum(lengths[10:]), sum(lengths[:10])]
+    assert [float(each.replace(",", "")) for each in found] == pytest.approx(true, rel=0.1)
+    # Another default, as a later version may have it: the run keeps its own.
+    monkeypatch.setattr(inputs, "units_to_hold_out", lambda *_: 3)
+    assert train(recipe, run, *words, "6") == 0 and len(digests(run)) == 6
+    with pytest.raises(UserError, match="num_validation_units was 8 in the checkpoint and is"):
+        train(recipe, run, *words, "8", "--validation_fraction", "0.5")
+
+
+def test_one_document_cannot_be_held_out(tmp_path, monkeypatch, capsys):
+    recipe, run, text = write_inputs(tmp_path), tmp_path / "run", tmp_path / "all.txt"
+    text.write_text("word " * 2000)
+    words = ["--dataset_name", str(text), "--num_lanes", "1", "--num_epochs", "2"]
+    with pytest.raises(UserError, match="num_validation_units: the dataset is a single unit"):
+        train(recipe, run, *words)
+    monkeypatch.setattr(finish, "finish", lambda run: 0)
+    assert train(recipe, run, *words, "--num_validation_units", "0") == 0
+    said = capsys.readouterr().out
+    assert "1 document, about " in said and "2.0 epochs in this run; nothing held out" in said
 
 
 def test_only_what_is_here_is_made_absolute(tmp_path, monkeypatch):

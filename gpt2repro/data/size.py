@@ -1,0 +1,69 @@
+"""How much text a dataset has, without reading all of it: documents are counted, tokens estimated.
+
+The tokens of a sample stand for all, in proportion to the bytes in which text is stored. Where a
+dataset tells its sizes only by being read, nothing is known (None).
+"""
+
+from itertools import accumulate
+
+from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.system.text import count_of, in_short
+
+SAMPLE_CHARACTERS = 10**6  # to encode: tenths of a second
+SAMPLE_UNITS = 8  # to read, at most: on the Hub each is a request
+
+
+def tokens_per_byte(corpus: Corpus, encoder: BulkEncoder) -> float | None:
+    """Tokens, those that end texts among them, to a byte as stored; of units from all over."""
+    if corpus.tokens_per_byte is not None:
+        return corpus.tokens_per_byte
+    num_tokens, num_bytes, room = 0.0, 0, SAMPLE_CHARACTERS
+    for unit_index in range(0, corpus.num_units, -(-corpus.num_units // SAMPLE_UNITS)):
+        stored = corpus.num_bytes(unit_index)
+        if stored is None or room <= 0:
+            break
+        sample, length, taken = [], 0, 0
+        for text in corpus.read_unit(unit_index):
+            length += len(text) + 1
+            if taken < room:
+                sample.append(text[: room - taken])
+                taken += len(sample[-1]) + 1
+        if sample:
+            counted = len(sample) + sum(map(len, encoder.encode(sample)))
+            num_tokens, num_bytes = num_tokens + counted * length / taken, num_bytes + stored
+            room -= taken
+    return num_tokens / num_bytes if num_bytes else None
+
+
+def stored_bytes(corpus: Corpus, units: range) -> int | None:
+    """What reading the units moves, compressed."""
+    sizes = [corpus.num_bytes(unit_index) for unit_index in units]
+    return None if None in sizes else sum(filter(None, sizes))
+
+
+def estimate_tokens(corpus: Corpus, units: range, rate: float | None) -> int | None:
+    """Tokens of the units, at `tokens_per_byte`."""
+    num_bytes = stored_bytes(corpus, units)
+    return None if num_bytes is None or rate is None else round(rate * num_bytes)
+
+
+def units_to_hold_out(corpus: Corpus, num_tokens: int, rate: float | None) -> int:
+    """As many from the beginning as hold about `num_tokens`: at least one, at most a tenth."""
+    most = max(1, corpus.num_units // 10)
+    if rate is None:
+        return 1
+    sizes = accumulate(corpus.num_bytes(unit_index) or 0 for unit_index in range(most - 1))
+    return 1 + sum(rate * size < num_tokens for size in sizes)
+
+
+def in_words(corpus: Corpus, units: range, num_tokens: int | None) -> str:
+    """`900 documents, about 1.1 M tokens`, as far as it is known."""
+    if not units:
+        return "nothing"
+    counts = [corpus.num_documents(unit_index) for unit_index in units]
+    parts = [] if None in counts else [count_of(sum(filter(None, counts)), "document")]
+    if num_tokens is not None:  # an estimate, to two digits
+        rounded = num_tokens if num_tokens >= 10**6 else int(float(f"{num_tokens:.2g}"))
+        parts.append(f"about {in_short(rounded)} tokens")
+    return ", ".join(parts) or count_of(len(units), "unit")
