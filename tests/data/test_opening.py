@@ -374,11 +374,14 @@ def test_an_odd_name_on_the_hub_does_not_change_how_all_are_read(tmp_path, monke
     """A newline in one file's name had all of them streamed whole, in other units."""
     names = ["a.parquet", "b\nc.parquet", "d #%.parquet"]
 
-    def written(files: list[dict[str, str]]) -> list[parquet.LocalSource]:
+    class Listed(parquet.LocalSource):
+        content = "its hash"
+
+    def written(files: list[dict[str, str]]) -> list[Listed]:
         for file in files:
             write_parquet(tmp_path / file["path"], [file["path"]])
         places = [tmp_path / file["path"] for file in files]
-        return [parquet.LocalSource(p.name, p, p.stat().st_size) for p in places]
+        return [Listed(p.name, p, p.stat().st_size) for p in places]
 
     monkeypatch.setattr(parquet, "_hub_sources", written)
     files = [f"hf://datasets/someone/odd@1f/{name}" for name in names]
