@@ -240,7 +240,7 @@ class ParquetCorpus(Corpus):
         file, row_group, *place = self._units[unit_index].tolist()
         source, column = self._sources[file], self._columns[file]
         what = f"read row group {row_group} of {source.name}"
-        return _whole(source, lambda: _decode(source, column, *place), what)
+        return _whole(source, lambda: _decode(source, column, place), what)
 
     def num_documents(self, unit_index: int) -> int:
         return int(self._units[unit_index]["num_rows"])
@@ -249,19 +249,13 @@ class ParquetCorpus(Corpus):
         return int(self._units[unit_index]["length"])
 
 
-def _decode(
-    source: Source,
-    column: Column,
-    num_rows: int,
-    start: int,
-    length: int,
-    uncompressed: int,
-    codec: int,
-) -> pa.LargeStringArray:
+def _decode(source: Source, column: Column, place: list[int]) -> pa.LargeStringArray:
     """A unit's documents, their bytes counted as they come: a little file may hold much.
 
     The footer says how much text is stored. A dictionary's entry may come many times.
+    place: of `UNIT`, what comes after the row group's number.
     """
+    num_rows, start, length, uncompressed, codec = place
     metadata = _parse(footer_of_chunk(column, num_rows, start, length, uncompressed, codec))
     at_a_time = min(ROWS_AT_A_TIME, LARGEST_UNIT_BYTES // max(uncompressed, 1))
     content = _OneChunk(source, start, length)

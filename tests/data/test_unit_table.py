@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_hub import FakeHub
-from tiny_corpus import documents, joined, parquet_bytes, read_all
+from tiny_corpus import documents, joined, parquet_bytes
 
 from gpt2repro.data import unit_table
 from gpt2repro.data.corpus import digest
@@ -18,6 +18,11 @@ from gpt2repro.data.unit_table import PLACE, UNIT, UnitTable, kept
 
 NAME, PARQUET = "someone/texts", r"\.parquet$"
 TEXTS = documents(120)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 @pytest.fixture
@@ -61,8 +66,7 @@ def test_a_second_start_reads_no_footer(hub):
     assert num_footers(hub) == 0
     assert second.identity == first.identity
     assert (second._units == first._units).all() and second._columns == first._columns
-    assert read_all(second) == read_all(first)
-    assert joined(second) == TEXTS
+    assert joined(second) == joined(first) == TEXTS
 
 
 def test_another_commit_or_column_is_another_table(hub):
@@ -89,8 +93,7 @@ def must_not_be_made() -> UnitTable:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-def test_a_damaged_table_is_made_again(tmp_path, monkeypatch, caplog, damage):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_damaged_table_is_made_again(caplog, damage):
     kept("key", make)
     [table] = tables()
     whole = table.read_bytes()
@@ -121,8 +124,7 @@ def test_without_a_place_for_tables_they_are_made_each_time(tmp_path, monkeypatc
     assert not [*tmp_path.rglob("*.units*")]
 
 
-def test_processes_of_a_machine_make_it_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_processes_of_a_machine_make_it_once():
     made = []
 
     def slowly() -> UnitTable:
@@ -136,7 +138,6 @@ def test_processes_of_a_machine_make_it_once(tmp_path, monkeypatch):
 
 
 def test_few_tables_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(unit_table, "NUM_KEPT", 3)
     for key in range(6):
         kept(key, lambda key=key: UnitTable.of(["a"], [], units(key)))
