@@ -131,6 +131,13 @@ class Recipe(BaseModel):
     tokenizer_name: Place = knob(
         "Hub id or directory of the tokenizer; python-docs is the offline demo's"
     )
+    order: Literal["shuffled", "file", "build-nanogpt"] = knob(
+        "of documents; file: shards of token ids as llm.c reads them, build-nanogpt: as that does"
+    )
+    chunk_rows: Annotated[WholeNumber, Ge(1), Le(10**9)] | None = knob(
+        "for those: rows that they read at once (micro-batch x processes); what is left of a "
+        "shard and fewer is skipped; null: a step's"
+    )
     num_lanes: WholeNumber = knob(
         "parallel reading positions; the number of processes must divide it", ge=1, le=10**6
     )

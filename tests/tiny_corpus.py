@@ -105,6 +105,7 @@ class ByteEncoder:
     eot_id = 256
     dtype = np.dtype(np.uint16)
     fingerprint = "bytes"
+    bytes_of_ids = np.array([1] * 256 + [0])
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]

@@ -12,9 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from gpt2repro import UserError
+from gpt2repro.data.encoder import BulkEncoder
+
+TokenArrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Corpus(ABC):
@@ -42,6 +46,13 @@ class Corpus(ABC):
         """The unit's documents in order; a null is an empty document."""
         documents = self.read_arrow(unit_index)
         return [_as_text(document) for document in documents]
+
+    def read_tokens(self, unit_index: int, encoder: BulkEncoder) -> TokenArrays | None:
+        """The unit's documents as token ids, back to back, where each ends, and its bytes of text.
+
+        None where the corpus holds text. Thread-safe.
+        """
+        return None
 
     def num_documents(self, unit_index: int) -> int | None:
         """How many documents the unit has; None where only reading it would tell."""

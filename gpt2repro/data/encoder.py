@@ -9,6 +9,7 @@ text: only the stream puts the real one between documents.
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -43,8 +44,8 @@ class BulkEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.eot_id = begin_id(tokenizer)
-        self.dtype = np.dtype(np.uint16 if num_ids(tokenizer) <= 2**16 else np.uint32)
+        self.eot_id, self._num_ids = begin_id(tokenizer), num_ids(tokenizer)
+        self.dtype = np.dtype(np.uint16 if self._num_ids <= 2**16 else np.uint32)
         self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._fast.no_padding()
         self._fast.no_truncation()
@@ -55,6 +56,20 @@ class BulkEncoder:
     @property
     def uses_tiktoken(self) -> bool:
         return self._tiktoken is not None
+
+    @cached_property
+    def bytes_of_ids(self) -> np.ndarray:
+        """(num_ids,) int64: the bytes of text that each id stands for; 0 for special tokens.
+
+        Exact for a byte-level BPE; of others, what the id alone is decoded to.
+        """
+        if self._tiktoken is None:
+            texts = self._fast.decode_batch([[id] for id in range(self._num_ids)])
+            return np.array([len(text.encode()) for text in texts])
+        lengths = np.zeros(self._num_ids, np.int64)
+        for token in self._tiktoken.token_byte_values():
+            lengths[self._tiktoken.encode_single_token(token)] = len(token)
+        return lengths
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array (num_tokens,) of `dtype` for each text; lone surrogates become U+FFFD."""

@@ -49,7 +49,9 @@ class ExactStream(IterableDataset):
         num_lanes: places at which the dataset is read side by side. Divides `rows_per_step`, and
             the number of processes must divide it. By default the largest such power of two up to
             64 that divides `rows_per_step`.
-        num_validation_units: units at a dataset's beginning that are kept from training.
+        order, chunk_rows: "file" reads shards of token ids as other projects do; as in a recipe.
+        num_validation_units: units at a dataset's beginning that are kept from training; None is
+            none, but for shards whose names say that they are for validation.
         rank, world_size: by default torch.distributed's, else those of torchrun's environment.
         num_reader_threads, token_cache_dir: as in a recipe.
 
@@ -76,8 +78,10 @@ class ExactStream(IterableDataset):
         data_files: str | list[str] | None = None,
         text_column: str = "text",
         seed: int = 1337,
+        order: str = "shuffled",
+        chunk_rows: int | None = None,
         num_lanes: int | None = None,
-        num_validation_units: int = 0,
+        num_validation_units: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         num_reader_threads: int = 4,
@@ -99,6 +103,8 @@ class ExactStream(IterableDataset):
             "rows_per_step": rows_per_step,
             "num_lanes": num_lanes or min(MOST_LANES, rows_per_step & -rows_per_step),
             "seed": seed,
+            "order": order,
+            "chunk_rows": chunk_rows,
             "num_reader_threads": num_reader_threads,
             "token_cache_dir": token_cache_dir,
         }

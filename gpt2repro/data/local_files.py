@@ -24,6 +24,8 @@ FORMAT_OF_SUFFIX = {
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     **dict.fromkeys((".txt", ".md"), "text"),
 }
+TOKENS = "tokens"  # the format of what is encoded already: shards.py
+TOKEN_SUFFIXES = (".bin", ".npy")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # What `datasets` writes beside data; a name alone asks for them all the same.
 NOT_DATA = {
@@ -68,12 +70,16 @@ def find_local(
         given = [data_files] if isinstance(data_files, str) else data_files
         splits = {"train": [file for each in given for file in _meant(each, base)]}
     elif path.is_dir():
+        if shards := _only_shards(base):
+            return Files(TOKENS, None, shards)
         splits = _splits_of(base, config)
     elif reader:
         raise UserError(f"data_files: say which files the {name!r} reader is to read")
     else:
         return None
     _check_split(split, splits, name)
+    if all(file.suffix in TOKEN_SUFFIXES for file in splits[split]):
+        return Files(TOKENS, None, [str(file) for file in splits[split]])
     formats = {reader or format_of(file): file.name for file in splits[split]}
     if formats.keys() == {None}:
         return _of_another_format(path, config, split, splits[split])
@@ -83,6 +89,14 @@ def find_local(
             "name those of one, such as '*.parquet'"
         )
     return Files(str(*formats), None, [str(file) for file in splits[split]])
+
+
+def _only_shards(directory: Path) -> list[str]:
+    """The files of token ids in a directory that has no other data."""
+    files = sorted(file for file in directory.iterdir() if file.is_file())
+    if any(format_of(file) for file in files if file.name not in NOT_DATA):
+        return []
+    return [str(file) for file in files if file.suffix in TOKEN_SUFFIXES]
 
 
 def files_of(builder: Any, split: str, name: str) -> Files:

@@ -10,12 +10,12 @@ a step's share of a dataset is its weight to within a row.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
 from gpt2repro.data.corpus import Corpus
-from gpt2repro.data.order import LaneState, permutation
-from gpt2repro.data.packing import LaneRows
+from gpt2repro.data.order import LaneState, Position, permutation
 
 # Multiples of the golden ratio's fraction spread evenly over [0, 1) however many are taken.
 GOLDEN = 0x9E3779B9
@@ -76,10 +76,21 @@ class Mixture:
         return self._points[1]
 
 
+class Rows(Protocol):
+    """A lane in one source."""
+
+    @property
+    def position(self) -> Position:
+        """Where its next row begins."""
+
+    def take(self, num_rows: int) -> np.ndarray:
+        """Its next (num_rows, T+1) token ids."""
+
+
 class Lane:
     """A lane in all sources: an endless iterator over its rows of each step and its next state."""
 
-    def __init__(self, parts: list[LaneRows], mixture: Mixture, rows: slice, step: int) -> None:
+    def __init__(self, parts: list[Rows], mixture: Mixture, rows: slice, step: int) -> None:
         self._parts, self._mixture, self._rows = parts, mixture, rows
         self._state = LaneState(step, tuple(part.position for part in parts))
 

@@ -6,9 +6,10 @@ read them is asked in the order of `FORMATS`. A new format is a file of its own 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gpt2repro import UserError
@@ -16,15 +17,25 @@ from gpt2repro.data import demo_corpus
 from gpt2repro.data.content import content_hashes
 from gpt2repro.data.corpus import Corpus, Found, digest, in_a_line
 from gpt2repro.data.dataset import Dataset
-from gpt2repro.data.local_files import FORMAT_OF_SUFFIX, LOCAL, files_of, find_local
+from gpt2repro.data.local_files import (
+    FORMAT_OF_SUFFIX,
+    LOCAL,
+    TOKEN_SUFFIXES,
+    TOKENS,
+    Files,
+    files_of,
+    find_local,
+)
 from gpt2repro.data.mixture import Source
 from gpt2repro.data.other_formats import open_prepared, open_streamed
 from gpt2repro.data.parquet import open_parquet
+from gpt2repro.data.shards import open_shards
 from gpt2repro.system import patience
 from gpt2repro.system.hub import is_hub_id
 
 FORMATS: tuple[Callable[[Found], Corpus | None], ...] = (
     open_parquet,
+    open_shards,
     open_prepared,
     open_streamed,
 )
@@ -86,10 +97,12 @@ def open_corpus(
                 attempt_seconds=patience.LONGEST_QUESTION_SECONDS,
                 if_unreachable=if_unreachable,
             )
-            options = {"path": name, "name": config, "data_files": data_files, "revision": commit}
-            builder = _load_builder(options, name, if_unreachable)
-            files = files_of(builder, split, name)
-            identity |= {"dataset": name, "config": builder.config.name, "revision": commit}
+            identity |= {"dataset": name, "revision": commit}
+            if (files := _shards_on_hub(name, commit, data_files)) is None:
+                options = {"path": name, "name": config, "data_files": data_files}
+                builder = _load_builder(options | {"revision": commit}, name, if_unreachable)
+                files = files_of(builder, split, name)
+                identity["config"] = builder.config.name
         if document and (on_hub or files.format != "text"):
             raise UserError(
                 f"document: {document} is for text files of this machine, and {name} has none: "
@@ -137,7 +150,8 @@ def open_sources(
             )
             corpus = share(dataset.name, opener)
         label = f"datasets[{n}]" if len(datasets) > 1 else "the dataset"
-        units = dataset.num_validation_units or 0
+        units = dataset.num_validation_units
+        units = corpus.num_held_out_units if units is None else units
         sources.append(Source(corpus, units, dataset.exact_weight, dataset.epochs, label))
     return sources
 
@@ -180,6 +194,24 @@ def _commit(name: str, revision: str | None) -> str:
         raise UserError(f"dataset_revision: {name} has no revision {revision!r}") from error
     assert commit
     return commit
+
+
+def _shards_on_hub(name: str, commit: str, data_files: str | list[str] | None) -> Files | None:
+    """Files of token ids, which `datasets` does not know; None unless `data_files` names such."""
+    from huggingface_hub import HfApi
+
+    patterns = [data_files] if isinstance(data_files, str) else data_files or []
+    if not patterns or any(PurePosixPath(p).suffix not in TOKEN_SUFFIXES for p in patterns):
+        return None
+    paths = patience.patiently(
+        lambda: HfApi().list_repo_files(name, revision=commit, repo_type="dataset"),
+        f"list the files of {name} (dataset_name)",
+        attempt_seconds=patience.LONGEST_QUESTION_SECONDS,
+    )
+    meant = sorted(path for path in paths if any(fnmatchcase(path, p) for p in patterns))
+    if not meant:
+        raise UserError(f"data_files: no data files in {name}: {', '.join(patterns)}")
+    return Files(TOKENS, None, [f"hf://datasets/{name}@{commit}/{path}" for path in meant])
 
 
 def _load_builder(options: dict[str, Any], name: str, if_unreachable: str):

@@ -81,6 +81,10 @@ class Plan:
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         return permutation(self._num_training_units * self._num_parts, "units", self.seed, epoch)
 
+    def start(self, lane: int) -> Position:
+        """Where the lane's first row begins."""
+        return Position(0, 0, 0, 0)
+
     def num_pieces(self, lane: int) -> int:
         """How many pieces the lane reads in every epoch; at least one."""
         return len(range(lane, self._num_training_units * self._num_parts, self._num_lanes))

@@ -44,23 +44,23 @@ Result = TypeVar("Result")
 
 def open_parquet(found: Found) -> Corpus | None:
     """Parquet files that can be read by ranges; None for others."""
-    if found.format != "parquet":
-        return None
-    sources: list[Source]
-    identity = found.identity
-    if found.on_hub:
-        pattern = re.compile(
-            r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)", re.DOTALL
-        )
-        places = [match.groupdict() for file in found.files if (match := pattern.fullmatch(file))]
-        if len(places) < len(found.files):
-            return None
-        sources = [*(listed := _hub_sources(places))]
-        identity = identity | {"content": digest([source.content for source in listed])}
-    else:
+    listed = sources_of(found) if found.format == "parquet" else None
+    return listed and ParquetCorpus(listed[0], found.text_column, listed[1])
+
+
+def sources_of(found: Found) -> "tuple[list[Source], dict[str, Any]] | None":
+    """The files, to be read by ranges, and their identity; None where they are no repository's."""
+    if not found.on_hub:
         paths = [Path(file) for file in found.files]
-        sources = [LocalSource(path.name, path, path.stat().st_size) for path in paths]
-    return ParquetCorpus(sources, found.text_column, identity)
+        return [LocalSource(path.name, path, path.stat().st_size) for path in paths], found.identity
+    pattern = re.compile(
+        r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)", re.DOTALL
+    )
+    places = [match.groupdict() for file in found.files if (match := pattern.fullmatch(file))]
+    if len(places) < len(found.files):
+        return None
+    listed = _hub_sources(places)
+    return [*listed], found.identity | {"content": digest([source.content for source in listed])}
 
 
 class Source(Protocol):

@@ -30,14 +30,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gpt2repro import UserError
 from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.file_order import FileOrder, FileRows
 from gpt2repro.data.lanes import check_lanes
-from gpt2repro.data.mixture import Lane, Mixture, Source
+from gpt2repro.data.mixture import Lane, Mixture, Rows, Source
 from gpt2repro.data.order import LaneState, Plan, Position
 from gpt2repro.data.packing import LaneDocuments, LaneRows
 from gpt2repro.data.producer import Producer, StepRows
+from gpt2repro.data.shards import TokenShards
 from gpt2repro.data.units import UnitReader
 
 STATE_VERSION = 2
+ORDERS = ("shuffled", "file", "build-nanogpt")
 
 # The recipe's name of what an identity holds, where the two differ.
 FIELD_OF = {
@@ -91,6 +94,9 @@ class TokenStream:
         rows_per_step: rows of one optimizer step over all processes.
         num_lanes: a multiple of `world_size` that divides `rows_per_step`.
         seed: of every permutation.
+        order: "shuffled"; or "file", "build-nanogpt": one dataset of shards of token ids, in the
+            order of other projects, see file_order.py.
+        chunk_rows: for those; None is `rows_per_step`.
         rank, world_size: which lanes are this process's.
         num_reader_threads: that fetch units ahead, of each source.
         token_cache_dir: keep tokenized units there; later passes and outages read the disk.
@@ -110,6 +116,8 @@ class TokenStream:
         rows_per_step: int,
         num_lanes: int,
         seed: int,
+        order: str = "shuffled",
+        chunk_rows: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         num_reader_threads: int = 4,
@@ -117,6 +125,8 @@ class TokenStream:
     ) -> None:
         assert 0 <= rank < world_size and sequence_length > 0
         check_lanes(num_lanes, rows_per_step=rows_per_step, world_size=world_size)
+        if order not in ORDERS:
+            raise UserError(f"order: {order!r} is none of {', '.join(ORDERS)}")
         for source in sources:
             _check_units(source, num_lanes)
         if all(source.epochs for source in sources):
@@ -129,26 +139,49 @@ class TokenStream:
             "num_lanes": num_lanes,
             "seed": seed,
         }
+        if order != "shuffled":
+            self.identity |= {"order": order, "chunk_rows": chunk_rows or rows_per_step}
         self.wait_seconds = 0.0  # spent in next(), waiting for rows
         self._sources, self._encoder = sources, encoder
-        self._plans = [
-            Plan(
-                source.corpus.num_units,
-                num_lanes=num_lanes,
-                num_validation_units=source.num_validation_units,
-                seed=seed,
-            )
-            for source in sources
-        ]
+        self._plans = [self._plan(source) for source in sources]
         self._mixture = Mixture(sources, rows_per_step=rows_per_step, seed=seed)
         self._reader_options: dict[str, Any] = {
             "num_threads": num_reader_threads,
             "token_cache_dir": token_cache_dir,
         }
-        start = LaneState(0, (Position(0, 0, 0, 0),) * len(sources))
-        self._lanes = dict.fromkeys(range(rank, num_lanes, world_size), start)
+        self._lanes = {
+            lane: LaneState(0, tuple(plan.start(lane) for plan in self._plans))
+            for lane in range(rank, num_lanes, world_size)
+        }
         self._producer: Producer | None = None
         self._finalizer: weakref.finalize | None = None
+
+    def _plan(self, source: Source) -> Plan | FileOrder:
+        has, num_lanes = self.identity, self.identity["num_lanes"]
+        if "order" not in has:
+            return Plan(
+                source.corpus.num_units,
+                num_lanes=num_lanes,
+                num_validation_units=source.num_validation_units,
+                seed=has["seed"],
+            )
+        if len(self._sources) > 1 or not isinstance(source.corpus, TokenShards):
+            raise UserError(
+                f"order: {has['order']} is one of shards of token ids (.bin, .npy), of one dataset"
+            )
+        if source.num_validation_units != source.corpus.num_held_out_units:
+            raise UserError(
+                f"num_validation_units: order: {has['order']} holds out whole shards, by `val` in "
+                "their names, or none; set it to null or 0"
+            )
+        return FileOrder(
+            source.corpus,
+            order=has["order"],
+            sequence_length=has["sequence_length"],
+            rows_per_step=has["rows_per_step"],
+            num_lanes=num_lanes,
+            chunk_rows=has["chunk_rows"],
+        )
 
     @property
     def lanes(self) -> dict[int, LaneState]:
@@ -193,8 +226,11 @@ class TokenStream:
         sequence_length = self.identity["sequence_length"]
         num_rows = self.identity["rows_per_step"] // self.identity["num_lanes"]
 
-        def part(source: int, lane: int, start: Position) -> LaneRows:
-            documents = LaneDocuments(plans[source], readers[source], encoder, lane, start)
+        def part(source: int, lane: int, start: Position) -> Rows:
+            plan = plans[source]
+            if isinstance(plan, FileOrder):
+                return FileRows(plan, lane, start)
+            documents = LaneDocuments(plan, readers[source], encoder, lane, start)
             return LaneRows(documents, sequence_length, start)
 
         def make_lanes() -> dict[int, Lane]:
@@ -314,6 +350,11 @@ def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
 def _check_units(source: Source, num_lanes: int) -> None:
     corpus, num_validation_units = source.corpus, source.num_validation_units
     num_training_units = corpus.num_units - num_validation_units
+    if corpus.num_held_out_units not in (0, num_validation_units):
+        raise UserError(
+            f"num_validation_units: the files of {source.label} say by their names what is held "
+            f"out ({corpus.num_held_out_units} units); set it to null"
+        )
     if num_validation_units < 0 or num_training_units < 1:
         raise UserError(
             f"num_validation_units: {num_validation_units} of {source.label}'s {corpus.num_units} "

@@ -166,6 +166,8 @@ class UnitReader:
             return unit
 
     def _read(self, unit_index: int) -> TextUnit | TokenUnit:
+        if (tokens := self._corpus.read_tokens(unit_index, self._encoder)) is not None:
+            return TokenUnit(*tokens)
         if self._cache and (cached := self._cache.load(unit_index)):
             return cached
         unit = TextUnit(self._corpus.read_arrow(unit_index), self._encoder)

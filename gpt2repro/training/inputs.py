@@ -145,13 +145,8 @@ def open_datasets(
 
 def _units_held_out(recipe: Recipe, given: int | None, corpus: Corpus, rate: float | None) -> int:
     """`num_validation_units`: as given, as a share, or as `units_to_hold_out` says."""
-    if named := corpus.num_held_out_units:
-        if given not in (None, named):
-            raise UserError(
-                "num_validation_units: the dataset's files say by their names what is held out "
-                f"({named} units); set it to null"
-            )
-        return named
+    if given is None and corpus.num_held_out_units:
+        return corpus.num_held_out_units
     if given is not None:
         return given
     if corpus.num_units == 1:
@@ -181,6 +176,8 @@ def open_stream(
         rows_per_step=recipe.rows_per_step,
         num_lanes=recipe.num_lanes,
         seed=recipe.seed,
+        order=recipe.order,
+        chunk_rows=recipe.chunk_rows,
         rank=rank,
         world_size=world_size,
         num_reader_threads=recipe.num_reader_threads,

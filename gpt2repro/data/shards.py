@@ -1,0 +1,166 @@
+"""Shards of token ids, as llm.c, modded-nanogpt, build-nanogpt and `gpt2repro tokenize` write them.
+
+A `.bin` begins with 256 int32 (magic 20240520, version 1, number of tokens), or is bare, as
+nanoGPT's; ids are uint16. A `.npy` is NumPy's array of one dimension. Documents lie one after the
+other, each after an end-of-text token, and a shard may end within one.
+
+A shard whose name says `val` is held out: its units come first. A unit is the documents that begin
+in about a million tokens.
+"""
+
+import io
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from gpt2repro import UserError
+from gpt2repro.data.corpus import Corpus, Found, TokenArrays, digest
+from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.local_files import TOKENS
+from gpt2repro.data.parquet import Source, sources_of
+
+MAGIC, VERSION = 20240520, 1
+HEADER = np.dtype("<i4"), 256
+UNIT_TOKENS = 2**20
+LOOK_AHEAD_TOKENS = 2**14  # for the end of a unit's last document; doubled until it is found
+HELD_OUT = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)
+
+
+class Shard(NamedTuple):
+    """Where the ids of a file lie."""
+
+    source: Source
+    offset: int  # in bytes
+    num_tokens: int
+    dtype: np.dtype
+
+    @property
+    def is_held_out(self) -> bool:
+        return bool(HELD_OUT.search(Path(self.source.name).stem))
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """The ids `begin` to `end`, or to the shard's end."""
+        size, end = self.dtype.itemsize, min(end, self.num_tokens)
+        if begin >= end:
+            return np.zeros(0, self.dtype)
+        content = self.source.read(self.offset + size * begin, size * (end - begin))
+        return np.frombuffer(content, self.dtype)
+
+
+def open_shards(found: Found) -> Corpus | None:
+    """Files of token ids; None for others."""
+    listed = sources_of(found) if found.format == TOKENS else None
+    return listed and TokenShards([_shard(source) for source in listed[0]], listed[1])
+
+
+class TokenShards(Corpus):
+    """Units of documents that are token ids already.
+
+    Attributes:
+        training: the shards that are not held out, in the order of their names.
+    """
+
+    def __init__(self, shards: list[Shard], identity: dict[str, Any]) -> None:
+        held_out = [shard for shard in shards if shard.is_held_out]
+        self.training = [shard for shard in shards if not shard.is_held_out]
+        self._units = [
+            (shard, begin)
+            for shard in held_out + self.training
+            for begin in range(0, shard.num_tokens, UNIT_TOKENS)
+        ]
+        self.num_units = len(self._units)
+        self.num_held_out_units = sum(shard.is_held_out for shard, _ in self._units)
+        self.tokens_per_byte = 1 / shards[0].dtype.itemsize
+        files = digest([[shard.source.name, shard.num_tokens] for shard in shards])
+        self.identity = identity | {"files": files}
+
+    def read_arrow(self, unit_index: int) -> pa.LargeStringArray:
+        raise UserError(f"dataset_name: {self._units[unit_index][0].source.name} holds no text")
+
+    def num_bytes(self, unit_index: int) -> int:
+        """But for what its first and last documents have in other units."""
+        shard, begin = self._units[unit_index]
+        return min(UNIT_TOKENS, shard.num_tokens - begin) * shard.dtype.itemsize
+
+    def read_tokens(self, unit_index: int, encoder: BulkEncoder) -> TokenArrays:
+        shard, begin = self._units[unit_index]
+        ids = shard.read(begin, begin + UNIT_TOKENS)
+        inside, begins = len(ids), np.flatnonzero(ids == encoder.eot_id)
+        if not len(begins) and begin == 0:
+            raise UserError(
+                f"tokenizer_name: the first {inside:,} tokens of {shard.source.name} have no "
+                f"{encoder.eot_id}, with which a text of this tokenizer begins"
+            )
+        if begin == 0 and begins[0]:  # what is left of a document of the shard before
+            begins = np.concatenate([[-1], begins])
+        ahead = LOOK_AHEAD_TOKENS
+        while len(begins):  # until the last of these documents has ended
+            more = shard.read(begin + len(ids), begin + len(ids) + ahead)
+            ends = np.flatnonzero(more == encoder.eot_id)[:1]
+            ids = np.concatenate([ids, more[: ends[0]] if len(ends) else more])
+            if len(ends) or not len(more):
+                break
+            ahead *= 2
+        return _unit(ids, begins, encoder, shard.source.name)
+
+
+def _unit(ids: np.ndarray, begins: np.ndarray, encoder: BulkEncoder, name: str) -> TokenArrays:
+    """The documents of `ids` that begin after an end-of-text token at `begins`."""
+    if len(ids) and ids.max() >= len(encoder.bytes_of_ids):
+        raise UserError(
+            f"tokenizer_name: {name} has the token {ids.max()}, this tokenizer only "
+            f"{len(encoder.bytes_of_ids):,}"
+        )
+    bounds = np.append(begins, len(ids))[: len(begins) + 1]
+    ends = np.cumsum(np.diff(bounds) - 1)
+    ids = ids[bounds[0] + 1 :] if len(begins) else ids[:0]
+    ids = ids[ids != encoder.eot_id].astype(encoder.dtype)
+    num_bytes = np.concatenate([[0], np.cumsum(encoder.bytes_of_ids[ids])])
+    return ids, ends, np.diff(num_bytes[np.concatenate([[0], ends])])
+
+
+def _shard(source: Source) -> Shard:
+    """A file's header, read."""
+    head = source.read(0, min(source.size, 4096))
+    shard = (_npy if Path(source.name).suffix == ".npy" else _bin)(source, head)
+    if not shard.num_tokens:
+        raise UserError(f"dataset_name: {source.name} holds no tokens")
+    if source.size != shard.offset + shard.num_tokens * shard.dtype.itemsize:
+        raise UserError(
+            f"dataset_name: {source.name} should hold {shard.num_tokens:,} tokens, and its size "
+            f"says otherwise: it is cut off, or damaged"
+        )
+    return shard
+
+
+def _npy(source: Source, head: bytes) -> Shard:
+    stream = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+        shape, _, dtype = read(stream)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"dataset_name: {source.name} is no array of NumPy: {error}") from None
+    if len(shape) != 1 or dtype.kind not in "ui":
+        raise UserError(
+            f"dataset_name: {source.name} is an array {shape} of {dtype}, not a row of token ids"
+        )
+    return Shard(source, stream.tell(), shape[0], dtype)
+
+
+def _bin(source: Source, head: bytes) -> Shard:
+    dtype, length = HEADER
+    header = np.frombuffer(head[: len(head) // dtype.itemsize * dtype.itemsize], dtype)[:length]
+    # A header is zeros but for its first numbers. Bare ids are not.
+    if len(header) < length or np.any(header[8:]):
+        return Shard(source, 0, source.size // 2, np.dtype("<u2"))
+    magic, version, num_tokens = map(int, header[:3])
+    if (magic, version) != (MAGIC, VERSION):
+        raise UserError(
+            f"dataset_name: {source.name} has magic {magic} and version {version}; those of "
+            f"GPT-2's token ids are {MAGIC} and {VERSION}"
+        )
+    return Shard(source, header.nbytes, num_tokens, np.dtype("<u2"))
