@@ -15,6 +15,7 @@ VERBS = {
     "generate": ("generate", "continue a prompt"),
     "plots": ("plots", "look inside a run or a model"),
     "push": ("push", "verify an exported model and upload it to the Hub"),
+    "rows": ("rows", "the text of a step's rows, and which steps saw a document"),
     "stream-stats": ("stream_stats", "what the data stream would do, and how fast"),
 }
 

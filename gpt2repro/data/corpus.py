@@ -54,6 +54,10 @@ class Corpus(ABC):
         """
         return None
 
+    def where(self, unit_index: int) -> str:
+        """The unit's place in the dataset, for people."""
+        return f"unit {unit_index}"
+
     def num_documents(self, unit_index: int) -> int | None:
         """How many documents the unit has; None where only reading it would tell."""
         return None

@@ -94,3 +94,11 @@ class Plan:
         number = int(self._order(epoch)[lane + index * self._num_lanes])
         unit, part = divmod(number, self._num_parts)
         return Piece(self._first_unit + unit, part, self._num_parts)
+
+    def places(self, unit_index: int, epoch: int) -> list[tuple[int, int, Piece]]:
+        """Where a unit is read in an epoch: lanes, and numbers and pieces in their order."""
+        unit = unit_index - self._first_unit
+        numbers = range(unit * self._num_parts, (unit + 1) * self._num_parts)
+        found = [int(at) for at in np.flatnonzero(np.isin(self._order(epoch), [*numbers]))]
+        places = [(at % self._num_lanes, at // self._num_lanes) for at in found if unit >= 0]
+        return [(lane, index, self.piece(lane, epoch, index)) for lane, index in places]

@@ -17,10 +17,15 @@ MAX_EMPTY_EPOCHS = 100
 
 
 class Segment(NamedTuple):
-    """A document's tokens, its end-of-text token first, from `position.offset` onwards."""
+    """A document's tokens, its end-of-text token first, from `position.offset` onwards.
+
+    unit, document: which one it is, as the corpus numbers them.
+    """
 
     position: Position
     tokens: np.ndarray
+    unit: int
+    document: int
 
 
 class LaneDocuments:
@@ -60,11 +65,12 @@ class LaneDocuments:
                 raise UserError(
                     f"num_lanes: lane {self._lane} finds no documents; take fewer lanes"
                 )
-            yield from self._segments(unit, order, Position(epoch, index, document, offset))
+            start = Position(epoch, index, document, offset)
+            yield from self._segments(unit, piece.unit_index, order, start)
             document = offset = 0
 
     def _segments(
-        self, unit: TextUnit | TokenUnit, order: np.ndarray, start: Position
+        self, unit: TextUnit | TokenUnit, unit_index: int, order: np.ndarray, start: Position
     ) -> Iterator[Segment]:
         if start.document >= max(len(order), 1):
             raise start.beyond("documents of the piece")
@@ -80,7 +86,7 @@ class LaneDocuments:
                 if offset >= len(tokens):
                     raise start.beyond("document's tokens")
                 position = Position(start.epoch, start.piece, document, offset)
-                yield Segment(position, tokens[offset:])
+                yield Segment(position, tokens[offset:], unit_index, int(order[document]))
         if not asked:
             self._next = self._read_ahead()
 
@@ -112,9 +118,9 @@ class LaneRows:
         drop = stride
         while drop >= len(held[0].tokens):
             drop -= len(held.popleft().tokens)
-        position, tokens = held.popleft()
-        self.position = position._replace(offset=position.offset + drop)
-        held.appendleft(Segment(self.position, tokens[drop:]))
+        rest = held.popleft()
+        self.position = rest.position._replace(offset=rest.position.offset + drop)
+        held.appendleft(rest._replace(position=self.position, tokens=rest.tokens[drop:]))
         self._num_held -= stride
         return rows[:: self._sequence_length]
 

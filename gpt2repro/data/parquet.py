@@ -242,6 +242,10 @@ class ParquetCorpus(Corpus):
         what = f"read row group {row_group} of {source.name}"
         return _whole(source, lambda: _decode(source, column, place), what)
 
+    def where(self, unit_index: int) -> str:
+        file, row_group, *_ = self._units[unit_index].tolist()
+        return f"{Path(self._sources[file].name).name}, row group {row_group}"
+
     def num_documents(self, unit_index: int) -> int:
         return int(self._units[unit_index]["num_rows"])
 

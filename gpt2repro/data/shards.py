@@ -80,6 +80,10 @@ class TokenShards(Corpus):
     def read_arrow(self, unit_index: int) -> pa.LargeStringArray:
         raise UserError(f"dataset_name: {self._units[unit_index][0].source.name} holds no text")
 
+    def where(self, unit_index: int) -> str:
+        shard, begin = self._units[unit_index]
+        return f"{Path(shard.source.name).name}, from token {begin}"
+
     def num_bytes(self, unit_index: int) -> int:
         """But for what its first and last documents have in other units."""
         shard, begin = self._units[unit_index]

@@ -104,6 +104,12 @@ class TokenStream:
     Raises:
         UserError: naming the recipe's field.
 
+    Attributes:
+        sources, encoder: as given.
+        plans, mixture: the order within each source, and which source a row comes from.
+        identity: what decides the rows, as plain JSON values.
+        wait_seconds: spent waiting for rows.
+
     An error of a background thread is raised by the next `next()`.
     """
 
@@ -142,15 +148,15 @@ class TokenStream:
         if order != "shuffled":
             self.identity |= {"order": order, "chunk_rows": chunk_rows or rows_per_step}
         self.wait_seconds = 0.0  # spent in next(), waiting for rows
-        self._sources, self._encoder = sources, encoder
-        self._plans = [self._plan(source) for source in sources]
-        self._mixture = Mixture(sources, rows_per_step=rows_per_step, seed=seed)
+        self.sources, self.encoder = sources, encoder
+        self.plans = [self._plan(source) for source in sources]
+        self.mixture = Mixture(sources, rows_per_step=rows_per_step, seed=seed)
         self._reader_options: dict[str, Any] = {
             "num_threads": num_reader_threads,
             "token_cache_dir": token_cache_dir,
         }
         self._lanes = {
-            lane: LaneState(0, tuple(plan.start(lane) for plan in self._plans))
+            lane: LaneState(0, tuple(plan.start(lane) for plan in self.plans))
             for lane in range(rank, num_lanes, world_size)
         }
         self._producer: Producer | None = None
@@ -165,7 +171,7 @@ class TokenStream:
                 num_validation_units=source.num_validation_units,
                 seed=has["seed"],
             )
-        if len(self._sources) > 1 or not isinstance(source.corpus, TokenShards):
+        if len(self.sources) > 1 or not isinstance(source.corpus, TokenShards):
             raise UserError(
                 f"order: {has['order']} is one of shards of token ids (.bin, .npy), of one dataset"
             )
@@ -218,11 +224,11 @@ class TokenStream:
 
     def _start(self) -> None:
         readers = [
-            UnitReader(source.corpus, self._encoder, **self._reader_options)
-            for source in self._sources
+            UnitReader(source.corpus, self.encoder, **self._reader_options)
+            for source in self.sources
         ]
         # None of what follows may hold the stream itself, which ends the thread when it is dropped.
-        lanes, plans, mixture, encoder = self.lanes, self._plans, self._mixture, self._encoder
+        lanes, plans, mixture, encoder = self.lanes, self.plans, self.mixture, self.encoder
         sequence_length = self.identity["sequence_length"]
         num_rows = self.identity["rows_per_step"] // self.identity["num_lanes"]
 
@@ -258,7 +264,7 @@ class TokenStream:
                 lane.positions[n].epoch + lane.positions[n].piece / plan.num_pieces(number)
                 for number, lane in lanes.items()
             )
-            for n, plan in enumerate(self._plans)
+            for n, plan in enumerate(self.plans)
         ]
         names = [f"/datasets[{n}]" if len(read) > 1 else "" for n in range(len(read))]
         each = zip(names, read, strict=True)
@@ -298,11 +304,11 @@ class TokenStream:
             raise UserError(f"the checkpoint's stream state has version {saved.version}")
         _check_identity(flat(saved.identity), flat(self.identity))
         states = saved.states()
-        whole = all(len(state.positions) == len(self._plans) for state in states)
+        whole = all(len(state.positions) == len(self.plans) for state in states)
         if len(states) != self.identity["num_lanes"] or not whole:
             raise UserError("the checkpoint's stream state is damaged: it has not all lanes")
         for lane in self._lanes:
-            for plan, position in zip(self._plans, states[lane].positions, strict=True):
+            for plan, position in zip(self.plans, states[lane].positions, strict=True):
                 if position.piece >= plan.num_pieces(lane):
                     raise position.beyond(f"pieces of lane {lane}")
         self.close()

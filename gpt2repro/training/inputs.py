@@ -145,7 +145,7 @@ def open_datasets(
 
 def _units_held_out(recipe: Recipe, given: int | None, corpus: Corpus, rate: float | None) -> int:
     """`num_validation_units`: as given, as a share, or as `units_to_hold_out` says."""
-    if given is None and corpus.num_held_out_units:
+    if given is None and (corpus.num_held_out_units or recipe.order != "shuffled"):
         return corpus.num_held_out_units
     if given is not None:
         return given

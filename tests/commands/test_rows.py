@@ -1,0 +1,99 @@
+"""The verb `rows`: a step's text, who saw a document, what a checkpoint has read."""
+
+import json
+import re
+
+import pytest
+from tiny_corpus import documents
+from tiny_run import digests, train, write_inputs
+from tiny_shards import write_bin
+
+from gpt2repro import UserError
+from gpt2repro.commands.rows import main
+from gpt2repro.training import finish
+
+TEXTS = documents(240, max_words=40)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    recipe = write_inputs(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "finish", lambda run: 0)
+        assert train(recipe, directory / "tiny") == 0
+    return directory
+
+
+def shown(capsys, *words) -> str:
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_step_has_the_digest_that_the_run_wrote_from_wherever_it_is_read(run, capsys):
+    recipe, checkpoint = run / "recipe.yaml", run / "tiny" / "checkpoints" / "step_00000008"
+    from_start = shown(capsys, "--recipe", recipe, "--step", 9)
+    assert f"step 9, rows_digest {digests(run / 'tiny')[9]}, 8 rows" in from_start
+    assert shown(capsys, "--checkpoint", checkpoint, "--step", 9) == from_start
+    earlier = shown(capsys, "--checkpoint", checkpoint, "--step", 2)
+    assert f"step 2, rows_digest {digests(run / 'tiny')[2]}" in earlier
+    own = shown(capsys, "--checkpoint", checkpoint, "--row", 5)
+    assert f"step 8, rows_digest {digests(run / 'tiny')[8]}" in own
+    assert re.findall(r"--- row (\d+), lane (\d+)", own) == [("5", "2")]
+    told = re.findall(r"\[document (\d+):(\d+) of 0.parquet, row group \1, .*\]\n(.*)", from_start)
+    assert len(told) >= 8
+    assert all(text in TEXTS[30 * int(unit) + int(number)] for unit, number, text in told)
+
+
+def test_a_document_is_found_by_its_text_its_name_and_its_digest(run, capsys):
+    base = ["--recipe", run / "recipe.yaml"]
+    first = shown(capsys, *base, "--row", 0)
+    name = re.search(r"\[document (\d+:\d+) of .*, tokens 0 to .*, digest ([0-9a-f]{32})\]", first)
+    unit, number = map(int, name[1].split(":"))
+    text = TEXTS[30 * unit + number]
+    found = shown(capsys, *base, "--step", 12, "--find", text)
+    assert f"step 0, lane 0: document {name[1]}" in found and "1 documents: " in found
+    assert shown(capsys, *base, "--step", 12, "--find", name[1]) == found
+    assert shown(capsys, *base, "--step", 12, "--find", name[2]) == found
+    assert main([*map(str, base), "--find", "no text has this"]) == 1
+    assert "no document that is trained on has that" in capsys.readouterr().out
+    held_out = [*map(str, base), "--step", "12", "--find", "0:3"]
+    assert main(held_out) == 1 and "seen 0 times" in capsys.readouterr().out
+
+
+def test_what_a_checkpoint_has_read_can_be_recomputed(run, capsys):
+    """From the recipe alone, without the checkpoint, to the byte."""
+    checkpoint = run / "tiny" / "checkpoints" / "step_00000012"
+    told = shown(capsys, "--checkpoint", checkpoint, "--seen")
+    assert told == shown(capsys, "--recipe", run / "recipe.yaml", "--step", 12, "--seen")
+    seen = json.loads(told)
+    assert seen["step"] == 12 and seen["identity"]["rows_per_step"] == 8
+    assert {entry["lane"] for entry in seen["read"]} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--step", "-1"], "--step: -1 is below 0"),
+        (["--row", "8"], "--row: 8 of 8 rows"),
+        (["--find", "99:0"], "--find: the dataset has no unit 99"),
+        (["--find", "7:99"], "--find: unit 7 has 30 documents"),
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such checkpoint directory"),
+    ],
+)
+def test_bad_options_are_one_line(run, words, message):
+    base = [] if "--checkpoint" in words else ["--recipe", str(run / "recipe.yaml")]
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        main([*base, *words])
+    assert "\n" not in str(raised.value)
+
+
+def test_an_order_of_files_has_no_documents(run, tmp_path):
+    import numpy as np
+
+    write_bin(tmp_path / "a.bin", np.array([0, *range(5, 250)] * 40))
+    words = ["--dataset_name", str(tmp_path), "--order", "file"]
+    with pytest.raises(
+        UserError, match="order: rows are traced to documents in the order shuffled"
+    ):
+        main(["--recipe", str(run / "recipe.yaml"), *words])
