@@ -153,6 +153,9 @@ class Recipe(BaseModel):
     validation_tokens: WholeNumber = knob("tokens of them an evaluation reads", ge=1, le=10**12)
     num_reader_threads: WholeNumber = knob("threads that fetch row groups ahead", ge=1, le=256)
     token_cache_dir: Place | None = knob("keep tokenized row groups here; null keeps none")
+    unit_digests_dir: Place | None = knob(
+        "keep a digest of each row group's text here, and refuse another text; null keeps none"
+    )
 
     # Model
     model_size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = knob(

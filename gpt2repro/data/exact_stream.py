@@ -53,7 +53,7 @@ class ExactStream(IterableDataset):
         num_validation_units: units at a dataset's beginning that are kept from training; None is
             none, but for shards whose names say that they are for validation.
         rank, world_size: by default torch.distributed's, else those of torchrun's environment.
-        num_reader_threads, token_cache_dir: as in a recipe.
+        num_reader_threads, token_cache_dir, unit_digests_dir: as in a recipe.
 
     Attributes:
         step: how many steps were taken, all of their batches.
@@ -86,6 +86,7 @@ class ExactStream(IterableDataset):
         world_size: int | None = None,
         num_reader_threads: int = 4,
         token_cache_dir: str | Path | None = None,
+        unit_digests_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
         files = [data_files] if isinstance(data_files, str) else data_files
@@ -107,6 +108,7 @@ class ExactStream(IterableDataset):
             "chunk_rows": chunk_rows,
             "num_reader_threads": num_reader_threads,
             "token_cache_dir": token_cache_dir,
+            "unit_digests_dir": unit_digests_dir,
         }
         self.step, self.digest = 0, 0
         self._batches: deque[torch.Tensor] = deque()  # what is left of the step that was begun

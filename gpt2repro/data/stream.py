@@ -100,6 +100,7 @@ class TokenStream:
         rank, world_size: which lanes are this process's.
         num_reader_threads: that fetch units ahead, of each source.
         token_cache_dir: keep tokenized units there; later passes and outages read the disk.
+        unit_digests_dir: keep a digest of every unit's text there, and refuse another text.
 
     Raises:
         UserError: naming the recipe's field.
@@ -128,6 +129,7 @@ class TokenStream:
         world_size: int = 1,
         num_reader_threads: int = 4,
         token_cache_dir: str | Path | None = None,
+        unit_digests_dir: str | Path | None = None,
     ) -> None:
         assert 0 <= rank < world_size and sequence_length > 0
         check_lanes(num_lanes, rows_per_step=rows_per_step, world_size=world_size)
@@ -154,6 +156,7 @@ class TokenStream:
         self._reader_options: dict[str, Any] = {
             "num_threads": num_reader_threads,
             "token_cache_dir": token_cache_dir,
+            "unit_digests_dir": unit_digests_dir,
         }
         self._lanes = {
             lane: LaneState(0, tuple(plan.start(lane) for plan in self.plans))

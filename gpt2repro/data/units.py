@@ -19,6 +19,7 @@ import pyarrow as pa
 from gpt2repro import UserError
 from gpt2repro.data.corpus import Corpus, as_bytes
 from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.unit_digests import UnitDigests
 from gpt2repro.system import atomic
 from gpt2repro.system.threads import DaemonPool
 
@@ -134,12 +135,14 @@ class UnitReader:
         *,
         num_threads: int = 4,
         token_cache_dir: str | Path | None = None,
+        unit_digests_dir: str | Path | None = None,
         encode_whole_units: bool = False,
     ) -> None:
         self._corpus, self._encoder = corpus, encoder
         self._cache = (
             TokenCache(Path(token_cache_dir), corpus, encoder) if token_cache_dir else None
         )
+        self._digests = UnitDigests(Path(unit_digests_dir), corpus) if unit_digests_dir else None
         self._encode_whole_units = encode_whole_units
         self._held: weakref.WeakValueDictionary[int, TextUnit | TokenUnit] = (
             weakref.WeakValueDictionary()
@@ -170,7 +173,10 @@ class UnitReader:
             return TokenUnit(*tokens)
         if self._cache and (cached := self._cache.load(unit_index)):
             return cached
-        unit = TextUnit(self._corpus.read_arrow(unit_index), self._encoder)
+        documents = self._corpus.read_arrow(unit_index)
+        if self._digests:
+            self._digests.check(unit_index, documents)
+        unit = TextUnit(documents, self._encoder)
         if not (self._cache or self._encode_whole_units):
             return unit
         encoded = TokenUnit.of(unit, self._encoder.dtype)

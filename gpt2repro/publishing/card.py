@@ -54,6 +54,7 @@ PATH_FIELDS = (
     "data_files",
     "tokenizer_name",
     "token_cache_dir",
+    "unit_digests_dir",
     "eval_task_files",
 )
 ABSOLUTE = re.compile(

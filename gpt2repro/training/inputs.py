@@ -81,8 +81,9 @@ def from_anywhere(recipe: Recipe, sources: Sequence[Source] | None = None) -> di
     fields = ("tokenizer_name", "init_from")
     found: dict[str, Any] = {field: _absolute(getattr(recipe, field)) for field in fields}
     found["output_dir"] = str(recipe.run_dir.absolute())
-    if recipe.token_cache_dir:
-        found["token_cache_dir"] = str(Path(recipe.token_cache_dir).absolute())
+    for field in ("token_cache_dir", "unit_digests_dir"):
+        if directory := getattr(recipe, field):
+            found[field] = str(Path(directory).absolute())
     if recipe.eval_task_files:
         entries = (entry.partition("=") for entry in recipe.eval_task_files)
         found["eval_task_files"] = [f"{task}={Path(file).absolute()}" for task, _, file in entries]
@@ -182,6 +183,7 @@ def open_stream(
         world_size=world_size,
         num_reader_threads=recipe.num_reader_threads,
         token_cache_dir=recipe.token_cache_dir,
+        unit_digests_dir=recipe.unit_digests_dir,
     )
 
 

@@ -1,0 +1,74 @@
+"""Digests of units: recorded once, compared on later passes, by any number of processes."""
+
+import pyarrow as pa
+import pytest
+from tiny_corpus import ByteEncoder, documents, in_units
+from tiny_streams import OPTIONS, MemoryCorpus, run, stream_of
+
+from gpt2repro import UserError
+from gpt2repro.data.unit_digests import digest_of
+
+TEXTS = documents(120)
+
+
+def streams(directory, texts=TEXTS, world_size=1, state=None, **options):
+    made = [
+        stream_of(
+            MemoryCorpus(in_units(texts, 10)),
+            ByteEncoder(),
+            **OPTIONS | options,
+            unit_digests_dir=directory,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    for stream in made:
+        if state:
+            stream.load_state_dict(state)
+    return made
+
+
+def test_a_later_pass_reads_the_same_text(tmp_path):
+    theirs, _, _ = run(streams(None), 60)
+    digests, _, state = run(streams(tmp_path, world_size=2), 60)
+    assert digests == theirs
+    [file] = tmp_path.iterdir()
+    units = {line.split()[0] for line in file.read_text().splitlines()}
+    assert units == {*map(str, range(2, 12))}, "all that are trained on"
+    size = file.stat().st_size
+    run(streams(tmp_path, state=state), 60)
+    assert file.stat().st_size == size
+
+
+def test_another_text_is_refused_in_a_line(tmp_path):
+    run(streams(tmp_path), 60)
+    changed = [*TEXTS[:57], TEXTS[57].replace("the", "teh", 1), *TEXTS[58:]]
+    assert changed != TEXTS
+    with pytest.raises(UserError, match="unit 5 holds another text than when it was first") as told:
+        run(streams(tmp_path, changed), 60)
+    assert "\n" not in str(told.value)
+
+
+def test_a_damaged_record_is_made_again(tmp_path):
+    run(streams(tmp_path), 60)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(b"2 00ff\n\xff\xfe junk\n3 " + b"0" * 10)  # the last line was cut off
+    run(streams(tmp_path), 60)
+    assert b"\n5 " in file.read_bytes()
+
+
+def test_a_directory_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="unit_digests_dir: cannot use"):
+        run(streams(tmp_path / "file"), 1)
+
+
+def test_a_digest_is_of_the_documents_and_not_of_how_they_lie_in_memory():
+    texts = ["a", "", None, "bc" * 9, "naïve"]
+    whole = digest_of(pa.array(texts, pa.large_string()))
+    part = pa.array(["before", *texts, "after"], pa.large_string())[1:6]
+    assert digest_of(part) == whole
+    assert digest_of(pa.array(["a", "", "", *texts[3:]], pa.large_string())) == whole
+    others = [[*texts[:3], "b", "c" + "bc" * 8, "naïve"], [*texts, ""], texts[::-1], []]
+    assert len({whole, *(digest_of(pa.array(t, pa.large_string())) for t in others)}) == 5
