@@ -71,7 +71,7 @@ def _measure(
     corpus = sources[0].corpus
     stream = inputs.open_stream(recipe, sources, encoder, 0, num_processes)
     training = range(sources[0].num_validation_units, corpus.num_units)
-    num_bytes = size.stored_bytes(corpus, training)
+    num_bytes = corpus.total_bytes(training)
     epoch_tokens = size.estimate_tokens(corpus, training, sources[0].tokens_per_byte)
     run_tokens = recipe.batch_tokens * recipe.num_steps if recipe.num_steps else None
     first, rate = _time_stream(stream, recipe.batch_tokens // num_processes, seconds)

@@ -7,7 +7,7 @@ documents of another format (other_formats.py). No reader has state: reads are r
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +65,19 @@ class Corpus(ABC):
     def num_bytes(self, unit_index: int) -> int | None:
         """What reading the unit moves, compressed; None where unknown."""
         return None
+
+    def total_documents(self, units: range) -> int | None:
+        """`num_documents` of consecutive units in all."""
+        return _total(map(self.num_documents, units))
+
+    def total_bytes(self, units: range) -> int | None:
+        """`num_bytes` of consecutive units in all."""
+        return _total(map(self.num_bytes, units))
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    known = [*counts]
+    return None if None in known else sum(filter(None, known))
 
 
 def as_bytes(document: pa.LargeStringScalar) -> bytes:

@@ -252,6 +252,12 @@ class ParquetCorpus(Corpus):
     def num_bytes(self, unit_index: int) -> int:
         return int(self._units[unit_index]["length"])
 
+    def total_documents(self, units: range) -> int:
+        return int(self._units["num_rows"][units.start : units.stop].sum(dtype=np.int64))
+
+    def total_bytes(self, units: range) -> int:
+        return int(self._units["length"][units.start : units.stop].sum(dtype=np.int64))
+
 
 def _decode(source: Source, column: Column, place: list[int]) -> pa.LargeStringArray:
     """A unit's documents, their bytes counted as they come: a little file may hold much.

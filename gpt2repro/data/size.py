@@ -36,15 +36,9 @@ def tokens_per_byte(corpus: Corpus, encoder: BulkEncoder) -> float | None:
     return num_tokens / num_bytes if num_bytes else None
 
 
-def stored_bytes(corpus: Corpus, units: range) -> int | None:
-    """What reading the units moves, compressed."""
-    sizes = [corpus.num_bytes(unit_index) for unit_index in units]
-    return None if None in sizes else sum(filter(None, sizes))
-
-
 def estimate_tokens(corpus: Corpus, units: range, rate: float | None) -> int | None:
     """Tokens of the units, at `tokens_per_byte`."""
-    num_bytes = stored_bytes(corpus, units)
+    num_bytes = corpus.total_bytes(units)
     return None if num_bytes is None or rate is None else round(rate * num_bytes)
 
 
@@ -61,8 +55,8 @@ def in_words(corpus: Corpus, units: range, num_tokens: int | None) -> str:
     """`900 documents, about 1.1 M tokens`, as far as it is known."""
     if not units:
         return "nothing"
-    counts = [corpus.num_documents(unit_index) for unit_index in units]
-    parts = [] if None in counts else [count_of(sum(filter(None, counts)), "document")]
+    num_documents = corpus.total_documents(units)
+    parts = [] if num_documents is None else [count_of(num_documents, "document")]
     if num_tokens is not None:  # an estimate, to two digits
         rounded = num_tokens if num_tokens >= 10**6 else int(float(f"{num_tokens:.2g}"))
         parts.append(f"about {in_short(rounded)} tokens")
