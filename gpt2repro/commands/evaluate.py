@@ -11,6 +11,7 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -71,7 +72,8 @@ def _parse(argv: list[str]) -> Namespace:
     add = parser.add_argument
     add("--model", type=named, required=True, help="directory or Hub id of a causal language model")
     add("--baseline", type=named, help="a second model; the table shows both and the difference")
-    add("--tasks", default="hellaswag,lambada", help=f"of {','.join(TASKS)}; commas between")
+    known = f"of {','.join(TASKS)}, and lm-evaluation-harness' names; commas between"
+    add("--tasks", default="hellaswag,lambada", help=known)
     add("--limit", type=int, help="score the first N rows of each task only")
     add("--batch_size", type=int, default=16, help="rows of one forward on one process")
     add("--max_length", type=int, help="context in tokens; default: the model's positions")
@@ -91,6 +93,9 @@ def _parse(argv: list[str]) -> Namespace:
     how = parser.add_argument_group("conventions")
     how.add_argument("--hellaswag_convention", choices=CONVENTIONS, default="both")
     how.add_argument("--wikitext2_stride", type=int, help="tokens; default: the whole context")
+    theirs = parser.add_argument_group("tasks of lm-evaluation-harness, with gpt2repro[eval]")
+    theirs.add_argument("--num_fewshot", type=int, help="default: each task's own number")
+    theirs.add_argument("--tasks_dir", type=named, help="a directory of more task files (YAML)")
     val = parser.add_argument_group("held-out text of --tasks val")
     val.add_argument("--dataset_name", type=named, default="HuggingFaceFW/fineweb-edu")
     val.add_argument("--dataset_config", help="default: sample-10BT for FineWeb-Edu")
@@ -113,16 +118,27 @@ def _parse(argv: list[str]) -> Namespace:
 
 def _check(arguments: Namespace) -> None:
     arguments.tasks = list(dict.fromkeys(filter(None, arguments.tasks.split(","))))
-    unknown = [task for task in arguments.tasks if task not in TASKS]
-    if unknown or not arguments.tasks:
-        raise UserError(f"--tasks: {unknown or 'none'}; there are {', '.join(TASKS)}")
+    if not arguments.tasks:
+        raise UserError(f"--tasks: none; there are {', '.join(TASKS)}, and those of the harness")
+    others = [task for task in arguments.tasks if task not in TASKS]
+    if others and not find_spec("lm_eval"):
+        raise UserError(
+            f"--tasks: {', '.join(others)}: there are {', '.join(TASKS)}; the tasks of "
+            "lm-evaluation-harness need `pip install 'gpt2repro[eval]'`"
+        )
+    if arguments.tasks_dir and not Path(arguments.tasks_dir).is_dir():
+        raise UserError(f"--tasks_dir {arguments.tasks_dir}: no such directory")
+    fewshot = arguments.num_fewshot
+    if fewshot is not None and fewshot < 0:
+        raise UserError(f"--num_fewshot {fewshot}: must be at least 0")
     if "val" in arguments.tasks and arguments.num_validation_units is None:
         raise UserError(
             "--num_validation_units: say how many the run held out of "
             f"{arguments.dataset_name}; its recipe.yaml has the number"
         )
     for name, value in vars(arguments).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+        counts = isinstance(value, int) and not isinstance(value, bool)
+        if counts and value < 1 and name != "num_fewshot":
             raise UserError(f"--{name} {value}: must be at least 1")
 
 
@@ -182,7 +198,7 @@ def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["T
             getattr(arguments, f"{name}_file"), arguments.limit
         )
         for name in arguments.tasks
-        if name != "val"
+        if name in benchmarks.BENCHMARKS
     }
     corpus = _open_corpus(arguments) if "val" in arguments.tasks else None
     shortest = min(loaded.max_length for loaded in models)
@@ -200,6 +216,8 @@ def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["T
         if name == "val":
             assert corpus is not None
             return [benchmarks.checked(_validation(corpus, loaded, sequence_length, arguments))]
+        if name not in rows:
+            return _tasks_of_the_harness(name, loaded, arguments)
         return benchmarks.tasks_of(
             benchmarks.BENCHMARKS[name],
             rows[name],
@@ -209,6 +227,20 @@ def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["T
         )
 
     return [[task for name in arguments.tasks for task in tasks(name, loaded)] for loaded in models]
+
+
+def _tasks_of_the_harness(name: str, loaded: Loaded, arguments: Namespace) -> list["Task"]:
+    from gpt2repro.evaluation import benchmarks, lm_eval_tasks
+
+    tasks = lm_eval_tasks.open_lm_eval_tasks(
+        [name],
+        loaded.tokenizer,
+        max_length=loaded.max_length,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        tasks_dir=arguments.tasks_dir,
+    )
+    return [benchmarks.checked(task) for task in tasks]
 
 
 def _validation(

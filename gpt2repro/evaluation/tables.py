@@ -123,5 +123,7 @@ def report(name: str, results: list[TaskResult]) -> dict[str, Any]:
 
 def _dataset_of(task: Task) -> dict[str, str] | None:
     """Where the task's rows are on the Hub, for a model card; None for held-out text."""
+    if task.dataset is not None:
+        return task.dataset
     benchmark = BENCHMARKS.get(task.name.partition("/")[0])
     return {"name": benchmark.dataset, "title": benchmark.title} if benchmark else None

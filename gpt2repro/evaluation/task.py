@@ -36,9 +36,10 @@ class Task:
     name: str
     prefix: str
     asked: str  # what one request stands for, in messages
+    dataset: dict[str, str] | None = None  # name and title, where no `Benchmark` has them
     note = ""  # what else a reader of the figures must know
 
-    def __init__(self, rows: Iterable[Row | MalformedRow], tokenizer, *, max_length: int) -> None:
+    def __init__(self, rows: Iterable[Any], tokenizer, *, max_length: int) -> None:
         self.max_length = max_length
         self.skipped: dict[int, str] = {}
         self.rows: list[int] = []

@@ -182,7 +182,8 @@ def test_published_figures_are_a_column_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--tasks", "hellaswag,piqa"], "--tasks"),
+        (["--tasks", "hellaswag,nothing", "--tasks_dir", "/nowhere"], "--tasks_dir"),
+        (["--num_fewshot", "-1"], "--num_fewshot -1"),
         (["--tasks", ","], "--tasks"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--max_length", "1000"], "--max_length"),
@@ -237,3 +238,36 @@ def test_recipe_and_command_know_every_benchmark_and_convention():
     """They repeat names, so that `--help` and refusals need not import the benchmarks."""
     assert [*get_args(Benchmark)] == [*BENCHMARKS]
     assert evaluate.CONVENTIONS["both"] == [*BENCHMARKS["hellaswag"].conventions]
+
+
+def test_a_task_of_the_harness_stands_beside_ours(saved, tmp_path, monkeypatch, capsys):
+    """In one table, with errors and a paired difference; its data by its own file."""
+    pytest.importorskip("lm_eval", reason="lm_eval, of the test extra, is not installed")
+    rows = [json.loads(line) for line in LAMBADA.read_text().splitlines()]
+    task = {
+        "task": "last_words",
+        "output_type": "loglikelihood",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(LAMBADA)}},
+        "test_split": "test",
+        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+        "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        ],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "last_words.yaml").write_text(json.dumps(task))
+    options = ["--tasks", "lambada,last_words", "--tasks_dir", str(tmp_path / "tasks")]
+    found = evaluated(tmp_path, "--model", saved(0), "--baseline", saved(1), *options)
+    results = found["results"]
+    for metric in ("acc", "perplexity"):  # the same rows and prompts, by the two ways
+        assert results[f"last_words/{metric}"] == pytest.approx(results[f"lambada/{metric}"])
+    assert found["tasks"]["last_words"]["num_scored"] == len(rows)
+    assert "last_words/acc" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"--tasks: last_words: .* `pip install 'gpt2repro\[eval\]'"
+    ):
+        evaluate.main(["--model", saved(0), *options])
