@@ -36,7 +36,7 @@ from pydantic import (
 )
 
 from gpt2repro import UserError
-from gpt2repro.data.dataset import Dataset, Place, Text
+from gpt2repro.data.dataset import Dataset, Place, Text, held_out_of
 from gpt2repro.data.lanes import check_lanes, divisors
 from gpt2repro.system.command_line import place, underscored
 
@@ -263,9 +263,7 @@ class Recipe(BaseModel):
     def all_datasets(self) -> list[Dataset]:
         """What the run reads: `datasets`, or the one that the fields `dataset_...` name."""
         if self.datasets is not None:
-            units = {"num_validation_units": self.num_validation_units}
-            every = [(each, each.num_validation_units is None) for each in self.datasets]
-            return [each.model_copy(update=units) if bare else each for each, bare in every]
+            return [held_out_of(each, self.num_validation_units) for each in self.datasets]
         assert self.dataset_name is not None
         return [
             Dataset(
@@ -354,7 +352,12 @@ REPLACES = {
 }
 FORMER_NAMES = {"hellaswag_every": "eval_tasks_every"}  # what earlier recipes call a field
 # What means nothing for another dataset: a layer that names one begins without.
-OF_A_DATASET = ("dataset_config", "dataset_revision", "num_validation_units")
+OF_A_DATASET = ("dataset_config", "dataset_revision", "data_files", "num_validation_units")
+# What an entry of `datasets` says for itself.
+OF_AN_ENTRY = (
+    *("dataset_config", "dataset_split", "dataset_revision"),
+    *("data_files", "text_column", "document"),
+)
 TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}  # entries of eval_task_files
 
 
@@ -538,10 +541,11 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
     for one, others in REPLACES.items():
         if layer.get(one) not in (None, "null"):
             layer |= {other: None for other in others if other not in layer}
-    if below and layer.get("dataset_name", below["dataset_name"]) != below["dataset_name"]:
+    changed = {key for key in ("dataset_name", "datasets") if key in layer and below}
+    if any(layer[key] != below[key] for key in changed):
         layer = dict.fromkeys(OF_A_DATASET) | layer
     try:
-        return Recipe(**(below | layer)).model_dump()
+        values = Recipe(**(below | layer)).model_dump()
     except ValidationError as error:
         nested = [each for each in error.errors() if "datasets" in each["loc"][:-1]]
         reasons = {
@@ -561,6 +565,11 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
                 ]
             )
         ) from None
+    lost = [key for key in OF_AN_ENTRY if values["datasets"] and key in layer]
+    if lost := [key for key in lost if values[key] not in (None, below.get(key))]:
+        field = lost[0].removeprefix("dataset_")
+        raise UserError(f"{prefix}{lost[0]}: of several datasets each entry has its own {field}")
+    return values
 
 
 def _path(location: Sequence[int | str]) -> str:
@@ -663,6 +672,8 @@ def _check_consistency(recipe: Recipe) -> None:
         raise UserError("set exactly one of dataset_name and datasets (the other to null)")
     if recipe.datasets and recipe.num_epochs:
         raise UserError("num_epochs: each of several datasets has epochs of its own; set num_steps")
+    if recipe.order == "shuffled" and recipe.chunk_rows:
+        raise UserError("chunk_rows is for order: file and build-nanogpt; set it to null")
     if recipe.num_validation_units is not None and recipe.validation_fraction is not None:
         raise UserError("set one of num_validation_units and validation_fraction, not both")
     if recipe.batch_tokens % recipe.sequence_length:

@@ -68,7 +68,7 @@ def test_a_run_stops_and_goes_on_and_another_loop_has_its_rows(
     assert theirs == [*digests(tmp_path / "whole").values()]
 
     card = model_card(name="mixed", recipe=saved)
-    assert "0.5 of the tokens from" in card and "1 epochs of it" in card
+    assert "corpus, weight 0.5," in card and "for 1 epochs" in card
 
 
 def test_the_held_out_text_is_of_those_that_hold_some_out(recipe, tmp_path, monkeypatch):
@@ -115,6 +115,16 @@ def test_one_dataset_or_several(recipe, tmp_path):
         (None, None),
         ("e", None),
     ]
+    other = load_recipe(["--recipe", str(recipe), "--datasets", typed])
+    assert [each.num_validation_units for each in other.all_datasets] == [None, None]
+    for words in (["--text_column", "body"], ["--data_files", "a.jsonl"], ["--document", "line"]):
+        with pytest.raises(UserError, match=f"{words[0]}: of several datasets each entry has its"):
+            load_recipe(["--recipe", str(recipe), *words])
+    typed = '[{name: a/b, weight: 1e-1, data_files: "a.jsonl,b.jsonl"}]'
+    [one] = load_recipe(["--recipe", "demo", "--datasets", typed]).all_datasets
+    assert (one.weight, one.data_files) == (0.1, ["a.jsonl", "b.jsonl"])
+    with pytest.raises(UserError, match="chunk_rows is for order: file"):
+        load_recipe(["--recipe", "demo", "--chunk_rows", "2"])
     given = yaml.safe_load(recipe.read_text()) | {"dataset_name": "a/b"}
     recipe.write_text(yaml.safe_dump(given))
     for words in (["--recipe", str(recipe)], ["--dataset_name", "null"]):

@@ -31,7 +31,7 @@ MOST_FOUND = 1000  # documents that --find looks out for
 def main(argv: list[str]) -> int:
     """Print rows or sightings; exit status 1 if --find finds nothing."""
     options, state, recipe = _parse(argv)
-    reader = Reader(recipe)
+    reader = Reader(recipe, is_decided=state is not None)
     try:
         begin = state["step"] if state is not None else 0
         step = begin if options.step is None else options.step
@@ -63,6 +63,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None, 
     parser.add_argument("--checkpoint", type=path, help="directory of a checkpoint of the run")
     parser.add_argument("--seen", action="store_true", help="what was read until there, as JSON")
     options, rest = parser.parse_known_args(argv)
+    if options.find and (options.seen or options.row is not None):
+        raise UserError("--find: leave --row and --seen out; it looks at all rows")
     for name in ("step", "row"):
         if (getattr(options, name) or 0) < 0:
             raise UserError(f"--{name}: {getattr(options, name)} is below 0")
@@ -83,13 +85,16 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None, 
 class Reader:
     """The stream of a recipe, with its rows as text."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, is_decided: bool) -> None:
+        """`is_decided`: the recipe is a run's, and says how many units are held out."""
         from gpt2repro.data.encoder import BulkEncoder
         from gpt2repro.training import inputs
 
         self.tokenizer = inputs.open_tokenizer(recipe)
         encoder = BulkEncoder(self.tokenizer)
-        self.sources = inputs.open_datasets(recipe, encoder, recipe.model_dump())
+        self.sources = inputs.open_datasets(
+            recipe, None if is_decided else encoder, recipe.model_dump()
+        )
         self.stream: TokenStream = inputs.open_stream(recipe, self.sources, encoder, 0, 1)
         self.texts = lru_cache(maxsize=16)(self._texts)
 
@@ -171,6 +176,8 @@ def _places(reader: Reader, wanted: str) -> "dict[Place, int]":
         *source, unit, document = map(int, wanted.split(":"))
         place = Place(source[0] if source else 0, unit, document)
         in_source = place.source < len(reader.sources)
+        if in_source and unit < reader.sources[place.source].num_validation_units:
+            raise UserError(f"--find: unit {unit} is held out: no step trains on it")
         if not in_source or unit >= reader.sources[place.source].corpus.num_units:
             raise UserError(f"--find: the dataset has no unit {wanted.rpartition(':')[0]}")
         size = len(reader.texts(place.source, unit))

@@ -1,16 +1,28 @@
 """How a dataset is named: in a recipe's `datasets`, and by the recipe's own fields of one."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gpt2repro import UserError
 from gpt2repro.system.command_line import place
 
 Text = Annotated[str, Field(strict=True, min_length=1, pattern=r"^[^\x00]+$")]
 Place = Annotated[Text, AfterValidator(place)]
+
+
+def _split_at_commas(value: Any) -> Any:
+    return [item for item in value.split(",") if item] if isinstance(value, str) else value
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-1 as text."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value  # which is refused
 
 
 class Dataset(BaseModel):
@@ -27,10 +39,12 @@ class Dataset(BaseModel):
     config: Text | None = None
     split: Text = "train"
     revision: Text | None = None
-    data_files: list[Place] | None = None
+    data_files: Annotated[list[Place], BeforeValidator(_split_at_commas)] | None = None
     text_column: Text = "text"
     document: Literal["file", "line"] | None = None
-    weight: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1e9, allow_inf_nan=False)] = (
+        1.0
+    )
     epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     num_validation_units: Annotated[int, Field(ge=0, le=10**9)] | None = None
 
@@ -50,8 +64,19 @@ def named(fields: Mapping[str, Any]) -> Dataset:
     Raises:
         UserError: one line for all that is wrong with them.
     """
+    if not isinstance(fields, Mapping):
+        raise UserError(
+            f"datasets: {fields!r} is no mapping such as {{'name': ..., 'weight': ...}}"
+        )
     try:
-        return Dataset.model_validate(dict(fields))
+        return Dataset.model_validate({**fields, "name": str(fields.get("name", ""))})
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise UserError(f"datasets: {'; '.join(wrong)}") from None
+
+
+def held_out_of(dataset: Dataset, num_validation_units: int | None) -> Dataset:
+    """The dataset with this number, if it has none of its own."""
+    if dataset.num_validation_units is not None:
+        return dataset
+    return dataset.model_copy(update={"num_validation_units": num_validation_units})

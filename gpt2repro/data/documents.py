@@ -37,6 +37,7 @@ def count_epoch_tokens(
     world_size: int = 1,
     num_reader_threads: int = 4,
     token_cache_dir: str | Path | None = None,
+    unit_digests_dir: str | Path | None = None,
     on_unit: Callable[[int], object] | None = None,
 ) -> int:
     """How many tokens one epoch has, end-of-text tokens included, by reading all of it.
@@ -50,6 +51,7 @@ def count_epoch_tokens(
         encoder,
         num_threads=num_reader_threads,
         token_cache_dir=token_cache_dir,
+        unit_digests_dir=unit_digests_dir,
         encode_whole_units=True,
     )
     try:

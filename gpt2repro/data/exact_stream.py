@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gpt2repro import UserError
-from gpt2repro.data.dataset import named
+from gpt2repro.data.dataset import held_out_of, named
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.opening import open_sources
 from gpt2repro.data.order import LaneState
@@ -39,8 +39,8 @@ class ExactStream(IterableDataset):
     Args:
         dataset_name: a dataset of the Hub, a directory, a file; or a mixture, as a list of what a
             recipe's `datasets` has: [{"name": ..., "weight": 0.7, "epochs": None}, ...].
-        config, split, revision, data_files, text_column: as `open_corpus` has them; for one
-            dataset.
+        config, split, revision, data_files, text_column, document: as `open_corpus` has them; for
+            one dataset, each of several has its own.
         tokenizer: a fast tokenizer, or the name of one.
         sequence_length: T.
         rows_per_step: of one optimizer step, over all processes. What a step has depends on this
@@ -77,6 +77,7 @@ class ExactStream(IterableDataset):
         revision: str | None = None,
         data_files: str | list[str] | None = None,
         text_column: str = "text",
+        document: str | None = None,
         seed: int = 1337,
         order: str = "shuffled",
         chunk_rows: int | None = None,
@@ -91,10 +92,11 @@ class ExactStream(IterableDataset):
         super().__init__()
         files = [data_files] if isinstance(data_files, str) else data_files
         one = {"config": config, "split": split, "revision": revision, "data_files": files}
-        one |= {"name": str(dataset_name), "text_column": text_column}
+        one |= {"name": str(dataset_name), "text_column": text_column, "document": document}
         mixture = [one] if isinstance(dataset_name, str | Path) else dataset_name
-        units = {"num_validation_units": num_validation_units}
-        self._sources = open_sources([named(units | {**each}) for each in mixture])
+        self._sources = open_sources(
+            [held_out_of(named(each), num_validation_units) for each in mixture]
+        )
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(str(tokenizer))
         self._encoder = BulkEncoder(tokenizer)
@@ -191,7 +193,7 @@ class ExactStream(IterableDataset):
             UserError: it is damaged, or of another dataset, tokenizer, order; names what differs.
         """
         try:
-            step, stream = int(state["step"]), state["stream"]
+            step, stream = int(state["step"]), dict(state["stream"])
         except (KeyError, TypeError, ValueError):
             raise UserError("the stream's state is damaged: it is no `state_dict`") from None
         self.stream.load_state_dict({"step": step} | stream)

@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt2repro import UserError
 from gpt2repro.data.order import Position
-from gpt2repro.data.shards import TokenShards
+from gpt2repro.data.shards import TokenShards, check_ids
 
 BLOCK_TOKENS = 2**19  # of a shard, read at once for all lanes
 
@@ -48,6 +48,7 @@ class FileOrder:
         rows_per_step: int,
         num_lanes: int,
         chunk_rows: int,
+        num_ids: int,
     ) -> None:
         rows_of_lane = rows_per_step // num_lanes
         if order == "file":
@@ -61,6 +62,7 @@ class FileOrder:
                     f"num_lanes) that divides num_lanes, {num_lanes}"
                 )
         self.sequence_length, self._shards = sequence_length, corpus.training
+        self._num_ids = num_ids
         self._chunk_rows, self._rows_of_lane = chunk_rows, rows_of_lane
         self._rows_of_turn = chunk_rows // self._num_readers
         self._rows_of_step = rows_per_step // self._num_readers
@@ -109,7 +111,9 @@ class FileOrder:
         return Run(shard, first, self._rows_of_turn - place, position)
 
     def _read_block(self, shard: int, number: int) -> np.ndarray:
-        return self._shards[shard].read(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
+        ids = self._shards[shard].read(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
+        check_ids(ids, self._num_ids, self._shards[shard].source.name)
+        return ids
 
     def rows(self, shard: int, first: int, count: int) -> np.ndarray:
         """(count, T+1) token ids: consecutive rows of a shard."""

@@ -38,6 +38,7 @@ def validation_set(
     max_tokens: int | None = None,
     num_reader_threads: int = 4,
     token_cache_dir: str | Path | None = None,
+    unit_digests_dir: str | Path | None = None,
 ) -> ValidationSet:
     """The first `num_units` units as one stream of documents, cut into rows of T+1.
 
@@ -55,6 +56,7 @@ def validation_set(
         encoder,
         num_threads=num_reader_threads,
         token_cache_dir=token_cache_dir,
+        unit_digests_dir=unit_digests_dir,
         encode_whole_units=num_ahead > 1,
     )
     end_of_text = np.array([encoder.eot_id], dtype=encoder.dtype)

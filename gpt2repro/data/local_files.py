@@ -71,6 +71,7 @@ def find_local(
         splits = {"train": [file for each in given for file in _meant(each, base)]}
     elif path.is_dir():
         if shards := _only_shards(base):
+            _check_split(split, {"train": shards}, name)
             return Files(TOKENS, None, shards)
         splits = _splits_of(base, config)
     elif reader:
@@ -78,7 +79,7 @@ def find_local(
     else:
         return None
     _check_split(split, splits, name)
-    if all(file.suffix in TOKEN_SUFFIXES for file in splits[split]):
+    if all(file.suffix.lower() in TOKEN_SUFFIXES for file in splits[split]):
         return Files(TOKENS, None, [str(file) for file in splits[split]])
     formats = {reader or format_of(file): file.name for file in splits[split]}
     if formats.keys() == {None}:
@@ -94,9 +95,10 @@ def find_local(
 def _only_shards(directory: Path) -> list[str]:
     """The files of token ids in a directory that has no other data."""
     files = sorted(file for file in directory.iterdir() if file.is_file())
-    if any(format_of(file) for file in files if file.name not in NOT_DATA):
+    beside = (".md", ".json")  # a card, a manifest
+    if any(format_of(file) for file in files if file.suffix.lower() not in beside):
         return []
-    return [str(file) for file in files if file.suffix in TOKEN_SUFFIXES]
+    return [str(file) for file in files if file.suffix.lower() in TOKEN_SUFFIXES]
 
 
 def files_of(builder: Any, split: str, name: str) -> Files:

@@ -20,6 +20,7 @@ from gpt2repro.data.order import LaneState, Position, permutation
 # Multiples of the golden ratio's fraction spread evenly over [0, 1) however many are taken.
 GOLDEN = 0x9E3779B9
 ONE = 2**32
+THE_DATASET = "the dataset"  # the label of the only one
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Source:
         weight: of its tokens, in proportion to the other sources' weights.
         epochs: passes over it, after which the others have its share, in proportion to theirs;
             None repeats it as long as the stream is read. A row that begins in the last of them is
-            the last, and a lane looks before each step.
+            a lane's last.
         label: what messages call it.
         tokens_per_byte: of its text as stored, about; see size.py.
     """
@@ -40,7 +41,7 @@ class Source:
     num_validation_units: int = 0
     weight: Fraction = Fraction(1)
     epochs: int | None = None
-    label: str = "the dataset"
+    label: str = THE_DATASET
     tokens_per_byte: float | None = None
 
     def goes_on(self, lane: LaneState, index: int) -> bool:
@@ -87,18 +88,56 @@ class Rows(Protocol):
         """Its next (num_rows, T+1) token ids."""
 
 
-class Lane:
-    """A lane in all sources: an endless iterator over its rows of each step and its next state."""
+@dataclass(frozen=True)
+class Ended:
+    """A lane in a source of which it has no rows left."""
 
-    def __init__(self, parts: list[Rows], mixture: Mixture, rows: slice, step: int) -> None:
-        self._parts, self._mixture, self._rows = parts, mixture, rows
-        self._state = LaneState(step, tuple(part.position for part in parts))
+    position: Position
+
+    def take(self, num_rows: int) -> np.ndarray:
+        raise AssertionError("no row is taken from a source that has ended")
+
+
+class Lane:
+    """A lane in all sources: an endless iterator over its rows of each step and its next state.
+
+    Attributes:
+        chosen: (rows,) the sources of the rows of the last step.
+    """
+
+    def __init__(
+        self, parts: list[Rows], sources: Sequence[Source], mixture: Mixture, rows: slice, step: int
+    ) -> None:
+        self._parts, self._sources, self._mixture, self._rows = parts, sources, mixture, rows
+        self._step, self.chosen = step, np.zeros(0, np.int64)
+
+    @property
+    def _state(self) -> LaneState:
+        return LaneState(self._step, tuple(part.position for part in self._parts))
 
     def __next__(self) -> tuple[np.ndarray, LaneState]:
         """(rows, T+1) token ids, and where the lane goes on after them."""
-        chosen = self._mixture.choose(self._state, self._rows)
-        taken = {int(n): self._parts[n].take(int(sum(chosen == n))) for n in np.unique(chosen)}
-        rows = np.concatenate([*taken.values()])[np.argsort(np.argsort(chosen, kind="stable"))]
-        positions = tuple(part.position for part in self._parts)
-        self._state = LaneState(self._state.step + 1, positions)
-        return rows, self._state
+        parts, state = self._parts, self._state
+        ending = [n for n, s in enumerate(self._sources) if s.epochs and s.goes_on(state, n)]
+        if ending:  # one of them may end with any row
+            slots = range(self._rows.start, self._rows.stop)
+            taken = [self._take_one(slice(slot, slot + 1)) for slot in slots]
+            self.chosen = np.concatenate([chosen for chosen, _ in taken])
+            rows = np.concatenate([row for _, row in taken])
+        else:
+            self.chosen = self._mixture.choose(state, self._rows)
+            numbers, counts = np.unique(self.chosen, return_counts=True)
+            of_sources = [parts[n].take(k) for n, k in zip(numbers, counts.tolist(), strict=True)]
+            # They come source by source; back to the order of the step.
+            order = np.argsort(np.argsort(self.chosen, kind="stable"))
+            rows = np.concatenate(of_sources)[order]
+        self._step += 1
+        state = self._state
+        for n in ending:
+            if not self._sources[n].goes_on(state, n):
+                parts[n] = Ended(parts[n].position)  # what it has read ahead goes
+        return rows, state
+
+    def _take_one(self, slot: slice) -> tuple[np.ndarray, np.ndarray]:
+        chosen = self._mixture.choose(self._state, slot)
+        return chosen, self._parts[int(chosen[0])].take(1)

@@ -26,7 +26,7 @@ from gpt2repro.data.local_files import (
     files_of,
     find_local,
 )
-from gpt2repro.data.mixture import Source
+from gpt2repro.data.mixture import THE_DATASET, Source
 from gpt2repro.data.other_formats import open_prepared, open_streamed
 from gpt2repro.data.parquet import open_parquet
 from gpt2repro.data.shards import open_shards
@@ -98,7 +98,10 @@ def open_corpus(
                 if_unreachable=if_unreachable,
             )
             identity |= {"dataset": name, "revision": commit}
-            if (files := _shards_on_hub(name, commit, data_files)) is None:
+            files = _shards_on_hub(name, commit, data_files)
+            if files is not None and split != "train":
+                raise UserError(f"dataset_split: shards of token ids have no split {split!r}")
+            if files is None:
                 options = {"path": name, "name": config, "data_files": data_files}
                 builder = _load_builder(options | {"revision": commit}, name, if_unreachable)
                 files = files_of(builder, split, name)
@@ -135,8 +138,8 @@ def open_sources(
     """
     sources: list[Source] = []
     for dataset, pinned in zip_longest(datasets, revisions[: len(datasets)]):
-        n = len(sources)
-        with _about(f"datasets[{n}]: " if len(datasets) > 1 else ""):
+        label = f"datasets[{len(sources)}]" if len(datasets) > 1 else THE_DATASET
+        with about(label):
             opener = partial(
                 open_corpus,
                 dataset.name,
@@ -149,7 +152,6 @@ def open_sources(
                 if_unreachable=if_unreachable,
             )
             corpus = share(dataset.name, opener)
-        label = f"datasets[{n}]" if len(datasets) > 1 else "the dataset"
         units = dataset.num_validation_units
         units = corpus.num_held_out_units if units is None else units
         sources.append(Source(corpus, units, dataset.exact_weight, dataset.epochs, label))
@@ -157,11 +159,14 @@ def open_sources(
 
 
 @contextmanager
-def _about(which: str) -> Iterator[None]:
+def about(label: str) -> Iterator[None]:
+    """Errors inside say which of several datasets they are about."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{which}{error}") from error
+        if label == THE_DATASET:
+            raise
+        raise UserError(f"{label}: {error}") from error
 
 
 def _commit(name: str, revision: str | None) -> str:

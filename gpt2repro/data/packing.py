@@ -106,13 +106,16 @@ class LaneRows:
         self._num_held = 0
         self.position = position
 
+    def _hold(self, num_rows: int) -> deque[Segment]:
+        """The segments of the next rows, and of one token more: the last row's last target."""
+        while self._num_held <= num_rows * self._sequence_length:
+            self._held.append(next(self._segments))
+            self._num_held += len(self._held[-1].tokens)
+        return self._held
+
     def take(self, num_rows: int) -> np.ndarray:
         """The next (num_rows, T+1) token ids."""
-        stride = num_rows * self._sequence_length
-        held = self._held
-        while self._num_held <= stride:  # one more than the stride: the last row's last target
-            held.append(next(self._segments))
-            self._num_held += len(held[-1].tokens)
+        stride, held = num_rows * self._sequence_length, self._hold(num_rows)
         flat = np.concatenate([segment.tokens for segment in held])[: stride + 1]
         rows = np.lib.stride_tricks.sliding_window_view(flat, self._sequence_length + 1)
         drop = stride

@@ -60,7 +60,7 @@ class TokenShards(Corpus):
     """Units of documents that are token ids already.
 
     Attributes:
-        training: the shards that are not held out, in the order of their names.
+        training: the shards that are not held out.
     """
 
     def __init__(self, shards: list[Shard], identity: dict[str, Any]) -> None:
@@ -111,14 +111,23 @@ class TokenShards(Corpus):
         return _unit(ids, begins, encoder, shard.source.name)
 
 
+def check_ids(ids: np.ndarray, num_ids: int, name: str) -> None:
+    """Refuse what is no token of the tokenizer.
+
+    Raises:
+        UserError: naming one, and the file.
+    """
+    if len(ids) and (ids.max() >= num_ids or ids.min() < 0):
+        wrong = ids.max() if ids.max() >= num_ids else ids.min()
+        raise UserError(
+            f"tokenizer_name: {name} has the token {wrong}, this tokenizer only {num_ids:,}"
+        )
+
+
 def _unit(ids: np.ndarray, begins: np.ndarray, encoder: BulkEncoder, name: str) -> TokenArrays:
     """The documents of `ids` that begin after an end-of-text token at `begins`."""
-    if len(ids) and ids.max() >= len(encoder.bytes_of_ids):
-        raise UserError(
-            f"tokenizer_name: {name} has the token {ids.max()}, this tokenizer only "
-            f"{len(encoder.bytes_of_ids):,}"
-        )
-    bounds = np.append(begins, len(ids))[: len(begins) + 1]
+    check_ids(ids, len(encoder.bytes_of_ids), name)
+    bounds = np.append(begins, len(ids))
     ends = np.cumsum(np.diff(bounds) - 1)
     ids = ids[bounds[0] + 1 :] if len(begins) else ids[:0]
     ids = ids[ids != encoder.eot_id].astype(encoder.dtype)
@@ -129,7 +138,7 @@ def _unit(ids: np.ndarray, begins: np.ndarray, encoder: BulkEncoder, name: str) 
 def _shard(source: Source) -> Shard:
     """A file's header, read."""
     head = source.read(0, min(source.size, 4096))
-    shard = (_npy if Path(source.name).suffix == ".npy" else _bin)(source, head)
+    shard = (_npy if Path(source.name).suffix.lower() == ".npy" else _bin)(source, head)
     if not shard.num_tokens:
         raise UserError(f"dataset_name: {source.name} holds no tokens")
     if source.size != shard.offset + shard.num_tokens * shard.dtype.itemsize:

@@ -32,7 +32,7 @@ from gpt2repro import UserError
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.file_order import FileOrder, FileRows
 from gpt2repro.data.lanes import check_lanes
-from gpt2repro.data.mixture import Lane, Mixture, Rows, Source
+from gpt2repro.data.mixture import Ended, Lane, Mixture, Rows, Source
 from gpt2repro.data.order import LaneState, Plan, Position
 from gpt2repro.data.packing import LaneDocuments, LaneRows
 from gpt2repro.data.producer import Producer, StepRows
@@ -137,6 +137,8 @@ class TokenStream:
             raise UserError(f"order: {order!r} is none of {', '.join(ORDERS)}")
         for source in sources:
             _check_units(source, num_lanes)
+        if not sources:
+            raise UserError("datasets: there is none")
         if all(source.epochs for source in sources):
             raise UserError("datasets: each of them ends (epochs); leave one without, that goes on")
         self.identity: dict[str, Any] = {
@@ -190,6 +192,7 @@ class TokenStream:
             rows_per_step=has["rows_per_step"],
             num_lanes=num_lanes,
             chunk_rows=has["chunk_rows"],
+            num_ids=len(self.encoder.bytes_of_ids),
         )
 
     @property
@@ -231,12 +234,15 @@ class TokenStream:
             for source in self.sources
         ]
         # None of what follows may hold the stream itself, which ends the thread when it is dropped.
-        lanes, plans, mixture, encoder = self.lanes, self.plans, self.mixture, self.encoder
+        lanes, plans, sources = self.lanes, self.plans, self.sources
+        mixture, encoder = self.mixture, self.encoder
         sequence_length = self.identity["sequence_length"]
         num_rows = self.identity["rows_per_step"] // self.identity["num_lanes"]
 
-        def part(source: int, lane: int, start: Position) -> Rows:
-            plan = plans[source]
+        def part(source: int, lane: int, state: LaneState) -> Rows:
+            plan, start = plans[source], state.positions[source]
+            if not sources[source].goes_on(state, source):
+                return Ended(start)
             if isinstance(plan, FileOrder):
                 return FileRows(plan, lane, start)
             documents = LaneDocuments(plan, readers[source], encoder, lane, start)
@@ -244,12 +250,12 @@ class TokenStream:
 
         def make_lanes() -> dict[int, Lane]:
             parts = {
-                lane: [part(n, lane, position) for n, position in enumerate(state.positions)]
+                lane: [part(n, lane, state) for n in range(len(plans))]
                 for lane, state in lanes.items()
             }
             rows = {lane: slice(lane * num_rows, (lane + 1) * num_rows) for lane in lanes}
             return {
-                lane: Lane(parts[lane], mixture, rows[lane], state.step)
+                lane: Lane(parts[lane], sources, mixture, rows[lane], state.step)
                 for lane, state in lanes.items()
             }
 
@@ -347,12 +353,14 @@ def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse another stream than the one that was saved."""
     for name in [*current, *saved]:
         then, now = saved.get(name), current.get(name)
-        place, dot, field = name.rpartition(".")
+        place, _, field = name.rpartition(".")
+        shown = FIELD_OF.get(field, field)
+        if place:  # of a mixture, whose entries have no `dataset_` before their fields
+            shown = f"{shown.removeprefix('dataset_')} of {place}"
         if then != now and (field, then) != ("content", None):  # from before it was hashed
             raise UserError(
-                f"cannot resume the data stream: {place}{dot}{FIELD_OF.get(field, field)} was "
-                f"{then!r} in the checkpoint and is {now!r} now: set it back, or give another "
-                "exp_name to start a new run"
+                f"cannot resume the data stream: {shown} was {then!r} in the checkpoint and is "
+                f"{now!r} now: set it back, or give another exp_name to start a new run"
             )
 
 

@@ -1,5 +1,6 @@
 """From rows back to documents: what a step's rows hold, and which steps saw a document."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -7,8 +8,9 @@ import numpy as np
 
 from gpt2repro import UserError
 from gpt2repro.data.file_order import FileOrder
+from gpt2repro.data.mixture import Lane
 from gpt2repro.data.order import LaneState, Plan, Position
-from gpt2repro.data.packing import LaneDocuments
+from gpt2repro.data.packing import LaneDocuments, LaneRows, Segment
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.data.units import UnitReader
 
@@ -34,26 +36,55 @@ class TracedRow(NamedTuple):
     stretches: list[Stretch]
 
 
+class _TracedRows(LaneRows):
+    """A lane in one source, that remembers what its rows hold."""
+
+    def __init__(self, lane: int, source: int, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._lane, self._source = lane, source
+        self.rows: deque[TracedRow] = deque()
+
+    def take(self, num_rows: int) -> np.ndarray:
+        held = [*self._hold(num_rows)]
+        rows = super().take(num_rows)
+        for number, row in enumerate(rows):
+            stretches = _stretches(held, number * self._sequence_length, len(row))
+            self.rows.append(TracedRow(self._lane, self._source, row, stretches))
+        return rows
+
+
+def _stretches(segments: list[Segment], begin: int, length: int) -> list[Stretch]:
+    """`length` tokens from `begin` on."""
+    parts, at = [], 0
+    for segment in segments:
+        first, last = max(begin - at, 0), min(begin + length - at, len(segment.tokens))
+        if first < last:
+            number = segment.position.offset + first
+            tokens = segment.tokens[first:last]
+            parts.append(Stretch(segment.document, segment.unit, number, tokens))
+        at += len(segment.tokens)
+    return parts
+
+
 def trace(stream: TokenStream, lanes: Mapping[int, LaneState]) -> Iterator[TracedRow]:
     """The rows that `lanes` give next, in the order of `StepRows.tokens`; reads their units."""
     num_rows = stream.identity["rows_per_step"] // stream.identity["num_lanes"]
-    length = stream.identity["sequence_length"]
+    length, encoder = stream.identity["sequence_length"], stream.encoder
     plans = _plans_of_documents(stream)
-    readers = [UnitReader(source.corpus, stream.encoder) for source in stream.sources]
+    readers = [UnitReader(source.corpus, encoder) for source in stream.sources]
+
+    def part(lane: int, n: int, start: Position) -> _TracedRows:
+        documents = LaneDocuments(plans[n], readers[n], encoder, lane, start)
+        return _TracedRows(lane, n, documents, length, start)
+
     try:
         for lane, state in lanes.items():
-            chosen = stream.mixture.choose(state, slice(lane * num_rows, (lane + 1) * num_rows))
-            rows = []
-            for n, (plan, reader) in enumerate(zip(plans, readers, strict=True)):
-                start = state.positions[n]
-                if count_of := int(np.sum(chosen == n)):
-                    documents = LaneDocuments(plan, reader, stream.encoder, lane, start)
-                    flat = _stretches(documents, start, count_of * length + 1)
-                    rows.append([_row(lane, n, flat, k * length, length) for k in range(count_of)])
-                else:
-                    rows.append([])
-            for n in chosen:
-                yield rows[n].pop(0)
+            parts = [part(lane, n, start) for n, start in enumerate(state.positions)]
+            slots = slice(lane * num_rows, (lane + 1) * num_rows)
+            rows = Lane([*parts], stream.sources, stream.mixture, slots, state.step)
+            next(rows)
+            for n in rows.chosen.tolist():
+                yield parts[n].rows.popleft()
     finally:
         for reader in readers:
             reader.close()
@@ -64,30 +95,6 @@ def _plans_of_documents(stream: TokenStream) -> list[Plan]:
     if len(plans) < len(stream.plans):
         raise UserError("order: rows are traced to documents in the order shuffled only")
     return plans
-
-
-def _stretches(documents: LaneDocuments, start: Position, num_tokens: int) -> list[Stretch]:
-    """The lane's documents from `start` on, as many as have `num_tokens`."""
-    found: list[Stretch] = []
-    for segment in documents:
-        first = segment.position.offset
-        found.append(Stretch(segment.document, segment.unit, first, segment.tokens))
-        num_tokens -= len(segment.tokens)
-        if num_tokens <= 0:
-            break
-    return found
-
-
-def _row(lane: int, source: int, flat: list[Stretch], begin: int, length: int) -> TracedRow:
-    """The T+1 tokens from `begin` on of the documents of `flat`."""
-    parts, at = [], 0
-    for stretch in flat:
-        first, last = max(begin - at, 0), min(begin + length + 1 - at, len(stretch.tokens))
-        if first < last:
-            tokens = stretch.tokens[first:last]
-            parts.append(stretch._replace(first_token=stretch.first_token + first, tokens=tokens))
-        at += len(stretch.tokens)
-    return TracedRow(lane, source, np.concatenate([part.tokens for part in parts]), parts)
 
 
 class Place(NamedTuple):

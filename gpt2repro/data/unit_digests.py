@@ -19,24 +19,38 @@ from gpt2repro.data.corpus import Corpus, digest
 
 logger = logging.getLogger(__name__)
 
-# What may differ while the units are the same: a listing's hashes are checked by themselves.
-NOT_THE_UNITS = ("content",)
+LINE = re.compile(rb"^(\d+) ([0-9a-f]{32})$", re.MULTILINE)
 
 
 class UnitDigests:
     """The digests of a dataset's units in a directory, recorded and compared."""
 
     def __init__(self, directory: Path, corpus: Corpus) -> None:
-        identity = {k: v for k, v in corpus.identity.items() if k not in NOT_THE_UNITS}
-        self._corpus, self._lock = corpus, threading.Lock()
+        # What the Hub lists for a commit is no part of its name: it is among what may change.
+        of_hub = {"content"} if corpus.identity.get("revision") else set()
+        identity = {k: v for k, v in corpus.identity.items() if k not in of_hub}
+        self._corpus, self._lock, self._writable = corpus, threading.Lock(), True
         self._path = directory / f"{digest(sorted(identity.items()))}.units"
+        self._known: dict[int, str] = {}
+        self._num_read = 0  # bytes of the file
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            content = self._path.read_bytes() if self._path.exists() else b""
+            with self._path.open("ab+", buffering=0) as file:
+                if file.tell() and not self._path.read_bytes().endswith(b"\n"):
+                    file.write(b"\n")  # after a line that was cut off
+            self._read_on()
         except OSError as error:
             raise UserError(f"unit_digests_dir: cannot use {directory}: {error}") from error
-        lines = re.findall(rb"^(\d+) ([0-9a-f]{32})$", content, re.MULTILINE)
-        self._known = {int(unit): found.decode() for unit, found in lines}
+
+    def _read_on(self) -> None:
+        """What was appended since, by any process; of a unit the first line counts."""
+        with self._path.open("rb") as file:
+            file.seek(self._num_read)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._num_read += len(whole)
+        for unit, found in LINE.findall(whole):
+            self._known.setdefault(int(unit), found.decode())
 
     def check(self, unit_index: int, documents: pa.LargeStringArray) -> None:
         """Record what the unit holds, or compare it with what it held.
@@ -46,23 +60,28 @@ class UnitDigests:
         """
         found = digest_of(documents)
         with self._lock:
-            known = self._known.get(unit_index)
-            if known is None:
-                self._known[unit_index] = found
-                self._append(f"{unit_index} {found}\n")
-        if known not in (None, found):
+            known = self._known.get(unit_index) or self._record(unit_index, found)
+        if known != found:
             raise UserError(
                 f"dataset_name: {self._corpus.where(unit_index)} holds another text than when it "
-                f"was first read ({found}, not {known}, as {self._path} has it)"
+                f"was first read ({found}, not {known}, as {self._path} has it); if it is meant "
+                "to, give another unit_digests_dir"
             )
 
-    def _append(self, line: str) -> None:
-        """A full disk costs the record, not the run."""
+    def _record(self, unit_index: int, found: str) -> str:
+        """What is known of a unit now. A full disk costs the record, not the run."""
+        if not self._writable:
+            return found
         try:
-            with self._path.open("ab", buffering=0) as file:
-                file.write(line.encode())
+            self._read_on()
+            if unit_index not in self._known:
+                with self._path.open("ab", buffering=0) as file:
+                    file.write(f"{unit_index} {found}\n".encode())
+                self._read_on()
         except OSError as error:
-            logger.warning("unit_digests_dir: cannot write (%s)", error)
+            self._writable = False
+            logger.warning("unit_digests_dir: cannot write (%s); going on without", error)
+        return self._known.get(unit_index, found)
 
 
 def digest_of(documents: pa.LargeStringArray) -> str:

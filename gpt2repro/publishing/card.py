@@ -280,15 +280,14 @@ def _described(dataset: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]]
     files, units = dataset["data_files"], dataset["num_validation_units"]
     share = dataset.get("weight", 1) / sum(each.get("weight", 1) for each in datasets)
     parts = [
-        f"{share:.3g} of the tokens from {dataset['name']}"
-        if len(datasets) > 1
-        else dataset["name"],
+        dataset["name"],
+        f"weight {share:.3g}" if len(datasets) > 1 else None,
         dataset["config"],
         f"files {', '.join(files)}" if files else None,
         f"split {dataset['split']}",
         f"revision {dataset['revision']}" if dataset["revision"] else None,
         f"the first {units} row groups held out" if units else None,
-        f"{dataset['epochs']} epochs of it" if dataset.get("epochs") else None,
+        f"for {dataset['epochs']} epochs" if dataset.get("epochs") else None,
     ]
     return _cell(", ".join(filter(None, parts)))
 

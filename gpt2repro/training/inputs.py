@@ -4,6 +4,7 @@ The verbs that speak of a recipe (`doctor`, `stream-stats`) open the same things
 they check is what the run will use.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.held_out import ValidationSet, together_held_out, validation_set
 from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
 from gpt2repro.data.mixture import Source
-from gpt2repro.data.opening import is_local, open_sources
+from gpt2repro.data.opening import about, is_local, open_sources
 from gpt2repro.data.size import tokens_per_byte, units_to_hold_out
 from gpt2repro.data.stream import TokenStream, flat
 from gpt2repro.data.tokenizer import load_tokenizer
@@ -31,6 +32,9 @@ from gpt2repro.records.run_directory import Start
 from gpt2repro.system import ranks
 from gpt2repro.training.progress import phase
 
+logger = logging.getLogger(__name__)
+
+LARGE_SHARE = 0.25  # of the text, held out: worth a line
 OFFLINE_ADVICE = "; --recipe recipes/demo.yaml trains without a network"
 
 
@@ -126,12 +130,16 @@ def open_datasets(
     Of the commits that `saved`, the recipe of a resumed run, has pinned, and with its decisions.
     Without an encoder nobody knows how many tokens a unit has.
     """
-    before = (saved or {}).get("datasets") or [
-        {"revision": (saved or {}).get("dataset_revision"), **(saved or {})}
+    datasets, saved = recipe.all_datasets, saved or {}
+    one = {"name": saved.get("dataset_name"), "revision": saved.get("dataset_revision")}
+    before = saved.get("datasets") or [{**saved, **one}]
+    names = [(each.name, _absolute(each.name)) for each in datasets]
+    before = [
+        each if each.get("name") in own else {} for each, own in zip(before, names, strict=False)
     ]
     pinned = [each.get("revision") for each in before]
-    datasets = recipe.all_datasets
     found = open_sources(datasets, pinned, OFFLINE_ADVICE, _for_all_ranks)
+    total = sum(source.weight for source in found)
     sources = []
     for dataset, source, then in zip_longest(datasets, found, before[: len(datasets)]):
         corpus = source.corpus
@@ -139,14 +147,23 @@ def open_datasets(
         given = dataset.num_validation_units
         if given is None and recipe.validation_fraction is None and then:
             given = then.get("num_validation_units")
-        held_out = _units_held_out(recipe, given, corpus, rate)
+        num_tokens = int(recipe.validation_tokens * source.weight / total)
+        with about(source.label):
+            held_out = _units_held_out(recipe, given, corpus, num_tokens, rate)
         sources.append(replace(source, num_validation_units=held_out, tokens_per_byte=rate))
     return sources
 
 
-def _units_held_out(recipe: Recipe, given: int | None, corpus: Corpus, rate: float | None) -> int:
-    """`num_validation_units`: as given, as a share, or as `units_to_hold_out` says."""
+def _units_held_out(
+    recipe: Recipe, given: int | None, corpus: Corpus, num_tokens: int, rate: float | None
+) -> int:
+    """`num_validation_units`: as given, as a share, or as many as have about `num_tokens`."""
     if given is None and (corpus.num_held_out_units or recipe.order != "shuffled"):
+        if recipe.validation_fraction is not None:
+            raise UserError(
+                "validation_fraction: what is held out of these shards their names say; set it to "
+                "null"
+            )
         return corpus.num_held_out_units
     if given is not None:
         return given
@@ -157,7 +174,15 @@ def _units_held_out(recipe: Recipe, given: int | None, corpus: Corpus, rate: flo
         )
     if recipe.validation_fraction is not None:
         return max(1, round(recipe.validation_fraction * corpus.num_units))
-    return units_to_hold_out(corpus, recipe.validation_tokens, rate)
+    found = units_to_hold_out(corpus, num_tokens, rate)
+    held_out, every = (corpus.total_bytes(range(n)) for n in (found, corpus.num_units))
+    if held_out and every and held_out > LARGE_SHARE * every:
+        logger.warning(
+            "num_validation_units: the first %d units are held out and have %.0f %% of the text: "
+            "set it to 0, or let a smaller text come first",
+            *(found, 100 * held_out / every),
+        )
+    return found
 
 
 def _for_all_ranks(name: str, open_corpus: Callable[[], Corpus]) -> Corpus:
@@ -193,20 +218,21 @@ def _open_validation(
     """Held-out rows of every dataset that holds some out, as many as its weight has it."""
     held_out = [source for source in sources if source.num_validation_units]
     total = sum(source.weight for source in held_out)
-    parts = [
-        validation_set(
-            source.corpus,
-            encoder,
-            sequence_length=recipe.sequence_length,
-            num_units=source.num_validation_units,
-            max_tokens=max(
-                recipe.sequence_length, int(recipe.validation_tokens * source.weight / total)
-            ),
-            num_reader_threads=recipe.num_reader_threads,
-            token_cache_dir=recipe.token_cache_dir,
-        )
-        for source in held_out
-    ]
+    parts = []
+    for source in held_out:
+        num_tokens = int(recipe.validation_tokens * source.weight / total)
+        with about(source.label):
+            part = validation_set(
+                source.corpus,
+                encoder,
+                sequence_length=recipe.sequence_length,
+                num_units=source.num_validation_units,
+                max_tokens=max(recipe.sequence_length, num_tokens),
+                num_reader_threads=recipe.num_reader_threads,
+                token_cache_dir=recipe.token_cache_dir,
+                unit_digests_dir=recipe.unit_digests_dir,
+            )
+        parts.append(part)
     return together_held_out(parts) if parts else None
 
 
@@ -258,6 +284,7 @@ def _steps_of_epochs(recipe: Recipe, source: Source, encoder: BulkEncoder) -> in
             world_size=world_size,
             num_reader_threads=recipe.num_reader_threads,
             token_cache_dir=recipe.token_cache_dir,
+            unit_digests_dir=recipe.unit_digests_dir,
             on_unit=on_unit,
         )
     steps = sum(ranks.gather(counted)) * recipe.num_epochs // recipe.batch_tokens

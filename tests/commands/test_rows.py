@@ -57,8 +57,6 @@ def test_a_document_is_found_by_its_text_its_name_and_its_digest(run, capsys):
     assert shown(capsys, *base, "--step", 12, "--find", name[2]) == found
     assert main([*map(str, base), "--find", "no text has this"]) == 1
     assert "no document that is trained on has that" in capsys.readouterr().out
-    held_out = [*map(str, base), "--step", "12", "--find", "0:3"]
-    assert main(held_out) == 1 and "seen 0 times" in capsys.readouterr().out
 
 
 def test_what_a_checkpoint_has_read_can_be_recomputed(run, capsys):
@@ -76,6 +74,8 @@ def test_what_a_checkpoint_has_read_can_be_recomputed(run, capsys):
     [
         (["--step", "-1"], "--step: -1 is below 0"),
         (["--row", "8"], "--row: 8 of 8 rows"),
+        (["--find", "0:3"], "--find: unit 0 is held out"),
+        (["--find", "a", "--row", "1"], "--find: leave --row and --seen out"),
         (["--find", "99:0"], "--find: the dataset has no unit 99"),
         (["--find", "7:99"], "--find: unit 7 has 30 documents"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such checkpoint directory"),

@@ -150,6 +150,24 @@ def test_a_mistake_is_one_line_that_names_the_argument(make, options, named):
         make(**options)
 
 
+def test_a_mixture_is_named_as_in_a_recipe(inputs, make):
+    """Null takes the argument's number; paths are names; what is no entry is told."""
+    two = [{"name": inputs / "corpus", "num_validation_units": None, "weight": 3}]
+    two += [{"name": str(inputs / "corpus"), "num_validation_units": 3}]
+    options = {"tokenizer": str(inputs / "tokenizer"), "sequence_length": T, "rows_per_step": ROWS}
+    stream = ExactStream(two, **options, num_validation_units=2)
+    datasets = stream.stream.identity["datasets"]
+    assert [each["num_validation_units"] for each in datasets] == [2, 3]
+    assert [each["weight"] for each in datasets] == ["3/4", "1/4"]
+    next(iter(stream))
+    stream.close()
+    for wrong, message in ((["a"], "'a' is no mapping"), ([], "datasets: there is none")):
+        with pytest.raises(UserError, match=message):
+            ExactStream(wrong, **options)
+    with pytest.raises(UserError, match="the stream's state is damaged"):
+        make().load_state_dict({"step": 1, "stream": None})
+
+
 def test_a_state_of_another_stream_is_refused(make):
     _, state = steps([make()], 1)
     with pytest.raises(UserError, match="seed was 7 in the checkpoint and is 8 now"):

@@ -121,6 +121,21 @@ def test_which_source_a_row_comes_from_is_fixed_for_ever():
     ]
 
 
+def test_a_small_source_gives_its_rows_and_no_more():
+    """Also where it is read many times over within one step."""
+    small = Source(MemoryCorpus([["s" * 40] * 3]), 0, Fraction(1), 2)
+    large = Source(MemoryCorpus(in_units(["l" * 50] * 200, 10)))
+    options = {"sequence_length": 8, "rows_per_step": 64, "num_lanes": 1, "seed": 1}
+    [stream] = [TokenStream([small, large], ByteEncoder(), **options)]
+    _, _, state = run([stream], 1)
+    # Two epochs of 3 * 41 tokens, in rows that begin in them.
+    assert state["lanes"][0][0][0] == 2
+    rows = next(iter([TokenStream([small, large], ByteEncoder(), **options)]))
+    tokens = next(rows).tokens
+    rows.close()
+    assert int((tokens[:, 1:-1] == ord("s")).any(dim=1).sum()) == -(-2 * 3 * 41 // 8)
+
+
 def test_each_source_reads_as_if_it_were_alone(whole):
     """The rows of a source are a prefix of those of a stream of it alone."""
     mixed = {row for rows in whole[1] for row in rows if chr(max(set(row) - {256})) == "a"}
@@ -132,9 +147,9 @@ def test_each_source_reads_as_if_it_were_alone(whole):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": (1, 1, 1)}, r"datasets\[0\].weight was '3/5' .* is '1/3' now"),
-        ({"epochs": (None, 3, None)}, r"datasets\[1\].epochs was 2 in the checkpoint and is 3"),
-        ({"num_validation_units": 2}, r"datasets\[0\].num_validation_units was 1"),
+        ({"weights": (1, 1, 1)}, r"weight of datasets\[0\] was '3/5' .* is '1/3' now"),
+        ({"epochs": (None, 3, None)}, r"epochs of datasets\[1\] was 2 in the checkpoint and is 3"),
+        ({"num_validation_units": 2}, r"num_validation_units of datasets\[0\] was 1"),
     ],
 )
 def test_another_mixture_is_refused(whole, change, message):

@@ -214,6 +214,27 @@ def test_another_tokenizer_is_noticed(tmp_path, ids, message):
         open_corpus(tmp_path).read_tokens(0, ByteEncoder())
 
 
+@pytest.mark.parametrize("ids", [[256, 1000], [256, -5]])
+@pytest.mark.parametrize("order", ["shuffled", "file"])
+def test_no_order_gives_what_is_no_token(tmp_path, ids, order):
+    """A GPU would end the process without a word."""
+    np.save(tmp_path / "a.npy", np.array(ids * 200, np.int32))
+    with pytest.raises(UserError, match=r"tokenizer_name: a\.npy has the token (1000|-5)"):
+        run(streams(open_corpus(tmp_path), order=order), 1)
+
+
+@pytest.mark.parametrize("name", ["README.md", "readme.MD", "manifest_of_them.json"])
+def test_what_lies_beside_shards_changes_nothing(tmp_path, name):
+    write(tmp_path)
+    before = open_corpus(tmp_path)
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    after = open_corpus(tmp_path)
+    assert after.num_held_out_units == before.num_held_out_units > 0
+    assert after.identity == before.identity
+    assert "has no split 'validation'" in refusal(tmp_path, split="validation")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

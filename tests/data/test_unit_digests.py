@@ -1,12 +1,15 @@
 """Digests of units: recorded once, compared on later passes, by any number of processes."""
 
+import re
+
 import pyarrow as pa
 import pytest
-from tiny_corpus import ByteEncoder, documents, in_units
+from tiny_corpus import ByteEncoder, documents, in_units, write_lines
 from tiny_streams import OPTIONS, MemoryCorpus, run, stream_of
 
 from gpt2repro import UserError
-from gpt2repro.data.unit_digests import digest_of
+from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.unit_digests import UnitDigests, digest_of
 
 TEXTS = documents(120)
 
@@ -48,6 +51,38 @@ def test_another_text_is_refused_in_a_line(tmp_path):
     with pytest.raises(UserError, match="unit 5 holds another text than when it was first") as told:
         run(streams(tmp_path, changed), 60)
     assert "\n" not in str(told.value)
+
+
+def test_what_another_process_has_recorded_meanwhile_counts(tmp_path):
+    """Both began with an empty record; which unit comes to whom changes with the epoch."""
+    source = MemoryCorpus(in_units(TEXTS, 10))
+    one, other = UnitDigests(tmp_path, source), UnitDigests(tmp_path, source)
+    one.check(3, source.read_arrow(3))
+    other.check(3, source.read_arrow(3))
+    with pytest.raises(UserError, match="unit 3 holds another text"):
+        other.check(3, source.read_arrow(4))
+    later = UnitDigests(tmp_path, source)
+    later.check(3, source.read_arrow(3))
+    [file] = tmp_path.iterdir()
+    assert len(file.read_bytes().splitlines()) == 1
+
+
+def test_other_local_files_of_the_same_name_are_another_dataset(tmp_path):
+    for name, seed in (("en", 1), ("de", 2)):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "train.jsonl", documents(30, seed=seed))
+        corpus = open_corpus(tmp_path / name)
+        UnitDigests(tmp_path / "digests", corpus).check(0, corpus.read_arrow(0))
+    assert len([*(tmp_path / "digests").iterdir()]) == 2
+
+
+def test_a_line_that_was_cut_off_makes_no_other_unit(tmp_path):
+    source = MemoryCorpus(in_units(TEXTS, 10))
+    UnitDigests(tmp_path, source)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(b"1")
+    UnitDigests(tmp_path, source).check(1, source.read_arrow(1))
+    assert re.findall(rb"^\d+ ", file.read_bytes(), re.MULTILINE) == [b"1 "]
 
 
 def test_a_damaged_record_is_made_again(tmp_path):
