@@ -16,6 +16,7 @@ VERBS = {
     "plots": ("plots", "look inside a run or a model"),
     "push": ("push", "verify an exported model and upload it to the Hub"),
     "stream-stats": ("stream_stats", "what the data stream would do, and how fast"),
+    "tokenize": ("tokenize", "write a recipe's texts as shards of token ids"),
 }
 
 

@@ -48,6 +48,7 @@ def test_any_arguments_of_a_verb(verb, data):
     words |= values.map(lambda word: [word]) | st.sampled_from([["--"], ["-h"], ["--=x"], ["-"]])
     argv = [word for part in data.draw(st.lists(words, max_size=5)) for word in part]
     required = {"compare-logits": "--reference", "export": "--output", "push": "--repo"}
+    required["tokenize"] = "--output"
     if data.draw(st.booleans()):  # else most would be refused for what they lack
         argv += ["--model=m", f"{required.get(verb, '--model')}=r"]
     parse(verb, argv)
@@ -69,6 +70,7 @@ PLACES = {
     "plots": ("m", "output compare"),
     "push": ("--model=m --repo=me/m", "model evaluation"),
     "stream-stats": ("", f"output {OF_A_RECIPE}"),
+    "tokenize": ("--output=o", f"output {OF_A_RECIPE}"),
 }
 
 
