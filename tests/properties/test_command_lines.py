@@ -82,7 +82,9 @@ def test_every_name_of_a_file_may_be_in_the_home_and_must_be_possible(verb, monk
         for name in ("a" * 300, "a/" * 3000, "a\0b"):
             _, said = parse(verb, [*needed.split(), f"--{option}={name}"])
             knob = option.partition("=")[0]
-            if needed == "" and option == "hellaswag_file":  # a recipe's is an entry of a list
+            if (
+                OF_A_RECIPE in options and option == "hellaswag_file"
+            ):  # a recipe's is an entry of a list
                 knob = "eval_task_files"
             assert re.search(rf"--{knob}\b", said), said
         if option not in ("recipe", "exp_name"):  # which is no path, and there is none
