@@ -61,35 +61,30 @@ def _tokenize(recipe: Recipe, options: argparse.Namespace) -> None:
     sources = inputs.open_datasets(recipe, encoder)
     if len(sources) > 1:
         raise UserError("datasets: tokenize writes one; name it with --dataset_name")
-    [source] = sources
-    manifest = tokenize.begin(
-        options.output,
-        source.corpus,
-        encoder,
-        num_validation_units=source.num_validation_units,
-        format=options.format,
-        shard_tokens=options.shard_tokens,
-    )
+    corpus, num_validation_units = sources[0].corpus, sources[0].num_validation_units
+    how = {"format": options.format, "shard_tokens": options.shard_tokens}
+    how |= {"num_validation_units": num_validation_units}
+    manifest = tokenize.begin(options.output, corpus, encoder, **how)
+
+    def say(what: str) -> None:
+        there = f"{len(manifest.shards)} shards of {manifest.num_tokens:,} tokens"
+        print(f"{there} in {options.output}: {what}", flush=True)
+
     if manifest.complete:
-        print(f"{_what_is_there(manifest, options)}: complete, there is nothing to do")
+        say("complete, there is nothing to do")
         return
     if manifest.shards:
-        print(f"{_what_is_there(manifest, options)}: going on", flush=True)
+        say("going on")
     began, before = time.perf_counter(), manifest.num_tokens
-    num_units = source.corpus.num_units - manifest.next.unit
-    with phase("tokenizing", num_units, enabled=True) as on_unit:
+    with phase("tokenizing", corpus.num_units - manifest.next.unit, enabled=True) as on_unit:
         tokenize.write_shards(
             options.output,
             manifest,
-            source.corpus,
+            corpus,
             encoder,
             num_threads=options.num_threads or machine.num_cores(),
-            token_cache_dir=recipe.token_cache_dir,
             on_unit=on_unit,
+            token_cache_dir=recipe.token_cache_dir,
         )
     rate = (manifest.num_tokens - before) / (time.perf_counter() - began)
-    print(f"{_what_is_there(manifest, options)}: complete, {rate:,.0f} tokens/s")
-
-
-def _what_is_there(manifest, options: argparse.Namespace) -> str:
-    return f"{len(manifest.shards)} shards of {manifest.num_tokens:,} tokens in {options.output}"
+    say(f"complete, {rate:,.0f} tokens/s")

@@ -11,57 +11,45 @@ only the shard in work is lost.
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gpt2repro import UserError
-from gpt2repro.data import manifest as manifests
 from gpt2repro.data.content import content_hashes
 from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.documents import units_in_order
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.local_files import TOKEN_SUFFIXES
-from gpt2repro.data.manifest import Format, Manifest, Place, WrittenShard, read_manifest
+from gpt2repro.data.manifest import NAME, Manifest, Place, WrittenShard, read_manifest
 from gpt2repro.data.shards import HEADER, MAGIC, VERSION, TokenShards
 from gpt2repro.data.stream import FIELD_OF
 from gpt2repro.data.units import TextUnit, TokenUnit, UnitReader
 from gpt2repro.system import atomic
 
 
-def begin(
-    directory: Path,
-    corpus: Corpus,
-    encoder: BulkEncoder,
-    *,
-    num_validation_units: int,
-    format: Format,
-    shard_tokens: int,
-) -> Manifest:
+def begin(directory: Path, corpus: Corpus, encoder: BulkEncoder, **how: Any) -> Manifest:
     """The manifest of a directory that exists: a new one, or that of shards to go on after.
+
+    `how`: num_validation_units, format ("bin", "npy") and shard_tokens.
 
     Raises:
         UserError: it is of other shards, files are not those that it lists, or these cannot be.
     """
     if isinstance(corpus, TokenShards):
         raise UserError("dataset_name: it holds token ids already")
-    if format == "bin" and encoder.dtype.itemsize > 2:
+    if how["format"] == "bin" and encoder.dtype.itemsize > 2:
         raise UserError(
-            "--format bin has ids of 16 bits, and tokenizer_name more than 65,536 of them: "
-            "take --format npy"
+            "--format: bin has ids of 16 bits, and tokenizer_name more than 65,536; take npy"
         )
-    new = Manifest(
-        dataset=corpus.identity | {"num_validation_units": num_validation_units},
-        tokenizer=encoder.fingerprint,
-        format=format,
-        shard_tokens=shard_tokens,
-    )
+    new = Manifest(made_of=corpus.identity | how, tokenizer=encoder.fingerprint)
     if (found := read_manifest(directory)) is None:
         for file in sorted(directory.iterdir()):
-            if file.suffix in TOKEN_SUFFIXES or file.name == manifests.NAME:
+            if file.suffix in TOKEN_SUFFIXES or file.name == NAME:
                 raise UserError(f"--output: {file} is none of ours: give an empty directory")
         new.save(directory)
         return new
-    was, now = found.made_of(), new.made_of()
+    was, now = ({**each.made_of, "tokenizer": each.tokenizer} for each in (found, new))
     for name in [*now, *was]:
         if was.get(name) != now.get(name):
             raise UserError(
@@ -69,7 +57,15 @@ def begin(
                 f"{FIELD_OF.get(name, name)}: {was.get(name)!r}, now {now.get(name)!r}; set it "
                 "back, or give an empty directory"
             )
-    found.check_files(directory)
+    listed = {str(directory / shard.name): shard.blake2b for shard in found.shards}
+    there = [file for file in listed if Path(file).is_file()]
+    hashes = dict(zip(there, content_hashes(there), strict=True))
+    for name, blake2b in listed.items():
+        if hashes.get(name) != blake2b:
+            raise UserError(
+                f"--output: {name} is gone or not the file that {NAME} lists: put it back, or "
+                "give an empty directory"
+            )
     return found
 
 
@@ -80,37 +76,35 @@ def write_shards(
     encoder: BulkEncoder,
     *,
     num_threads: int,
-    token_cache_dir: str | Path | None = None,
     on_unit: Callable[[int], object] = lambda _: None,
+    **reading: Any,
 ) -> None:
-    """Write what the manifest lacks; `on_unit(1)` is called before each unit that is written."""
-    reader = UnitReader(
-        corpus,
-        encoder,
-        num_threads=num_threads,
-        token_cache_dir=token_cache_dir,
-        encode_whole_units=True,
-    )
-    held_out = manifest.dataset["num_validation_units"]
-    start = manifest.next
+    """Write what the manifest lacks.
+
+    `on_unit(1)` is called before each unit that is written; `reading`: see `UnitReader`.
+    """
+    reading |= {"num_threads": num_threads, "encode_whole_units": True}
+    reader, start, how = UnitReader(corpus, encoder, **reading), manifest.next, manifest.made_of
+    held_out = how["num_validation_units"]
+
+    def units(first: int, end: int) -> Iterator[tuple[int, TextUnit | TokenUnit]]:
+        todo = range(max(first, start.unit), end)
+        # Twice as many, so that the threads have work while a shard is flushed and hashed.
+        for each in zip(todo, units_in_order(reader, todo, 2 * num_threads), strict=True):
+            on_unit(1)
+            yield each
+
+    splits = ("val", 0, held_out, None), ("train", held_out, corpus.num_units, how["shard_tokens"])
     try:
-        for split, first, end, most in (
-            ("val", 0, held_out, None),
-            ("train", held_out, corpus.num_units, manifest.shard_tokens),
-        ):
-            units = range(max(first, start.unit), end)
-            # Twice as many, so that the threads have work while a shard is flushed and hashed.
-            encoded = units_in_order(reader, units, 2 * num_threads)
-            tokens = _Tokens(zip(units, encoded, strict=True), start, encoder, on_unit)
+        for split, first, end, most in splits:
+            tokens = _Tokens(units(first, end), start, encoder)
             while not tokens.at_end():
                 number = len(manifest.shards) + (not held_out)  # those to train on begin with 1
-                path = directory / f"tokens_{split}_{number:06d}.{manifest.format}"
-                num_tokens = _write(path, tokens, most, encoder.dtype)
+                path = directory / f"tokens_{split}_{number:06d}.{how['format']}"
+                size = _write(path, tokens, most, encoder.dtype)
                 [blake2b] = content_hashes([str(path)])
-                shard = WrittenShard(
-                    name=path.name, tokens=num_tokens, blake2b=blake2b, next=tokens.place
-                )
-                manifest.shards.append(shard)
+                shard: dict[str, Any] = {"name": path.name, "tokens": size, "blake2b": blake2b}
+                manifest.shards.append(WrittenShard(**shard, next=tokens.place))
                 manifest.save(directory)
         manifest.complete = True
         manifest.save(directory)
@@ -119,20 +113,11 @@ def write_shards(
 
 
 class _Tokens:
-    """The tokens of units from a place on, an end-of-text token before every document."""
+    """The tokens of numbered units from a place on, an end-of-text token before every document."""
 
-    def __init__(
-        self,
-        units: Iterator[tuple[int, TextUnit | TokenUnit]],
-        start: Place,
-        encoder: BulkEncoder,
-        on_unit: Callable[[int], object],
-    ) -> None:
-        self._units, self._start = units, start
-        self._encoder, self._on_unit = encoder, on_unit
-        self._ids = self._begins = np.zeros(0, encoder.dtype)
-        self._at = 0  # in the unit
-        self._unit_index = start.unit - 1
+    def __init__(self, units: Iterator, start: Place, encoder: BulkEncoder) -> None:
+        self._units, self._start, self._eot_id = units, start, encoder.eot_id
+        self._ids, self._at = np.zeros(0, encoder.dtype), 0  # of a unit
 
     def at_end(self) -> bool:
         """Whether no token is left; else one of them is at hand."""
@@ -140,14 +125,11 @@ class _Tokens:
             if (found := next(self._units, None)) is None:
                 return True
             self._unit_index, unit = found
-            assert isinstance(unit, TokenUnit)  # encode_whole_units
-            self._on_unit(1)
             begins = np.concatenate([[0], unit.ends])[:-1].astype(np.int64)
-            self._ids = np.insert(unit.tokens, begins, self._encoder.eot_id)
-            self._begins = begins + np.arange(len(begins))
-            self._at = 0
+            self._ids, self._at = np.insert(unit.tokens, begins, self._eot_id), 0
             if self._unit_index == self._start.unit and len(begins):
-                self._at = int(self._begins[self._start.document]) + self._start.token
+                begins = np.flatnonzero(self._ids == self._eot_id)
+                self._at = int(begins[self._start.document]) + self._start.token
         return False
 
     @property
@@ -155,8 +137,8 @@ class _Tokens:
         """Of the next token."""
         if self._at == len(self._ids):
             return Place(self._unit_index + 1, 0, 0)
-        document = int(np.searchsorted(self._begins, self._at, side="right")) - 1
-        return Place(self._unit_index, document, self._at - int(self._begins[document]))
+        begins = np.flatnonzero(self._ids[: self._at + 1] == self._eot_id)
+        return Place(self._unit_index, len(begins) - 1, self._at - int(begins[-1]))
 
     def take(self, most: int | None) -> np.ndarray:
         """At least one token, if any are left, and not more than `most`; None is no bound."""

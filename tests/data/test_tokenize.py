@@ -74,7 +74,7 @@ def test_wide_ids(tmp_path):
     ids = np.load(tmp_path / "tokens_train_000001.npy")
     assert ids.dtype == np.uint32 and ids.tolist() == tokens_of(TEXTS[30:])[:2500].tolist()
     assert open_corpus(tmp_path).read_tokens(1, WideEncoder())[0].dtype == np.uint32
-    with pytest.raises(UserError, match="--format bin has ids of 16 bits"):
+    with pytest.raises(UserError, match="--format: bin has ids of 16 bits"):
         tokenize(tmp_path, encoder=WideEncoder())
 
 
@@ -159,8 +159,8 @@ def test_shards_of_something_else_are_not_gone_on_with(tmp_path):
     other.identity["revision"] = "c0ffee"
     for options, said in (
         ({"encoder": OtherEncoder()}, "another tokenizer_name's fingerprint: 'bytes', now 'other"),
-        ({"format": "npy"}, "another --format: 'bin', now 'npy'"),
-        ({"shard_tokens": 3000}, "another --shard_tokens: 2500, now 3000"),
+        ({"format": "npy"}, "another format: 'bin', now 'npy'"),
+        ({"shard_tokens": 3000}, "another shard_tokens: 2500, now 3000"),
         ({"num_validation_units": 2}, "another num_validation_units: 3, now 2"),
         ({"corpus": other}, "another dataset_revision: None, now 'c0ffee'"),
     ):
@@ -184,9 +184,9 @@ def test_files_that_are_not_those_of_the_manifest_are_refused(tmp_path):
         tokenize(tmp_path / "again", open_corpus(tmp_path))
     shard = tmp_path / "tokens_train_000002.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"zz")
-    refused("000002.bin is another file and not the one that manifest.json lists")
+    refused("000002.bin is gone or not the file that manifest.json lists")
     shard.unlink()
-    refused("000002.bin is gone and not the one")
+    refused("000002.bin is gone or not the file that manifest.json lists")
     (tmp_path / "manifest.json").write_text('{"written_by": "gpt2repro tokenize"}')
     refused("manifest.json is damaged: ValidationError")
     assert "manifest.json is damaged: ValidationError" in refusal(tmp_path)
