@@ -17,6 +17,7 @@ VERBS = {
     "push": ("push", "verify an exported model and upload it to the Hub"),
     "rows": ("rows", "the text of a step's rows, and which steps saw a document"),
     "stream-stats": ("stream_stats", "what the data stream would do, and how fast"),
+    "tokenize": ("tokenize", "write a recipe's texts as shards of token ids"),
 }
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from gpt2repro.data.corpus import Corpus
 from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.units import DOCUMENTS_PER_ENCODE, UnitReader
+from gpt2repro.data.units import DOCUMENTS_PER_ENCODE, TextUnit, TokenUnit, UnitReader
 
 
-def documents_in_order(
+def units_in_order(
     reader: UnitReader, units: range, num_ahead: int
-) -> Iterator[tuple[list[np.ndarray], int]]:
-    """The documents of `units` in dataset order, a few at a time, with their UTF-8 bytes."""
+) -> Iterator[TextUnit | TokenUnit]:
+    """The units in dataset order, `num_ahead` of them under way."""
     futures: deque[Future] = deque()
     upcoming = iter(units)
     while True:
@@ -23,7 +23,14 @@ def documents_in_order(
             futures.append(reader.submit(unit_index))
         if not futures:
             return
-        unit = futures.popleft().result()
+        yield futures.popleft().result()
+
+
+def documents_in_order(
+    reader: UnitReader, units: range, num_ahead: int
+) -> Iterator[tuple[list[np.ndarray], int]]:
+    """The documents of `units` in dataset order, a few at a time, with their UTF-8 bytes."""
+    for unit in units_in_order(reader, units, num_ahead):
         for begin in range(0, len(unit), DOCUMENTS_PER_ENCODE):
             yield unit.encode(range(begin, min(len(unit), begin + DOCUMENTS_PER_ENCODE)))
 

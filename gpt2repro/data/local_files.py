@@ -29,7 +29,8 @@ TOKEN_SUFFIXES = (".bin", ".npy")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 # What `datasets` writes beside data; a name alone asks for them all the same.
 NOT_DATA = {
-    *("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+    *("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"),
+    "manifest.json",  # of `gpt2repro tokenize`
 }
 
 

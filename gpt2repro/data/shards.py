@@ -4,6 +4,8 @@ A `.bin` begins with 256 int32 (magic 20240520, version 1, number of tokens), or
 nanoGPT's; ids are uint16. A `.npy` is NumPy's array of one dimension. Documents lie one after the
 other, each after an end-of-text token, and a shard may end within one.
 
+Beside shards of ours lies a manifest.json: their tokenizer is known, and another one is refused.
+
 A shard whose name says `val` is held out: its units come first. A unit is the documents that begin
 in about a million tokens.
 """
@@ -20,6 +22,7 @@ from gpt2repro import UserError
 from gpt2repro.data.corpus import Corpus, Found, TokenArrays, digest
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.local_files import TOKENS
+from gpt2repro.data.manifest import read_manifest
 from gpt2repro.data.parquet import Source, sources_of
 
 MAGIC, VERSION = 20240520, 1
@@ -53,7 +56,35 @@ class Shard(NamedTuple):
 def open_shards(found: Found) -> Corpus | None:
     """Files of token ids; None for others."""
     listed = sources_of(found) if found.format == TOKENS else None
-    return listed and TokenShards([_shard(source) for source in listed[0]], listed[1])
+    if not listed:
+        return None
+    encoded_by = {} if found.on_hub else _encoded_by(found.files)
+    return TokenShards([_shard(source) for source in listed[0]], listed[1] | encoded_by)
+
+
+def _encoded_by(files: list[str]) -> dict[str, str]:
+    """The tokenizer's fingerprint, as manifests beside the files tell it; empty without any."""
+    found: dict[str, str] = {}
+    for directory in dict.fromkeys(Path(file).parent for file in files):
+        if manifest := read_manifest(directory):
+            if not manifest.complete:
+                raise UserError(
+                    f"dataset_name: the shards in {directory} are not complete: go on with "
+                    "gpt2repro tokenize"
+                )
+            if found.setdefault("encoded_by", manifest.tokenizer) != manifest.tokenizer:
+                raise UserError(f"data_files: the shards in {directory} are of another tokenizer")
+    return found
+
+
+def check_encoder(corpus: Corpus, encoder: BulkEncoder) -> None:
+    """Refuse shards that a manifest says another tokenizer made."""
+    encoded_by = corpus.identity.get("encoded_by", encoder.fingerprint)
+    if encoded_by != encoder.fingerprint:
+        raise UserError(
+            "tokenizer_name: the shards were written with another tokenizer, says their "
+            f"manifest.json (fingerprint {encoded_by}, not {encoder.fingerprint})"
+        )
 
 
 class TokenShards(Corpus):
@@ -90,15 +121,17 @@ class TokenShards(Corpus):
         return min(UNIT_TOKENS, shard.num_tokens - begin) * shard.dtype.itemsize
 
     def read_tokens(self, unit_index: int, encoder: BulkEncoder) -> TokenArrays:
+        check_encoder(self, encoder)
         shard, begin = self._units[unit_index]
         ids = shard.read(begin, begin + UNIT_TOKENS)
         inside, begins = len(ids), np.flatnonzero(ids == encoder.eot_id)
-        if not len(begins) and begin == 0:
+        is_known = "encoded_by" in self.identity
+        if not len(begins) and begin == 0 and not is_known:
             raise UserError(
                 f"tokenizer_name: the first {inside:,} tokens of {shard.source.name} have no "
                 f"{encoder.eot_id}, with which a text of this tokenizer begins"
             )
-        if begin == 0 and begins[0]:  # what is left of a document of the shard before
+        if begin == 0 and 0 not in begins[:1]:  # what is left of a document of the shard before
             begins = np.concatenate([[-1], begins])
         ahead = LOOK_AHEAD_TOKENS
         while len(begins):  # until the last of these documents has ended

@@ -36,7 +36,7 @@ from gpt2repro.data.mixture import Ended, Lane, Mixture, Rows, Source
 from gpt2repro.data.order import LaneState, Plan, Position
 from gpt2repro.data.packing import LaneDocuments, LaneRows
 from gpt2repro.data.producer import Producer, StepRows
-from gpt2repro.data.shards import TokenShards
+from gpt2repro.data.shards import TokenShards, check_encoder
 from gpt2repro.data.units import UnitReader
 
 STATE_VERSION = 2
@@ -137,6 +137,7 @@ class TokenStream:
             raise UserError(f"order: {order!r} is none of {', '.join(ORDERS)}")
         for source in sources:
             _check_units(source, num_lanes)
+            check_encoder(source.corpus, encoder)
         if not sources:
             raise UserError("datasets: there is none")
         if all(source.epochs for source in sources):

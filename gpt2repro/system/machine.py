@@ -42,6 +42,12 @@ def _package_version(package: str) -> str | None:
         return None
 
 
+def num_cores() -> int:
+    """Those that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
 def hardware(device: str | None = None) -> str:
     """The accelerators of this host, or its processor and the cores this process may use.
 
@@ -52,8 +58,7 @@ def hardware(device: str | None = None) -> str:
     on_cpu = device is not None and torch.device(device).type == "cpu"
     if torch.cuda.is_available() and not on_cpu:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {_processor()} ({_vector_instructions()})"
+    return f"{num_cores()} cores of {_processor()} ({_vector_instructions()})"
 
 
 def _vector_instructions() -> str:

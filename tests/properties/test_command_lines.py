@@ -48,6 +48,7 @@ def test_any_arguments_of_a_verb(verb, data):
     words |= values.map(lambda word: [word]) | st.sampled_from([["--"], ["-h"], ["--=x"], ["-"]])
     argv = [word for part in data.draw(st.lists(words, max_size=5)) for word in part]
     required = {"compare-logits": "--reference", "export": "--output", "push": "--repo"}
+    required["tokenize"] = "--output"
     if data.draw(st.booleans()):  # else most would be refused for what they lack
         argv += ["--model=m", f"{required.get(verb, '--model')}=r"]
     parse(verb, argv)
@@ -69,6 +70,7 @@ PLACES = {
     "plots": ("m", "output compare"),
     "push": ("--model=m --repo=me/m", "model evaluation"),
     "stream-stats": ("", f"output {OF_A_RECIPE}"),
+    "tokenize": ("--output=o", f"output {OF_A_RECIPE}"),
 }
 
 
@@ -80,7 +82,9 @@ def test_every_name_of_a_file_may_be_in_the_home_and_must_be_possible(verb, monk
         for name in ("a" * 300, "a/" * 3000, "a\0b"):
             _, said = parse(verb, [*needed.split(), f"--{option}={name}"])
             knob = option.partition("=")[0]
-            if needed == "" and option == "hellaswag_file":  # a recipe's is an entry of a list
+            if (
+                OF_A_RECIPE in options and option == "hellaswag_file"
+            ):  # a recipe's is an entry of a list
                 knob = "eval_task_files"
             assert re.search(rf"--{knob}\b", said), said
         if option not in ("recipe", "exp_name"):  # which is no path, and there is none
