@@ -185,8 +185,10 @@ def test_a_loader_of_torch_gives_the_same_and_its_workers_are_refused(make):
     loader = DataLoader(make(), batch_size=None)
     for ours, theirs in zip(islice(make(), 4), loader, strict=False):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    batches = iter(DataLoader(make(), batch_size=None, num_workers=1))
     with pytest.raises(UserError, match=r"num_workers.* DataLoader\(stream, batch_size=None, n"):
-        next(iter(DataLoader(make(), batch_size=None, num_workers=1)))
+        next(batches)
+    batches._shutdown_workers()  # left to the garbage collector it waits 5 s
 
 
 def test_the_processes_are_those_of_the_launcher(make, monkeypatch):
