@@ -135,15 +135,14 @@ def measure(loop: str, source: list[str], num_kills: int, seed: int, directory: 
         told += launch.steps()
     expected = dict(alone.steps())
     state, theirs = (final_state(each / "run", num_steps) for each in (output, whole))
+    same = len(expected) == num_steps and set(told) == {*expected.items()} and state == theirs
     epochs = [[place[0] for place in part] for part in zip(*state["stream"]["lanes"], strict=True)]
     return {
         "num_steps": num_steps,
         "num_kills": len(kills),
         "num_steps_made_twice": len(told) - len(expected),
         "epochs": [[min(each), max(each)] for each in epochs],
-        "equal": len(expected) == num_steps
-        and set(told) == {*expected.items()}
-        and state == theirs,
+        "equal": same,
         "kills": kills,
     }
 

@@ -50,6 +50,7 @@ def test_trainer_goes_on_at_the_next_row_under_two_processes(texts, tmp_path, mo
     runpy.run_path(str(TRAINER), run_name="__main__")
     reset_accelerate()
     shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    (parts / "checkpoint-3").mkdir()  # a kill left it half written
     torchrun(2, TRAINER, *options, str(parts))
 
     states, weights = [], []
@@ -60,6 +61,26 @@ def test_trainer_goes_on_at_the_next_row_under_two_processes(texts, tmp_path, mo
     for name, tensor in weights[0].items():
         # Two processes add the same float32 gradients in another order, twice, at a rate of 6e-4.
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("loop", ["stream_loop", "stream_trainer"])
+def test_two_kills_change_no_row_of_a_mixture(tmp_path, monkeypatch, loop):
+    """The benchmark of this name does six on each kind of source; its record is in results."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kill_loops
+
+    source = kill_loops.write_sources(tmp_path / "inputs")["a mixture of three"]
+    found = kill_loops.measure(loop, source, num_kills=2, seed=0, directory=tmp_path)
+    assert found["equal"] and found["num_kills"] == len(found["kills"]) == 2
+
+
+def test_the_record_says_six_kills_of_each_and_equal_digests():
+    record = json.loads((ROOT / "benchmarks" / "results" / "kill_loops.json").read_text())
+    assert record["equal"] and record["num_kills"] == 36 and len(record["runs"]) == 6
+    for run in record["runs"]:
+        assert run["equal"] and len({kill["processes"] for kill in run["kills"]}) > 1
+        assert run["epochs"][-1][0] > 0, "every lane has begun anew"
 
 
 def test_a_bare_loop_has_the_same_rows_under_two_processes_and_then_three(texts, tmp_path):
