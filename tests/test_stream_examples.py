@@ -83,15 +83,23 @@ def test_the_record_says_six_kills_of_each_and_equal_digests():
         assert run["epochs"][-1][0] > 0, "every lane has begun anew"
 
 
-def test_a_bare_loop_has_the_same_rows_under_two_processes_and_then_three(texts, tmp_path):
-    def digests(num_processes: int, num_steps: int) -> list[str]:
-        options = ["--num_lanes", "24", "--num_steps", str(num_steps)]
-        told = torchrun(num_processes, LOOP, *texts, *options, "--output", str(tmp_path / "run.pt"))
-        return re.findall(r"^step \d+: loss \d+\.\d+, rows (\w{16})$", told, re.M)
+def test_a_bare_loop_has_the_same_rows_under_one_process_and_then_three(
+    texts, tmp_path, monkeypatch, capfd
+):
+    options = [*texts, "--num_lanes", "24", "--output", str(tmp_path / "run.pt"), "--num_steps"]
+    monkeypatch.setattr(sys, "argv", [str(LOOP), *options, "3"])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(LOOP), run_name="__main__")
+    for name in alone:
+        monkeypatch.delenv(name)
+    told = capfd.readouterr().out + torchrun(3, LOOP, *options, "5")
+    digests = re.findall(r"^step \d+: loss \d+\.\d+, rows (\w{16})$", told, re.M)
 
     stream = ExactStream(
         texts[1], tokenizer=texts[3], sequence_length=32, rows_per_step=24, num_lanes=24
     )
     expected = [f"{stream.digest:016x}" for _ in islice(stream, 5)]
     stream.close()
-    assert digests(2, 3) + digests(3, 5) == expected and len(set(expected)) == 5
+    assert digests == expected and len(set(expected)) == 5
