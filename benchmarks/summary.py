@@ -106,6 +106,15 @@ def kill_resume(record: dict[str, Any]) -> Iterator[Row]:
     yield f"{shape}, resumed after {kills}", "", "an undisturbed run", equal
 
 
+def kill_loops(record: dict[str, Any]) -> Iterator[Row]:
+    for loop, name in (("stream_loop", "a bare DDP loop"), ("stream_trainer", "Trainer")):
+        runs = [run for run in record["runs"] if run["loop"] == loop]
+        kills = sum(run["num_kills"] for run in runs)
+        equal = "equal digests" if all(run["equal"] for run in runs) else "not equal"
+        what = f"the exact stream in {name}, {len(runs)} kinds of source, {kills} x kill -9"
+        yield f"{what}, 1 to 3 processes", "", "runs left alone", equal
+
+
 # How the names of their records begin.
 BENCHMARKS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "train_step": train_step,
@@ -117,6 +126,7 @@ BENCHMARKS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "evaluation": evaluation,
     "muon": muon,
     "kill_resume": kill_resume,
+    "kill_loops": kill_loops,
 }
 
 

@@ -3,11 +3,13 @@
     torchrun --nproc_per_node 2 examples/stream_loop.py --dataset_name texts/ --num_steps 20
     torchrun --nproc_per_node 4 examples/stream_loop.py --dataset_name texts/ --num_steps 40
 
-The second command goes on where the first one stopped, on the rows that come next. Each step
-prints the digest of its rows: the same for any number of processes.
+The second command goes on where the first one stopped, on the rows that come next; after a kill,
+from the state saved last. Each step prints the digest of its rows: the same for any number of
+processes.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -24,7 +26,9 @@ from gpt2repro.data.tokenizer import load_tokenizer
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--dataset_name", required=True)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--dataset_name")
+    data.add_argument("--datasets", type=json.loads, dest="dataset_name", help="a mixture, as JSON")
     add("--tokenizer", default="openai-community/gpt2")
     add("--output", type=Path, default=Path("runs/loop.pt"))
     add("--sequence_length", type=int, default=256)
@@ -33,6 +37,7 @@ def parse() -> argparse.Namespace:
     add("--num_lanes", type=int)
     add("--width", type=int, default=192)
     add("--num_steps", type=int, default=20)
+    add("--save_steps", type=int, default=100)
     return parser.parse_args()
 
 
@@ -95,12 +100,14 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         if dist.get_rank() == 0:
             digest = f"{sum(digests) % 2**64:016x}"
             print(f"step {stream.step}: loss {loss / len(digests):.4f}, rows {digest}", flush=True)
-
-    state = stream.state_dict()  # every process calls
-    if dist.get_rank() == 0:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(parts | {"stream": state}, options.output)
+        if stream.step % options.save_steps == 0 or stream.step == options.num_steps:
+            state = stream.state_dict()  # every process calls
+            if dist.get_rank() == 0:
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                unfinished = options.output.with_suffix(".partial")
+                torch.save(parts | {"stream": state}, unfinished)
+                unfinished.replace(options.output)  # a kill leaves this state or the one before
     stream.close()
 
 

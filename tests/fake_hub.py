@@ -28,6 +28,8 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from gpt2repro.system import patience
+
 KINDS = ("datasets", "models")
 
 
@@ -176,6 +178,25 @@ class FakeHub:
 
     def num_bytes(self, path: str = "") -> int:
         return sum(request.num_bytes for request in self.requests(path))
+
+
+class NoSleep:
+    """The Hub client's own backoff, without the waiting."""
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        pass
+
+
+def impatient(monkeypatch: Any) -> None:
+    """Let this process wait for a Hub that misbehaves no longer than a test can."""
+    monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr(patience, "LONGEST_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "REQUEST_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "SLOW_AFTER_SECONDS", 2.0)
+    monkeypatch.setattr(patience, "LONGEST_QUESTION_SECONDS", 4.0)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
 
 
 # (method, regular expression over the decoded path, handler method); the first match serves. Names

@@ -50,6 +50,7 @@ def test_trainer_goes_on_at_the_next_row_under_two_processes(texts, tmp_path, mo
     runpy.run_path(str(TRAINER), run_name="__main__")
     reset_accelerate()
     shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    (parts / "checkpoint-3").mkdir()  # a kill left it half written
     torchrun(2, TRAINER, *options, str(parts))
 
     states, weights = [], []
@@ -62,15 +63,43 @@ def test_trainer_goes_on_at_the_next_row_under_two_processes(texts, tmp_path, mo
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
 
 
-def test_a_bare_loop_has_the_same_rows_under_two_processes_and_then_three(texts, tmp_path):
-    def digests(num_processes: int, num_steps: int) -> list[str]:
-        options = ["--num_lanes", "24", "--num_steps", str(num_steps)]
-        told = torchrun(num_processes, LOOP, *texts, *options, "--output", str(tmp_path / "run.pt"))
-        return re.findall(r"^step \d+: loss \d+\.\d+, rows (\w{16})$", told, re.M)
+@pytest.mark.sweep
+@pytest.mark.parametrize("loop", ["stream_loop", "stream_trainer"])
+def test_two_kills_change_no_row_of_a_mixture(tmp_path, monkeypatch, loop):
+    """The benchmark of this name does six on each kind of source; its record is in results."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import kill_loops
+
+    source = kill_loops.write_sources(tmp_path / "inputs")["a mixture of three"]
+    found = kill_loops.measure(loop, source, num_kills=2, seed=0, directory=tmp_path)
+    assert found["equal"] and found["num_kills"] == len(found["kills"]) == 2
+
+
+def test_the_record_says_six_kills_of_each_and_equal_digests():
+    record = json.loads((ROOT / "benchmarks" / "results" / "kill_loops.json").read_text())
+    assert record["equal"] and record["num_kills"] == 36 and len(record["runs"]) == 6
+    for run in record["runs"]:
+        assert run["equal"] and len({kill["processes"] for kill in run["kills"]}) > 1
+        assert run["epochs"][-1][0] > 0, "every lane has begun anew"
+
+
+def test_a_bare_loop_has_the_same_rows_under_one_process_and_then_three(
+    texts, tmp_path, monkeypatch, capfd
+):
+    options = [*texts, "--num_lanes", "24", "--output", str(tmp_path / "run.pt"), "--num_steps"]
+    monkeypatch.setattr(sys, "argv", [str(LOOP), *options, "3"])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(LOOP), run_name="__main__")
+    for name in alone:
+        monkeypatch.delenv(name)
+    told = capfd.readouterr().out + torchrun(3, LOOP, *options, "5")
+    digests = re.findall(r"^step \d+: loss \d+\.\d+, rows (\w{16})$", told, re.M)
 
     stream = ExactStream(
         texts[1], tokenizer=texts[3], sequence_length=32, rows_per_step=24, num_lanes=24
     )
     expected = [f"{stream.digest:016x}" for _ in islice(stream, 5)]
     stream.close()
-    assert digests(2, 3) + digests(3, 5) == expected and len(set(expected)) == 5
+    assert digests == expected and len(set(expected)) == 5

@@ -5,14 +5,18 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from fake_hub import FakeHub, Fault, impatient
+from tiny_corpus import documents, write_lines
 from tiny_run import write_inputs
+from tiny_shards import write_bin
 from tiny_streams import stream_of
 from torch.utils.data import DataLoader, IterableDataset
 
 from gpt2repro import UserError
-from gpt2repro.data import ExactStream
+from gpt2repro.data import ExactStream, shards
 from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.tokenizer import load_tokenizer
@@ -36,7 +40,8 @@ def make(inputs):
     def make(**options) -> ExactStream:
         given = {"tokenizer": str(inputs / "tokenizer"), "sequence_length": T, "seed": 7}
         given |= {"rows_per_step": ROWS, "num_lanes": ROWS, "num_validation_units": 1}
-        made.append(ExactStream(inputs / "corpus", **given | options))
+        given |= {"dataset_name": inputs / "corpus"}
+        made.append(ExactStream(**given | options))
         return made[-1]
 
     yield make
@@ -83,14 +88,73 @@ def test_its_rows_are_those_of_our_own_loop(make, inputs):
     theirs.close()
 
 
-def test_one_then_eight_then_two_then_three_processes(make):
-    """Across the end of the text, which has some 12 steps."""
-    expected, at_the_end = steps(world(make, 1), 22)
+def three_sources(inputs: Path, directory: Path) -> list[dict]:
+    """The second ends with its second epoch, the third begins anew."""
+    ends, repeats = directory / "ends.jsonl", directory / "repeats.jsonl"
+    write_lines(ends, documents(30, seed=1))
+    write_lines(repeats, documents(40, seed=2))
+    first = {"name": str(inputs / "corpus"), "weight": 2, "num_validation_units": 1}
+    return [first, {"name": str(ends), "epochs": 2}, {"name": str(repeats)}]
+
+
+def write_shards(inputs: Path, directory: Path) -> Path:
+    """The same texts as token ids; the first shard is held out."""
+    encoder, texts = BulkEncoder(load_tokenizer(str(inputs / "tokenizer"))), documents(240)
+    for name, begin, end in (("val_0", 0, 30), ("train_1", 30, 90), ("train_2", 90, 240)):
+        ids = [
+            part for each in encoder.encode(texts[begin:end]) for part in ([encoder.eot_id], each)
+        ]
+        write_bin(directory / f"{name}.bin", np.concatenate(ids))
+    return directory
+
+
+@pytest.fixture(params=["one dataset", "a mixture of three", "shards"])
+def source(request, inputs, tmp_path, monkeypatch) -> dict:
+    """What an ExactStream is to read."""
+    monkeypatch.setattr(shards, "UNIT_TOKENS", 1000)
+    if request.param == "one dataset":
+        return {"dataset_name": inputs / "corpus", "num_validation_units": 1}
+    write = three_sources if request.param == "a mixture of three" else write_shards
+    return {"dataset_name": write(inputs, tmp_path), "num_validation_units": None}
+
+
+def in_turns(make, **source) -> tuple[list[int], dict]:
+    """40 steps, each world going on from the state of the one before."""
     found, state = [], None
-    for size, number in ((1, 4), (8, 7), (2, 8), (3, 3)):
-        digests, state = steps(world(make, size, state, micro_batch_size=1), number)
+    for size, number in ((1, 4), (8, 7), (2, 8), (3, 21)):
+        digests, state = steps(world(make, size, state, **source, micro_batch_size=1), number)
         found += digests
-    assert found == expected and state == at_the_end and state["step"] == 22
+    return found, state
+
+
+def test_one_then_eight_then_two_then_three_processes(make, source):
+    """Across an epoch's end of each source."""
+    expected, at_the_end = steps(world(make, 1, **source), 40)
+    assert in_turns(make, **source) == (expected, at_the_end)
+    epochs = np.array([[place[0] for place in lane] for lane in at_the_end["stream"]["lanes"]])
+    assert epochs.max(axis=0).min() > 0, epochs
+    if isinstance(source["dataset_name"], list):
+        assert epochs[:, 1].min() == 2, "ended on every lane"
+
+
+@pytest.mark.parametrize("source", ["a mixture of three", "shards"], indirect=True)
+def test_the_same_while_a_hub_that_has_it_misbehaves(make, source, monkeypatch):
+    """Of the mixture it has the first."""
+    expected, _ = steps(world(make, 1, **source), 40)
+    if isinstance(named := source["dataset_name"], list):
+        there = {"dataset_name": [named[0] | {"name": "someone/data"}, *named[1:]]}
+        named = named[0]["name"]
+    else:
+        there = {"dataset_name": "someone/data", "data_files": "*.bin"}
+    files = {path.name: path.read_bytes() for path in Path(named).iterdir()}
+    kinds = ["status:503", "reset", "short", "status:429", "ignore_range", "flood", "status:403"]
+    impatient(monkeypatch)
+    with FakeHub() as hub:
+        hub.add("datasets", "someone/data", files)
+        hub.use_in_process(monkeypatch)
+        hub.faults += [Fault(kind, r"\.(parquet|bin)$", skip=n) for n, kind in enumerate(kinds * 2)]
+        assert in_turns(make, **source | there)[0] == expected
+        assert sum(fault.num_hits for fault in hub.faults) > 10
 
 
 def test_a_world_that_changes_in_place(make):
@@ -121,8 +185,10 @@ def test_a_loader_of_torch_gives_the_same_and_its_workers_are_refused(make):
     loader = DataLoader(make(), batch_size=None)
     for ours, theirs in zip(islice(make(), 4), loader, strict=False):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    batches = iter(DataLoader(make(), batch_size=None, num_workers=1))
     with pytest.raises(UserError, match=r"num_workers.* DataLoader\(stream, batch_size=None, n"):
-        next(iter(DataLoader(make(), batch_size=None, num_workers=1)))
+        next(batches)
+    batches._shutdown_workers()  # left to the garbage collector it waits 5 s
 
 
 def test_the_processes_are_those_of_the_launcher(make, monkeypatch):

@@ -14,7 +14,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub, Fault
+from fake_hub import FakeHub, Fault, impatient
 from tiny_corpus import ByteEncoder, documents, parquet_bytes, refusal
 from tiny_streams import stream_of
 
@@ -64,25 +64,11 @@ def repository_files() -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr(patience, "LONGEST_SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr(patience, "REQUEST_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(patience, "SLOW_AFTER_SECONDS", 2.0)
-    monkeypatch.setattr(patience, "LONGEST_QUESTION_SECONDS", 4.0)
-    monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
+    impatient(monkeypatch)
     with FakeHub() as hub:
         hub.add("datasets", NAME, repository_files())
         hub.use_in_process(monkeypatch)
         yield hub
-
-
-class NoSleep:
-    """The Hub client's own backoff, without the waiting."""
-
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        pass
 
 
 def open_fineweb(**options) -> corpus.Corpus:
