@@ -78,7 +78,9 @@ def resident_mb() -> float:
 
 def first_rows(place: dict[str, int], cache: str, together: Any, results: Any) -> None:
     """One process of a launch, from its imports to the rows of its first step."""
+    from gpt2repro.data.mixture import Source
     from gpt2repro.data.opening import open_corpus
+    from gpt2repro.data.order import LaneState, Position
     from gpt2repro.data.stream import TokenStream
 
     os.environ["XDG_CACHE_HOME"] = cache
@@ -87,10 +89,9 @@ def first_rows(place: dict[str, int], cache: str, together: Any, results: Any) -
     began, cpu = time.perf_counter(), time.process_time()
     corpus = open_corpus(NAME)
     opened = time.perf_counter() - began, resident_mb() - imported
-    options = {"sequence_length": 1024, "num_validation_units": 1, "seed": 1}
-    options |= {"rows_per_step": place["num_lanes"]}
-    stream = TokenStream(corpus, ByteEncoder(), **options, **place)
-    step = next(stream)
+    options = {"sequence_length": 1024, "seed": 1, "rows_per_step": place["num_lanes"]}
+    stream = TokenStream([Source(corpus, 1)], ByteEncoder(), **options, **place)
+    next(stream)
     found = {
         "units": corpus.num_units,
         "seconds_to_open": opened[0],
@@ -101,7 +102,8 @@ def first_rows(place: dict[str, int], cache: str, together: Any, results: Any) -
         "mb_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - imported,
     }
     stream.close()
-    lanes = dict.fromkeys(range(place["num_lanes"]), next(iter(step.lanes.values())))
+    late = Position(9, stream.plans[0].num_pieces(0) - 1, 999, 1023)  # as long as they get
+    lanes = dict.fromkeys(range(place["num_lanes"]), LaneState(10**6, (late,)))
     found["state_bytes"] = len(json.dumps(stream.state_dict(lanes)))
     results.put(found)
 
