@@ -81,6 +81,13 @@ class FileOrder:
             )
         return [*accumulate((self._rows_of_turn * count for count in turns), initial=0)]
 
+    def __str__(self) -> str:
+        """Whose order it is, for people."""
+        if self._num_readers == 1:
+            return f"in the order of the files, {self._chunk_rows} rows at a time"
+        size = f"{self._num_readers} processes of {self._rows_of_turn} rows each"
+        return f"as build-nanogpt reads them in {size}"
+
     def num_pieces(self, lane: int) -> int:
         return len(self._shards)
 

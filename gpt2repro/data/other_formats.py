@@ -63,6 +63,7 @@ def open_prepared(found: Found) -> Corpus | None:
     in_units = [corpus.num_documents(unit_index) for unit_index in range(corpus.num_units)]
     if not any(in_units):
         raise UserError(f"dataset_name: no documents can be read from {names[0]}: it is empty")
+    corpus.copy_of = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} files more"
     corpus.identity = found.identity | {
         "files": digest([names, in_units]),  # other units are another order
         "content": content,

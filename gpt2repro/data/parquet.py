@@ -223,7 +223,12 @@ class _NoBytes(_OneChunk):
 
 
 class ParquetCorpus(Corpus):
-    """Units are row groups, numbered through the files in dataset order."""
+    """Units are row groups, numbered through the files in dataset order.
+
+    copy_of: what people call the dataset, where the files are a copy that was made of it.
+    """
+
+    copy_of: str | None = None
 
     def __init__(
         self, sources: Sequence[Source], text_column: str, identity: dict[str, Any]
@@ -243,6 +248,8 @@ class ParquetCorpus(Corpus):
         return _whole(source, lambda: _decode(source, column, place), what)
 
     def where(self, unit_index: int) -> str:
+        if self.copy_of:
+            return f"{self.copy_of}, unit {unit_index}"
         file, row_group, *_ = self._units[unit_index].tolist()
         return f"{Path(self._sources[file].name).name}, row group {row_group}"
 

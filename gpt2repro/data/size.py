@@ -15,7 +15,10 @@ SAMPLE_UNITS = 8  # to read, at most: on the Hub each is a request
 
 
 def tokens_per_byte(corpus: Corpus, encoder: BulkEncoder) -> float | None:
-    """Tokens, those that end texts among them, to a byte as stored; of units from all over."""
+    """Tokens, those that end texts among them, to a byte as stored.
+
+    Of units from all over, until they have a million characters.
+    """
     if corpus.tokens_per_byte is not None:
         return corpus.tokens_per_byte
     num_tokens, num_bytes, room = 0.0, 0, SAMPLE_CHARACTERS

@@ -139,7 +139,10 @@ class Monitor:
         if tokens:
             epochs = min(run_tokens / tokens, source.epochs or math.inf)
             said += f", {epochs:{',.1f' if epochs >= 1 else '.2g'}} epochs in this run"
-        return f"{said}; {in_words(corpus, held_out, tokens_held_out)} held out"
+        said += f"; {in_words(corpus, held_out, tokens_held_out)} held out"
+        if self.recipe.order != "shuffled":
+            said += f"; {self.inputs.stream.plans[0]}"
+        return said
 
     # --- Before a step ----------------------------------------------------------------------------
 

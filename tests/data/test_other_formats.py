@@ -443,3 +443,10 @@ def test_reading_a_unit_is_one_line_too(tmp_path, monkeypatch):
     monkeypatch.setattr(pq, "ParquetFile", surprise)
     with pytest.raises(UserError, match=r"cannot read row group 0 of .* Surprise"):
         source.read_unit(0)
+
+
+def test_a_unit_is_told_by_the_files_and_not_by_their_copy(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"What {name} says.")
+    assert open_corpus(tmp_path).where(1) == "a.txt and 1 files more, unit 1"
+    assert open_corpus(tmp_path / "a.txt").where(0) == "a.txt, unit 0"

@@ -141,6 +141,9 @@ def test_processes_of_build_nanogpt_drift_apart(tmp_path):
     options = {"num_lanes": 4, "chunk_rows": 16}
     together, _, _ = run(streams(corpus, order="file", **options), 60)
     apart, _, _ = run(streams(corpus, order="build-nanogpt", **options), 60)
+    assert "4 processes of 4 rows" in str(
+        streams(corpus, order="build-nanogpt", **options)[0].plans[0]
+    )
     differ = [step for step in range(60) if together[step] != apart[step]]
     assert differ and differ[0] == (7003 - 1) // (16 * T) - 1 and together[:53] == apart[:53]
 
