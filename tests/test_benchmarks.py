@@ -50,10 +50,10 @@ def test_who_began_a_round_comes_last_in_the_next():
 
 
 SWEEP = pytest.mark.sweep
-COMMANDS = ["correct", pytest.param("fast", marks=SWEEP), pytest.param("real", marks=SWEEP)]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@SWEEP
+@pytest.mark.parametrize("command", ["correct", "fast", "real"])
 def test_what_waits_for_a_gpu_is_walked_on_a_cpu(command, tmp_path, capsys):
     import gpu
 

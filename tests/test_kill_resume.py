@@ -19,17 +19,17 @@ def kill_resume(monkeypatch):
     return kill_resume
 
 
-def test_two_kills_change_nothing(kill_resume, tmp_path, monkeypatch):
-    monkeypatch.setattr(kill_resume, "PHASES", ("checkpoint", "export"))
+def test_a_kill_changes_nothing(kill_resume, tmp_path, monkeypatch):
+    """The record has kills in the other phases too, `make sweep` kills of other loops."""
+    monkeypatch.setattr(kill_resume, "PHASES", ("checkpoint",))
     # This seed aims at the beginning of a writing that takes milliseconds: late in it, a busy
     # machine would now and then be done before the kill.
-    seed = 15
-    assert kill_resume.planned(2, seed)[0].fraction < 0.05
-    result = kill_resume.measure(2, seed, tmp_path, print)
+    seed = 31
+    assert kill_resume.planned(1, seed)[0].fraction < 0.05
+    result = kill_resume.measure(1, seed, tmp_path, print)
     assert result["bitwise_equal"], result["differences"]
-    first, second = result["kills"]
-    assert first["hit"] and (first["phase"], first["resumed_from"]) == ("checkpoint", 0)
-    assert second["last_step"] == result["recipe"]["num_steps"]
+    [kill] = result["kills"]
+    assert kill["hit"] and (kill["phase"], kill["resumed_from"]) == ("checkpoint", 0)
 
 
 def test_a_difference_would_be_seen(kill_resume, tmp_path):

@@ -118,7 +118,7 @@ def harness(request, task_files, tmp_path_factory):
         model="hf",
         model_args=f"pretrained={directory},dtype=float32,trust_remote_code=True",
         tasks=[f"ours_{name}" for name in TASKS],
-        task_manager=TaskManager(include_path=str(task_files)),
+        task_manager=TaskManager(include_path=str(task_files), include_defaults=False),
         device="cpu",
         batch_size=4,
         bootstrap_iters=0,
@@ -168,6 +168,7 @@ def test_the_comparison_can_tell_rows_apart(harness):
     assert 0 < results["ours_lambada"]["acc,none"] < 1
 
 
+@pytest.mark.sweep  # it reads all of its thousands of task files; docs/use/lm_eval.md runs it too
 def test_its_command_line_takes_our_checkpoint(task_files, tmp_path):
     """As docs/evaluation.md says: the code comes from the directory, in a process without ours."""
     directory = tmp_path / "checkpoint"
