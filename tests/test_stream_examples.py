@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import FakeHub, Fault, impatient
 from safetensors.torch import load_file
 from tiny_run import reset_accelerate, write_inputs
 
@@ -73,6 +74,32 @@ def test_two_kills_change_no_row_of_a_mixture(tmp_path, monkeypatch, loop):
     source = kill_loops.write_sources(tmp_path / "inputs")["a mixture of three"]
     found = kill_loops.measure(loop, source, num_kills=2, seed=0, directory=tmp_path)
     assert found["equal"] and found["num_kills"] == len(found["kills"]) == 2
+
+
+@pytest.mark.parametrize("script", [LOOP, TRAINER], ids=["loop", "trainer"])
+def test_a_hub_that_misbehaves_changes_no_row(texts, tmp_path, monkeypatch, capfd, script):
+    """Every answer with text goes wrong first, in one of seven ways."""
+    stream = ExactStream(texts[1], tokenizer=texts[3], sequence_length=32, rows_per_step=24)
+    expected = [f"{stream.digest:016x}" for _ in islice(stream, 6)]
+    stream.close()
+    last = {LOOP: ["--output", str(tmp_path / "run.pt"), "--num_steps", "6"]}
+    last[TRAINER] = ["--output", str(tmp_path / "run"), "--num_layers", "1", "--max_steps", "6"]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in ({"ACCELERATE_USE_CPU": "true"} | (alone if script == LOOP else {})).items():
+        monkeypatch.setenv(name, value)
+    kinds = ["status:503", "reset", "short", "status:429", "ignore_range", "flood", "status:403"]
+    files = {path.name: path.read_bytes() for path in Path(texts[1]).iterdir()}
+    impatient(monkeypatch)
+    with FakeHub() as hub:
+        hub.add("datasets", "someone/data", files)
+        hub.use_in_process(monkeypatch)
+        hub.faults += [Fault(kind, r"\.parquet$", skip=n) for n, kind in enumerate(kinds)]
+        words = [*texts[:1], "someone/data", *texts[2:], *last[script]]
+        monkeypatch.setattr(sys, "argv", [str(script), *words])
+        runpy.run_path(str(script), run_name="__main__")
+        assert sum(fault.num_hits for fault in hub.faults) == len(kinds)
+    reset_accelerate()
+    assert re.findall(r"\brows (\w{16})$", capfd.readouterr().out, re.M) == expected
 
 
 def test_the_record_says_six_kills_of_each_and_equal_digests():
