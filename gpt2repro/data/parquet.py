@@ -34,7 +34,7 @@ from gpt2repro.system import patience
 from gpt2repro.system.threads import DaemonPool
 
 FOOTER_GUESS_BYTES = 2**16  # the first read of the first file's end: more may cost a second
-NUM_FOOTER_THREADS = 8
+NUM_FOOTER_THREADS = 3  # each holds a footer; they are parsed one at a time
 LARGEST_UNIT_BYTES = 2**31  # of a row group's text, decoded
 SHA256_DIGITS = 64
 ROWS_AT_A_TIME = 64  # decoded before the bytes are counted again; fewer where texts may be long
@@ -314,6 +314,7 @@ def _read_table(sources: Sequence[Source], text_column: str) -> UnitTable:
         pool.close(0)
     columns = [column for column, _ in opened]
     units = np.concatenate([np.zeros(0, UNIT), *(of_file for _, of_file in opened)])
+    del opened  # as much again, while the table is hashed and written
     return UnitTable.of([source.name for source in sources], columns, units)
 
 
