@@ -36,7 +36,7 @@ from pydantic import (
 )
 
 from gpt2repro import UserError
-from gpt2repro.data.dataset import Dataset, Place, Text, held_out_of
+from gpt2repro.data.dataset import Dataset, Place, Text, held_out_of, split_at_commas
 from gpt2repro.data.lanes import check_lanes, divisors
 from gpt2repro.system.command_line import place, underscored
 
@@ -60,10 +60,6 @@ def _whole_number(value: Any) -> Any:
     return value if isinstance(value, str) and value.lstrip("+-").isdigit() else _number(value)
 
 
-def _split_at_commas(value: Any) -> Any:
-    return [item for item in value.split(",") if item] if isinstance(value, str) else value
-
-
 def _task_file(entry: str) -> str:
     task, equals, file = entry.partition("=")
     return f"{task}{equals}{place(file)}"
@@ -78,11 +74,11 @@ Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Switch = Annotated[bool, Field(strict=True)]
 Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_as_a_word)]
-Places = Annotated[list[Place], BeforeValidator(_split_at_commas)]
+Places = Annotated[list[Place], BeforeValidator(split_at_commas)]
 TaskFile = Annotated[Text, AfterValidator(_task_file)]
-TaskFiles = Annotated[list[TaskFile], BeforeValidator(_split_at_commas)]
+TaskFiles = Annotated[list[TaskFile], BeforeValidator(split_at_commas)]
 Benchmark = Literal["hellaswag", "lambada", "wikitext2"]
-Benchmarks = Annotated[list[Benchmark], BeforeValidator(_split_at_commas)]
+Benchmarks = Annotated[list[Benchmark], BeforeValidator(split_at_commas)]
 Datasets = Annotated[list[Dataset], Field(min_length=1, max_length=1000)]
 
 

@@ -14,7 +14,8 @@ Text = Annotated[str, Field(strict=True, min_length=1, pattern=r"^[^\x00]+$")]
 Place = Annotated[Text, AfterValidator(place)]
 
 
-def _split_at_commas(value: Any) -> Any:
+def split_at_commas(value: Any) -> Any:
+    """A list, as the command line spells it."""
     return [item for item in value.split(",") if item] if isinstance(value, str) else value
 
 
@@ -39,7 +40,7 @@ class Dataset(BaseModel):
     config: Text | None = None
     split: Text = "train"
     revision: Text | None = None
-    data_files: Annotated[list[Place], BeforeValidator(_split_at_commas)] | None = None
+    data_files: Annotated[list[Place], BeforeValidator(split_at_commas)] | None = None
     text_column: Text = "text"
     document: Literal["file", "line"] | None = None
     weight: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1e9, allow_inf_nan=False)] = (
