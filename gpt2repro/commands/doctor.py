@@ -3,10 +3,8 @@
 Exit status: 0 ready to train, 1 a check failed, 2 mend the input.
 """
 
-from argparse import RawDescriptionHelpFormatter
-
 from gpt2repro import UserError
-from gpt2repro.commands.parser import MOST_PROCESSES, OneLineParser
+from gpt2repro.commands.parser import MOST_PROCESSES, recipe_parser
 from gpt2repro.recipe import Recipe, load_recipe
 
 
@@ -29,13 +27,7 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> tuple[Recipe, int, float | None]:
     """The recipe, the number of processes of the launch, and what an hour of one costs."""
-    parser = OneLineParser(
-        prog="gpt2repro doctor",
-        description=__doc__,
-        epilog="Every other option is the recipe's: --recipe FILE and --FIELD VALUE; "
-        "`train_accelerate.py --help` lists them.",
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    parser = recipe_parser("doctor", __doc__)
     parser.add_argument("--num_processes", type=int, default=1, help="of the launch to plan for")
     parser.add_argument("--price", type=float, help="of an hour of one device, for an estimate")
     options, rest = parser.parse_known_args(argv)

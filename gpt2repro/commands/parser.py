@@ -48,6 +48,17 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
+def recipe_parser(verb: str, description: str | None) -> OneLineParser:
+    """A parser for a verb that takes a recipe: what it does not know is left to `load_recipe`."""
+    return OneLineParser(
+        prog=f"gpt2repro {verb}",
+        description=description,
+        epilog="Every other option is the recipe's: --recipe FILE and --FIELD VALUE; "
+        "`train_accelerate.py --help` lists them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def named(text: str) -> str:
     """An argparse type: a file, a directory or something on the Hub, `~` expanded."""
     try:

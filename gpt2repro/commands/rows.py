@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser, path
+from gpt2repro.commands.parser import path, recipe_parser
 from gpt2repro.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -51,12 +51,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None, Recipe]:
-    parser = OneLineParser(
-        prog="gpt2repro rows",
-        description=__doc__,
-        epilog="Every other option is the recipe's: --recipe FILE and --FIELD VALUE.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = recipe_parser("rows", __doc__)
     parser.add_argument("--step", type=int, help="which step; 0, or the checkpoint's, by default")
     parser.add_argument("--row", type=int, help="one of its rows")
     parser.add_argument("--find", help="text, UNIT:DOCUMENT or digest of documents")

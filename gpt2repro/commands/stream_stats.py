@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import MOST_PROCESSES, OneLineParser, make_room, path
+from gpt2repro.commands.parser import MOST_PROCESSES, make_room, path, recipe_parser
 from gpt2repro.recipe import Recipe, load_recipe
 from gpt2repro.system import atomic
 
@@ -36,12 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
-    parser = OneLineParser(
-        prog="gpt2repro stream-stats",
-        description=__doc__,
-        epilog="Every other option is the recipe's: --recipe FILE and --FIELD VALUE.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = recipe_parser("stream-stats", __doc__)
     parser.add_argument("--num_processes", type=int, default=1, help="of the launch to plan for")
     parser.add_argument("--tokens_per_second", type=float, help="what the whole launch trains on")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long to stream")

@@ -11,7 +11,7 @@ import argparse
 import time
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser, make_room, path
+from gpt2repro.commands.parser import make_room, path, recipe_parser
 from gpt2repro.recipe import Recipe, load_recipe
 
 RANGES = {"shard_tokens": (1000, 2**31 - 1), "num_threads": (1, 1024)}  # a header counts in int32
@@ -30,12 +30,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
-    parser = OneLineParser(
-        prog="gpt2repro tokenize",
-        description=__doc__,
-        epilog="Every other option is the recipe's: --recipe FILE and --FIELD VALUE.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = recipe_parser("tokenize", __doc__)
     parser.add_argument("--output", type=path, required=True, help="the directory of the shards")
     parser.add_argument("--shard_tokens", type=int, default=10**8, help="of all but the last")
     parser.add_argument(
