@@ -31,10 +31,10 @@ class Column(NamedTuple):
     created_by: str  # pyarrow makes up for what old writers did wrong
 
     @classmethod
-    def of(cls, metadata: pq.FileMetaData, leaf: int) -> "Column":
+    def of(cls, schema: pq.ParquetSchema, leaf: int, created_by: str) -> "Column":
         """That of the `leaf`-th stored column, which is a column of text."""
-        stored = metadata.schema.column(leaf)
-        type_ = metadata.schema.to_arrow_schema().field(stored.path).type
+        stored = schema.column(leaf)
+        type_ = schema.to_arrow_schema().field(stored.path).type
         type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
         is_string = type_ in (pa.string(), pa.large_string(), pa.string_view())
         return cls(
@@ -42,7 +42,7 @@ class Column(NamedTuple):
             physical_type=PHYSICAL_TYPES.index(stored.physical_type),
             is_optional=stored.max_definition_level > 0,
             meaning="string" if is_string else "null" if type_ == pa.null() else "bytes",
-            created_by=metadata.created_by or "",
+            created_by=created_by,
         )
 
 

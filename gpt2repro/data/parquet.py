@@ -34,7 +34,7 @@ from gpt2repro.system import patience
 from gpt2repro.system.threads import DaemonPool
 
 FOOTER_GUESS_BYTES = 2**16  # the first read of the first file's end: more may cost a second
-NUM_FOOTER_THREADS = 3  # each holds a footer; they are parsed one at a time
+NUM_FOOTER_THREADS = 6  # each holds a footer; they are parsed one at a time
 LARGEST_UNIT_BYTES = 2**31  # of a row group's text, decoded
 SHA256_DIGITS = 64
 ROWS_AT_A_TIME = 64  # decoded before the bytes are counted again; fewer where texts may be long
@@ -321,9 +321,11 @@ def _read_table(sources: Sequence[Source], text_column: str) -> UnitTable:
 def _units_of(
     file: int, metadata: pq.FileMetaData, text_column: str, source: Source
 ) -> tuple[Column, np.ndarray]:
-    check_text_column(metadata.schema.to_arrow_schema(), text_column, source.name)
+    # `metadata.schema` is kept within it, a cycle: megabytes a file, until Python looks for such.
+    schema = pq.ParquetSchema(metadata)
+    check_text_column(schema.to_arrow_schema(), text_column, source.name)
     _check_chunks(metadata, text_column, source)
-    paths = [metadata.schema.column(leaf).path for leaf in range(len(metadata.schema))]
+    paths = [schema.column(leaf).path for leaf in range(len(schema))]
     leaf = paths.index(text_column)
     if text_column in paths[leaf + 1 :]:  # "a.b" beside an "a" that has a "b"
         raise UserError(f"text_column: {source.name} stores two columns as {text_column!r}")
@@ -345,7 +347,7 @@ def _units_of(
         units[number] = (*unit, uncompressed, CODECS.index(chunk.compression))
     if sum(units["num_rows"].tolist()) != metadata.num_rows:
         raise pa.ArrowInvalid(f"its row groups do not have {metadata.num_rows:,} rows")
-    return Column.of(metadata, leaf), units
+    return Column.of(schema, leaf, metadata.created_by or ""), units
 
 
 def _read_footer(source: Source, lengths: deque[int]) -> memoryview:

@@ -6,11 +6,9 @@ the others wait. A cache that cannot be used costs the time.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import logging
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,8 +72,6 @@ def kept(key: Any, make: Callable[[], UnitTable]) -> UnitTable:
             table = make()
             with contextlib.suppress(OSError):
                 _save(path, table)
-            if platform.libc_ver()[0] == "glibc":  # after 2,400 footers it keeps 200 MB of gaps
-                ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
     return table
 
 

@@ -76,7 +76,7 @@ def footer_like(codec: str, created_by: str) -> bytes:
     pq.write_table(pa.table({"text": TEXTS}), buffer, compression="lz4", use_dictionary=False)
     content, metadata = buffer.getvalue(), pq.read_metadata(buffer)
     chunk = metadata.row_group(0).column(0)
-    column = Column.of(metadata, 0)._replace(created_by=created_by)
+    column = Column.of(metadata.schema, 0, created_by)
     place = chunk.data_page_offset, chunk.total_compressed_size, chunk.total_uncompressed_size
     length = int.from_bytes(content[-8:-4], "little") + 8
     footer = footer_of_chunk(column, len(TEXTS), *place, CODECS.index(codec))

@@ -1,5 +1,6 @@
 """Parquet on disk: what its units hold, and how broken files are refused."""
 
+import gc
 import io
 import itertools
 import re
@@ -34,6 +35,19 @@ def test_units_are_row_groups_in_dataset_order(tmp_path):
     assert [source.num_documents(unit) for unit in range(8)] == [len(unit) for unit in units]
     theirs = load_dataset(str(tmp_path), split="train", streaming=True)
     assert joined(source) == [row["text"] for row in theirs] == TEXTS
+
+
+def test_no_footer_outlives_its_reading(tmp_path):
+    """Not even until Python looks for cycles: 2,400 of them were hundreds of megabytes."""
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    gc.collect()
+    gc.disable()
+    try:
+        corpus = open_corpus(tmp_path)
+        alive = [each for each in gc.get_objects() if isinstance(each, pq.FileMetaData)]
+    finally:
+        gc.enable()
+    assert corpus.num_units > 1 and not alive
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
