@@ -28,7 +28,7 @@ from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.likelihoods import Batch, Request, loglikelihoods, plan_batches
 from gpt2repro.evaluation.task import read_jsonl
-from gpt2repro.evaluation.tasks.hellaswag import CompletionHellaSwag
+from gpt2repro.evaluation.tasks.hellaswag import HellaSwagCompletion
 from gpt2repro.system import machine
 from gpt2repro.system.command_line import run
 
@@ -102,9 +102,9 @@ def main(argv: list[str]) -> int:
 
     rng = np.random.default_rng(0)
     if arguments.hellaswag_file:
-        rows = read_jsonl(arguments.hellaswag_file, "hellaswag")
+        rows = read_jsonl(arguments.hellaswag_file, "hellaswag_file")
         tokenizer = load_tokenizer(arguments.tokenizer)
-        requests = CompletionHellaSwag(rows, tokenizer, max_length=MAX_LENGTH).requests
+        requests = HellaSwagCompletion(rows, tokenizer, max_length=MAX_LENGTH).requests
     else:
         requests = drawn_requests(arguments.num_rows, rng)
     num_rows = len(requests) // NUM_ENDINGS

@@ -25,7 +25,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from annotated_types import Ge, Gt, Le
 from pydantic import (
-    AfterValidator,
     AllowInfNan,
     BaseModel,
     BeforeValidator,
@@ -60,11 +59,6 @@ def _whole_number(value: Any) -> Any:
     return value if isinstance(value, str) and value.lstrip("+-").isdigit() else _number(value)
 
 
-def _task_file(entry: str) -> str:
-    task, equals, file = entry.partition("=")
-    return f"{task}{equals}{place(file)}"
-
-
 def _no_as_a_word(value: Any) -> Any:
     """YAML reads a bare `no` as False, and `no` is what mixed_precision calls it."""
     return "no" if value is False else value
@@ -75,10 +69,7 @@ WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Switch = Annotated[bool, Field(strict=True)]
 Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_as_a_word)]
 Places = Annotated[list[Place], BeforeValidator(split_at_commas)]
-TaskFile = Annotated[Text, AfterValidator(_task_file)]
-TaskFiles = Annotated[list[TaskFile], BeforeValidator(split_at_commas)]
-Benchmark = Literal["hellaswag", "lambada", "wikitext2"]
-Benchmarks = Annotated[list[Benchmark], BeforeValidator(split_at_commas)]
+Names = Annotated[list[Text], BeforeValidator(split_at_commas)]
 Datasets = Annotated[list[Dataset], Field(min_length=1, max_length=1000)]
 
 
@@ -227,13 +218,17 @@ class Recipe(BaseModel):
     )
     sample_every: WholeNumber = knob("steps between samples; 0 is never", ge=0, le=10**12)
     sample_prompt: Text = knob("what the samples continue")
-    eval_tasks: Benchmarks = knob("benchmarks scored during training")
+    eval_tasks: Names = knob(
+        "benchmarks scored during training: hellaswag_completion, or lm-evaluation-harness' names"
+    )
     eval_tasks_every: WholeNumber = knob(
         "steps between them; 0 is at the end only", ge=0, le=10**12
     )
-    eval_task_files: TaskFiles | None = knob(
-        "TASK=FILE.jsonl for what is not to come from the Hub; --TASK_file FILE says the same"
+    eval_tasks_limit: WholeNumber | None = knob(
+        "rows of each that are scored, the first ones; null is all", ge=1, le=10**9
     )
+    eval_tasks_dir: Place | None = knob("directory of more of the harness' task files (YAML)")
+    hellaswag_file: Place | None = knob("JSON lines for hellaswag_completion, not the Hub's")
     save_every: WholeNumber = knob("steps between checkpoints; 0: at the end", ge=0, le=10**12)
     keep_last: WholeNumber = knob("checkpoints kept", ge=1, le=10**9)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = knob("tracker of accelerate")
@@ -277,11 +272,6 @@ class Recipe(BaseModel):
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.exp_name}")
-
-    def eval_task_file(self, task: str) -> str | None:
-        """The local rows of a benchmark; None if they come from the Hub."""
-        entries = (entry.partition("=") for entry in self.eval_task_files or [])
-        return next((file for name, _, file in entries if name == task), None)
 
     def resolved(self, **decided: Any) -> "ResolvedRecipe":
         """This recipe with everything decided; epochs and shares have become steps and units."""
@@ -354,7 +344,9 @@ OF_AN_ENTRY = (
     *("dataset_config", "dataset_split", "dataset_revision"),
     *("data_files", "text_column", "document"),
 )
-TASK_FILES = {f"{task}_file": task for task in get_args(Benchmark)}  # entries of eval_task_files
+GONE = {  # fields of earlier recipes -> what says the same
+    "eval_task_files": "hellaswag_file for hellaswag_completion, or task files in eval_tasks_dir"
+}
 
 
 def load_recipe(argv: list[str]) -> Recipe:
@@ -526,7 +518,10 @@ def _checked(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[
     Args:
         prefix: what a message puts before a field of the layer, such as `--`.
     """
-    layer = _with_task_files(below, dict(layer), prefix)
+    layer = dict(layer)
+    for gone, now in GONE.items():
+        if layer.pop(gone, None) not in (None, "null"):
+            raise UserError(f"{prefix}{gone} is no more: give {now}")
     spelled = {}  # as the user did, where a field has a former name
     for former, key in FORMER_NAMES.items():
         if former in layer and key in layer:
@@ -580,26 +575,6 @@ def _shown(value: Any) -> str:
         return shown if len(shown) <= 100 else f"{shown[:100]}..."
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         return "so large a number"
-
-
-def _with_task_files(below: dict[str, Any], layer: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """`layer`, its `TASK_file: FILE` made entries of `eval_task_files`; null removes one."""
-    files = {key: layer.pop(key) for key in TASK_FILES if key in layer}
-    if not files:
-        return layer
-    for key, file in files.items():
-        if file is not None and not (isinstance(file, str) and file):
-            raise UserError(f"{prefix}{key}: {brief(file)} is not allowed; it takes null or text")
-        if "eval_task_files" in layer:
-            raise UserError(f"{prefix}{key} is an entry of eval_task_files: give one of them")
-    tasks = {TASK_FILES[key]: file for key, file in files.items()}
-    kept = [
-        entry
-        for entry in below.get("eval_task_files") or []
-        if entry.partition("=")[0] not in tasks
-    ]
-    named = [f"{task}={file}" for task, file in tasks.items() if file not in (None, "null")]
-    return layer | {"eval_task_files": [*kept, *named] or None}
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -692,17 +667,6 @@ def _check_consistency(recipe: Recipe) -> None:
             raise UserError(f"{name} needs mixed_precision bf16")
     if recipe.max_autotune and not recipe.compile:
         raise UserError("max_autotune chooses among the compiler's kernels: it needs compile")
-    named = set()
-    for entry in recipe.eval_task_files or []:
-        task, _, file = entry.partition("=")
-        if task not in get_args(Benchmark) or not file:
-            raise UserError(
-                f"eval_task_files: {brief(entry)} is not TASK=FILE with a TASK of "
-                f"{', '.join(get_args(Benchmark))}"
-            )
-        if task in named:
-            raise UserError(f"eval_task_files names two files for {task}: give one")
-        named.add(task)
 
 
 # What weights, optimizer state and rows depend on. The stream guards what else decides the data.

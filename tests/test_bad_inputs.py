@@ -146,6 +146,7 @@ def assert_refused(place: Place, capsys, options: list[str], *parts: str) -> Non
 
 
 # What is typed after `--recipe tiny --output_dir run`, and parts of the answer.
+SCORED = "--eval_tasks hellaswag_completion"
 OPTIONS: dict[str, tuple[str, ...]] = {
     # the command line and the recipe
     "--nmu_steps 3": ("--nmu_steps: no such field", "num_steps"),
@@ -225,9 +226,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--resume never --output_dir {inputs}/a_run": ("--resume never", "exp_name"),
     # what a run shows and publishes
     "--report_to tensorboard": ("report_to tensorboard", "pip install tensorboard"),
-    "--eval_tasks hellaswag --hellaswag_file {inputs}/nowhere.jsonl": ("hellaswag_file",),
-    "--eval_tasks hellaswag --hellaswag_file {inputs}/words.jsonl": ("hellaswag", "row 1"),
-    "--eval_tasks hellaswag": ("hellaswag_file",),
+    f"{SCORED} --hellaswag_file {{inputs}}/nowhere.jsonl": ("hellaswag_file",),
+    f"{SCORED} --hellaswag_file {{inputs}}/words.jsonl": ("hellaswag", "row 1"),
+    SCORED: ("hellaswag_file",),
+    "--eval_tasks piqqa": ("eval_tasks: lm-evaluation-harness has no task", "did you mean piqa?"),
     "--push_to_hub": ("push_to_hub needs hub_model_id",),
     "--push_to_hub --hub_model_id mine": ("hub_model_id mine", "user/name"),
     "--push_to_hub --hub_model_id me/mine": ("hub_model_id me/mine", "HF_TOKEN"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_corpus import WORDS
 from tiny_export import VERIFIED
-from tiny_language_models import LAMBADA
+from tiny_language_models import task_files
 from tiny_run import train, write_inputs
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -86,7 +86,7 @@ def test_what_is_scored_is_the_continuation(kind):
 def run(request, tmp_path_factory) -> tuple[str, Path, dict[str, list]]:
     """Trained for 4 steps, with a sample and a benchmark; the prompts and rows that it saw."""
     directory = tmp_path_factory.mktemp(request.param)
-    recipe = write_inputs(directory)
+    recipe, tasks = write_inputs(directory), task_files(directory / "tasks")
     for file in (directory / "tokenizer").iterdir():
         file.unlink()
     odd(request.param).save_pretrained(directory / "tokenizer")
@@ -108,7 +108,7 @@ def run(request, tmp_path_factory) -> tuple[str, Path, dict[str, list]]:
         patch.setattr(finish, "_paragraph", lambda run: "")
         patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
         options = ["--num_steps", "4", "--sample_every", "2", "--sample_prompt", "the of"]
-        options += ["--eval_tasks", "lambada", "--lambada_file", str(LAMBADA)]
+        options += ["--eval_tasks", "ours_lambada", "--eval_tasks_dir", str(tasks)]
         assert train(recipe, directory / "run", *options) == 0
     return request.param, directory / "run", seen
 
@@ -121,7 +121,7 @@ def test_a_run(run):
     assert not (rows == END).any() or kind != "around"
     assert seen["prompts"][0] == [*before, 3, 4]  # the others are the export's
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert {"val_loss", "lambada/acc"} <= lines[-1].keys()
+    assert {"val_loss", "ours_lambada/acc"} <= lines[-1].keys()
     newest, _ = checkpoints.find_latest(directory / "checkpoints")
     for source in (newest, directory / "final"):
         model = load_causal_lm(str(source))
@@ -155,12 +155,13 @@ def test_evaluating_looking_and_exporting(run, tmp_path, monkeypatch):
     kind, directory, _ = run
     _, ends, _, before = KINDS[kind]
     corpus = ["--dataset_name", str(directory.parent / "corpus"), "--num_validation_units", "1"]
-    words = ["--model", str(directory), "--tasks", "val,lambada", "--lambada_file", str(LAMBADA)]
+    words = ["--model", str(directory), "--tasks", "val,ours_lambada"]
+    words += ["--tasks_dir", str(directory.parent / "tasks")]
     output = tmp_path / "results.json"
     assert evaluate.main([*words, *corpus, "--device", "cpu", "--output", str(output)]) == 0
     metrics = (directory / "metrics.jsonl").read_text().splitlines()
     found = json.loads(output.read_text())["results"]
-    for name in ("lambada/acc", "lambada/perplexity"):  # as the run scored them
+    for name in ("ours_lambada/acc", "ours_lambada/perplexity"):  # as the run scored them
         assert found[name]["value"] == pytest.approx(json.loads(metrics[-1])[name], rel=1e-4)
     seen = []
     monkeypatch.setattr(plots, "_write", lambda pictures, output: {})

@@ -15,6 +15,33 @@ WIKITEXT2 = FIXTURES / "wikitext2.jsonl"
 VOCAB_SIZE = 320
 
 
+# The harness' own task, and the split that its fixture stands for.
+OF_THE_HARNESS = {
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation", HELLASWAG),
+    "lambada": ("lambada/lambada_openai.yaml", "test", LAMBADA),
+    "wikitext": ("wikitext/wikitext.yaml", "test", WIKITEXT2),
+}
+
+
+def task_files(directory: Path) -> Path:
+    """`directory` with the harness' own tasks on the fixtures, as `ours_hellaswag` and so on."""
+    import lm_eval
+
+    harness = Path(lm_eval.__file__).parent / "tasks"
+    directory.mkdir(exist_ok=True)
+    for name, (base, split, file) in OF_THE_HARNESS.items():
+        (directory / f"{name}.yaml").write_text(
+            f"include: {harness / base}\n"
+            f"task: ours_{name}\n"
+            "tag: []\n"
+            "dataset_path: json\n"
+            "dataset_name: null\n"
+            f"dataset_kwargs: {{data_files: {{{split}: {file}}}}}\n"
+            "training_split: null\n" + ("validation_split: null\n" if split == "test" else "")
+        )
+    return directory
+
+
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

@@ -1,6 +1,6 @@
 """The verb `evaluate`: figures of any causal language model, and of a baseline beside it.
 
-    gpt2repro evaluate --model runs/gpt2/final --tasks val,hellaswag,lambada,wikitext2 \
+    gpt2repro evaluate --model runs/gpt2/final --tasks val,hellaswag_completion,piqa,wikitext \
         --baseline openai-community/gpt2 --output results.json
 
 Both models go through the same loader, the same requests and the same batches. Figures published
@@ -11,13 +11,11 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import DTYPES, OneLineParser, find_device, make_room, named
-from gpt2repro.recipe import Benchmark
 from gpt2repro.system import atomic
 from gpt2repro.system.text import printable
 
@@ -25,13 +23,6 @@ if TYPE_CHECKING:
     from gpt2repro.data.corpus import Corpus
     from gpt2repro.evaluation.scoring import TaskResult
     from gpt2repro.evaluation.task import Task
-
-TASKS = ("val", *get_args(Benchmark))
-CONVENTIONS = {
-    "completion": ["completion"],
-    "lm_eval": ["lm_eval"],
-    "both": ["completion", "lm_eval"],
-}
 
 
 def main(argv: list[str]) -> int:
@@ -72,8 +63,8 @@ def _parse(argv: list[str]) -> Namespace:
     add = parser.add_argument
     add("--model", type=named, required=True, help="directory or Hub id of a causal language model")
     add("--baseline", type=named, help="a second model; the table shows both and the difference")
-    known = f"of {','.join(TASKS)}, and lm-evaluation-harness' names; commas between"
-    add("--tasks", default="hellaswag,lambada", help=known)
+    known = "val, hellaswag_completion, and lm-evaluation-harness' names; commas between"
+    add("--tasks", default="hellaswag_completion", help=known)
     add("--limit", type=int, help="score the first N rows of each task only")
     add("--batch_size", type=int, default=16, help="rows of one forward on one process")
     add("--max_length", type=int, help="context in tokens; default: the model's positions")
@@ -86,16 +77,11 @@ def _parse(argv: list[str]) -> Namespace:
         help="run code that comes with model or tokenizer",
     )
     add("--output", type=named, help="write everything to this JSON file")
-    local = parser.add_argument_group("local data (JSON lines) instead of the Hub's")
-    for name in get_args(Benchmark):
-        about = "its fields are in docs/evaluation.md"
-        local.add_argument(f"--{name}_file", type=named, help=about)
-    how = parser.add_argument_group("conventions")
-    how.add_argument("--hellaswag_convention", choices=CONVENTIONS, default="both")
-    how.add_argument("--wikitext2_stride", type=int, help="tokens; default: the whole context")
+    add("--hellaswag_file", type=named, help="JSON lines for hellaswag_completion, not the Hub's")
     theirs = parser.add_argument_group("tasks of lm-evaluation-harness, with gpt2repro[eval]")
     theirs.add_argument("--num_fewshot", type=int, help="default: each task's own number")
     theirs.add_argument("--tasks_dir", type=named, help="a directory of more task files (YAML)")
+    theirs.add_argument("--stride", type=int, help="of whole texts, tokens; default: the context")
     val = parser.add_argument_group("held-out text of --tasks val")
     val.add_argument("--dataset_name", type=named, default="HuggingFaceFW/fineweb-edu")
     val.add_argument("--dataset_config", help="default: sample-10BT for FineWeb-Edu")
@@ -117,15 +103,12 @@ def _parse(argv: list[str]) -> Namespace:
 
 
 def _check(arguments: Namespace) -> None:
+    from gpt2repro.evaluation.benchmarks import check_names
+
     arguments.tasks = list(dict.fromkeys(filter(None, arguments.tasks.split(","))))
     if not arguments.tasks:
-        raise UserError(f"--tasks: none; there are {', '.join(TASKS)}, and those of the harness")
-    others = [task for task in arguments.tasks if task not in TASKS]
-    if others and not find_spec("lm_eval"):
-        raise UserError(
-            f"--tasks: {', '.join(others)}: there are {', '.join(TASKS)}; the tasks of "
-            "lm-evaluation-harness need `pip install 'gpt2repro[eval]'`"
-        )
+        raise UserError("--tasks: none are named")
+    check_names([task for task in arguments.tasks if task != "val"], "--tasks")
     if arguments.tasks_dir and not Path(arguments.tasks_dir).is_dir():
         raise UserError(f"--tasks_dir {arguments.tasks_dir}: no such directory")
     fewshot = arguments.num_fewshot
@@ -190,57 +173,34 @@ def _context(model: Any, option: str, arguments: Namespace) -> int:
 
 
 def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["Task"]]:
-    """Each model's tasks, in the same order; rows are read once for all models."""
+    """Each model's tasks, in the same order."""
     from gpt2repro.evaluation import benchmarks
 
-    rows = {
-        name: benchmarks.BENCHMARKS[name].read_rows(
-            getattr(arguments, f"{name}_file"), arguments.limit
-        )
-        for name in arguments.tasks
-        if name in benchmarks.BENCHMARKS
-    }
     corpus = _open_corpus(arguments) if "val" in arguments.tasks else None
     shortest = min(loaded.max_length for loaded in models)
     sequence_length = arguments.sequence_length or shortest
     if sequence_length > shortest:
         raise UserError(f"--sequence_length: a model has {shortest} positions only")
-    if (arguments.wikitext2_stride or 0) > shortest:
-        raise UserError(f"--wikitext2_stride: a model has {shortest} positions only")
-    options: dict[str, dict[str, Any]] = {
-        "hellaswag": {"conventions": CONVENTIONS[arguments.hellaswag_convention]},
-        "wikitext2": {"stride": arguments.wikitext2_stride},
-    }
-
-    def tasks(name: str, loaded: Loaded) -> list["Task"]:
-        if name == "val":
-            assert corpus is not None
-            return [benchmarks.checked(_validation(corpus, loaded, sequence_length, arguments))]
-        if name not in rows:
-            return _tasks_of_the_harness(name, loaded, arguments)
-        return benchmarks.tasks_of(
-            benchmarks.BENCHMARKS[name],
-            rows[name],
+    if (arguments.stride or 0) > shortest:
+        raise UserError(f"--stride: a model has {shortest} positions only")
+    named = [name for name in arguments.tasks if name != "val"]
+    found = []
+    for loaded in models:
+        tasks = benchmarks.open_tasks(
+            named,
             loaded.tokenizer,
             max_length=loaded.max_length,
-            **options.get(name, {}),
+            limit=arguments.limit,
+            hellaswag_file=arguments.hellaswag_file,
+            num_fewshot=arguments.num_fewshot,
+            tasks_dir=arguments.tasks_dir,
+            stride=arguments.stride,
         )
-
-    return [[task for name in arguments.tasks for task in tasks(name, loaded)] for loaded in models]
-
-
-def _tasks_of_the_harness(name: str, loaded: Loaded, arguments: Namespace) -> list["Task"]:
-    from gpt2repro.evaluation import benchmarks, lm_eval_tasks
-
-    tasks = lm_eval_tasks.open_lm_eval_tasks(
-        [name],
-        loaded.tokenizer,
-        max_length=loaded.max_length,
-        num_fewshot=arguments.num_fewshot,
-        limit=arguments.limit,
-        tasks_dir=arguments.tasks_dir,
-    )
-    return [benchmarks.checked(task) for task in tasks]
+        if corpus is not None:
+            val = _validation(corpus, loaded, sequence_length, arguments)
+            tasks.insert(0, benchmarks.checked(val))
+        found.append(tasks)
+    return found
 
 
 def _validation(

@@ -1,6 +1,7 @@
 """Figures with standard errors, computed by metrics in the manner of the `evaluate` library."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,17 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     numerators, denominators = np.asarray(numerators), np.asarray(denominators)
     value = float(numerators.sum() / denominators.sum())
     return Estimate(value, (numerators - value * denominators) / denominators.mean())
+
+
+def weighted(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """A weighted mean of figures that have no example in common; the weights add up to one."""
+    n = sum(len(each.influence) for each in estimates)
+    influences = [
+        weight * n / len(each.influence) * (each.influence - each.influence.mean())
+        for each, weight in zip(estimates, weights, strict=True)
+    ]
+    value = sum(w * each.value for each, w in zip(estimates, weights, strict=True))
+    return Estimate(value, np.concatenate(influences))
 
 
 class Metric(evaluate.Metric):
@@ -117,20 +129,6 @@ class MultipleChoiceAccuracy(Metric):
             "acc": mean([np.argmax(scores) == label for scores, _, label in rows]),
             "acc_norm": mean(norm),
         }
-
-
-class LastWordAccuracy(Metric):
-    """LAMBADA: how often greedy decoding gives the last word, and the perplexity of that word.
-
-    predictions: log-likelihood of the whole last word, nats. is_greedy: whether each of its tokens
-    was the most likely one. The perplexity is exp(-mean) over words, not tokens.
-    """
-
-    inputs = Features({"predictions": Value("float64"), "is_greedy": Value("bool")})
-
-    def _estimate(self, *columns: Any) -> dict[str, Estimate]:
-        predictions, is_greedy = columns
-        return {"acc": mean(is_greedy), "perplexity": (mean(predictions) * -1).exp()}
 
 
 class CorpusPerplexity(Metric):

@@ -47,6 +47,7 @@ class Scores:
     log_likelihood: np.ndarray  # (N,) float64, nats, summed over the scored tokens
     is_greedy: np.ndarray  # (N,) bool: every scored token was the most likely one
     padding_waste: float  # share of the computed positions that belonged to no request
+    written: Sequence[list[int]] = ()  # the new ids of each of a task's prompts
 
     def __getitem__(self, at: slice) -> "Scores":
         return Scores(self.log_likelihood[at], self.is_greedy[at], self.padding_waste)

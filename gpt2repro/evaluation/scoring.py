@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from gpt2repro.evaluation.estimates import Estimate
 from gpt2repro.evaluation.likelihoods import loglikelihoods
-from gpt2repro.evaluation.task import Task
+from gpt2repro.evaluation.task import Task, TaskGroup
+from gpt2repro.evaluation.writing import continuations
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,18 @@ class TaskResult:
 def score_task(
     model: torch.nn.Module, task: Task, *, batch_size: int, **how: Any
 ) -> TaskResult | None:
-    """Run `task` through `loglikelihoods` (which takes `how`); None when told to stop."""
+    """Put `task` to `model`; `how` goes to `loglikelihoods`. None when told to stop."""
     began = time.perf_counter()
     scores = loglikelihoods(
         model, task.requests, max_length=task.max_length, batch_size=batch_size, **how
     )
     if scores is None:
         return None
-    estimates = task.estimates(scores)
+    how.pop("trim_logits", None)
+    written = continuations(model, task.prompts, batch_size=batch_size, **how)
+    if written is None:
+        return None
+    estimates = task.estimates(replace(scores, written=written))
     return TaskResult(task, estimates, scores.padding_waste, time.perf_counter() - began)
 
 
@@ -44,16 +49,10 @@ def score_tasks(
     One pass for all of them: a compiled model sees `batch_size` rows in at most
     `likelihoods.NUM_SHAPES` lengths. `how` goes to `loglikelihoods`; None when told to stop.
     """
-    (max_length,) = {task.max_length for task in tasks}
-    requests = [request for task in tasks for request in task.requests]
-    scores = loglikelihoods(model, requests, max_length=max_length, batch_size=batch_size, **how)
-    if scores is None:
+    result = score_task(model, TaskGroup("tasks", tasks), batch_size=batch_size, **how)
+    if result is None:
         return None
     figures: dict[str, float] = {}
-    begin = 0
-    for task in tasks:
-        end = begin + len(task.requests)
-        for name, estimate in task.estimates(scores[begin:end]).items():
-            figures |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
-        begin = end
+    for name, estimate in result.estimates.items():
+        figures |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
     return figures

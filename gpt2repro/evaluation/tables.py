@@ -4,10 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gpt2repro.evaluation.benchmarks import BENCHMARKS
 from gpt2repro.evaluation.estimates import Estimate
 from gpt2repro.evaluation.scoring import TaskResult
-from gpt2repro.evaluation.task import Task
 
 NUM_NAMED_ROWS = 5  # of the skipped, on the screen; all are in the JSON
 
@@ -108,7 +106,8 @@ def report(name: str, results: list[TaskResult]) -> dict[str, Any]:
         },
         "tasks": {
             result.task.name: {
-                "dataset": _dataset_of(result.task),
+                "dataset": result.task.dataset and result.task.dataset._asdict(),
+                "figures": [*result.estimates],
                 "num_rows": result.task.num_rows,
                 "num_scored": len(result.task.rows),
                 "skipped": result.task.skipped,
@@ -119,11 +118,3 @@ def report(name: str, results: list[TaskResult]) -> dict[str, Any]:
             for result in results
         },
     }
-
-
-def _dataset_of(task: Task) -> dict[str, str] | None:
-    """Where the task's rows are on the Hub, for a model card; None for held-out text."""
-    if task.dataset is not None:
-        return task.dataset
-    benchmark = BENCHMARKS.get(task.name.partition("/")[0])
-    return {"name": benchmark.dataset, "title": benchmark.title} if benchmark else None

@@ -5,15 +5,15 @@ A `Task` holds the requests of one benchmark in one convention, and turns their 
 """
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2repro import UserError
 from gpt2repro.evaluation.estimates import Estimate
 from gpt2repro.evaluation.likelihoods import Request, Scores
-from gpt2repro.system.patience import patiently
+from gpt2repro.evaluation.writing import Prompt
 
 Row = dict[str, Any]
 
@@ -22,30 +22,40 @@ class MalformedRow(ValueError):
     """A row that cannot be scored; the message says why. In a list it stands for that row."""
 
 
+class OnHub(NamedTuple):
+    """Where a benchmark's rows are, for a model card."""
+
+    name: str
+    title: str  # for people
+
+
 class Task:
     """One benchmark in one convention, for one tokenizer and one context length.
 
     Attributes:
         name: of the benchmark and its convention, unique; `prefix` begins the names of its figures.
         requests: what to ask, flat; `examples[i]` owns `requests[slices[i]]`.
+        prompts: what to continue, where the model is to write; most tasks have none.
         rows: the numbers, from 1, of the rows that are scored; `truncated` are those among them
-            whose context loses tokens on its left.
+            whose context loses tokens on its left. Of a group's rows also their tasks.
         skipped: row number -> why that row cannot be scored.
+        dataset: None where the rows are not from the Hub.
     """
 
     name: str
     prefix: str
     asked: str  # what one request stands for, in messages
-    dataset: dict[str, str] | None = None  # name and title, where no `Benchmark` has them
+    dataset: OnHub | None = None
     note = ""  # what else a reader of the figures must know
 
     def __init__(self, rows: Iterable[Any], tokenizer, *, max_length: int) -> None:
         self.max_length = max_length
-        self.skipped: dict[int, str] = {}
-        self.rows: list[int] = []
-        self.truncated: list[int] = []
+        self.skipped: dict[int | str, str] = {}
+        self.rows: list[int | str] = []
+        self.truncated: list[int | str] = []
         self.examples: list[Any] = []
         self.requests: list[Request] = []
+        self.prompts: list[Prompt] = []
         self.slices: list[slice] = []
         parsed: dict[int, Any] = {}
         for number, row in enumerate(rows, start=1):
@@ -87,7 +97,7 @@ class Task:
         return self.rows
 
     def estimates(self, scores: Scores) -> dict[str, Estimate]:
-        """Figures by their full names, such as "lambada/acc"."""
+        """Figures by their full names, such as "piqa/acc"."""
         found = self.score(scores)
         return {f"{self.prefix}{metric}": estimate for metric, estimate in found.items()}
 
@@ -100,6 +110,41 @@ class Task:
 
     def score(self, scores: Scores) -> dict[str, Estimate]:
         raise NotImplementedError
+
+
+class TaskGroup(Task):
+    """Tasks of one context length as one, their figures and means of them."""
+
+    def __init__(self, name: str, members: Sequence[Task]) -> None:
+        self.name, self.prefix, self.members = name, f"{name}/", members
+        self.asked = members[0].asked
+        super().__init__([], None, max_length=members[0].max_length)
+        for each in members:
+            self.requests += each.requests
+            self.prompts += each.prompts
+            self.rows += [f"{each.name} {row}" for row in each.rows]
+            self.truncated += [f"{each.name} {row}" for row in each.truncated]
+            self.skipped |= {f"{each.name} {row}": why for row, why in each.skipped.items()}
+
+    def identity(self) -> Any:
+        return [each.identity() for each in self.members]
+
+    def estimates(self, scores: Scores) -> dict[str, Estimate]:
+        found: list[dict[str, Estimate]] = []
+        asked, prompted = 0, 0
+        for each in self.members:
+            own = scores[asked : asked + len(each.requests)]
+            written = scores.written[prompted : prompted + len(each.prompts)]
+            found.append(each.estimates(replace(own, written=written)))
+            asked, prompted = asked + len(each.requests), prompted + len(each.prompts)
+        means = self.means(found)
+        return {f"{self.prefix}{name}": figure for name, figure in means.items()} | {
+            name: figure for each in found for name, figure in each.items()
+        }
+
+    def means(self, found: Sequence[dict[str, Estimate]]) -> dict[str, Estimate]:
+        """Figures of the whole, from those of each member by their full names."""
+        return {}
 
 
 def text_of(row: Any, key: str) -> str:
@@ -115,58 +160,12 @@ def text_of(row: Any, key: str) -> str:
     return row[key]
 
 
-# --- Where rows come from -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark's name, its dataset on the Hub, and the conventions it is scored by."""
-
-    name: str
-    title: str  # for people
-    dataset: str
-    config: str | None
-    split: str
-    conventions: dict[str, type[Task]]
-    prepare: Callable[[list[Row | MalformedRow]], list[Row | MalformedRow]] = field(
-        default=lambda rows: rows
-    )  # rows as they are stored -> rows as tasks take them
-
-    def read_rows(self, file: str | None, limit: int | None = None) -> list[Row | MalformedRow]:
-        """The first `limit` rows of a local JSONL file, or else of the Hub's dataset.
-
-        Raises:
-            UserError: the file or the Hub cannot be read; names the option for a local file.
-        """
-        rows = read_jsonl(file, self.name) if file is not None else self._read_hub()
-        return self.prepare(rows)[:limit]
-
-    def _read_hub(self) -> list[Row | MalformedRow]:
-        import datasets
-
-        advice = f"; give a local copy with --{self.name}_file"
-        try:
-            return list(
-                patiently(
-                    lambda: datasets.load_dataset(self.dataset, self.config, split=self.split),
-                    f"read {self.dataset}",
-                    give_up_after_seconds=300,
-                    if_unreachable=advice,
-                    reaches_hub=False,  # it may have come from the cache
-                )
-            )
-        except UserError as error:
-            raise UserError(str(error) if advice in str(error) else f"{error}{advice}") from error
-        except (OSError, ValueError) as error:  # a cache that cannot be used, a changed dataset
-            raise UserError(f"cannot read {self.dataset}: {error}{advice}") from error
-
-
-def read_jsonl(file: str, task: str) -> list[Row | MalformedRow]:
+def read_jsonl(file: str, option: str) -> list[Row | MalformedRow]:
     """A row for each line, so that row numbers are line numbers; unreadable lines say why."""
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--{task}_file {file}: {error}") from None
+        raise UserError(f"--{option} {file}: {error}") from None
     rows: list[Row | MalformedRow] = []
     for line in lines:
         try:

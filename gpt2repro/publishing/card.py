@@ -55,7 +55,8 @@ PATH_FIELDS = (
     "tokenizer_name",
     "token_cache_dir",
     "unit_digests_dir",
-    "eval_task_files",
+    "eval_tasks_dir",
+    "hellaswag_file",
 )
 ABSOLUTE = re.compile(
     r"(?<=')~?/[^'\n]+(?=')"  # quoted, with spaces perhaps
@@ -326,16 +327,17 @@ def _is_on_hub(name: str | None) -> bool:
 def _eval_results(evaluation: Mapping) -> list[EvalResult]:
     """What was computed for this model on a dataset of the Hub, which the evaluation names."""
     datasets = {
-        task.partition("/")[0]: report["dataset"]
-        for task, report in evaluation.get("tasks", {}).items()
+        figure: report["dataset"]
+        for report in evaluation.get("tasks", {}).values()
+        for figure in report.get("figures", [])
         if report.get("dataset")  # held-out text has none, nor have older reports
     }
     found = []
     for key, estimate in evaluation.get("results", {}).items():
-        task, _, metric = key.partition("/")
+        metric = key.partition("/")[2]
         kind = next((kind for end, kind in METRIC_TYPES.items() if end in metric), None)
-        if task in datasets and kind and estimate["value"] is not None:
-            name, title = datasets[task]["name"], datasets[task]["title"]
+        if key in datasets and kind and estimate["value"] is not None:
+            name, title = datasets[key]["name"], datasets[key]["title"]
             found.append(_result(name, title, key, kind, estimate["value"]))
     return found
 

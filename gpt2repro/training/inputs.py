@@ -70,7 +70,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
         sources=sources,
         stream=stream,
         validation=ranks.on_rank_0(lambda: _open_validation(recipe, sources, encoder)),
-        tasks=_open_benchmarks(recipe, tokenizer),
+        tasks=open_benchmarks(recipe, tokenizer),
         num_steps=num_steps,
         num_epochs=recipe.num_epochs,
     )
@@ -85,12 +85,9 @@ def from_anywhere(recipe: Recipe, sources: Sequence[Source] | None = None) -> di
     fields = ("tokenizer_name", "init_from")
     found: dict[str, Any] = {field: _absolute(getattr(recipe, field)) for field in fields}
     found["output_dir"] = str(recipe.run_dir.absolute())
-    for field in ("token_cache_dir", "unit_digests_dir"):
+    for field in ("token_cache_dir", "unit_digests_dir", "eval_tasks_dir", "hellaswag_file"):
         if directory := getattr(recipe, field):
             found[field] = str(Path(directory).absolute())
-    if recipe.eval_task_files:
-        entries = (entry.partition("=") for entry in recipe.eval_task_files)
-        found["eval_task_files"] = [f"{task}={Path(file).absolute()}" for task, _, file in entries]
     datasets = [_placed(dataset) for dataset in recipe.all_datasets]
     for dataset, source in zip(datasets, sources or [], strict=sources is not None):
         dataset["revision"] = source.corpus.identity.get("revision")
@@ -236,17 +233,16 @@ def _open_validation(
     return together_held_out(parts) if parts else None
 
 
-def _open_benchmarks(recipe: Recipe, tokenizer: Any) -> list[Task]:
-    return [
-        task
-        for name in dict.fromkeys(recipe.eval_tasks)
-        for task in open_tasks(
-            name,
-            tokenizer,
-            max_length=recipe.sequence_length,
-            file=recipe.eval_task_file(name),
-        )
-    ]
+def open_benchmarks(recipe: Recipe, tokenizer: Any) -> list[Task]:
+    return open_tasks(
+        recipe.eval_tasks,
+        tokenizer,
+        max_length=recipe.sequence_length,
+        option="eval_tasks",
+        limit=recipe.eval_tasks_limit,
+        tasks_dir=recipe.eval_tasks_dir,
+        hellaswag_file=recipe.hellaswag_file,
+    )
 
 
 def counted_steps(recipe: Recipe, start: Start) -> int | None:

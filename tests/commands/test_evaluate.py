@@ -2,24 +2,34 @@
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_language_models import HELLASWAG, LAMBADA, WIKITEXT2, random_gpt2, read, tiny_tokenizer
+from tiny_language_models import (
+    HELLASWAG,
+    LAMBADA,
+    random_gpt2,
+    read,
+    task_files,
+    tiny_tokenizer,
+)
 
 from gpt2repro import UserError
 from gpt2repro.commands import evaluate
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.evaluation.benchmarks import BENCHMARKS
-from gpt2repro.recipe import Benchmark
+from gpt2repro.evaluation import benchmarks
 from gpt2repro.system.command_line import EXIT_USAGE, run
 
-FILES = [
-    *("--hellaswag_file", str(HELLASWAG)),
-    *("--lambada_file", str(LAMBADA)),
-    *("--wikitext2_file", str(WIKITEXT2)),
-]
+FILES: list[str] = ["--hellaswag_file", str(HELLASWAG)]  # and the tasks_dir of `tasks`
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tasks(tmp_path_factory):
+    """The harness' own tasks on the fixtures."""
+    options = ["--tasks_dir", str(task_files(tmp_path_factory.mktemp("tasks")))]
+    FILES.extend(options)
+    yield
+    del FILES[-len(options) :]
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +57,28 @@ def evaluated(tmp_path: Path, *arguments: str) -> dict:
 
 
 def test_all_benchmarks(model, tmp_path, capsys):
-    found = evaluated(tmp_path, "--model", model, "--tasks", "hellaswag,lambada,wikitext2")
+    tasks = "hellaswag_completion,ours_hellaswag,ours_lambada,ours_wikitext"
+    found = evaluated(tmp_path, "--model", model, "--tasks", tasks)
     assert set(found["results"]) == {
-        *(f"hellaswag/{c}_{m}" for c in ("completion", "lm_eval") for m in ("acc", "acc_norm")),
-        *("lambada/acc", "lambada/perplexity"),
-        *(f"wikitext2/{m}" for m in ("word_perplexity", "token_perplexity", "bits_per_byte")),
+        *(f"hellaswag/completion_{metric}" for metric in ("acc", "acc_norm")),
+        *(f"ours_hellaswag/{metric}" for metric in ("acc", "acc_norm", "gold_bits_per_byte")),
+        *("ours_lambada/acc", "ours_lambada/perplexity"),
+        *(f"ours_wikitext/{m}" for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")),
     }
     assert all(figure["stderr"] >= 0 for figure in found["results"].values())
-    assert found["tasks"]["lambada"]["num_scored"] == found["tasks"]["lambada"]["num_rows"] == 12
-    for name, task in found["tasks"].items():  # what a model card links to
-        benchmark = BENCHMARKS[name.partition("/")[0]]
-        assert task["dataset"] == {"name": benchmark.dataset, "title": benchmark.title}
+    words = found["tasks"]["ours_lambada"]
+    assert words["num_scored"] == words["num_rows"] == 12 and words["dataset"] is None
+    # What a model card links to.
+    ours = found["tasks"]["hellaswag_completion"]
+    assert ours["dataset"] == {"name": "Rowan/hellaswag", "title": "HellaSwag"}
+    assert ours["figures"] == ["hellaswag/completion_acc", "hellaswag/completion_acc_norm"]
     assert found["environment"]["torch"]
     table, notes = capsys.readouterr()
-    line = next(line for line in table.splitlines() if line.startswith("wikitext2/bits"))
-    value = found["results"]["wikitext2/bits_per_byte"]
+    line = next(line for line in table.splitlines() if line.startswith("ours_wikitext/bits"))
+    value = found["results"]["ours_wikitext/bits_per_byte"]
     assert f"{value['value']:.4f} ± {value['stderr']:.4f}" in line
-    assert "hellaswag/lm_eval: 10 of 10 rows scored" in notes
-    assert "wikitext2: 2 of 2 rows scored" in notes and "stride 512" in notes
+    assert "hellaswag_completion: 10 of 10 rows scored" in notes
+    assert "ours_wikitext: 2 of 2 rows scored" in notes and "stride 512" in notes
 
 
 def test_held_out_text(model, tmp_path):
@@ -88,16 +102,16 @@ def test_held_out_text(model, tmp_path):
 
 
 def test_a_model_against_itself_differs_by_nothing(model, tmp_path):
-    found = evaluated(
-        tmp_path, "--model", model, "--baseline", model, "--tasks", "lambada,hellaswag"
-    )
+    tasks = "ours_lambada,hellaswag_completion"
+    found = evaluated(tmp_path, "--model", model, "--baseline", model, "--tasks", tasks)
     assert found["results"] == found["baseline"]["results"]
     for difference in found["difference"].values():
         assert difference == {"value": 0.0, "stderr": 0.0, "paired": True}
 
 
 def test_a_baseline_on_the_same_rows_is_paired(model, saved, tmp_path, capsys):
-    found = evaluated(tmp_path, "--model", model, "--baseline", saved(1), "--tasks", "wikitext2")
+    models = ("--model", model, "--baseline", saved(1))
+    found = evaluated(tmp_path, *models, "--tasks", "ours_wikitext")
     ours, theirs = found["results"], found["baseline"]["results"]
     for name, difference in found["difference"].items():
         assert difference["paired"]
@@ -112,10 +126,10 @@ def test_other_rows_are_not_paired(model, saved, tmp_path, capsys):
     found = evaluated(
         tmp_path,
         *("--model", model, "--baseline", saved(1, positions=48)),
-        *("--tasks", "hellaswag", "--hellaswag_convention", "completion"),
+        *("--tasks", "hellaswag_completion"),
     )
-    assert found["baseline"]["tasks"]["hellaswag/completion"]["num_scored"] < 10
-    skipped = found["baseline"]["tasks"]["hellaswag/completion"]["skipped"]
+    assert found["baseline"]["tasks"]["hellaswag_completion"]["num_scored"] < 10
+    skipped = found["baseline"]["tasks"]["hellaswag_completion"]["skipped"]
     assert all("48 positions" in reason for reason in skipped.values())
     assert {d["paired"] for d in found["difference"].values()} == {False}
     table, notes = capsys.readouterr()
@@ -125,38 +139,38 @@ def test_other_rows_are_not_paired(model, saved, tmp_path, capsys):
 
 def test_malformed_rows_are_on_the_screen_and_in_the_file(model, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
-    bad = ["{oops", *['{"text": "x "}'] * 7]
-    rows.write_text("\n".join([*bad, *LAMBADA.read_text().splitlines()]))
+    bad = ["{oops", *['{"ctx": "x "}'] * 7]
+    rows.write_text("\n".join([*bad, *HELLASWAG.read_text().splitlines()]))
     output = tmp_path / "r.json"
     evaluate.main(
         [
             "--model",
             model,
             "--tasks",
-            "lambada",
-            "--lambada_file",
+            "hellaswag_completion",
+            "--hellaswag_file",
             str(rows),
             "--output",
             str(output),
         ]
     )
-    task = json.loads(output.read_text())["tasks"]["lambada"]
-    assert (task["num_rows"], task["num_scored"]) == (20, 12)
+    task = json.loads(output.read_text())["tasks"]["hellaswag_completion"]
+    assert (task["num_rows"], task["num_scored"]) == (18, 10)
     assert list(task["skipped"]) == [str(number) for number in range(1, 9)]
     notes = capsys.readouterr().err
-    assert "12 of 20 rows scored, 8 skipped" in notes
+    assert "10 of 18 rows scored, 8 skipped" in notes
     assert "row 1 skipped: not JSON" in notes
     assert "and 3 more" in notes
 
 
 def test_limit_and_batch_size(model, tmp_path):
-    one = evaluated(tmp_path, "--model", model, "--tasks", "lambada", "--batch-size", "1")
-    many = evaluated(tmp_path, "--model", model, "--tasks", "lambada", "--batch_size=64")
-    few = evaluated(tmp_path, "--model", model, "--tasks", "lambada", "--limit", "3")
+    one = evaluated(tmp_path, "--model", model, "--tasks", "ours_lambada", "--batch-size", "1")
+    many = evaluated(tmp_path, "--model", model, "--tasks", "ours_lambada", "--batch_size=64")
+    few = evaluated(tmp_path, "--model", model, "--tasks", "ours_lambada", "--limit", "3")
     for name, figure in one["results"].items():
         # float32 log-probabilities, under an exponential for the perplexity
         assert figure["value"] == pytest.approx(many["results"][name]["value"], rel=1e-5)
-    assert few["tasks"]["lambada"]["num_scored"] == 3
+    assert few["tasks"]["ours_lambada"]["num_scored"] == 3
 
 
 def test_published_figures_are_a_column_of_their_own():
@@ -182,15 +196,15 @@ def test_published_figures_are_a_column_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--tasks", "hellaswag,nothing", "--tasks_dir", "/nowhere"], "--tasks_dir"),
+        (["--tasks_dir", "/nowhere"], "--tasks_dir"),
         (["--num_fewshot", "-1"], "--num_fewshot -1"),
         (["--tasks", ","], "--tasks"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--max_length", "1000"], "--max_length"),
-        (["--wikitext2_stride", "1000", "--tasks", "wikitext2"], "--wikitext2_stride"),
+        (["--stride", "1000", "--tasks", "ours_wikitext"], "--stride"),
         (["--dtype", "float8"], "--dtype"),
         (["--baseline", "/nowhere"], "--baseline /nowhere"),
-        (["--lambada_file", "/nowhere"], "--lambada_file /nowhere"),
+        (["--hellaswag_file", "/nowhere"], "--hellaswag_file /nowhere"),
         (
             ["--tasks", "val", "--dataset_name", "/nowhere", "--num_validation_units", "1"],
             "dataset_name: /nowhere",
@@ -212,13 +226,13 @@ def test_published_figures_are_a_column_of_their_own():
             "num_validation_units: 1000000000000000000000000000000",
         ),
         (["--output", "a" * 300], "--output"),
-        (["--lambada_file", "a" * 300], "--lambada_file"),
+        (["--hellaswag_file", "a" * 300], "--hellaswag_file"),
         (["--data_files", "a" * 300], "--data_files"),
         (["--output", "/dev/null/results.json"], "--output"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_option(model, capsys, arguments, named):
-    given = ["--model", model, "--tasks", "lambada", *FILES, *arguments]
+    given = ["--model", model, "--tasks", "hellaswag_completion", *FILES, *arguments]
     assert run("gpt2repro evaluate", evaluate.main, given) == EXIT_USAGE
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("gpt2repro evaluate: error: ") and named in error
@@ -231,43 +245,12 @@ def test_weights_that_are_not_all_there_are_refused(saved):
     del weights["transformer.h.0.mlp.c_fc.weight"]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"--model .* lacks 1 .*transformer\.h\.0\.mlp\.c_fc"):
-        evaluate.main(["--model", str(directory), "--tasks", "lambada", *FILES])
+        evaluate.main(["--model", str(directory), "--tasks", "hellaswag_completion", *FILES])
 
 
-def test_recipe_and_command_know_every_benchmark_and_convention():
-    """They repeat names, so that `--help` and refusals need not import the benchmarks."""
-    assert [*get_args(Benchmark)] == [*BENCHMARKS]
-    assert evaluate.CONVENTIONS["both"] == [*BENCHMARKS["hellaswag"].conventions]
-
-
-def test_a_task_of_the_harness_stands_beside_ours(saved, tmp_path, monkeypatch, capsys):
-    """In one table, with errors and a paired difference; its data by its own file."""
-    pytest.importorskip("lm_eval", reason="lm_eval, of the test extra, is not installed")
-    rows = [json.loads(line) for line in LAMBADA.read_text().splitlines()]
-    task = {
-        "task": "last_words",
-        "output_type": "loglikelihood",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(LAMBADA)}},
-        "test_split": "test",
-        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-        "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-        "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        ],
-    }
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "last_words.yaml").write_text(json.dumps(task))
-    options = ["--tasks", "lambada,last_words", "--tasks_dir", str(tmp_path / "tasks")]
-    found = evaluated(tmp_path, "--model", saved(0), "--baseline", saved(1), *options)
-    results = found["results"]
-    for metric in ("acc", "perplexity"):  # the same rows and prompts, by the two ways
-        assert results[f"last_words/{metric}"] == pytest.approx(results[f"lambada/{metric}"])
-    assert found["tasks"]["last_words"]["num_scored"] == len(rows)
-    assert "last_words/acc" in capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+def test_without_the_harness_one_line_names_the_extra(model, monkeypatch):
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"--tasks: last_words: .* `pip install 'gpt2repro\[eval\]'"
+        UserError, match=r"--tasks: ours_lambada: .* `pip install 'gpt2repro\[eval\]'`"
     ):
-        evaluate.main(["--model", saved(0), *options])
+        evaluate.main(["--model", model, "--tasks", "val,ours_lambada", *FILES])

@@ -129,7 +129,12 @@ def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path):
     dataset = {"name": "Rowan/hellaswag", "title": "HellaSwag"}
     results = {
         "results": {"hellaswag/completion_acc_norm": {"value": 0.25, "stderr": 0.01}},
-        "tasks": {"hellaswag/completion": {"dataset": dataset}},
+        "tasks": {
+            "hellaswag_completion": {
+                "dataset": dataset,
+                "figures": ["hellaswag/completion_acc_norm"],
+            }
+        },
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
     before = (exported / "README.md").read_text()

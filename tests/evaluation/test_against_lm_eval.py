@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_language_models import (
-    HELLASWAG,
-    LAMBADA,
+    OF_THE_HARNESS,
     VOCAB_SIZE,
-    WIKITEXT2,
     random_gpt2,
-    read,
+    task_files,
     tiny_tokenizer,
 )
 from torch.nn import functional as F
@@ -28,22 +26,19 @@ from torch.nn.utils.rnn import pad_sequence
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.evaluation.likelihoods import loglikelihoods
 from gpt2repro.evaluation.scoring import score_task
-from gpt2repro.evaluation.task import read_jsonl
-from gpt2repro.evaluation.tasks.hellaswag import LMEvalHellaSwag
-from gpt2repro.evaluation.tasks.lambada import Lambada
-from gpt2repro.evaluation.tasks.wikitext import WikiText2
+from gpt2repro.evaluation.tasks.harness import LmEvalTask, open_lm_eval_tasks
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval, of the test extra, is not installed")
 
-TASKS = {
-    "hellaswag": ("hellaswag/hellaswag.yaml", "validation", HELLASWAG, LMEvalHellaSwag),
-    "lambada": ("lambada/lambada_openai.yaml", "test", LAMBADA, Lambada),
-    "wikitext2": ("wikitext/wikitext.yaml", "test", WIKITEXT2, WikiText2),
-}
+
+def opened(name: str, directory: Path, positions: int, **options) -> LmEvalTask:
+    how = {"max_length": positions, "tasks_dir": str(directory)} | options
+    [[task]] = open_lm_eval_tasks([f"ours_{name}"], tiny_tokenizer(), **how).values()
+    return task
 
 
-def half_trained(positions: int) -> GPT2ReproForCausalLM:
+def half_trained(directory: Path, positions: int) -> GPT2ReproForCausalLM:
     """Ours, having read half of the fixtures' rows: right on some and wrong on others."""
     config = GPT2ReproConfig(
         vocab_size=VOCAB_SIZE,
@@ -56,14 +51,11 @@ def half_trained(positions: int) -> GPT2ReproForCausalLM:
     )
     torch.manual_seed(0)
     model = GPT2ReproForCausalLM(config)
-    tokenizer = tiny_tokenizer()
-    tasks = [
-        Lambada(read(LAMBADA)[:6], tokenizer, max_length=positions),
-        LMEvalHellaSwag(read(HELLASWAG)[:5], tokenizer, max_length=positions),
-    ]
-    right = tasks[0].requests + [
-        tasks[1].requests[at][example.label]
-        for example, at in zip(tasks[1].examples, tasks[1].slices, strict=True)
+    words = opened("lambada", directory, positions, limit=6)
+    endings = opened("hellaswag", directory, positions, limit=5)
+    right = words.requests + [
+        endings.requests[at][int(example.instances[0].doc["label"])]
+        for example, at in zip(endings.examples, endings.slices, strict=True)
     ]
     rows = [torch.tensor(request.ids[-positions - 1 :]) for request in right]
     inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
@@ -85,31 +77,15 @@ def save(model, directory: Path) -> str:
     return str(directory)
 
 
-@pytest.fixture(scope="module")
-def task_files(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("tasks")
-    harness = Path(lm_eval.__file__).parent / "tasks"
-    for name, (base, split, file, _) in TASKS.items():
-        (directory / f"{name}.yaml").write_text(
-            f"include: {harness / base}\n"
-            f"task: ours_{name}\n"
-            "tag: []\n"
-            "dataset_path: json\n"
-            "dataset_name: null\n"
-            f"dataset_kwargs: {{data_files: {{{split}: {file}}}}}\n"
-            "training_split: null\n" + ("validation_split: null\n" if split == "test" else "")
-        )
-    return directory
-
-
 # 512 positions hold every row; 80 cut most contexts on the left and give WikiText several windows.
 @pytest.fixture(scope="module", params=["stock-512", "ours-512", "ours-80"])
-def harness(request, task_files, tmp_path_factory):
-    """What the harness says of a model: (model, its results, {task: its samples in order})."""
+def harness(request, tmp_path_factory):
+    """What the harness says of a model: (model, results, {task: samples in order}, task files)."""
     from lm_eval.tasks import TaskManager
 
     kind, positions = request.param.split("-")
-    model = half_trained(int(positions))
+    tasks = task_files(tmp_path_factory.mktemp("tasks"))
+    model = half_trained(tasks, int(positions))
     if kind == "stock":
         weights, model = model.state_dict(), random_gpt2(n_embd=48, n_layer=1)
         model.load_state_dict(weights)
@@ -117,32 +93,31 @@ def harness(request, task_files, tmp_path_factory):
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args=f"pretrained={directory},dtype=float32,trust_remote_code=True",
-        tasks=[f"ours_{name}" for name in TASKS],
-        task_manager=TaskManager(include_path=str(task_files), include_defaults=False),
+        tasks=[f"ours_{name}" for name in OF_THE_HARNESS],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         device="cpu",
         batch_size=4,
         bootstrap_iters=0,
     )
     samples = {
         name: sorted(found["samples"][f"ours_{name}"], key=lambda sample: sample["doc_id"])
-        for name in TASKS
+        for name in OF_THE_HARNESS
     }
-    return model, found["results"], samples
+    return model, found["results"], samples, tasks
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", OF_THE_HARNESS)
 def test_equal_row_for_row(harness, name):
-    model, results, samples = harness
-    _, _, file, kind = TASKS[name]
+    model, results, samples, directory = harness
     max_length = model.config.n_positions
-    task = kind(read_jsonl(str(file), name), tiny_tokenizer(), max_length=max_length)
+    task = opened(name, directory, max_length)
     assert task.skipped == {} and len(task.rows) == len(samples[name])
-    assert bool(task.truncated) == (max_length == 80 and name != "wikitext2")
+    assert bool(task.truncated) == (max_length == 80 and name != "wikitext")
     scores = loglikelihoods(model, task.requests, max_length=max_length, batch_size=8)
     found = task.estimates(scores)
 
     ours = scores.log_likelihood
-    if name == "wikitext2":
+    if name == "wikitext":
         ours = [ours[at].sum() for at in task.slices]
         theirs = [sample["filtered_resps"][0] for sample in samples[name]]
     else:
@@ -163,16 +138,17 @@ def test_equal_row_for_row(harness, name):
 
 def test_the_comparison_can_tell_rows_apart(harness):
     """Some rows right and some wrong, or equality would mean little."""
-    _, results, _ = harness
+    _, results, _, _ = harness
     assert 0 < results["ours_hellaswag"]["acc_norm,none"] < 1
     assert 0 < results["ours_lambada"]["acc,none"] < 1
 
 
 @pytest.mark.sweep  # it reads all of its thousands of task files; docs/use/lm_eval.md runs it too
-def test_its_command_line_takes_our_checkpoint(task_files, tmp_path):
+def test_its_command_line_takes_our_checkpoint(tmp_path):
     """As docs/evaluation.md says: the code comes from the directory, in a process without ours."""
     directory = tmp_path / "checkpoint"
-    model = half_trained(512)
+    tasks = task_files(tmp_path / "tasks")
+    model = half_trained(tasks, 512)
     save(model, directory)
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -181,15 +157,17 @@ def test_its_command_line_takes_our_checkpoint(task_files, tmp_path):
     command = [
         *(sys.executable, "-m", "lm_eval", "--model", "hf"),
         *("--model_args", f"pretrained={directory},trust_remote_code=True"),
-        *("--tasks", "ours_hellaswag", "--include_path", str(task_files)),
+        *("--tasks", "ours_hellaswag", "--include_path", str(tasks)),
         *("--device", "cpu", "--batch_size", "4", "--output_path", str(tmp_path / "results")),
     ]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     (output,) = (tmp_path / "results").rglob("*.json")
     theirs = json.loads(output.read_text())["results"]["ours_hellaswag"]
-    task = LMEvalHellaSwag(read(HELLASWAG), tiny_tokenizer(), max_length=512)
+    task = opened("hellaswag", tasks, 512)
     for name, ours in score_task(model, task, batch_size=8).estimates.items():
         metric = name.removeprefix(task.prefix)
+        if metric == "gold_bits_per_byte":  # ours alone
+            continue
         assert ours.value == theirs[f"{metric},none"]
         assert ours.stderr == pytest.approx(theirs[f"{metric}_stderr,none"])
     assert list((tmp_path / "modules").rglob("modeling_gpt2repro.py")), "remote code was used"

@@ -13,11 +13,9 @@ import torch._dynamo.testing
 import torch.distributed as dist
 from tiny_language_models import (
     HELLASWAG,
-    LAMBADA,
     VOCAB_SIZE,
-    WIKITEXT2,
     random_gpt2,
-    read,
+    task_files,
     tiny_tokenizer,
     uniform_gpt2,
 )
@@ -27,10 +25,11 @@ from torch.distributed.fsdp import fully_shard
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.evaluation import validation
-from gpt2repro.evaluation.benchmarks import BENCHMARKS, open_tasks
+from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.likelihoods import NUM_SHAPES
 from gpt2repro.evaluation.scoring import score_task, score_tasks
-from gpt2repro.evaluation.task import MalformedRow, read_jsonl
+from gpt2repro.evaluation.task import MalformedRow, Task, read_jsonl
+from gpt2repro.evaluation.tasks.hellaswag import read_rows
 from gpt2repro.evaluation.validation import validation_loss
 from gpt2repro.system import patience, ranks
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -167,10 +166,15 @@ def test_the_model_goes_on_training_afterwards():
 # --- HellaSwag in the loop ------------------------------------------------------------------------
 
 
-def test_hellaswag_gives_both_conventions_with_errors():
-    tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
+def hellaswag() -> list[Task]:
+    names, file = ["hellaswag_completion"], str(HELLASWAG)
+    return open_tasks(names, tiny_tokenizer(), max_length=512, hellaswag_file=file)
+
+
+def test_hellaswag_has_two_figures_with_errors():
+    tasks = hellaswag()
     found = score_tasks(random_gpt2(), tasks, batch_size=8)
-    names = [f"hellaswag/{c}_{m}" for c in ("completion", "lm_eval") for m in ("acc", "acc_norm")]
+    names = [f"hellaswag/completion_{metric}" for metric in ("acc", "acc_norm")]
     assert set(found) == {*names, *(f"{name}_stderr" for name in names)}
     assert all(0 <= found[name] <= 1 for name in names)
     assert found == score_tasks(random_gpt2(), tasks, batch_size=3)
@@ -181,7 +185,7 @@ def test_hellaswag_between_compiled_training_steps_compiles_once():
     torch._dynamo.reset()
     model = random_gpt2().train()
     model.compile(backend=counter)  # in place and with dynamo's defaults, as in training
-    tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
+    tasks = hellaswag()
     graphs = []
     for _ in range(2):
         model(input_ids=torch.zeros(4, T, dtype=torch.int64)).logits.sum().backward()
@@ -195,12 +199,10 @@ def test_hellaswag_between_compiled_training_steps_compiles_once():
     assert found == score_tasks(random_gpt2(), tasks, batch_size=4)
 
 
-def test_tasks_in_one_pass_have_the_figures_that_each_has_alone():
+def test_tasks_in_one_pass_have_the_figures_that_each_has_alone(tmp_path):
     model, tokenizer = random_gpt2(), tiny_tokenizer()
-    tasks = [
-        *open_tasks("hellaswag", tokenizer, max_length=512, file=str(HELLASWAG)),
-        *open_tasks("lambada", tokenizer, max_length=512, file=str(LAMBADA)),
-    ]
+    directory, names = str(task_files(tmp_path)), ["ours_lambada", "ours_wikitext"]
+    tasks = [*hellaswag(), *open_tasks(names, tokenizer, max_length=512, tasks_dir=directory)]
     together = score_tasks(model, tasks, batch_size=8)
     for task in tasks:
         alone = score_task(model, task, batch_size=8)
@@ -214,12 +216,12 @@ def test_tasks_in_one_pass_have_the_figures_that_each_has_alone():
 
 
 def test_hellaswag_stops():
-    tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
+    tasks = hellaswag()
     assert score_tasks(random_gpt2(), tasks, batch_size=8, should_stop=lambda: True) is None
 
 
 def _evaluate(model, **how):
-    tasks = open_tasks("hellaswag", tiny_tokenizer(), max_length=512, file=str(HELLASWAG))
+    tasks = hellaswag()
     loss = validation_loss(model, ROWS, batch_size=2, **how)
     return loss.loss, score_tasks(model, tasks, batch_size=8, **how)
 
@@ -263,53 +265,23 @@ def test_two_processes_agree_with_one():
 def test_row_numbers_are_line_numbers(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a b"}\n{"text": \n\n{"text": "c\u2028d"}\n\n', encoding="utf-8")
-    rows = read_jsonl(str(path), "lambada")
+    rows = read_jsonl(str(path), "rows_file")
     assert len(rows) == 4, "U+2028 ends no line, and the end of the file is no row"
     assert isinstance(rows[1], MalformedRow) and "not JSON" in str(rows[1])
     assert str(rows[2]) == "an empty line"
 
 
 def test_a_missing_file_names_its_option(tmp_path):
-    with pytest.raises(UserError, match=r"--lambada_file .*nowhere.jsonl"):
-        read_jsonl(str(tmp_path / "nowhere.jsonl"), "lambada")
+    with pytest.raises(UserError, match=r"--rows_file .*nowhere.jsonl"):
+        read_jsonl(str(tmp_path / "nowhere.jsonl"), "rows_file")
 
 
 def test_rows_that_are_all_bad_are_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"ctx": "a"}) + "\n")
     with pytest.raises(UserError, match="none of its 1 rows can be scored; row 1: 'endings'"):
-        open_tasks("hellaswag", tiny_tokenizer(), max_length=64, file=str(path))
-
-
-def test_wikitext_lines_are_grouped_and_limited(tmp_path):
-    pages = read(WIKITEXT2)
-    path = tmp_path / "lines.jsonl"
-    lines = [f"{line}\n" for page in pages for line in page["page"].splitlines()]
-    rows = [json.dumps({"text": "" if line == " \n" else line}) for line in lines]
-    path.write_text("\n".join(rows))
-    assert BENCHMARKS["wikitext2"].read_rows(str(path)) == pages
-    assert BENCHMARKS["wikitext2"].read_rows(str(WIKITEXT2), 1) == pages[:1]
-
-
-def test_a_line_that_is_none_ends_wikitext(tmp_path):
-    """Its neighbours' page would lack it."""
-    path = tmp_path / "lines.jsonl"
-    for bad in ('{"text": 1}', "{}", "[]"):
-        path.write_text(f'{{"text": " = A = "}}\n{bad}\n')
-        with pytest.raises(UserError, match="wikitext2: row 2 has neither 'page' nor 'text'"):
-            BENCHMARKS["wikitext2"].read_rows(str(path))
-
-
-def test_rows_are_those_of_the_published_split(monkeypatch):
-    def load_dataset(name: str, config: str | None, split: str) -> list[dict]:
-        return [{"text": f"{name} {config} {split}"}] * 3
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    for name, expected in (
-        ("lambada", "EleutherAI/lambada_openai default test"),
-        ("hellaswag", "Rowan/hellaswag None validation"),
-    ):
-        assert BENCHMARKS[name].read_rows(None, 2) == [{"text": expected}] * 2
+        names = ["hellaswag_completion"]
+        open_tasks(names, tiny_tokenizer(), max_length=64, hellaswag_file=str(path))
 
 
 def test_without_a_network_one_line_names_the_file_option(monkeypatch):
@@ -319,6 +291,6 @@ def test_without_a_network_one_line_names_the_file_option(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0)
     with pytest.raises(UserError) as raised:
-        BENCHMARKS["hellaswag"].read_rows(None)
+        read_rows(None)
     assert "give a local copy with --hellaswag_file" in str(raised.value)
     assert "\n" not in str(raised.value)

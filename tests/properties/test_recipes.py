@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2repro import UserError
-from gpt2repro.recipe import FIELDS, FORMER_NAMES, TASK_FILES, Recipe, _alternatives, load_recipe
+from gpt2repro.recipe import FIELDS, FORMER_NAMES, GONE, Recipe, _alternatives, load_recipe
 from gpt2repro.system.command_line import in_one_line
 
-NAMES = [*FIELDS, *FORMER_NAMES, *TASK_FILES]
+NAMES = [*FIELDS, *FORMER_NAMES, *GONE]
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,8 @@ EVALUATION = {
     "model": "final",
     "results": {
         "hellaswag/completion_acc_norm": {"value": 0.3012, "stderr": 0.0046},
-        "lambada/perplexity": {"value": 38.5, "stderr": 1.1},
-        "lambada/acc": {"value": None, "stderr": None},
+        "lambada_openai/perplexity": {"value": 38.5, "stderr": 1.1},
+        "lambada_openai/acc": {"value": None, "stderr": None},
         "val/loss": {"value": 3.2501, "stderr": 0.002},
     },
     "baseline": {
@@ -50,8 +50,14 @@ EVALUATION = {
     },
     "settings": {"limit": None},
     "tasks": {
-        "hellaswag/completion": {"dataset": {"name": "Rowan/hellaswag", "title": "HellaSwag"}},
-        "lambada": {"dataset": {"name": "EleutherAI/lambada_openai", "title": "LAMBADA"}},
+        "hellaswag_completion": {
+            "dataset": {"name": "Rowan/hellaswag", "title": "HellaSwag"},
+            "figures": ["hellaswag/completion_acc", "hellaswag/completion_acc_norm"],
+        },
+        "lambada_openai": {
+            "dataset": {"name": "EleutherAI/lambada_openai", "title": "LAMBADA"},
+            "figures": ["lambada_openai/acc", "lambada_openai/perplexity"],
+        },
         "val": {"dataset": None},
     },
 }
@@ -90,8 +96,8 @@ def test_metadata_is_what_the_hub_reads():
     hellaswag = found["hellaswag/completion_acc_norm"]
     assert (hellaswag.dataset_type, hellaswag.metric_type) == ("Rowan/hellaswag", "accuracy")
     assert hellaswag.metric_value == 0.3012  # ours, not the published figure
-    assert found["lambada/perplexity"].metric_type == "perplexity"
-    assert "lambada/acc" not in found  # not a number: not a result
+    assert found["lambada_openai/perplexity"].metric_type == "perplexity"
+    assert "lambada_openai/acc" not in found  # not a number: not a result
     assert "val/loss" not in found  # held-out text is no dataset of the Hub
     assert found["loss"].metric_value == 3.25 and found["bits_per_byte"].metric_value == 1.01
     # as plain YAML, the form that the Hub's model-index has

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 # Dynamo gives up at 8 variants of one piece of code: more blocks than that, all of one kind.
 MANY_BLOCKS = ("--n_layer", "10", "--sequence_length", "64", "--batch_tokens", "512")
 STEPS = ("--num_steps", "4", "--eval_every", "2", "--save_every", "2", "--keep_last", "9")
-BESIDES = ("--sample_every", "2", "--eval_tasks", "hellaswag", "--hellaswag_file", str(HELLASWAG))
+BESIDES = ("--sample_every", "2", "--eval_tasks", "hellaswag_completion")
+BESIDES += ("--hellaswag_file", str(HELLASWAG))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from fake_hub import FakeHub
 from tiny_corpus import documents
-from tiny_language_models import LAMBADA
 from tiny_run import digests, train, write_inputs
 
 from gpt2repro import UserError
@@ -34,9 +33,9 @@ def test_a_run_of_relative_names_goes_on_from_another_directory(tmp_path, monkey
         "dataset_name": "corpus",
         "token_cache_dir": "cache",
     }
-    fields |= {"eval_task_files": ["lambada=lambada.jsonl"], "eval_tasks": ["lambada"]}
+    fields |= {"hellaswag_file": "rows.jsonl", "eval_tasks": ["hellaswag_completion"]}
     recipe.write_text(yaml.safe_dump(fields))
-    (home / "lambada.jsonl").write_bytes(LAMBADA.read_bytes())
+    (home / "rows.jsonl").write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}')
     monkeypatch.setattr(finish, "finish", lambda run: 0)
     monkeypatch.chdir(home)
     assert train(recipe, Path("runs/tiny"), "--num_steps", "4") == 0
@@ -46,7 +45,7 @@ def test_a_run_of_relative_names_goes_on_from_another_directory(tmp_path, monkey
         "dataset_name": str(home / "corpus"),
         "output_dir": str(home / "runs" / "tiny"),
         "token_cache_dir": str(home / "cache"),
-        "eval_task_files": [f"lambada={home / 'lambada.jsonl'}"],
+        "hellaswag_file": str(home / "rows.jsonl"),
     } == yaml.safe_load(saved.read_text())
     monkeypatch.chdir(elsewhere)
     checkpoint = home / "runs" / "tiny" / "checkpoints" / "step_00000004"
@@ -133,9 +132,9 @@ def test_the_home_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}))
     train_bpe(documents(9), 300).save_pretrained(tmp_path / "tokenizer")
-    recipe = load_recipe(["--tokenizer_name", "~/tokenizer", "--lambada_file", "~/a.jsonl"])
+    recipe = load_recipe(["--tokenizer_name", "~/tokenizer", "--hellaswag_file", "~/a.jsonl"])
     assert recipe.tokenizer_name == str(tmp_path / "tokenizer")
-    assert recipe.eval_task_file("lambada") == str(tmp_path / "a.jsonl")
+    assert recipe.hellaswag_file == str(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("place", ["hub", "here"])

@@ -1,13 +1,17 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings follows a context."""
+"""HellaSwag (Zellers et al. 2019) as build-nanogpt scores it: which of four endings follows."""
 
 import re
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from gpt2repro import UserError
 from gpt2repro.evaluation.estimates import Estimate, MultipleChoiceAccuracy
-from gpt2repro.evaluation.likelihoods import Request, Scores, encode_pairs
-from gpt2repro.evaluation.task import Benchmark, MalformedRow, Task, text_of
+from gpt2repro.evaluation.likelihoods import Request, Scores
+from gpt2repro.evaluation.task import MalformedRow, OnHub, Row, Task, read_jsonl, text_of
+from gpt2repro.system.patience import patiently
+
+DATASET, SPLIT = "Rowan/hellaswag", "validation"
 
 
 @dataclass(frozen=True)
@@ -19,60 +23,31 @@ class Choices:
     label: int
 
 
-def _endings(row: Any) -> list[str]:
-    endings = row.get("endings")
-    if not isinstance(endings, list | tuple) or len(endings) < 2:
-        raise MalformedRow("'endings' is not a list of at least two texts")
-    if not all(isinstance(ending, str) for ending in endings):
-        raise MalformedRow("'endings' holds something that is not text")
-    return list(endings)
+class HellaSwagCompletion(Task):
+    """`ctx` as it is, context and " " + ending encoded apart; `acc_norm` divides by tokens."""
 
-
-def _choices(context: str, endings: list[str], label: Any) -> Choices:
-    if not context.strip():
-        raise MalformedRow("the context is empty")
-    if not all(ending.strip() for ending in endings):
-        raise MalformedRow("an ending is empty")
-    if label is None or label == "":  # the Hub's test split has ""
-        raise MalformedRow("no 'label'")
-    if isinstance(label, bool) or not re.fullmatch("[0-9]{1,9}", str(label)):
-        raise MalformedRow(f"'label' is {label!r}, not the index of an ending")
-    if int(label) >= len(endings):
-        raise MalformedRow(f"'label' is {label}, but there are {len(endings)} endings")
-    return Choices(context, endings, int(label))
-
-
-class _HellaSwag(Task):
-    asked = "ending"
-
-    def lengths(self, example: Choices, requests: list[Request]) -> list[int]:
-        """What `acc_norm` divides the log-likelihood of each ending by."""
-        raise NotImplementedError
-
-    def score(self, scores: Scores) -> dict[str, Estimate]:
-        return MultipleChoiceAccuracy(keep_in_memory=True).compute(
-            predictions=[scores.log_likelihood[at] for at in self.slices],
-            lengths=[
-                self.lengths(example, self.requests[at])
-                for example, at in zip(self.examples, self.slices, strict=True)
-            ],
-            references=[example.label for example in self.examples],
-            estimates=True,
-        )
-
-
-class CompletionHellaSwag(_HellaSwag):
-    """As build-nanogpt scores: `ctx` as it is, and `acc_norm` divides by the ending's tokens."""
-
-    name, prefix = "hellaswag/completion", "hellaswag/completion_"
+    name, prefix, asked = "hellaswag_completion", "hellaswag/completion_", "ending"
+    dataset = OnHub(DATASET, "HellaSwag")
 
     def parse(self, row: Any) -> Choices:
-        context = text_of(row, "ctx")
-        return _choices(context, _endings(row), row.get("label"))
+        context, endings, label = text_of(row, "ctx"), row.get("endings"), row.get("label")
+        if not isinstance(endings, list | tuple) or len(endings) < 2:
+            raise MalformedRow("'endings' is not a list of at least two texts")
+        if not all(isinstance(ending, str) for ending in endings):
+            raise MalformedRow("'endings' holds something that is not text")
+        if not context.strip():
+            raise MalformedRow("the context is empty")
+        if not all(ending.strip() for ending in endings):
+            raise MalformedRow("an ending is empty")
+        if label is None or label == "":  # the Hub's test split has ""
+            raise MalformedRow("no 'label'")
+        if isinstance(label, bool) or not re.fullmatch("[0-9]{1,9}", str(label)):
+            raise MalformedRow(f"'label' is {label!r}, not the index of an ending")
+        if int(label) >= len(endings):
+            raise MalformedRow(f"'label' is {label}, but there are {len(endings)} endings")
+        return Choices(context, list(endings), int(label))
 
     def encode(self, tokenizer, examples: list[Choices]) -> list[list[Request]]:
-        """Context and " " + ending are encoded apart and joined."""
-
         def ids_of(texts: list[str]) -> list[list[int]]:
             return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -83,47 +58,37 @@ class CompletionHellaSwag(_HellaSwag):
             for example, context in zip(examples, contexts, strict=True)
         ]
 
-    def lengths(self, example: Choices, requests: list[Request]) -> list[int]:
-        return [request.num_scored for request in requests]
+    def score(self, scores: Scores) -> dict[str, Estimate]:
+        return MultipleChoiceAccuracy(keep_in_memory=True).compute(
+            predictions=[scores.log_likelihood[at] for at in self.slices],
+            lengths=[[request.num_scored for request in self.requests[at]] for at in self.slices],
+            references=[example.label for example in self.examples],
+            estimates=True,
+        )
 
 
-def _clean(text: str) -> str:
-    """lm-evaluation-harness' cleaning: the WikiHow half carries markers such as "[header]"."""
-    text = text.strip().replace(" [title]", ". ")
-    # Without a "]" the run is kept in one go: a marker cannot begin within it either.
-    text = re.sub(r"\[[^]\n]*+(])?", lambda run: "" if run[1] else run[0], text)
-    return text.replace("  ", " ")
+def read_rows(file: str | None) -> list[Row | MalformedRow]:
+    """The rows of a local JSONL file, or else of the Hub's dataset.
 
-
-class LMEvalHellaSwag(_HellaSwag):
-    """As lm-evaluation-harness scores: activity label and cleaned text.
-
-    `acc_norm` divides by the ending's characters, as its code does (the same as bytes but for
-    endings that are not ASCII), without the space in front.
+    Raises:
+        UserError: the file or the Hub cannot be read; names `hellaswag_file`.
     """
+    import datasets
 
-    name, prefix = "hellaswag/lm_eval", "hellaswag/lm_eval_"
-
-    def parse(self, row: Any) -> Choices:
-        context = f"{text_of(row, 'ctx_a')} {text_of(row, 'ctx_b').capitalize()}"
-        context = _clean(f"{text_of(row, 'activity_label')}: {context}")
-        endings = [_clean(ending) for ending in _endings(row)]
-        return _choices(context, endings, row.get("label"))
-
-    def encode(self, tokenizer, examples: list[Choices]) -> list[list[Request]]:
-        pairs = [(example.context, f" {end}") for example in examples for end in example.endings]
-        requests = iter(encode_pairs(tokenizer, pairs))
-        return [list(islice(requests, len(example.endings))) for example in examples]
-
-    def lengths(self, example: Choices, requests: list[Request]) -> list[int]:
-        return [len(ending) for ending in example.endings]
-
-
-BENCHMARK = Benchmark(
-    name="hellaswag",
-    title="HellaSwag",
-    dataset="Rowan/hellaswag",
-    config=None,
-    split="validation",
-    conventions={"completion": CompletionHellaSwag, "lm_eval": LMEvalHellaSwag},
-)
+    if file is not None:
+        return read_jsonl(file, "hellaswag_file")
+    advice = "; give a local copy with --hellaswag_file"
+    try:
+        return list(
+            patiently(
+                lambda: datasets.load_dataset(DATASET, split=SPLIT),
+                f"read {DATASET}",
+                give_up_after_seconds=300,
+                if_unreachable=advice,
+                reaches_hub=False,  # it may have come from the cache
+            )
+        )
+    except UserError as error:
+        raise UserError(str(error) if advice in str(error) else f"{error}{advice}") from error
+    except (OSError, ValueError) as error:  # a cache that cannot be used, a changed dataset
+        raise UserError(f"cannot read {DATASET}: {error}{advice}") from error

@@ -5,12 +5,12 @@ import random
 
 import numpy as np
 import pytest
-from tiny_language_models import random_gpt2, tiny_tokenizer
+from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, uniform_gpt2
 
 from gpt2repro import UserError
-from gpt2repro.evaluation.likelihoods import loglikelihoods
-from gpt2repro.evaluation.lm_eval_tasks import open_lm_eval_tasks
-from gpt2repro.evaluation.scoring import score_tasks
+from gpt2repro.evaluation.benchmarks import open_tasks
+from gpt2repro.evaluation.scoring import score_task, score_tasks
+from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval, of the test extra, is not installed")
 
@@ -67,6 +67,14 @@ TASKS: dict[str, dict] = {
         byte_perplexity="weighted_perplexity",
         bits_per_byte="bits_per_byte",
     ),
+    "writing": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["ou", "q"], "max_gen_toks": 24},
+        "num_fewshot": 1,
+    }
+    | metrics("exact_match", "chrf", chrf="chrf"),
 }
 
 
@@ -102,6 +110,12 @@ def tasks_dir(tmp_path_factory):
         (directory / f"{name}.yaml").write_text(json.dumps(whole))
     group = {"group": "ours_group", "task": ["ours_choice", "ours_last_word"]}
     (directory / "group.yaml").write_text(json.dumps(group))
+    rules = [{"metric": "acc"}, {"metric": "acc_norm", "weight_by_size": False}]
+    inner = {"group": "ours_inner", "task": ["ours_few_shot"], "aggregate_metric_list": rules[:1]}
+    members = ["ours_choice", "ours_inner"]
+    outer = {"group": "ours_means", "task": members, "aggregate_metric_list": rules}
+    for name, each in (("inner", inner), ("means", outer)):
+        (directory / f"{name}.yaml").write_text(json.dumps(each))
     return directory
 
 
@@ -116,15 +130,16 @@ def theirs(request, tasks_dir):
         model=HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4, device="cpu"),
         tasks=[f"ours_{name}" for name in TASKS],
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
-        bootstrap_iters=0,
+        bootstrap_iters=2,  # 0 is no standard errors, not even of means
     )
     return model, request.param, found
 
 
 def opened(tasks_dir, *names, max_length=512, **options):
-    return open_lm_eval_tasks(
+    found = open_lm_eval_tasks(
         names, tiny_tokenizer(), max_length=max_length, tasks_dir=str(tasks_dir), **options
     )
+    return [task for each in found.values() for task in each]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -132,25 +147,29 @@ def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name):
     model, positions, found = theirs
     [task] = opened(tasks_dir, f"ours_{name}", max_length=positions)
     assert not task.skipped and len(task.rows) == 14
-    if positions == 128 and name in ("choice", "few_shot", "last_word"):
+    if positions == 128 and name in ("choice", "few_shot", "last_word", "writing"):
         assert task.truncated, "some contexts are cut"
-    scores = loglikelihoods(model, task.requests, max_length=positions, batch_size=8)
-    estimates = task.estimates(scores)
+    estimates = score_task(model, task, batch_size=8).estimates
     samples = sorted(found["samples"][f"ours_{name}"], key=lambda sample: sample["doc_id"])
     for example, sample in zip(task.examples, samples, strict=True):
         ordered = sorted(example.instances, key=lambda instance: instance.idx)
         for instance, [answer] in zip(ordered, sample["resps"], strict=True):
+            if isinstance(answer, str):
+                assert instance.resps == [answer]
+                continue
             ours = np.atleast_1d(instance.resps[0])
             # The harness sums float32 log-probabilities in float32 and pads otherwise.
             np.testing.assert_allclose(ours, np.atleast_1d(answer), rtol=1e-5)
     results = found["results"][f"ours_{name}"]
     figures = {key.removesuffix(",none"): value for key, value in results.items() if "," in key}
     figures = {key: value for key, value in figures.items() if "_stderr" not in key}
-    assert {key.removeprefix(task.prefix) for key in estimates} == figures.keys()
+    choice = TASKS[name]["output_type"] == "multiple_choice"
+    ours_alone = {"gold_bits_per_byte"} if choice else set()
+    assert {key.removeprefix(task.prefix) for key in estimates} == figures.keys() | ours_alone
     for key, value in figures.items():
         assert estimates[task.prefix + key].value == pytest.approx(value, rel=1e-5), key
-        stderr = results.get(f"{key}_stderr,none")
-        if isinstance(stderr, float):
+        if key.startswith("acc"):  # theirs of other figures are bootstrapped
+            stderr = results[f"{key}_stderr,none"]
             assert estimates[task.prefix + key].stderr == pytest.approx(stderr, rel=1e-6)
 
 
@@ -161,23 +180,18 @@ def test_rows_are_right_and_wrong_or_equality_would_mean_little(theirs):
 
 def test_the_same_on_two_ranks_and_in_one_pass(theirs, tasks_dir):
     model, positions, found = theirs
-    tasks = opened(tasks_dir, "ours_choice", "ours_whole_texts", max_length=positions)
+    names = ("ours_choice", "ours_whole_texts", "ours_writing")
+    tasks = opened(tasks_dir, *names, max_length=positions)
     alone = score_tasks(model, tasks, batch_size=4)
     parts = []
     for rank in range(2):
-        score_tasks(
-            model,
-            tasks,
-            batch_size=4,
-            rank=rank,
-            world_size=2,
-            reduce=lambda t: parts.append(t) or t,
-        )
-    shared = iter([sum(parts), sum(parts)])
-    again = score_tasks(
-        model, tasks, batch_size=4, rank=0, world_size=2, reduce=lambda _: next(shared)
-    )
-    assert again == alone
+        how = {"rank": rank, "world_size": 2, "reduce": lambda t: parts[-1].append(t) or t}
+        parts.append([])
+        score_tasks(model, tasks, batch_size=4, **how)
+    shared = iter([one + other for one, other in zip(*parts, strict=True)])
+    how = {"rank": 0, "world_size": 2, "reduce": lambda _: next(shared)}
+    again = score_tasks(model, tasks, batch_size=4, **how)
+    assert again == pytest.approx(alone, abs=0, rel=0, nan_ok=True)
     assert alone["ours_choice/acc"] == found["results"]["ours_choice"]["acc,none"]
 
 
@@ -201,19 +215,6 @@ def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)
     with pytest.raises(UserError, match="lm-evaluation-harness has no task ours_nothing"):
         opened(tasks_dir, "ours_nothing")
-    writes = {
-        "task": "ours_writes",
-        "output_type": "generate_until",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tasks_dir / "test.jsonl")}},
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["."]},
-    }
-    (tmp_path / "writes.yaml").write_text(json.dumps(writes))
-    with pytest.raises(UserError, match="ours_writes has the model write"):
-        opened(tmp_path, "ours_writes")
     lost = TASKS["choice"] | {
         "task": "ours_lost",
         "dataset_path": "json",
@@ -224,3 +225,88 @@ def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--tasks: ours_lost cannot be opened") as raised:
         opened(tmp_path, "ours_lost")
     assert "\n" not in str(raised.value)
+
+
+def test_means_of_groups_are_those_of_the_harness(theirs, tasks_dir):
+    """By rows and by tasks, with a group within a group."""
+    from lm_eval.tasks import TaskManager
+
+    model, positions, found = theirs
+    [task] = opened(tasks_dir, "ours_means", max_length=positions)
+    estimates = score_task(model, task, batch_size=8).estimates
+    manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
+    group = manager.load(["ours_means"])["groups"]["ours_means"]
+    expected = group.aggregate(found["results"])
+    for metric in ("acc", "acc_norm"):
+        ours = estimates[f"ours_means/{metric}"]
+        assert ours.value == pytest.approx(expected[f"{metric},none"])
+        # Theirs pools the variance of both tasks with a degree of freedom less for each.
+        assert ours.stderr == pytest.approx(expected[f"{metric}_stderr,none"], rel=0.03)
+    assert estimates["ours_inner/acc"].value == estimates["ours_few_shot/acc"].value
+    assert len(task.rows) == 28 and task.rows[0] == "ours_choice 1"
+
+
+def write_task(directory, name, rows, **changes):
+    """A task of these rows; None leaves a field of the choice out."""
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = CHOICE | metrics("acc") | {"task": name, "dataset_path": "json", "test_split": "test"}
+    task["dataset_kwargs"] = {"data_files": {"test": str(directory / f"{name}.jsonl")}}
+    whole = {key: value for key, value in (task | changes).items() if value is not None}
+    (directory / f"{name}.yaml").write_text(json.dumps(whole))
+
+
+def test_the_gold_answers_bits_per_byte(tmp_path):
+    """Nats of the right choice over its bytes, the space before it among them."""
+    rows = [
+        {"question": "a man", "choices": ["runs", "sings é"], "answer": 1},
+        {"question": "a woman", "choices": ["stands", "sits"], "answer": 0},
+    ]
+    write_task(tmp_path, "gold", rows)
+    [task] = opened(tmp_path, "gold")
+    found = score_task(uniform_gpt2(), task, batch_size=4).estimates["gold/gold_bits_per_byte"]
+    tokens = task.requests[1].num_scored + task.requests[2].num_scored
+    num_bytes = len(" sings é".encode()) + len(" stands")
+    assert found.value == pytest.approx(tokens * np.log2(VOCAB_SIZE) / num_bytes)
+
+
+def test_a_stride_gives_whole_texts_more_context(tasks_dir):
+    [whole] = opened(tasks_dir, "ours_whole_texts", max_length=16)
+    [same] = opened(tasks_dir, "ours_whole_texts", max_length=16, stride=16)
+    [half] = opened(tasks_dir, "ours_whole_texts", max_length=16, stride=8)
+    assert [r.ids for r in whole.requests] == [r.ids for r in same.requests]
+    assert whole.note == "; stride 16" and half.note == "; stride 8"
+    for at, of_half in zip(whole.slices, half.slices, strict=True):
+        once, twice = whole.requests[at], half.requests[of_half]
+        assert sum(r.num_scored for r in once) == sum(r.num_scored for r in twice)
+        assert all(r.num_scored <= 8 and len(r.ids) == 17 for r in twice[1:])
+
+
+def test_rows_that_cannot_be_scored_are_named(tmp_path):
+    good = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
+    rows = [good, good | {"choices": ["", "sits"]}, good, good | {"answer": 5}]
+    write_task(tmp_path, "odd", rows, target_delimiter="", process_results="COUNT")
+    (tmp_path / "odd.py").write_text(
+        "def count(doc, _):\n    return {'acc': [1, 0][doc['answer']]}\n"
+    )
+    file = tmp_path / "odd.yaml"
+    file.write_text(file.read_text().replace('"COUNT"', "!function odd.count"))
+    [task] = opened(tmp_path, "odd")
+    assert task.skipped == {2: "request 0 has no tokens of its own"}
+    for _ in range(2):  # a loop scores a task again and again
+        found = score_task(random_gpt2(), task, batch_size=4).estimates
+        assert task.rows == [1, 3] and list(task.skipped) == [2, 4]
+        assert found["odd/acc"].influence.shape == (2,)
+    assert task.skipped[4] == "IndexError: list index out of range"
+
+
+def test_what_asks_for_more_than_there_is_room_is_named(tmp_path):
+    rows = [{"question": "a man", "choices": ["runs"], "answer": 0}]
+    write = {"output_type": "generate_until", "doc_to_choice": None, **metrics("exact_match")}
+    write |= {"generation_kwargs": {"until": ["."]}}
+    write_task(tmp_path, "long", rows, **write)
+    with pytest.raises(UserError, match="row 1: asks for 256 new tokens of a model of 64 positi"):
+        open_tasks(["long"], tiny_tokenizer(), max_length=64, tasks_dir=str(tmp_path))
+    write["generation_kwargs"] |= {"do_sample": True}
+    write_task(tmp_path, "sampling", rows, **write)
+    with pytest.raises(UserError, match="--tasks: sampling samples what it writes"):
+        opened(tmp_path, "sampling")

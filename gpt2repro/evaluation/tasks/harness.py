@@ -1,0 +1,349 @@
+"""Tasks of lm-evaluation-harness, put to a model by our engine.
+
+The harness makes the requests of a task (prompts, few-shot examples, choices) and turns answers
+into figures; between them stand `loglikelihoods` and `continuations`, with their few shapes, their
+ranks and their paired errors. So a task's figures are the harness' own.
+"""
+
+import contextlib
+import difflib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2repro import UserError
+from gpt2repro.data.corpus import in_a_line
+from gpt2repro.data.token_ids import begin_id, end_ids, ids_to_continue
+from gpt2repro.evaluation.estimates import Estimate, mean, ratio, weighted
+from gpt2repro.evaluation.likelihoods import Request, Scores, encode_pairs
+from gpt2repro.evaluation.task import MalformedRow, OnHub, Task, TaskGroup
+from gpt2repro.evaluation.writing import Prompt
+
+FEWSHOT_SEED = 1234  # the harness' own default: which examples stand before a question
+NUM_NEW_TOKENS = 256  # the harness' default where a task that writes names no number
+OF_OURS = Path(__file__).parent  # task files for what the harness has not
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document's questions, the harness' `Instance`s, and how many requests each has become."""
+
+    instances: list[Any]
+    num_requests: list[int]
+
+
+class LmEvalTask(Task):
+    """A task of the harness; what it asks and how it counts is the harness' business.
+
+    stride: of the windows that cut a whole text, in tokens; None is `max_length`, the harness'.
+    """
+
+    asked = "request"
+
+    def __init__(
+        self,
+        task: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        limit: int | None = None,
+        stride: int | None = None,
+    ) -> None:
+        self._task, self._tokenizer, self._stride = task, tokenizer, stride or max_length
+        self.name, self.prefix = task.task_name, f"{task.task_name}/"
+        path = task.config.dataset_path or ""
+        if "/" in path and not Path(path).exists():
+            self.dataset = OnHub(path, task.task_name)
+        with _quietly():
+            task.build_all_requests(limit=limit)
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            self.note = f"; stride {self._stride}"
+        documents: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            documents.setdefault(instance.doc_id, []).append(instance)
+        super().__init__([*documents.values()], tokenizer, max_length=max_length)
+        own = zip(self.examples, self.slices, strict=True)
+        self.examples = [_counted(example, self.requests[at]) for example, at in own]
+        if task.OUTPUT_TYPE == "generate_until":
+            for row, example in zip(self.rows, self.examples, strict=True):
+                self._prompt(row, example.instances[0].args)
+
+    def parse(self, row: list[Any]) -> list[Any]:
+        for instance in row:
+            if instance.request_type == "generate_until":
+                num_new = _how_to_write(instance.args[1])[0]
+                if num_new >= self.max_length:
+                    positions = f"{self.max_length} positions"
+                    raise MalformedRow(f"asks for {num_new} new tokens of a model of {positions}")
+        return row
+
+    def encode(self, tokenizer: Any, examples: list[list[Any]]) -> list[list[Request]]:
+        """The requests of each document, those of a question one after the other."""
+        pairs = [i.args for each in examples for i in each if i.request_type == "loglikelihood"]
+        scored = iter(encode_pairs(tokenizer, pairs) if pairs else [])
+
+        def requests(instance: Any) -> list[Request]:
+            if instance.request_type == "loglikelihood":
+                return [next(scored)]
+            if instance.request_type == "generate_until":
+                return []
+            return _rolling(tokenizer, instance.args[0], self.max_length, self._stride)
+
+        return [[r for instance in each for r in requests(instance)] for each in examples]
+
+    def _prompt(self, row: int | str, asked: tuple[str, dict[str, Any]]) -> None:
+        text, how = asked
+        num_new, stops = _how_to_write(how)
+        [ids] = ids_to_continue(self._tokenizer, [text])
+        room = self.max_length - num_new
+        if len(ids) > room:
+            self.truncated.append(row)
+        is_over = partial(_is_over, self._tokenizer, frozenset(end_ids(self._tokenizer)), stops)
+        self.prompts.append(Prompt(ids[-room:], num_new, is_over))
+
+    def score(self, scores: Scores) -> dict[str, Estimate]:
+        texts = iter(
+            self._tokenizer.decode(ids, skip_special_tokens=True) for ids in scores.written
+        )
+        for example, at in zip(self.examples, self.slices, strict=True):
+            _answer(example, scores[at], texts)
+        self._task._instances = [i for example in self.examples for i in example.instances]
+        self._task.apply_filters()
+        found: dict[str, Estimate] = {}
+        aggregation = self._task.aggregation()
+        for filtered in self.examples[0].instances[0].filtered_resps:
+            for metric, values in self._values(filtered).items():
+                name = metric if filtered == "none" else f"{metric},{filtered}"
+                found[name] = _estimate(values, aggregation[metric])
+        golds = [_gold(self._task, example) for example in self.examples]
+        if golds and all(golds):
+            # Moves where accuracy of a small model still is that of guessing.
+            found["gold_bits_per_byte"] = ratio(*np.array(golds).T) * (-1 / math.log(2))
+        return found
+
+    def _values(self, filtered: str) -> dict[str, list[Any]]:
+        """What each document adds to each figure; what cannot be counted is named, and left out."""
+        values: dict[str, list[Any]] = {}
+        failed: dict[int | str, str] = {}
+        for row, example in zip(self.rows, self.examples, strict=True):
+            ordered = sorted(example.instances, key=lambda instance: instance.idx)
+            answers = [instance.filtered_resps[filtered] for instance in ordered]
+            try:
+                of_document = self._task.process_results(ordered[0].doc, answers)
+            except Exception as error:  # a task's own code, on a row that it did not foresee
+                failed[row] = f"{type(error).__name__}: {error}".split("\n")[0]
+                continue
+            for metric, value in of_document.items():
+                values.setdefault(metric, []).append(value)
+        if failed:
+            self._leave_out(failed)
+        return values
+
+    def _leave_out(self, failed: dict[int | str, str]) -> None:
+        if len(failed) == len(self.rows):
+            row, reason = next(iter(failed.items()))
+            raise UserError(f"{self.name}: none of its rows can be scored; row {row}: {reason}")
+        self.skipped |= failed
+        kept = [at for at, row in enumerate(self.rows) if row not in failed]
+        self.rows = [self.rows[at] for at in kept]
+        self.examples = [self.examples[at] for at in kept]
+        self.slices = [self.slices[at] for at in kept]
+
+
+class LmEvalGroup(TaskGroup):
+    """A group of the harness that has means of its own, by the number of rows or by tasks."""
+
+    def __init__(self, group: Any, members: Sequence[Task]) -> None:
+        super().__init__(group.name, members)
+        self._means = group.aggregate_metric_list
+
+    def means(self, found: Sequence[dict[str, Estimate]]) -> dict[str, Estimate]:
+        figures = {name: figure for each in found for name, figure in each.items()}
+        leaves = _leaves(self)
+        names = [
+            name.removeprefix(leaf.prefix)
+            for leaf in leaves
+            for name in figures
+            if name.startswith(leaf.prefix)
+        ]
+        means: dict[str, Estimate] = {}
+        for rule in self._means:
+            for name in dict.fromkeys(names):
+                metric, _, filtered = name.partition(",")
+                wanted = rule.filter_list is None or (filtered or "none") in rule.filter_list
+                if metric == rule.metric and wanted:
+                    parts = [figures[x.prefix + name] for x in leaves if x.prefix + name in figures]
+                    sizes = [len(part.influence) if rule.weight_by_size else 1 for part in parts]
+                    means[name] = weighted(parts, [size / sum(sizes) for size in sizes])
+        return means
+
+
+def _leaves(task: Task) -> list[Task]:
+    members = task.members if isinstance(task, TaskGroup) else []
+    return [leaf for each in members for leaf in _leaves(each)] or [task]
+
+
+def _counted(instances: list[Any], requests: Sequence[Request]) -> Example:
+    """How many of a document's requests belong to each of its questions: all, or one each."""
+    rolling = len(instances) == 1
+    return Example(instances, [len(requests)] if rolling else [1] * len(instances))
+
+
+def _rolling(tokenizer: Any, text: str, max_length: int, stride: int) -> list[Request]:
+    """A whole text in windows of which every token is predicted once, as the harness cuts it."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    how = {"max_seq_len": max_length, "context_len": max_length - stride + 1}
+    cut = map(make_disjoint_window, get_rolling_token_windows(ids, begin_id(tokenizer), **how))
+    return [Request([*context, *predicted], len(predicted)) for context, predicted in cut]
+
+
+def _how_to_write(how: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """The number of new tokens at most, and the texts that end them."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    normal = normalize_gen_kwargs(how, NUM_NEW_TOKENS)
+    return normal["max_gen_toks"], tuple(filter(None, normal["until"]))
+
+
+def _is_over(tokenizer: Any, ends: frozenset[int], stops: tuple[str, ...], new: list[int]) -> bool:
+    return new[-1] in ends or (bool(stops) and any(map(tokenizer.decode(new).__contains__, stops)))
+
+
+def _answer(example: Example, scores: Scores, texts: Iterator[str]) -> None:
+    """Put what the model said where the harness looks for it."""
+    begin = 0
+    for instance, count in zip(example.instances, example.num_requests, strict=True):
+        answer: Any
+        if instance.request_type == "generate_until":
+            answer = next(texts)
+            for stop in _how_to_write(instance.args[1])[1]:
+                answer = answer.split(stop)[0]
+        else:
+            answer = float(scores.log_likelihood[begin : begin + count].sum())
+            if instance.request_type == "loglikelihood":
+                answer = answer, bool(scores.is_greedy[begin])
+        instance.resps = [answer] * (instance.repeats or 1)
+        begin += count
+
+
+def _gold(task: Any, example: Example) -> tuple[float, int] | None:
+    """The right choice's nats and bytes, where a document has one right choice."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    ordered = sorted(example.instances, key=lambda instance: instance.idx)
+    doc = ordered[0].doc
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(gold, str) and gold in (choices := task.doc_to_choice(doc)):
+        gold = choices.index(gold)
+    if not isinstance(gold, int) or not 0 <= gold < len(ordered):
+        return None
+    num_bytes = len(ordered[gold].args[1].encode(errors="replace"))
+    return (ordered[gold].resps[0][0], num_bytes) if num_bytes else None
+
+
+def _estimate(values: list[Any], aggregate: Callable[[list[Any]], Any]) -> Estimate:
+    """The harness' figure, with an influence of each document where we know its formula."""
+    how, n = aggregate.__name__, len(values)
+    if how in ("mean", "nanmean"):
+        return mean(np.array(values, np.float64))
+    if how == "perplexity":
+        return (mean(values) * -1).exp()
+    if how in ("weighted_perplexity", "bits_per_byte"):
+        nats = ratio(*np.array(values, np.float64).T) * -1
+        return nats.exp() if how == "weighted_perplexity" else nats * (1 / math.log(2))
+    return Estimate(float(aggregate(values)), np.full(n, np.nan))
+
+
+def open_lm_eval_tasks(
+    names: Sequence[str],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    option: str = "--tasks",
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    tasks_dir: str | None = None,
+    stride: int | None = None,
+) -> dict[str, list[Task]]:
+    """The tasks, groups or tags of these names, for one tokenizer and context length.
+
+    Args:
+        option: what named them, for messages.
+        num_fewshot: examples before each question; None is the task's own number.
+        limit: documents of each task at most.
+        tasks_dir: a directory of more task files (YAML).
+        stride: of the windows that cut whole texts; None leaves them without overlap.
+
+    Raises:
+        ImportError: the harness, of the extra `eval`, is not installed.
+        UserError: a task or its data cannot be opened.
+    """
+    manager = _manager_of(names, tasks_dir, option)
+
+    def opened(each: Any) -> list[Task]:
+        if hasattr(each, "child_names"):
+            members = [task for name in each.child_names for task in opened(each.get(name))]
+            return [LmEvalGroup(each, members)] if each.has_aggregation else members
+        if num_fewshot is not None and each.config.num_fewshot != 0:
+            each.set_config("num_fewshot", num_fewshot)
+        each.set_fewshot_seed(FEWSHOT_SEED)
+        how = each.config.generation_kwargs or {}
+        if each.OUTPUT_TYPE == "generate_until" and (
+            how.get("do_sample") or float(how.get("temperature") or 0) > 0
+        ):
+            raise UserError(f"{option}: {each.task_name} samples what it writes; `lm_eval` does it")
+        return [LmEvalTask(each, tokenizer, max_length=max_length, limit=limit, stride=stride)]
+
+    found: dict[str, list[Task]] = {}
+    for name in names:
+        with _quietly(), in_a_line(f"{option}: {name} cannot be opened"):
+            loaded = manager.load([name])
+            group = loaded["groups"].get(name)
+            each_of = [group] if group else loaded["tasks"].values()
+            found[name] = [task for each in each_of for task in opened(each)]
+    return found
+
+
+def _manager_of(names: Sequence[str], tasks_dir: str | None, option: str) -> Any:
+    """What knows all `names`: the user's own files, or else the harness' thousands too."""
+    for with_theirs in (False, True):
+        with _quietly(), in_a_line(f"{option}_dir"):
+            manager = _manager(tasks_dir, with_theirs)
+        unknown = [name for name in names if not manager.match_tasks([name])]
+        if not unknown:
+            return manager
+    near = difflib.get_close_matches(unknown[0], [*manager.all_tasks, "hellaswag_completion"], 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"{option}: lm-evaluation-harness has no task {', '.join(unknown)}{hint}")
+
+
+@lru_cache(2)
+def _manager(tasks_dir: str | None, with_theirs: bool) -> Any:
+    """Reading the harness' own takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    folders = [str(OF_OURS), *([tasks_dir] if tasks_dir else [])]
+    return TaskManager(include_path=folders, include_defaults=with_theirs)
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Without the harness' own lines and bars, of which there is one a task."""
+    import lm_eval.api.task as harness
+
+    level, bar = logging.getLogger("lm_eval").level, harness.tqdm
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    harness.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        logging.getLogger("lm_eval").setLevel(level)
+        harness.tqdm = bar

@@ -1,0 +1,106 @@
+"""What a model writes: greedy continuations of prompts, for the benchmarks that read them.
+
+prompts -> sorted by length, cut into batches, dealt to the ranks -> `generate` -> token ids
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from gpt2repro.evaluation.likelihoods import Reduce, evaluating
+from gpt2repro.speed.attention import for_generation
+from gpt2repro.system import ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids to continue by at most `num_new` more; `is_over` says of those so far if it is."""
+
+    ids: Sequence[int]
+    num_new: int
+    is_over: Callable[[list[int]], bool]
+
+
+class _Over(StoppingCriteria):
+    """Ends the rows of a batch one by one."""
+
+    def __init__(self, prompts: Sequence[Prompt], begin: int) -> None:
+        self.prompts, self.begin = prompts, begin
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        rows = zip(self.prompts, input_ids[:, self.begin :].tolist(), strict=True)
+        over = [prompt.is_over(new) for prompt, new in rows]
+        return torch.tensor(over, device=input_ids.device)
+
+
+def continuations(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    reduce: Reduce | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> list[list[int]] | None:
+    """The new ids of every prompt, the same on every rank; None when `should_stop` said so.
+
+    `model` has transformers' `generate`, within its wrappers; compiled code is left alone, since
+    every token is another length. The arguments are those of `loglikelihoods`.
+    """
+    if not prompts:
+        return []
+    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].num_new, len(prompts[i].ids)))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    # Every rank generates as often as the others, which a sharded model needs.
+    batches += [[]] * (-len(batches) % world_size)
+    most = max(prompt.num_new for prompt in prompts)
+    found = torch.zeros(len(prompts), most, dtype=torch.float64)  # ids + 1; 0 is none
+    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    eager: AbstractContextManager = torch.compiler.set_stance("force_eager")
+    with evaluating(model), eager, for_generation():
+        for batch in batches[rank::world_size]:
+            if should_stop is not None and should_stop():
+                return None
+            asked = [prompts[i] for i in batch or order[:1]]
+            for i, new in zip(batch, _greedy(inner, asked), strict=False):
+                found[i, : len(new)] = torch.tensor(new, dtype=torch.float64) + 1
+            if on_batch is not None:
+                on_batch(len(batch))
+    if world_size > 1:
+        assert reduce is not None, "several ranks need a reduce"
+        found = reduce(found.to(next(inner.parameters()).device)).cpu()
+    return [[int(id) - 1 for id in row if id] for row in found.tolist()]
+
+
+def _greedy(inner: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    device = next(inner.parameters()).device
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids)
+    ends = torch.arange(longest, 0, -1)
+    mask = ends[None, :] <= torch.tensor([len(prompt.ids) for prompt in prompts])[:, None]
+    written = inner.generate(
+        ids.to(device),
+        attention_mask=mask.long().to(device),
+        do_sample=False,
+        max_new_tokens=max(prompt.num_new for prompt in prompts),
+        stopping_criteria=StoppingCriteriaList([_Over(prompts, longest)]),
+        pad_token_id=0,
+        synced_gpus=ranks.world_size() > 1,
+    )
+    new = written[:, longest:].tolist()
+    return [_until_over(prompt, row) for prompt, row in zip(prompts, new, strict=True)]
+
+
+def _until_over(prompt: Prompt, new: list[int]) -> list[int]:
+    """Without what follows in a row while others are still being written."""
+    ends = (n for n in range(1, len(new)) if prompt.is_over(new[:n]))
+    return new[: min(next(ends, len(new)), prompt.num_new)]
