@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpt2repro import UserError
 from gpt2repro.evaluation.estimates import Estimate
 from gpt2repro.evaluation.likelihoods import Request, Scores
@@ -41,9 +43,9 @@ class Task:
 
     def __init__(self, rows: Iterable[Any], tokenizer, *, max_length: int) -> None:
         self.max_length = max_length
-        self.skipped: dict[int, str] = {}
-        self.rows: list[int] = []
-        self.truncated: list[int] = []
+        self.skipped: dict[int | str, str] = {}
+        self.rows: list[int | str] = []
+        self.truncated: list[int | str] = []
         self.examples: list[Any] = []
         self.requests: list[Request] = []
         self.slices: list[slice] = []
@@ -53,6 +55,7 @@ class Task:
                 parsed[number] = self.parse(row)
             except MalformedRow as reason:
                 self.skipped[number] = str(reason)
+        parsed = self.arrange(parsed)
         encoded = self.encode(tokenizer, list(parsed.values())) if parsed else []
         for (number, example), requests in zip(parsed.items(), encoded, strict=True):
             self._add(number, example, requests)
@@ -87,13 +90,25 @@ class Task:
         return self.rows
 
     def estimates(self, scores: Scores) -> dict[str, Estimate]:
-        """Figures by their full names, such as "lambada/acc"."""
-        found = self.score(scores)
+        """Figures by their full names, such as "lambada/acc"; equal requests of a row tie."""
+        at = np.arange(len(self.requests))
+        for row in self.slices:  # the batches that they are in would break the tie
+            first: dict[tuple[int, bytes], int] = {}
+            for i in range(row.start, row.stop):
+                ids = np.asarray(self.requests[i].ids, np.int64).tobytes()
+                at[i] = first.setdefault((self.requests[i].num_scored, ids), i)
+        found = self.score(
+            Scores(scores.log_likelihood[at], scores.is_greedy[at], scores.padding_waste)
+        )
         return {f"{self.prefix}{metric}": estimate for metric, estimate in found.items()}
 
     def parse(self, row: Any) -> Any:
         """An example; raises MalformedRow with the reason where there is none."""
         raise NotImplementedError
+
+    def arrange(self, parsed: dict[int, Any]) -> dict[int, Any]:
+        """The examples by their rows' numbers, in the order in which they are asked."""
+        return parsed
 
     def encode(self, tokenizer, examples: list) -> list[list[Request]]:
         raise NotImplementedError
@@ -161,12 +176,16 @@ class Benchmark:
             raise UserError(f"cannot read {self.dataset}: {error}{advice}") from error
 
 
-def read_jsonl(file: str, task: str) -> list[Row | MalformedRow]:
-    """A row for each line, so that row numbers are line numbers; unreadable lines say why."""
+def read_jsonl(file: str, task: str, option: str = "--{}_file") -> list[Row | MalformedRow]:
+    """A row for each line, so that row numbers are line numbers; unreadable lines say why.
+
+    Raises:
+        UserError: the file cannot be read; begins with the `option` of the task.
+    """
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--{task}_file {file}: {error}") from None
+        raise UserError(f"{option.format(task)} {file}: {error}") from None
     rows: list[Row | MalformedRow] = []
     for line in lines:
         try:
