@@ -10,13 +10,14 @@ by others are shown in a column of their own and are never mixed with computed o
 import json
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import DTYPES, OneLineParser, find_device, make_room, named
+from gpt2repro.evaluation.published import PUBLISHED, is_the_published_text
 from gpt2repro.recipe import Benchmark
 from gpt2repro.system import atomic
 from gpt2repro.system.text import printable
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from gpt2repro.evaluation.task import Task
 
 TASKS = ("val", *get_args(Benchmark))
+TOLERANCE = 0.003  # of a published CORE figure, within which --certify calls ours the same
 CONVENTIONS = {
     "completion": ["completion"],
     "lm_eval": ["lm_eval"],
@@ -45,13 +47,21 @@ def main(argv: list[str]) -> int:
 
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     device = find_device(arguments.device) if arguments.device else state.device
+    if any(map(_is_core, arguments.tasks)):
+        from gpt2repro.evaluation.core import read_bundle
+
+        read_bundle(arguments.core_dir)
+    if arguments.certify:
+        return _certify(arguments, device)
     # All of it is opened before any of it runs: a mistake shows now, not after the first model.
     named = {"--model": arguments.model, "--baseline": arguments.baseline}
     models = [_load(name, option, arguments) for option, name in named.items() if name]
-    columns = []
+    columns, controls = [], []
     for loaded, tasks in zip(models, _tasks_of_models(models, arguments), strict=True):
         loaded.model.to(device)
         columns.append(_score_all(loaded, tasks, arguments.batch_size))
+        if arguments.controls:
+            controls.append(_score_controls(loaded, tasks, arguments.batch_size))
         loaded.model.to("cpu")
     if not state.is_main_process:
         return 0
@@ -62,17 +72,19 @@ def main(argv: list[str]) -> int:
     print(printable(table(names, columns, difference, published)))
     for name, results in zip(names, columns, strict=True):
         print(printable("\n".join(notes(name, results))), file=sys.stderr)
+    for name, results, of_name in zip(names, columns, controls, strict=False):
+        print(printable("\n" + table([name, *of_name], [results, *of_name.values()], {}, {})))
     if arguments.output:
-        _write(arguments, names, columns, difference, published)
+        _write(arguments, names, columns, difference, published, controls)
     return 0
 
 
 def _parse(argv: list[str]) -> Namespace:
     parser = OneLineParser(prog="gpt2repro evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", type=named, required=True, help="directory or Hub id of a causal language model")
+    add("--model", type=named, help="directory or Hub id of a causal language model")
     add("--baseline", type=named, help="a second model; the table shows both and the difference")
-    known = f"of {','.join(TASKS)}, and lm-evaluation-harness' names; commas between"
+    known = f"of {','.join(TASKS)},core, and lm-evaluation-harness' names; commas between"
     add("--tasks", default="hellaswag,lambada", help=known)
     add("--limit", type=int, help="score the first N rows of each task only")
     add("--batch_size", type=int, default=16, help="rows of one forward on one process")
@@ -90,7 +102,14 @@ def _parse(argv: list[str]) -> Namespace:
     for name in get_args(Benchmark):
         about = "its fields are in docs/evaluation.md"
         local.add_argument(f"--{name}_file", type=named, help=about)
+    core = parser.add_argument_group("CORE (--tasks core, or core/LABEL for one of its tasks)")
+    core.add_argument("--core_dir", type=named, help="directory of the evaluation bundle")
+    about = "compare OpenAI's four models with their published CORE; status 1 if one is off"
+    core.add_argument("--certify", action="store_true", help=about)
+    core.add_argument("--models", type=named, nargs="+", help="those to certify")
     how = parser.add_argument_group("conventions")
+    about = "score the same rows after contexts that should not help, too"
+    how.add_argument("--controls", action="store_true", help=about)
     how.add_argument("--hellaswag_convention", choices=CONVENTIONS, default="both")
     how.add_argument("--wikitext2_stride", type=int, help="tokens; default: the whole context")
     theirs = parser.add_argument_group("tasks of lm-evaluation-harness, with gpt2repro[eval]")
@@ -112,15 +131,37 @@ def _parse(argv: list[str]) -> Namespace:
         arguments.dataset_config = arguments.dataset_config or "sample-10BT"
         if arguments.num_validation_units is None:
             arguments.num_validation_units = 100
+    _check_models(arguments, parser.get_default("tasks"))
     _check(arguments)
     return arguments
+
+
+def _check_models(arguments: Namespace, tasks: str) -> None:
+    if not arguments.certify:
+        if arguments.model is None:
+            raise UserError("--model: which one is to be scored?")
+        if arguments.models:
+            raise UserError("--models goes with --certify; elsewhere it is --model")
+        return
+    others = ("model", "baseline", "limit", "max_length", "controls")
+    given = {name: getattr(arguments, name) for name in others} | {
+        "tasks": arguments.tasks != tasks
+    }
+    for name in filter(given.get, given):
+        raise UserError(f"--{name}: --certify scores whole models of its own, on CORE alone")
+    arguments.tasks = "core"
+    known = [name for name in PUBLISHED if "core" in PUBLISHED[name]]
+    arguments.models = arguments.models or [f"openai-community/{name}" for name in known]
+    for name in arguments.models:
+        if Path(name).name not in known:
+            raise UserError(f"--models: {name}: published are {', '.join(known)}")
 
 
 def _check(arguments: Namespace) -> None:
     arguments.tasks = list(dict.fromkeys(filter(None, arguments.tasks.split(","))))
     if not arguments.tasks:
         raise UserError(f"--tasks: none; there are {', '.join(TASKS)}, and those of the harness")
-    others = [task for task in arguments.tasks if task not in TASKS]
+    others = [task for task in arguments.tasks if task not in TASKS and not _is_core(task)]
     if others and not find_spec("lm_eval"):
         raise UserError(
             f"--tasks: {', '.join(others)}: there are {', '.join(TASKS)}; the tasks of "
@@ -140,6 +181,10 @@ def _check(arguments: Namespace) -> None:
         counts = isinstance(value, int) and not isinstance(value, bool)
         if counts and value < 1 and name != "num_fewshot":
             raise UserError(f"--{name} {value}: must be at least 1")
+
+
+def _is_core(task: str) -> bool:
+    return task.partition("/")[0] == "core"
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -216,6 +261,8 @@ def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["T
         if name == "val":
             assert corpus is not None
             return [benchmarks.checked(_validation(corpus, loaded, sequence_length, arguments))]
+        if _is_core(name):
+            return [_core(name, loaded, arguments)]
         if name not in rows:
             return _tasks_of_the_harness(name, loaded, arguments)
         return benchmarks.tasks_of(
@@ -227,6 +274,13 @@ def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["T
         )
 
     return [[task for name in arguments.tasks for task in tasks(name, loaded)] for loaded in models]
+
+
+def _core(name: str, loaded: Loaded, arguments: Namespace) -> "Task":
+    from gpt2repro.evaluation.core import open_core
+
+    limits = {"max_length": loaded.max_length, "limit": arguments.limit}
+    return open_core(arguments.core_dir, name, loaded.tokenizer, **limits)
 
 
 def _tasks_of_the_harness(name: str, loaded: Loaded, arguments: Namespace) -> list["Task"]:
@@ -315,13 +369,63 @@ def _score_all(loaded: Loaded, tasks: list["Task"], batch_size: int) -> list["Ta
     return results
 
 
+def _score_controls(
+    loaded: Loaded, tasks: list["Task"], batch_size: int
+) -> dict[str, list["TaskResult"]]:
+    """By kind, the tasks that have something to control; the others are named."""
+    from gpt2repro.data.token_ids import begin_id
+    from gpt2repro.evaluation.controls import KINDS, control
+    from gpt2repro.system import ranks
+
+    found = {}
+    for kind in KINDS:
+        made = {task.name: control(task, kind, begin_id(loaded.tokenizer)) for task in tasks}
+        results = _score_all(loaded, [each for each in made.values() if each], batch_size)
+        asked = [task for task in tasks if made[task.name]]  # without the requests of each kind
+        found[kind] = [replace(r, task=task) for r, task in zip(results, asked, strict=True)]
+        for task in tasks:
+            left = made[task.name]
+            out = len(task.rows) - (len(left.rows) if left else 0)
+            if out and ranks.rank() == 0:
+                say = f"{loaded.name}: {task.name}: {kind}: nothing to change in {out} rows"
+                print(printable(say), file=sys.stderr)
+    return found
+
+
+# --- Certification --------------------------------------------------------------------------------
+
+
+def _certify(arguments: Namespace, device: Any) -> int:
+    """0 if the CORE of every model is the published one, within TOLERANCE; else 1."""
+    from gpt2repro.evaluation.tables import notes, number
+    from gpt2repro.system import ranks
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in arguments.models:
+        loaded = _load(name, "--models", arguments)
+        loaded.model.to(device)
+        results = _score_all(loaded, [_core("core", loaded, arguments)], arguments.batch_size)
+        ours, published = results[0].estimates["core"], PUBLISHED[Path(name).name]["core"][0]
+        same = abs(ours.value - published) <= TOLERANCE
+        found[name] = {"value": number(ours.value), "stderr": number(ours.stderr)} | {
+            "published": published,
+            "certified": same,
+        }
+        if ranks.rank() == 0:
+            print(printable("\n".join(notes(name, results))), file=sys.stderr)
+            verdict = f"within {TOLERANCE}" if same else f"NOT within {TOLERANCE}"
+            figure = f"core {ours.value:.4f} ± {ours.stderr:.4f}, published {published:.4f}"
+            print(printable(f"{name}: {figure}: {verdict}"), flush=True)
+    if arguments.output and ranks.rank() == 0:
+        _dump({"certification": found}, arguments)
+    return 0 if all(each["certified"] for each in found.values()) else 1
+
+
 # --- The report -----------------------------------------------------------------------------------
 
 
 def _published_for(arguments: Namespace, sequence_length: int) -> dict[str, tuple[float, str]]:
     """What others published about the OpenAI model that is being evaluated, if one is."""
-    from gpt2repro.evaluation.published import PUBLISHED, is_the_published_text
-
     for name in (arguments.baseline, arguments.model):
         model = (name or "").removeprefix("openai-community/")
         if model in PUBLISHED:
@@ -329,17 +433,21 @@ def _published_for(arguments: Namespace, sequence_length: int) -> dict[str, tupl
             text = vars(arguments) | {"sequence_length": sequence_length}
             if arguments.limit or not is_the_published_text(text):
                 found.pop("val/loss", None)
+            if arguments.limit:
+                found.pop("core", None)
             return found
     return {}
 
 
-def _write(arguments: Namespace, names, columns, difference, published) -> None:
-    from gpt2repro.evaluation.tables import number, report
-    from gpt2repro.system import machine
+def _write(arguments: Namespace, names, columns, difference, published, controls) -> None:
+    from gpt2repro.evaluation.tables import number, plain, report
 
-    content = report(names[0], columns[0])
+    reports = [report(name, results) for name, results in zip(names, columns, strict=True)]
+    for each, of_kind in zip(reports, controls, strict=False):
+        each["controls"] = {kind: plain(results) for kind, results in of_kind.items()}
+    content = reports[0]
     if len(columns) == 2:
-        content["baseline"] = report(names[1], columns[1])
+        content["baseline"] = reports[1]
         content["difference"] = {
             key: {"value": number(d.value), "stderr": number(d.stderr), "paired": d.paired}
             for key, d in difference.items()
@@ -349,6 +457,12 @@ def _write(arguments: Namespace, names, columns, difference, published) -> None:
         for key, (value, source) in published.items()
         if key in content["results"]
     }
+    _dump(content, arguments)
+
+
+def _dump(content: dict[str, Any], arguments: Namespace) -> None:
+    from gpt2repro.system import machine
+
     content["settings"] = vars(arguments)
     content["environment"] = machine.describe(arguments.device)
     output = Path(arguments.output)

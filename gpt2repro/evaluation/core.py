@@ -64,27 +64,21 @@ def read_bundle(core_dir: str | None) -> list[Rules]:
     """The tasks of the bundle in `core_dir`, all of whose files are there.
 
     Raises:
-        UserError: none was named, a file is missing, or it says something that is no task.
+        UserError: none was named, a file is missing, or what it says is no list of tasks.
     """
     if core_dir is None:
         raise UserError(f"--core_dir: name the directory of CORE's data; {WHERE}")
-    with in_a_line(f"--core_dir {core_dir}: eval_meta_data.csv cannot be read"):
-        lines = _file(core_dir, "eval_meta_data.csv").read_text(encoding="utf-8-sig").splitlines()
-        percents = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(lines)}
-    with in_a_line(f"--core_dir {core_dir}: core.yaml cannot be read"):
-        text = _file(core_dir, "core.yaml").read_text(encoding="utf-8-sig")
-        entries = list(yaml.safe_load(text)["icl_tasks"])
-    if not entries:
-        raise UserError(f"--core_dir {core_dir}: core.yaml lists no task")
-    found: dict[str, Rules] = {}
-    for number, entry in enumerate(entries, start=1):
-        with in_a_line(f"--core_dir {core_dir}: core.yaml: task {number} is malformed"):
-            rules = _rules(entry, percents)
-            if rules.label in found:
-                raise ValueError(f"{rules.label} stands there twice")
-        found[rules.label] = rules
-        _file(core_dir, f"eval_data/{rules.file}")
-    return list(found.values())
+    files = [_file(core_dir, name) for name in ("core.yaml", "eval_meta_data.csv")]
+    with in_a_line(f"--core_dir {core_dir}: {files[0].name} or {files[1].name} is malformed"):
+        tasks, baselines = (file.read_text(encoding="utf-8-sig") for file in files)
+        lines = csv.DictReader(baselines.splitlines())
+        percents = {line["Eval Task"]: line["Random baseline"] for line in lines}
+        found = [_rules(entry, percents) for entry in yaml.safe_load(tasks)["icl_tasks"]]
+        if len({each.label for each in found}) < max(1, len(found)):
+            raise ValueError("no task, or one twice")
+    for each in found:
+        _file(core_dir, f"eval_data/{each.file}")
+    return found
 
 
 def _file(core_dir: str, name: str) -> Path:
@@ -95,16 +89,16 @@ def _file(core_dir: str, name: str) -> Path:
 
 
 def _rules(entry: dict[str, Any], percents: dict[str, str]) -> Rules:
-    kind, num_fewshot = entry["icl_task_type"], entry["num_fewshot"][0]
+    label, kind, num_fewshot = entry["label"], entry["icl_task_type"], entry["num_fewshot"][0]
     if kind not in (CHOICE, SCHEMA, CONTINUE):
-        raise ValueError(f"icl_task_type {kind!r}")
+        raise ValueError(f"{label}: icl_task_type {kind!r}")
     if type(num_fewshot) is not int or num_fewshot < 0:
-        raise ValueError(f"num_fewshot {num_fewshot!r}")
-    label, file = str(entry["label"]), str(entry["dataset_uri"])
-    if label not in percents or not 0 <= float(percents[label]) < 100:
-        raise ValueError(f"no random baseline of {label}, in percent, in eval_meta_data.csv")
-    delimiter = str(entry.get("continuation_delimiter", " "))
-    return Rules(label, file, kind, num_fewshot, delimiter, float(percents[label]) / 100)
+        raise ValueError(f"{label}: num_fewshot {num_fewshot!r}")
+    baseline = float(percents.get(label, "nan")) / 100
+    if not 0 <= baseline < 1:
+        raise ValueError(f"{label}: no random baseline in percent")
+    delimiter = entry.get("continuation_delimiter", " ")
+    return Rules(str(label), str(entry["dataset_uri"]), kind, num_fewshot, str(delimiter), baseline)
 
 
 def open_core(
@@ -118,24 +112,16 @@ def open_core(
     Raises:
         UserError: the bundle is not all there, or a task has too few rows.
     """
-    rules = read_bundle(core_dir)
-    label = name.partition("/")[2]
+    rules, label = read_bundle(core_dir), name.partition("/")[2]
     chosen = [each for each in rules if label in ("", each.label)]
     if not chosen:
         known = ", ".join(each.label for each in rules)
         raise UserError(f"--tasks: {name}: core.yaml in {core_dir} has {known}")
-    tasks = [
-        CoreTask(
-            each,
-            read_jsonl(str(_file(str(core_dir), f"eval_data/{each.file}")), "core", "--{}_dir:"),
-            tokenizer,
-            max_length=max_length,
-            limit=limit,
-        )
-        for each in chosen
-    ]
-    for task in tasks:
-        checked(task)
+    tasks = []
+    for each in chosen:
+        rows = read_jsonl(f"{core_dir}/eval_data/{each.file}", "core", "--{}_dir:")
+        tasks.append(CoreTask(each, rows, tokenizer, max_length=max_length, limit=limit))
+        checked(tasks[-1])
     return tasks[0] if label else Core(tasks)
 
 

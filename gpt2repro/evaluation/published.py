@@ -5,6 +5,7 @@ from typing import Any
 
 NANOGPT = "karpathy/build-nanogpt"
 HARNESS = "lm-evaluation-harness, as reported by build-nanogpt and the harness' issue 2159"
+NANOCHAT = "karpathy/nanochat, its README and discussions"
 VALIDATION_LOSS = 3.2924  # nats per token, OpenAI's 124M on the first 100 units of sample-10BT
 # Of OpenAI's weights; name of the model on the Hub -> figure -> (value, who published it).
 PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {
@@ -16,10 +17,20 @@ PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {
         "hellaswag/lm_eval_acc_norm": (0.3114, HARNESS),
         "lambada/acc": (0.3256, HARNESS),
         "lambada/perplexity": (40.06, HARNESS),
+        "core": (0.1139, NANOCHAT),
     },
-    "gpt2-medium": {"hellaswag/completion_acc_norm": (0.3752, NANOGPT)},
-    "gpt2-large": {"hellaswag/completion_acc_norm": (0.4320, NANOGPT)},
-    "gpt2-xl": {"hellaswag/completion_acc_norm": (0.4889, NANOGPT)},
+    "gpt2-medium": {
+        "hellaswag/completion_acc_norm": (0.3752, NANOGPT),
+        "core": (0.1849, NANOCHAT),
+    },
+    "gpt2-large": {
+        "hellaswag/completion_acc_norm": (0.4320, NANOGPT),
+        "core": (0.2146, NANOCHAT),
+    },
+    "gpt2-xl": {
+        "hellaswag/completion_acc_norm": (0.4889, NANOGPT),
+        "core": (0.2565, NANOCHAT),
+    },
 }
 
 

@@ -46,10 +46,7 @@ def table(
     """The figures as text: a column for each model, then the difference, then the published."""
     values = [figures(results) for results in columns]
     rows = [["", *names]]
-    rows += [
-        [key, *(f"{_digits(v[key].value)} ± {_digits(v[key].stderr)}" for v in values)]
-        for key in values[0]
-    ]
+    rows += [[key, *(_cell(v.get(key)) for v in values)] for key in values[0]]
     if difference:
         rows[0].append("difference")
         for row in rows[1:]:
@@ -68,6 +65,10 @@ def table(
     ]
     sources = sorted({source for _, source in shown.values()})
     return "\n".join([*lines, *(f"published by: {source}" for source in sources)])
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return f"{_digits(estimate.value)} ± {_digits(estimate.stderr)}" if estimate else "-"
 
 
 def _digits(value: float, sign: str = "") -> str:
@@ -98,14 +99,19 @@ def number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def plain(results: list[TaskResult]) -> dict[str, dict[str, float | None]]:
+    """The figures, for JSON."""
+    return {
+        key: {"value": number(e.value), "stderr": number(e.stderr)}
+        for key, e in figures(results).items()
+    }
+
+
 def report(name: str, results: list[TaskResult]) -> dict[str, Any]:
     """One model's part of the JSON file."""
     return {
         "model": name,
-        "results": {
-            key: {"value": number(e.value), "stderr": number(e.stderr)}
-            for key, e in figures(results).items()
-        },
+        "results": plain(results),
         "tasks": {
             result.task.name: {
                 "dataset": _dataset_of(result.task),
