@@ -107,6 +107,8 @@ def _parse(argv: list[str]) -> Namespace:
     about = "compare OpenAI's four models with their published CORE; status 1 if one is off"
     core.add_argument("--certify", action="store_true", help=about)
     core.add_argument("--models", type=named, nargs="+", help="those to certify")
+    about = "certify under bfloat16 autocast, as the published figures were made"
+    core.add_argument("--autocast", action="store_true", help=about)
     how = parser.add_argument_group("conventions")
     about = "score the same rows after contexts that should not help, too"
     how.add_argument("--controls", action="store_true", help=about)
@@ -140,8 +142,9 @@ def _check_models(arguments: Namespace, tasks: str) -> None:
     if not arguments.certify:
         if arguments.model is None:
             raise UserError("--model: which one is to be scored?")
-        if arguments.models:
-            raise UserError("--models goes with --certify; elsewhere it is --model")
+        for name in ("models", "autocast"):
+            if getattr(arguments, name):
+                raise UserError(f"--{name} goes with --certify only")
         return
     others = ("model", "baseline", "limit", "max_length", "controls")
     given = {name: getattr(arguments, name) for name in others} | {
@@ -397,14 +400,19 @@ def _score_controls(
 
 def _certify(arguments: Namespace, device: Any) -> int:
     """0 if the CORE of every model is the published one, within TOLERANCE; else 1."""
+    import torch
+
     from gpt2repro.evaluation.tables import notes, number
     from gpt2repro.system import ranks
 
     found: dict[str, dict[str, Any]] = {}
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=arguments.autocast)
     for name in arguments.models:
         loaded = _load(name, "--models", arguments)
         loaded.model.to(device)
-        results = _score_all(loaded, [_core("core", loaded, arguments)], arguments.batch_size)
+        tasks = [_core("core", loaded, arguments)]
+        with autocast:
+            results = _score_all(loaded, tasks, arguments.batch_size)
         ours, published = results[0].estimates["core"], PUBLISHED[Path(name).name]["core"][0]
         same = abs(ours.value - published) <= TOLERANCE
         found[name] = {"value": number(ours.value), "stderr": number(ours.stderr)} | {

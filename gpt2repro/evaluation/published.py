@@ -5,7 +5,7 @@ from typing import Any
 
 NANOGPT = "karpathy/build-nanogpt"
 HARNESS = "lm-evaluation-harness, as reported by build-nanogpt and the harness' issue 2159"
-NANOCHAT = "karpathy/nanochat, its README and discussions"
+NANOCHAT = "karpathy/nanochat (dev/estimate_gpt3_core.ipynb), under bfloat16 autocast"
 VALIDATION_LOSS = 3.2924  # nats per token, OpenAI's 124M on the first 100 units of sample-10BT
 # Of OpenAI's weights; name of the model on the Hub -> figure -> (value, who published it).
 PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {

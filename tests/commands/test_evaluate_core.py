@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from fake_hub import FakeHub
 from tiny_core import TASKS, write_bundle
 from tiny_language_models import HELLASWAG, WIKITEXT2, random_gpt2, tiny_tokenizer
@@ -124,6 +125,23 @@ def test_certify_tells_of_each_of_the_four_whether_it_is_the_published_one(
     assert "gpt2-large: core" in capsys.readouterr().out.splitlines()[1]
 
 
+@pytest.mark.parametrize("options", [[], ["--autocast"]])
+def test_certify_may_round_as_the_published_figures_did(
+    model, bundle, tmp_path, monkeypatch, options
+):
+    rounds, score_all = [], evaluate._score_all
+
+    def watched(*arguments):
+        rounds.append(torch.is_autocast_enabled("cpu"))
+        return score_all(*arguments)
+
+    monkeypatch.setattr(evaluate, "_score_all", watched)
+    (tmp_path / "gpt2-xl").symlink_to(model)
+    one = ["--models", str(tmp_path / "gpt2-xl")]
+    evaluated(tmp_path, "--certify", "--core_dir", bundle, *one, *options, status=1)
+    assert rounds == [bool(options)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -131,6 +149,7 @@ def test_certify_tells_of_each_of_the_four_whether_it_is_the_published_one(
         (["--model", "x", "--models", "y"], "--models"),
         (["--model", "x", "--tasks", "core"], "--core_dir: name the directory"),
         (["--model", "x", "--tasks", "core", "--core_dir", "/nowhere"], "--core_dir /nowhere"),
+        (["--model", "x", "--autocast"], "--autocast goes with --certify"),
         (["--certify"], "--core_dir: name the directory"),
         (["--certify", "--core_dir", "/nowhere"], "no core.yaml in it"),
         (["--certify", "--model", "x"], "--model: --certify"),
@@ -160,5 +179,5 @@ def test_the_smallest_is_certified_on_the_real_bundle(tmp_path):
     with zipfile.ZipFile(tmp_path / "bundle.zip") as zipped:
         zipped.extractall(tmp_path)
     given = ["--certify", "--core_dir", str(tmp_path / "eval_bundle")]
-    given += ["--models", "openai-community/gpt2"]
+    given += ["--models", "openai-community/gpt2", "--autocast"]
     assert run("gpt2repro evaluate", evaluate.main, given) == 0
