@@ -48,5 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "internet" in item.keywords and "GPT2REPRO_INTERNET" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="needs the real Hub: GPT2REPRO_INTERNET=1"))
         if "sweep" in item.keywords and "GPT2REPRO_SWEEP" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="takes a minute more: make sweep"))

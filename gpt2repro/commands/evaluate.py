@@ -1,7 +1,7 @@
 """The verb `evaluate`: figures of any causal language model, and of a baseline beside it.
 
     gpt2repro evaluate --model runs/gpt2/final --tasks val,hellaswag_completion,piqa,wikitext \
-        --baseline openai-community/gpt2 --output results.json
+        --baseline openai-community/gpt2 --output results.json results.md results.svg
 
 Both models go through the same loader, the same requests and the same batches. Figures published
 by others are shown in a column of their own and are never mixed with computed ones.
@@ -10,7 +10,6 @@ by others are shown in a column of their own and are never mixed with computed o
 import json
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,68 +19,106 @@ from gpt2repro.system import atomic
 from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
+    from gpt2repro.commands.scored_model import Loaded
     from gpt2repro.data.corpus import Corpus
     from gpt2repro.evaluation.scoring import TaskResult
     from gpt2repro.evaluation.task import Task
 
+PICTURES = (".svg", ".png")
+# What decides how rows are asked: files of `--rows` compare where these are the same.
+ASKED_BY = ("num_fewshot", "stride", "max_length", "tasks_dir", "hellaswag_file", "core_dir")
+
 
 def main(argv: list[str]) -> int:
-    """Evaluate, print the table, write the JSON. Several processes share the work."""
+    """Evaluate, print the table, write the files. Several processes share the work."""
     arguments = _parse(argv)
-    make_room(arguments.output and Path(arguments.output))
+    for file in [*(arguments.output or []), *filter(None, [arguments.rows])]:
+        make_room(Path(file))
+    if arguments.compare:
+        return _compare(*map(Path, arguments.compare))
     import torch
     from accelerate import PartialState
 
-    from gpt2repro.evaluation.tables import differences, notes, table
+    from gpt2repro.commands import certification
+    from gpt2repro.commands.scored_model import load_for_scoring, score_all, score_controls
+    from gpt2repro.evaluation.benchmarks import is_core
+    from gpt2repro.evaluation.core import read_bundle
 
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     device = find_device(arguments.device) if arguments.device else state.device
+    if arguments.certify:
+        status, found = certification.certify(arguments, device)
+        if state.is_main_process:
+            _write_json({"certification": found}, arguments)
+        return status
     # All of it is opened before any of it runs: a mistake shows now, not after the first model.
-    named = {"--model": arguments.model, "--baseline": arguments.baseline}
-    models = [_load(name, option, arguments) for option, name in named.items() if name]
-    columns = []
+    if any(map(is_core, arguments.tasks)):
+        read_bundle(arguments.core_dir)
+    options = {"--model": arguments.model, "--baseline": arguments.baseline}
+    models = [load_for_scoring(name, to, arguments) for to, name in options.items() if name]
+    columns, controls = [], []
     for loaded, tasks in zip(models, _tasks_of_models(models, arguments), strict=True):
         loaded.model.to(device)
-        columns.append(_score_all(loaded, tasks, arguments.batch_size))
+        columns.append(score_all(loaded, tasks, arguments.batch_size))
+        if arguments.controls:
+            controls.append(score_controls(loaded, tasks, arguments.batch_size))
         loaded.model.to("cpu")
-    if not state.is_main_process:
-        return 0
-    names = [loaded.name for loaded in models]
-    difference = differences(*columns) if len(columns) == 2 else {}
-    context = arguments.sequence_length or min(loaded.max_length for loaded in models)
-    published = _published_for(arguments, context)
-    print(printable(table(names, columns, difference, published)))
-    for name, results in zip(names, columns, strict=True):
-        print(printable("\n".join(notes(name, results))), file=sys.stderr)
-    if arguments.output:
-        _write(arguments, names, columns, difference, published)
+    if state.is_main_process:
+        context = arguments.sequence_length or min(loaded.max_length for loaded in models)
+        published = _published_for(arguments, context)
+        _report(arguments, [loaded.name for loaded in models], columns, published, controls)
     return 0
+
+
+# --- The command line -----------------------------------------------------------------------------
 
 
 def _parse(argv: list[str]) -> Namespace:
     parser = OneLineParser(prog="gpt2repro evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", type=named, required=True, help="directory or Hub id of a causal language model")
+    add("--model", type=named, help="directory or Hub id of a causal language model")
     add("--baseline", type=named, help="a second model; the table shows both and the difference")
-    known = "val, hellaswag_completion, and lm-evaluation-harness' names; commas between"
-    add("--tasks", default="hellaswag_completion", help=known)
+    known = "val, hellaswag_completion, core, and lm-evaluation-harness' names; commas between"
+    add("--tasks", help=f"{known}; default: hellaswag_completion")
+    add("--preset", help="a list of tasks by its name: gpt2-paper, early or core")
     add("--limit", type=int, help="score the first N rows of each task only")
+    about = "score the same rows after contexts that should not help, too"
+    add("--controls", action="store_true", help=about)
     add("--batch_size", type=int, default=16, help="rows of one forward on one process")
     add("--max_length", type=int, help="context in tokens; default: the model's positions")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", help="such as cuda, cuda:1, cpu; default: the GPU if there is one")
     add("--tokenizer", type=named, help="default: the one beside each model")
-    add(
-        "--trust_remote_code",
-        action="store_true",
-        help="run code that comes with model or tokenizer",
-    )
-    add("--output", type=named, help="write everything to this JSON file")
+    about = "run code that comes with model or tokenizer"
+    add("--trust_remote_code", action="store_true", help=about)
     add("--hellaswag_file", type=named, help="JSON lines for hellaswag_completion, not the Hub's")
+    about = "files to write: .json everything, .md the table, .svg or .png a picture"
+    add("--output", type=named, nargs="+", help=about)
+    add("--rows", type=named, help="write what each row added to the model's figures (parquet)")
+    about = "compare two files of --rows; no model is needed"
+    add("--compare", type=named, nargs=2, metavar="FILE", help=about)
+    _add_groups(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.dataset_name == parser.get_default("dataset_name"):
+        arguments.dataset_config = arguments.dataset_config or "sample-10BT"
+        if arguments.num_validation_units is None:
+            arguments.num_validation_units = 100
+    _check(arguments)
+    return arguments
+
+
+def _add_groups(parser: OneLineParser) -> None:
     theirs = parser.add_argument_group("tasks of lm-evaluation-harness, with gpt2repro[eval]")
     theirs.add_argument("--num_fewshot", type=int, help="default: each task's own number")
     theirs.add_argument("--tasks_dir", type=named, help="a directory of more task files (YAML)")
     theirs.add_argument("--stride", type=int, help="of whole texts, tokens; default: the context")
+    core = parser.add_argument_group("CORE (--tasks core, or core/LABEL for one of its tasks)")
+    core.add_argument("--core_dir", type=named, help="directory of the evaluation bundle")
+    about = "compare OpenAI's four models with their published CORE; status 1 if one is off"
+    core.add_argument("--certify", action="store_true", help=about)
+    core.add_argument("--models", type=named, nargs="+", help="those to certify")
+    about = "certify under bfloat16 autocast, as the published figures were made"
+    core.add_argument("--autocast", action="store_true", help=about)
     val = parser.add_argument_group("held-out text of --tasks val")
     val.add_argument("--dataset_name", type=named, default="HuggingFaceFW/fineweb-edu")
     val.add_argument("--dataset_config", help="default: sample-10BT for FineWeb-Edu")
@@ -93,86 +130,53 @@ def _parse(argv: list[str]) -> Namespace:
     val.add_argument("--num_validation_units", type=int, help="default: 100 for FineWeb-Edu")
     val.add_argument("--validation_tokens", type=int, default=10_485_760)
     val.add_argument("--sequence_length", type=int, help="default: the context of both models")
-    arguments = parser.parse_args(argv)
-    if arguments.dataset_name == parser.get_default("dataset_name"):
-        arguments.dataset_config = arguments.dataset_config or "sample-10BT"
-        if arguments.num_validation_units is None:
-            arguments.num_validation_units = 100
-    _check(arguments)
-    return arguments
 
 
 def _check(arguments: Namespace) -> None:
-    from gpt2repro.evaluation.benchmarks import check_names
+    if arguments.compare:
+        return
+    for name, value in vars(arguments).items():
+        counts = isinstance(value, int) and not isinstance(value, bool)
+        if counts and value < (0 if name == "num_fewshot" else 1):
+            raise UserError(f"--{name} {value}: must be at least {int(name != 'num_fewshot')}")
+    if arguments.certify:
+        from gpt2repro.commands.certification import check_alone
 
-    arguments.tasks = list(dict.fromkeys(filter(None, arguments.tasks.split(","))))
-    if not arguments.tasks:
-        raise UserError("--tasks: none are named")
-    check_names([task for task in arguments.tasks if task != "val"], "--tasks")
+        return check_alone(arguments)
+    if arguments.model is None:
+        raise UserError("--model: which one is to be scored?")
+    for name in ("models", "autocast"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name} goes with --certify only")
+    arguments.tasks = _names_of_tasks(arguments)
     if arguments.tasks_dir and not Path(arguments.tasks_dir).is_dir():
         raise UserError(f"--tasks_dir {arguments.tasks_dir}: no such directory")
-    fewshot = arguments.num_fewshot
-    if fewshot is not None and fewshot < 0:
-        raise UserError(f"--num_fewshot {fewshot}: must be at least 0")
     if "val" in arguments.tasks and arguments.num_validation_units is None:
         raise UserError(
             "--num_validation_units: say how many the run held out of "
             f"{arguments.dataset_name}; its recipe.yaml has the number"
         )
-    for name, value in vars(arguments).items():
-        counts = isinstance(value, int) and not isinstance(value, bool)
-        if counts and value < 1 and name != "num_fewshot":
-            raise UserError(f"--{name} {value}: must be at least 1")
 
 
-# --- Models ---------------------------------------------------------------------------------------
+def _names_of_tasks(arguments: Namespace) -> list[str]:
+    from gpt2repro.evaluation.benchmarks import PRESETS, check_names
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model on its device, and what its requests are made with."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    max_length: int
-
-
-def _load(name: str, option: str, arguments: Namespace) -> Loaded:
-    """Any causal model that transformers loads, on the CPU, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
-
-    model = load_causal_lm(
-        name,
-        option=option,
-        model_class=AutoModelForCausalLM,  # type: ignore[arg-type]
-        dtype=getattr(torch, DTYPES[arguments.dtype]),
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    tokenizer = find_tokenizer(
-        name, arguments.tokenizer, trust_remote_code=arguments.trust_remote_code
-    )
-    return Loaded(name, model, tokenizer, _context(model, option, arguments))
-
-
-def _context(model: Any, option: str, arguments: Namespace) -> int:
-    fields = ("max_position_embeddings", "n_positions", "n_ctx")
-    found = (getattr(model.config, field, None) for field in fields)
-    positions: int | None = next(filter(None, found), None)
-    if positions is None and arguments.max_length is None:
-        raise UserError(f"--max_length: the configuration of {option} does not tell its context")
-    if positions and arguments.max_length and arguments.max_length > positions:
-        raise UserError(f"--max_length: {option} has {positions} positions only")
-    return int(arguments.max_length or positions or 0)
+    if arguments.preset is not None and arguments.preset not in PRESETS:
+        raise UserError(f"--preset {arguments.preset}: there are {', '.join(PRESETS)}")
+    given = (arguments.tasks or "").split(",") if arguments.tasks is not None else []
+    if arguments.tasks is None and arguments.preset is None:
+        given = ["hellaswag_completion"]
+    names = [name for name in (*PRESETS.get(arguments.preset, ()), *given) if name]
+    if not names:
+        raise UserError("--tasks: none are named")
+    check_names([name for name in names if name != "val"], "--tasks")
+    return [*dict.fromkeys(names)]
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
 
-def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["Task"]]:
+def _tasks_of_models(models: list["Loaded"], arguments: Namespace) -> list[list["Task"]]:
     """Each model's tasks, in the same order."""
     from gpt2repro.evaluation import benchmarks
 
@@ -192,6 +196,7 @@ def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["T
             max_length=loaded.max_length,
             limit=arguments.limit,
             hellaswag_file=arguments.hellaswag_file,
+            core_dir=arguments.core_dir,
             num_fewshot=arguments.num_fewshot,
             tasks_dir=arguments.tasks_dir,
             stride=arguments.stride,
@@ -204,7 +209,7 @@ def _tasks_of_models(models: list[Loaded], arguments: Namespace) -> list[list["T
 
 
 def _validation(
-    corpus: "Corpus", loaded: Loaded, sequence_length: int, arguments: Namespace
+    corpus: "Corpus", loaded: "Loaded", sequence_length: int, arguments: Namespace
 ) -> "Task":
     from gpt2repro.data.encoder import BulkEncoder
     from gpt2repro.data.held_out import validation_set
@@ -238,49 +243,12 @@ def _open_corpus(arguments: Namespace) -> "Corpus":
     )
 
 
-def _score_all(loaded: Loaded, tasks: list["Task"], batch_size: int) -> list["TaskResult"]:
-    """Every task on all processes, with a progress bar on the first."""
-    import torch
-    from tqdm import tqdm
-
-    from gpt2repro.evaluation.likelihoods import takes
-    from gpt2repro.evaluation.scoring import score_task
-    from gpt2repro.system import ranks
-
-    rank, world_size = ranks.rank(), ranks.world_size()
-    trim = takes(loaded.model, "logits_to_keep")
-    results = []
-    for task in tasks:
-        with tqdm(
-            total=len(task.requests) // world_size,
-            desc=f"{loaded.name}: {task.name}",
-            unit=f" {task.asked}s",
-            disable=rank != 0,
-        ) as bar:
-            try:
-                result = score_task(
-                    loaded.model,
-                    task,
-                    batch_size=batch_size,
-                    rank=rank,
-                    world_size=world_size,
-                    reduce=ranks.reduce_sum,
-                    on_batch=bar.update,
-                    trim_logits=trim,
-                )
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"{task.name}: out of memory; use a lower --batch_size") from error
-            assert result is not None, "nobody asked to stop"
-            results.append(result)
-    return results
-
-
 # --- The report -----------------------------------------------------------------------------------
 
 
 def _published_for(arguments: Namespace, sequence_length: int) -> dict[str, tuple[float, str]]:
     """What others published about the OpenAI model that is being evaluated, if one is."""
-    from gpt2repro.evaluation.published import PUBLISHED, is_the_published_text
+    from gpt2repro.evaluation.published import PAPER, PUBLISHED, is_the_published_text
 
     for name in (arguments.baseline, arguments.model):
         model = (name or "").removeprefix("openai-community/")
@@ -289,17 +257,57 @@ def _published_for(arguments: Namespace, sequence_length: int) -> dict[str, tupl
             text = vars(arguments) | {"sequence_length": sequence_length}
             if arguments.limit or not is_the_published_text(text):
                 found.pop("val/loss", None)
-            return found
+            if arguments.limit:
+                found.pop("core", None)
+            return found | (PAPER[model] if arguments.preset == "gpt2-paper" else {})
     return {}
 
 
-def _write(arguments: Namespace, names, columns, difference, published) -> None:
-    from gpt2repro.evaluation.tables import number, report
-    from gpt2repro.system import machine
+def _report(
+    arguments: Namespace,
+    names: list[str],
+    columns: list[list["TaskResult"]],
+    published: dict[str, tuple[float, str]],
+    controls: list[dict[str, list["TaskResult"]]],
+) -> None:
+    from gpt2repro.evaluation.row_scores import row_scores, write_row_scores
+    from gpt2repro.evaluation.tables import as_markdown, as_text, differences, figures, notes, table
 
-    content = report(names[0], columns[0])
+    values = [figures(results) for results in columns]
+    difference = differences(*columns) if len(columns) == 2 else {}
+    shown = table(names, values, difference, published)
+    print(printable(as_text(*shown)))
+    for name, results in zip(names, columns, strict=True):
+        print(printable("\n".join(notes(name, results))), file=sys.stderr)
+    for name, found, of_name in zip(names, values, controls, strict=False):
+        beside = [found, *(figures(each) for each in of_name.values())]
+        print(printable("\n" + as_text(*table([name, *of_name], beside))))
+    for output in map(Path, arguments.output or []):
+        if output.suffix == ".md":
+            with atomic.naming(output):
+                output.write_text(as_markdown(*shown) + "\n", encoding="utf-8")
+        elif output.suffix in PICTURES:
+            from gpt2repro.plots.benchmarks import benchmark_dots
+            from gpt2repro.plots.style import save
+
+            save(benchmark_dots(names, values, published), output)
+        else:
+            _write_json(_content(names, columns, difference, published, controls), arguments)
+    if arguments.rows:
+        settings = {name: getattr(arguments, name) for name in ASKED_BY}
+        write_row_scores(Path(arguments.rows), row_scores(names[0], columns[0], settings))
+
+
+def _content(names, columns, difference, published, controls) -> dict[str, Any]:
+    """What the JSON file holds of it."""
+    from gpt2repro.evaluation.tables import number, plain, report
+
+    reports = [report(name, results) for name, results in zip(names, columns, strict=True)]
+    for each, of_kind in zip(reports, controls, strict=False):
+        each["controls"] = {kind: plain(results) for kind, results in of_kind.items()}
+    content = reports[0]
     if len(columns) == 2:
-        content["baseline"] = report(names[1], columns[1])
+        content["baseline"] = reports[1]
         content["difference"] = {
             key: {"value": number(d.value), "stderr": number(d.stderr), "paired": d.paired}
             for key, d in difference.items()
@@ -309,8 +317,25 @@ def _write(arguments: Namespace, names, columns, difference, published) -> None:
         for key, (value, source) in published.items()
         if key in content["results"]
     }
-    content["settings"] = vars(arguments)
-    content["environment"] = machine.describe(arguments.device)
-    output = Path(arguments.output)
-    with atomic.naming(output):
-        output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+def _write_json(content: dict[str, Any], arguments: Namespace) -> None:
+    from gpt2repro.system import machine
+
+    content |= {"settings": vars(arguments), "environment": machine.describe(arguments.device)}
+    for output in map(Path, arguments.output or []):
+        if output.suffix not in (".md", *PICTURES):
+            with atomic.naming(output):
+                output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _compare(ours: Path, theirs: Path) -> int:
+    from gpt2repro.evaluation.row_scores import compared, read_row_scores
+    from gpt2repro.evaluation.tables import as_text, table
+
+    both = read_row_scores(ours), read_row_scores(theirs)
+    difference = compared(*both)
+    values = [{name: each.estimates[name] for name in difference} for each in both]
+    print(printable(as_text(*table([each.model for each in both], values, difference))))
+    return 0

@@ -1,14 +1,34 @@
-"""Every benchmark by its name: ours, or lm-evaluation-harness'."""
+"""Every benchmark by its name: ours, CORE, or lm-evaluation-harness'."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from gpt2repro import UserError
-from gpt2repro.evaluation.task import Task
+from gpt2repro.evaluation.core import open_core
+from gpt2repro.evaluation.task import Task, checked
 from gpt2repro.evaluation.tasks.hellaswag import HellaSwagCompletion, read_rows
 
-OURS = (HellaSwagCompletion.name,)
+OURS = (HellaSwagCompletion.name, "core")
+# Lists that belong together, by a name.
+PRESETS = {
+    # Table 3 of Radford et al. 2019, as far as task files go; its figures are `published.PAPER`.
+    "gpt2-paper": (
+        *("lambada_openai", "cbt_cn", "cbt_ne"),
+        *("wikitext", "paloma_wikitext_103", "paloma_ptb"),
+    ),
+    # Cloze tasks: what follows is text, no letter. With `gold_bits_per_byte` they move early.
+    "early": (
+        *("hellaswag", "arc_easy", "piqa", "openbookqa", "sciq", "social_iqa"),
+        *("commonsense_qa_cloze", "winogrande", "lambada_openai"),
+    ),
+    "core": ("core",),
+}
+
+
+def is_core(name: str) -> bool:
+    """`core`, or `core/LABEL` for one of its tasks."""
+    return name.partition("/")[0] == "core"
 
 
 def check_names(names: Sequence[str], option: str) -> None:
@@ -17,11 +37,11 @@ def check_names(names: Sequence[str], option: str) -> None:
     Raises:
         UserError: they are the harness', and it is not installed; begins with `option`.
     """
-    theirs = [name for name in names if name not in OURS]
+    theirs = [name for name in names if name not in OURS and not is_core(name)]
     if theirs and not find_spec("lm_eval"):
         raise UserError(
             f"{option}: {', '.join(theirs)}: the tasks of lm-evaluation-harness need "
-            f"`pip install 'gpt2repro[eval]'`; without it there is {', '.join(OURS)}"
+            f"`pip install 'gpt2repro[eval]'`; without it there are {', '.join(OURS)}"
         )
 
 
@@ -33,6 +53,7 @@ def open_tasks(
     option: str = "--tasks",
     limit: int | None = None,
     hellaswag_file: str | None = None,
+    core_dir: str | None = None,
     **of_the_harness: Any,
 ) -> list[Task]:
     """Benchmarks in the order of their names, each once, for one tokenizer and context length.
@@ -40,7 +61,8 @@ def open_tasks(
     Args:
         option: what named them, for messages.
         limit: rows of each at most.
-        hellaswag_file: rows of ours, instead of the Hub's.
+        hellaswag_file: rows of HellaSwag in place of the Hub's.
+        core_dir: the evaluation bundle.
         of_the_harness: what `open_lm_eval_tasks` takes besides.
 
     Raises:
@@ -48,26 +70,15 @@ def open_tasks(
     """
     check_names(names, option)
     opened: dict[str, list[Task]] = {}
-    if theirs := [name for name in dict.fromkeys(names) if name not in OURS]:
-        from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks
-
-        how: dict[str, Any] = {
-            "max_length": max_length,
-            "option": option,
-            "limit": limit,
-        } | of_the_harness
-        opened = open_lm_eval_tasks(theirs, tokenizer, **how)
+    how: dict[str, Any] = {"max_length": max_length, "limit": limit}
+    for name in filter(is_core, names):
+        opened[name] = [open_core(core_dir, name, tokenizer, **how)]
     if HellaSwagCompletion.name in names:
         rows = read_rows(hellaswag_file)[:limit]
         task = HellaSwagCompletion(rows, tokenizer, max_length=max_length)
         opened[task.name] = [task]
-    tasks = [task for name in dict.fromkeys(names) for task in opened[name]]
-    return [checked(task) for task in tasks]
+    if theirs := [name for name in dict.fromkeys(names) if name not in opened]:
+        from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks
 
-
-def checked(task: Task) -> Task:
-    """The task, unless none of its rows can be scored: a UserError."""
-    if task.rows:
-        return task
-    first = next((f"; row {row}: {reason}" for row, reason in task.skipped.items()), "")
-    raise UserError(f"{task.name}: none of its {task.num_rows} rows can be scored{first}")
+        opened |= open_lm_eval_tasks(theirs, tokenizer, option=option, **how, **of_the_harness)
+    return [checked(task) for name in dict.fromkeys(names) for task in opened[name]]

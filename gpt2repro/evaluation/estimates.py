@@ -56,10 +56,14 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
 
 
 def weighted(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """A weighted mean of figures that have no example in common; the weights add up to one."""
+    """A weighted mean of figures that have no example in common; the weights add up to one.
+
+    The examples of each are a sample of their own, and of a single one the error is not known.
+    """
     n = sum(len(each.influence) for each in estimates)
     influences = [
-        weight * n / len(each.influence) * (each.influence - each.influence.mean())
+        (each.influence - each.influence.mean())
+        * (weight * n / len(each.influence) if len(each.influence) > 1 else np.nan)
         for each, weight in zip(estimates, weights, strict=True)
     ]
     value = sum(w * each.value for each, w in zip(estimates, weights, strict=True))

@@ -5,6 +5,7 @@ from typing import Any
 
 NANOGPT = "karpathy/build-nanogpt"
 HARNESS = "lm-evaluation-harness, as reported by build-nanogpt and the harness' issue 2159"
+NANOCHAT = "karpathy/nanochat (dev/estimate_gpt3_core.ipynb), under bfloat16 autocast"
 VALIDATION_LOSS = 3.2924  # nats per token, OpenAI's 124M on the first 100 units of sample-10BT
 # Of OpenAI's weights; name of the model on the Hub -> figure -> (value, who published it).
 PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {
@@ -16,10 +17,45 @@ PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {
         "hellaswag/acc_norm": (0.3114, HARNESS),
         "lambada_openai/acc": (0.3256, HARNESS),
         "lambada_openai/perplexity": (40.06, HARNESS),
+        "core": (0.1139, NANOCHAT),
     },
-    "gpt2-medium": {"hellaswag/completion_acc_norm": (0.3752, NANOGPT)},
-    "gpt2-large": {"hellaswag/completion_acc_norm": (0.4320, NANOGPT)},
-    "gpt2-xl": {"hellaswag/completion_acc_norm": (0.4889, NANOGPT)},
+    "gpt2-medium": {
+        "hellaswag/completion_acc_norm": (0.3752, NANOGPT),
+        "core": (0.1849, NANOCHAT),
+    },
+    "gpt2-large": {
+        "hellaswag/completion_acc_norm": (0.4320, NANOGPT),
+        "core": (0.2146, NANOCHAT),
+    },
+    "gpt2-xl": {
+        "hellaswag/completion_acc_norm": (0.4889, NANOGPT),
+        "core": (0.2565, NANOCHAT),
+    },
+}
+
+TABLE_3 = "Radford et al. 2019, table 3, zero-shot"
+_OTHER_TEXT = f"{TABLE_3}: de-tokenized and windowed in a way of their own"
+_PAPER_FIGURES = {
+    "lambada_openai/perplexity": TABLE_3,
+    "lambada_openai/acc": f"{TABLE_3}: with a filter of stop words",
+    "cbt_cn/acc": TABLE_3,
+    "cbt_ne/acc": TABLE_3,
+    "wikitext/word_perplexity": _OTHER_TEXT,
+    "paloma_wikitext_103/word_perplexity": _OTHER_TEXT,
+    "paloma_ptb/word_perplexity": _OTHER_TEXT,
+}
+# The figures of `evaluate --preset gpt2-paper` in the paper, as close as its protocol comes.
+PAPER: dict[str, dict[str, tuple[float, str]]] = {
+    model: {
+        name: (value, source)
+        for (name, source), value in zip(_PAPER_FIGURES.items(), values, strict=True)
+    }
+    for model, values in {
+        "gpt2": (35.13, 0.4599, 0.8765, 0.834, 29.41, 37.50, 65.85),
+        "gpt2-medium": (15.60, 0.5548, 0.9235, 0.871, 22.76, 26.37, 47.33),
+        "gpt2-large": (10.87, 0.6012, 0.9345, 0.880, 19.93, 22.05, 40.31),
+        "gpt2-xl": (8.63, 0.6324, 0.9330, 0.8905, 18.34, 17.48, 35.76),
+    }.items()
 }
 
 

@@ -1,7 +1,9 @@
 """Results as text and as JSON: a column for each model, their difference, the published figures."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from gpt2repro.evaluation.estimates import Estimate
@@ -24,48 +26,64 @@ class Difference:
     paired: bool
 
 
+def difference(ours: Estimate, theirs: Estimate, *, paired: bool) -> Difference:
+    stderr = (ours - theirs).stderr if paired else math.hypot(ours.stderr, theirs.stderr)
+    return Difference(ours.value - theirs.value, stderr, paired)
+
+
 def differences(ours: list[TaskResult], theirs: list[TaskResult]) -> dict[str, Difference]:
     found = {}
     for one, other in zip(ours, theirs, strict=True):
         paired = one.task.identity() == other.task.identity()
-        for name, a in one.estimates.items():
-            b = other.estimates[name]
-            stderr = (a - b).stderr if paired else math.hypot(a.stderr, b.stderr)
-            found[name] = Difference(a.value - b.value, stderr, paired)
+        for name, estimate in one.estimates.items():
+            found[name] = difference(estimate, other.estimates[name], paired=paired)
     return found
 
 
 def table(
-    names: list[str],
-    columns: list[list[TaskResult]],
-    difference: dict[str, Difference],
-    published: dict[str, tuple[float, str]],
-) -> str:
-    """The figures as text: a column for each model, then the difference, then the published."""
-    values = [figures(results) for results in columns]
+    names: Sequence[str],
+    values: Sequence[Mapping[str, Estimate]],
+    difference: Mapping[str, Difference] = MappingProxyType({}),
+    published: Mapping[str, tuple[float, str]] = MappingProxyType({}),
+) -> tuple[list[list[str]], list[str]]:
+    """The figures as rows of cells, the first the header, and the sources of what is published.
+
+    A column for each model, then the difference, then the published.
+    """
     rows = [["", *names]]
-    rows += [
-        [key, *(f"{_digits(v[key].value)} ± {_digits(v[key].stderr)}" for v in values)]
-        for key in values[0]
-    ]
+    rows += [[key, *(_cell(v.get(key)) for v in values)] for key in values[0]]
     if difference:
         rows[0].append("difference")
         for row in rows[1:]:
             d = difference[row[0]]
             mark = "" if d.paired else " unpaired"
             row.append(f"{_digits(d.value, '+')} ± {_digits(d.stderr)}{mark}")
-    shown = {key: source for key, source in published.items() if key in values[0]}
+    shown = {key: source for key, (_, source) in published.items() if key in values[0]}
     if shown:
         rows[0].append("published, not computed")
         for row in rows[1:]:
-            row.append(f"{shown[row[0]][0]:g}" if row[0] in shown else "")
+            row.append(f"{published[row[0]][0]:g}" if row[0] in shown else "")
+    return rows, [f"published by: {source}" for source in sorted({*shown.values()})]
+
+
+def as_text(rows: list[list[str]], sources: list[str]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    sources = sorted({source for _, source in shown.values()})
-    return "\n".join([*lines, *(f"published by: {source}" for source in sources)])
+    return "\n".join([*lines, *sources])
+
+
+def as_markdown(rows: list[list[str]], sources: list[str]) -> str:
+    cells = [[cell.replace("|", "/") for cell in row] for row in rows]
+    cells.insert(1, ["---"] * len(rows[0]))
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([*lines, *(f"\n{source}" for source in sources)])
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return f"{_digits(estimate.value)} ± {_digits(estimate.stderr)}" if estimate else "-"
 
 
 def _digits(value: float, sign: str = "") -> str:
@@ -96,14 +114,19 @@ def number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def plain(results: list[TaskResult]) -> dict[str, dict[str, float | None]]:
+    """The figures, for JSON."""
+    return {
+        key: {"value": number(e.value), "stderr": number(e.stderr)}
+        for key, e in figures(results).items()
+    }
+
+
 def report(name: str, results: list[TaskResult]) -> dict[str, Any]:
     """One model's part of the JSON file."""
     return {
         "model": name,
-        "results": {
-            key: {"value": number(e.value), "stderr": number(e.stderr)}
-            for key, e in figures(results).items()
-        },
+        "results": plain(results),
         "tasks": {
             result.task.name: {
                 "dataset": result.task.dataset and result.task.dataset._asdict(),

@@ -4,11 +4,14 @@ A `Task` holds the requests of one benchmark in one convention, and turns their 
 `Estimate`s through an `evaluate.Metric`. Rows that cannot be scored are named, never dropped.
 """
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from gpt2repro import UserError
 from gpt2repro.evaluation.estimates import Estimate
@@ -63,6 +66,7 @@ class Task:
                 parsed[number] = self.parse(row)
             except MalformedRow as reason:
                 self.skipped[number] = str(reason)
+        parsed = self.arrange(parsed)
         encoded = self.encode(tokenizer, list(parsed.values())) if parsed else []
         for (number, example), requests in zip(parsed.items(), encoded, strict=True):
             self._add(number, example, requests)
@@ -97,13 +101,24 @@ class Task:
         return self.rows
 
     def estimates(self, scores: Scores) -> dict[str, Estimate]:
-        """Figures by their full names, such as "piqa/acc"."""
-        found = self.score(scores)
+        """Figures by their full names, such as "piqa/acc"; equal requests of a row tie."""
+        at = np.arange(len(self.requests))
+        for row in self.slices:  # the batches that they are in would break the tie
+            first: dict[tuple[int, bytes], int] = {}
+            for i in range(row.start, row.stop):
+                ids = np.asarray(self.requests[i].ids, np.int64).tobytes()
+                at[i] = first.setdefault((self.requests[i].num_scored, ids), i)
+        nats, is_greedy = scores.log_likelihood[at], scores.is_greedy[at]
+        found = self.score(replace(scores, log_likelihood=nats, is_greedy=is_greedy))
         return {f"{self.prefix}{metric}": estimate for metric, estimate in found.items()}
 
     def parse(self, row: Any) -> Any:
         """An example; raises MalformedRow with the reason where there is none."""
         raise NotImplementedError
+
+    def arrange(self, parsed: dict[int, Any]) -> dict[int, Any]:
+        """The examples by their rows' numbers, in the order in which they are asked."""
+        return parsed
 
     def encode(self, tokenizer, examples: list) -> list[list[Request]]:
         raise NotImplementedError
@@ -112,14 +127,34 @@ class Task:
         raise NotImplementedError
 
 
+def checked(task: Task) -> Task:
+    """The task, unless none of its rows can be scored: a UserError."""
+    if task.rows:
+        return task
+    first = next((f"; row {row}: {reason}" for row, reason in task.skipped.items()), "")
+    raise UserError(f"{task.name}: none of its {task.num_rows} rows can be scored{first}")
+
+
 class TaskGroup(Task):
     """Tasks of one context length as one, their figures and means of them."""
 
     def __init__(self, name: str, members: Sequence[Task]) -> None:
-        self.name, self.prefix, self.members = name, f"{name}/", members
+        self.name, self.prefix = name, f"{name}/"
         self.asked = members[0].asked
+        self._take(members)
+
+    def of(self, members: Sequence[Task]) -> "TaskGroup":
+        """The same of other members, such as the same ones with some rows."""
+        made = copy.copy(self)
+        made._take(members)
+        return made
+
+    def _take(self, members: Sequence[Task]) -> None:
         super().__init__([], None, max_length=members[0].max_length)
+        self.members = members
         for each in members:
+            begin = len(self.requests)
+            self.slices += [slice(begin + at.start, begin + at.stop) for at in each.slices]
             self.requests += each.requests
             self.prompts += each.prompts
             self.rows += [f"{each.name} {row}" for row in each.rows]
