@@ -174,13 +174,11 @@ class CoreTask(Task):
         rows = list(parsed.items())
         random.Random(SHUFFLE_SEED).shuffle(rows)
         rows = rows[: self.limit]
-        least = self.rules.num_fewshot + 1
-        if rows and len(rows) < least:
-            option = "--limit" if self.limit and self.limit < least else "--core_dir"
-            raise UserError(
-                f"{option}: {self.name} takes {least - 1} examples out of its other rows; "
-                f"there are {len(rows)} rows"
-            )
+        number = self.rules.num_fewshot
+        if 0 < len(rows) <= number:
+            option = "--limit" if self.limit and self.limit <= number else "--core_dir"
+            drawn = f"{self.name} draws {number} examples from its other rows"
+            raise UserError(f"{option}: {drawn}, and has {len(rows)} rows")
         return dict(rows)
 
     def encode(self, tokenizer, examples: list[Example]) -> list[list[Request]]:
@@ -225,18 +223,14 @@ class CoreTask(Task):
             common = _common_length([each[::-1] for each in tokens])
             num_scored = [common if common < len(each) else 0 for each in tokens]
         example.num_scored = num_scored
-        pairs = zip(tokens, num_scored, strict=True)
-        return [self._request(ids, number) for ids, number in pairs if number]
-
-    def _request(self, ids: np.ndarray, num_scored: int) -> Request:
-        """Cut as nanochat does: to as many tokens as the model has positions, the last included."""
-        kept = max(self.max_length, num_scored + 1)
-        return Request(ids, num_scored) if len(ids) <= kept else _Cut(ids[-kept:], num_scored)
-
-    def _unscorable(self, requests: list[Request]) -> str | None:
-        if self.rules.kind == CONTINUE and not requests:
-            return "its tokens do not go on from those of its context"
-        return super()._unscorable(requests)
+        requests = []
+        for ids, number in zip(tokens, num_scored, strict=True):
+            # As nanochat cuts: to as many tokens as there are positions, the last included.
+            kept = max(self.max_length, number + 1)
+            if number or self.rules.kind == CONTINUE:
+                kind = _Cut if len(ids) > kept else Request
+                requests.append(kind(ids[-kept:], number))
+        return requests
 
     def score(self, scores: Scores) -> dict[str, Estimate]:
         pairs = zip(self.examples, self.slices, strict=True)

@@ -299,7 +299,7 @@ def test_a_continuation_that_merges_with_its_context_is_named(tmp_path):
     entry["icl_tasks"][0]["continuation_delimiter"] = ""
     (bundle / "core.yaml").write_text(json.dumps(entry))
     task = open_core(str(bundle), "core/words", tokenizer, max_length=64)
-    assert task.skipped == {1: "its tokens do not go on from those of its context"}
+    assert task.skipped == {1: "continuation 0 has no tokens of its own"}
 
 
 def without(name):
@@ -345,11 +345,11 @@ def test_a_bundle_that_is_none_is_refused_in_one_line(tmp_path, change, named):
 
 
 def test_too_few_rows_for_the_examples_and_names_that_are_no_tasks(tmp_path, bundle):
-    with pytest.raises(UserError, match=r"--limit: core/choices_10 takes 10 examples .* 10 rows"):
+    with pytest.raises(UserError, match=r"--limit: core/choices_10 draws 10 examples .* 10 rows"):
         open_core(str(bundle), "core", tiny_tokenizer(), max_length=64, limit=10)
     few = write_bundle(tmp_path, choices_10=rows_of("multiple_choice", 0)[:9])
     for limit in (None, 11):
-        with pytest.raises(UserError, match=r"--core_dir: core/choices_10 takes 10 .* are 9 rows"):
+        with pytest.raises(UserError, match=r"--core_dir: core/choices_10 draws 10 .* has 9 rows"):
             open_core(str(few), "core", tiny_tokenizer(), max_length=64, limit=limit)
     with pytest.raises(UserError, match=r"--tasks: core/poems: .* has choices, choices_10, schema"):
         open_core(str(bundle), "core/poems", tiny_tokenizer(), max_length=64)
