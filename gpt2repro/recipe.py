@@ -219,7 +219,8 @@ class Recipe(BaseModel):
     sample_every: WholeNumber = knob("steps between samples; 0 is never", ge=0, le=10**12)
     sample_prompt: Text = knob("what the samples continue")
     eval_tasks: Names = knob(
-        "benchmarks scored during training: hellaswag_completion, or lm-evaluation-harness' names"
+        "benchmarks scored during training: hellaswag_completion, core, or lm-evaluation-harness' "
+        "names"
     )
     eval_tasks_every: WholeNumber = knob(
         "steps between them; 0 is at the end only", ge=0, le=10**12
@@ -228,6 +229,7 @@ class Recipe(BaseModel):
         "rows of each that are scored, the first ones; null is all", ge=1, le=10**9
     )
     eval_tasks_dir: Place | None = knob("directory of more of the harness' task files (YAML)")
+    core_dir: Place | None = knob("directory of CORE's evaluation bundle")
     hellaswag_file: Place | None = knob("JSON lines for hellaswag_completion, not the Hub's")
     save_every: WholeNumber = knob("steps between checkpoints; 0: at the end", ge=0, le=10**12)
     keep_last: WholeNumber = knob("checkpoints kept", ge=1, le=10**9)

@@ -3,22 +3,15 @@
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import DTYPES
-from gpt2repro.data.token_ids import begin_id
-from gpt2repro.evaluation.controls import KINDS, control
-from gpt2repro.evaluation.likelihoods import takes
-from gpt2repro.evaluation.scoring import TaskResult, score_task
-from gpt2repro.evaluation.task import Task
-from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
-from gpt2repro.system import ranks
 from gpt2repro.system.text import printable
+
+if TYPE_CHECKING:
+    from gpt2repro.evaluation.scoring import TaskResult
+    from gpt2repro.evaluation.task import Task
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,11 @@ class Loaded:
 
 def load_for_scoring(name: str, option: str, arguments: Namespace) -> Loaded:
     """Any causal model that transformers loads, on the CPU, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
+
     model = load_causal_lm(
         name,
         option=option,
@@ -57,8 +55,15 @@ def _context(model: Any, option: str, arguments: Namespace) -> int:
     return int(arguments.max_length or positions or 0)
 
 
-def score_all(loaded: Loaded, tasks: list[Task], batch_size: int) -> list[TaskResult]:
+def score_all(loaded: Loaded, tasks: list["Task"], batch_size: int) -> list["TaskResult"]:
     """Every task on all processes, with a progress bar on the first."""
+    import torch
+    from tqdm import tqdm
+
+    from gpt2repro.evaluation.likelihoods import takes
+    from gpt2repro.evaluation.scoring import score_task
+    from gpt2repro.system import ranks
+
     rank, world_size = ranks.rank(), ranks.world_size()
     trim = takes(loaded.model, "logits_to_keep")
     results = []
@@ -88,9 +93,13 @@ def score_all(loaded: Loaded, tasks: list[Task], batch_size: int) -> list[TaskRe
 
 
 def score_controls(
-    loaded: Loaded, tasks: list[Task], batch_size: int
-) -> dict[str, list[TaskResult]]:
+    loaded: Loaded, tasks: list["Task"], batch_size: int
+) -> dict[str, list["TaskResult"]]:
     """By kind, the tasks that have something to control; the others are named."""
+    from gpt2repro.data.token_ids import begin_id
+    from gpt2repro.evaluation.controls import KINDS, control
+    from gpt2repro.system import ranks
+
     found = {}
     for kind in KINDS:
         made = {task.name: control(task, kind, begin_id(loaded.tokenizer)) for task in tasks}

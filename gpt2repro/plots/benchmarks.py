@@ -55,11 +55,17 @@ def benchmark_dots(
         ax.set_xlabel(axis)
         if axis.endswith("(logarithmic)"):
             ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(FuncFormatter(_plain))
+            ax.xaxis.set_minor_formatter(FuncFormatter(_plain))
         if axis == "share right":
             ax.xaxis.set_major_formatter(FuncFormatter(percent))
     legend_outside(figure, axes[0, 0], loc="outside lower right")
     caption(figure, "", above="Bars: 1.96 standard errors over rows, on each side.")
     return figure
+
+
+def _plain(value: float, _position: int | None = None) -> str:
+    return f"{value:g}"
 
 
 def _of_kind(found: Mapping[str, Estimate], words: Sequence[str]) -> list[str]:

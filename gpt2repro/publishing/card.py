@@ -56,6 +56,7 @@ PATH_FIELDS = (
     "token_cache_dir",
     "unit_digests_dir",
     "eval_tasks_dir",
+    "core_dir",
     "hellaswag_file",
 )
 ABSOLUTE = re.compile(

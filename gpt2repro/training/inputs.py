@@ -85,7 +85,10 @@ def from_anywhere(recipe: Recipe, sources: Sequence[Source] | None = None) -> di
     fields = ("tokenizer_name", "init_from")
     found: dict[str, Any] = {field: _absolute(getattr(recipe, field)) for field in fields}
     found["output_dir"] = str(recipe.run_dir.absolute())
-    for field in ("token_cache_dir", "unit_digests_dir", "eval_tasks_dir", "hellaswag_file"):
+    for field in (
+        *("token_cache_dir", "unit_digests_dir"),
+        *("eval_tasks_dir", "core_dir", "hellaswag_file"),
+    ):
         if directory := getattr(recipe, field):
             found[field] = str(Path(directory).absolute())
     datasets = [_placed(dataset) for dataset in recipe.all_datasets]
@@ -242,6 +245,7 @@ def open_benchmarks(recipe: Recipe, tokenizer: Any) -> list[Task]:
         limit=recipe.eval_tasks_limit,
         tasks_dir=recipe.eval_tasks_dir,
         hellaswag_file=recipe.hellaswag_file,
+        core_dir=recipe.core_dir,
     )
 
 

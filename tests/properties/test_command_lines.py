@@ -55,7 +55,7 @@ def test_any_arguments_of_a_verb(verb, data):
 
 
 OF_A_RECIPE = "recipe exp_name output_dir resume init_from dataset_name data_files tokenizer_name"
-OF_A_RECIPE += " token_cache_dir eval_tasks_dir hellaswag_file"
+OF_A_RECIPE += " token_cache_dir eval_tasks_dir core_dir hellaswag_file"
 # What each verb cannot do without, and its options that name files or what the Hub has.
 PLACES = {
     "compare-logits": ("--reference=r", "reference model tokenizer json"),

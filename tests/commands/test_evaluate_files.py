@@ -1,0 +1,134 @@
+"""What `evaluate` writes: a table, a picture, rows of two models to be compared without either."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from tiny_core import write_bundle
+from tiny_language_models import HELLASWAG, random_gpt2, task_files, tiny_tokenizer
+
+from gpt2repro.commands import evaluate
+from gpt2repro.system.command_line import EXIT_USAGE, run
+
+TASKS = ["--tasks", "hellaswag_completion,ours_lambada,ours_wikitext,core"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A directory with two models, the tasks' files, and what `evaluate` wrote of each."""
+    directory = tmp_path_factory.mktemp("files")
+    task_files(directory / "tasks")
+    write_bundle(directory / "core")
+    for name, seed in (("ours", 0), ("theirs", 1)):
+        random_gpt2(seed).save_pretrained(directory / name)
+        tiny_tokenizer().save_pretrained(directory / name)
+        arguments = ["--model", str(directory / name), "--rows", str(directory / f"{name}.parquet")]
+        assert evaluate.main([*arguments, *TASKS, *options(directory)]) == 0
+    return directory
+
+
+def options(directory: Path) -> list[str]:
+    return [
+        *("--hellaswag_file", str(HELLASWAG), "--tasks_dir", str(directory / "tasks")),
+        *("--core_dir", str(directory / "core"), "--device", "cpu"),
+    ]
+
+
+def test_rows_compare_as_the_models_do(files, capsys):
+    """The same figures, differences and errors as with both models at once."""
+    models = ["--model", str(files / "ours"), "--baseline", str(files / "theirs")]
+    assert evaluate.main([*models, *TASKS, *options(files)]) == 0
+    together = capsys.readouterr().out.splitlines()
+    both = [str(files / f"{name}.parquet") for name in ("ours", "theirs")]
+    assert evaluate.main(["--compare", *both]) == 0
+    apart = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in apart] == [line.split() for line in together]
+    assert len(apart) > 10 and "unpaired" not in "".join(apart)
+    table = pq.read_table(both[0]).to_pylist()
+    of_figure = [line for line in table if line["figure"] == "hellaswag/completion_acc"]
+    assert [line["row"] for line in of_figure] == [str(n) for n in range(1, 11)]
+    assert {line["influence"] for line in of_figure} <= {0.0, 1.0}
+
+
+def test_other_rows_are_unpaired_and_other_questions_refused(files, tmp_path, capsys):
+    few, shots = str(tmp_path / "few.parquet"), str(tmp_path / "shots.parquet")
+    model = ["--model", str(files / "theirs"), "--tasks", "hellaswag_completion", *options(files)]
+    assert evaluate.main([*model, "--limit", "5", "--rows", few]) == 0
+    assert evaluate.main([*model, "--num_fewshot", "2", "--rows", shots]) == 0
+    whole = str(files / "ours.parquet")
+    capsys.readouterr()
+    assert evaluate.main(["--compare", whole, few]) == 0
+    assert capsys.readouterr().out.count("unpaired") == 2
+    (tmp_path / "text.parquet").write_text("no table")
+    for other, said in (
+        (shots, "--compare: rows were asked otherwise: num_fewshot None and 2"),
+        (str(tmp_path / "text.parquet"), "text.parquet: it is no file of --rows"),
+        (str(tmp_path / "nowhere"), "nowhere: it is no file of --rows"),
+    ):
+        assert run("gpt2repro evaluate", evaluate.main, ["--compare", whole, other]) == EXIT_USAGE
+        out, error = capsys.readouterr()
+        assert said in error and not out and len(error.splitlines()) == 1
+
+
+def test_every_kind_of_output_in_one_run(files, tmp_path, capsys):
+    outputs = [tmp_path / f"results.{kind}" for kind in ("json", "md", "svg")]
+    models = ["--model", str(files / "ours"), "--baseline", str(files / "theirs")]
+    given = [*models, *TASKS, *options(files), "--output", *map(str, outputs)]
+    assert evaluate.main(given) == 0
+    table = capsys.readouterr().out.splitlines()
+    found = json.loads(outputs[0].read_text())
+    markdown = outputs[1].read_text().splitlines()
+    assert markdown[1] == "| --- | --- | --- | --- |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown]
+    assert [line[0] for line in cells[2:]] == [*found["results"]]
+    shown = [" ".join(line[1:]).split() for line in cells[2:]]
+    assert shown == [line.split()[1:] for line in table[1:]]
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert "<svg" in outputs[2].read_text()
+
+
+def test_a_preset_is_a_list_of_tasks(files, capsys):
+    core = evaluate._parse(["--model", "x", "--preset", "core", "--core_dir", "y"])
+    assert core.tasks == ["core"]
+    paper = evaluate._parse(
+        ["--model", "gpt2", "--preset", "gpt2-paper", "--tasks", "val,wikitext"]
+    )
+    assert paper.tasks[:2] == ["lambada_openai", "cbt_cn"] and paper.tasks[-1] == "val"
+    assert len(paper.tasks) == 7, "each once"
+    published = evaluate._published_for(paper, 1024)
+    assert published["lambada_openai/acc"][0] == 0.4599 and "table 3" in published["cbt_cn/acc"][1]
+    wrong = ["--model", "x", "--preset", "all"]
+    assert run("gpt2repro evaluate", evaluate.main, wrong) == EXIT_USAGE
+    assert "--preset all: there are gpt2-paper, early, core" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "metrics"), [("cbt_cn", 2), ("commonsense_qa_cloze", 3)])
+def test_task_files_of_ours(files, tmp_path, capsys, name, metrics):
+    """On rows in the published schema, which was not looked at from here."""
+    rows = {
+        "cbt_cn": {
+            "sentences": ["The boy went out.", "It rained."],
+            "question": "So he took the XXXXX with him .",
+            "answer": "hat",
+            "options": ["dog", "hat", "sun"],
+        },
+        "commonsense_qa_cloze": {
+            "question": "Where is a boat?",
+            "choices": {"label": ["A", "B"], "text": ["on a river", "in a shoe"]},
+            "answerKey": "A",
+        },
+    }
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(rows[name])}\n" * 3)
+    ours = Path(evaluate.__file__).parents[1] / "evaluation" / "tasks" / f"{name}.yaml"
+    split = "test" if name == "cbt_cn" else "validation"
+    (tmp_path / "local.yaml").write_text(
+        f"include: {ours}\ntask: local\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{{split}: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "training_split: null\n"
+    )
+    arguments = ["--model", str(files / "ours"), "--tasks", "local", "--tasks_dir", str(tmp_path)]
+    output = tmp_path / "results.json"
+    assert evaluate.main([*arguments, "--device", "cpu", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert len(found["results"]) == metrics and found["tasks"]["local"]["num_scored"] == 3
