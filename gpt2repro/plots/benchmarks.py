@@ -1,4 +1,4 @@
-"""Benchmarks of a model, a baseline and the published, as dots with error bars."""
+"""Benchmarks with error bars: of models side by side as dots, of runs as they train as curves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,10 +7,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from gpt2repro.evaluation.estimates import Estimate
-from gpt2repro.plots.style import MUTED, PALETTE, caption, legend_outside, new_figure, percent
+from gpt2repro.plots import curves
+from gpt2repro.plots.curves import Metrics
+from gpt2repro.plots.style import (
+    INK,
+    MUTED,
+    PALETTE,
+    caption,
+    legend_outside,
+    new_figure,
+    percent,
+    short_number,
+)
 
 INTERVAL = 1.96  # standard errors on each side: 95 %, were they normal
 INCHES_PER_ROW = 0.34
+MOST_PANELS = 12  # of a picture of curves
 # A panel for each kind: what the names of its figures hold, and its axis.
 PANELS = {
     "share right": ("acc", "core", "exact_match", "f1"),
@@ -83,3 +95,49 @@ def _finding(
         return f"{names[0]} on {sum(map(len, panels.values()))} figures"
     ahead = sum(values[0][key].value > values[1][key].value for key in right)
     return f"{names[0]} is ahead of {names[1]} in {ahead} of {len(right)} accuracies"
+
+
+# --- Of runs --------------------------------------------------------------------------------------
+
+
+def scored(runs: Mapping[str, Metrics]) -> list[str]:
+    """The benchmarks' figures in the metrics, which are those that have a standard error."""
+    lines = [line for metrics in runs.values() for line in metrics]
+    keys = dict.fromkeys(key for line in lines for key in line)
+    return [key for key in keys if f"{key}_stderr" in keys]
+
+
+def draw_benchmarks(runs: Mapping[str, Metrics], names: Sequence[str]) -> Figure:
+    """A panel for each of the first figures, over what was trained on before it was scored."""
+    shown, x_key = names[:MOST_PANELS], curves.x_key_of(runs)
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    title = f"{len(shown)} of {len(names)} figures" if len(names) > len(shown) else ""
+    figure, axes = new_figure(
+        title or f"Benchmarks: {', '.join(shown)}",
+        height=1.2 + 2.4 * rows,
+        rows=rows,
+        columns=columns,
+        sharex=True,
+    )
+    for ax, key in zip(axes.flat, shown, strict=False):
+        for color, (run, metrics) in zip(PALETTE, runs.items(), strict=False):
+            with_error = [line for line in metrics if f"{key}_stderr" in line]
+            steps, value = curves.series(with_error, key, "step")
+            _, error = curves.series(with_error, f"{key}_stderr", "step")
+            x = curves.before(steps, metrics, x_key)
+            ax.plot(x, value, "o-", color=color, markersize=3, label=run or None)
+            if len(error) == len(value):
+                low, high = value - INTERVAL * error, value + INTERVAL * error
+                ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.set_title(key, loc="left", fontsize=9, color=INK)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("tokens" if x_key == "tokens" else "step")
+        if x_key == "tokens":
+            ax.xaxis.set_major_formatter(FuncFormatter(short_number))
+    if len(runs) > 1:
+        legend_outside(figure, axes[0, 0], loc="outside lower right")
+    caption(figure, "", above="Bands: 1.96 standard errors over rows, on each side.")
+    return figure

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from gpt2repro.evaluation.published import VALIDATION_TEXT, published_loss
-from gpt2repro.plots import attention, curves, gradients, logit_lens, parameters
+from gpt2repro.plots import attention, benchmarks, curves, gradients, logit_lens, parameters
 from gpt2repro.plots.style import token_labels
 from gpt2repro.records.metrics import comparable, read_metrics
 from gpt2repro.records.run_directory import read_resumes, saved_recipe
@@ -81,9 +81,11 @@ RUN_PICTURES: dict[str, Callable[[Runs], Figure]] = {
 
 
 def run_pictures(runs: Runs) -> Iterator[tuple[str, Figure]]:
-    """File name and figure of each of the curves."""
+    """File name and figure of each of the curves; benchmarks where there are some."""
     for name, draw in RUN_PICTURES.items():
         yield name, draw(runs)
+    if names := benchmarks.scored(runs.metrics):
+        yield "benchmarks", benchmarks.draw_benchmarks(runs.metrics, names)
 
 
 def overlaid(runs: list[RunRecord]) -> Runs:

@@ -26,6 +26,7 @@ from gpt2repro.plots.style import DPI, INK, MUTED, PALETTE, finding, glyphs_miss
 from gpt2repro.system import atomic
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
+SCORED = "benchmarks"  # the picture that stands beside their table
 MOST_POINTS = 2000  # of a curve: as many as a wide screen has columns
 TOOLS = "pan,box_zoom,wheel_zoom,reset,save"
 # What is drawn under each finding: a field of the metrics, its axis, and how numbers look there.
@@ -73,11 +74,12 @@ def write_page(
             if runs
         ],
         evaluations=_evaluations(runs),
+        benchmarks=_data_url(pictures[SCORED]) if SCORED in pictures else None,
         samples=_samples(runs),
         pictures=[
             (name, finding(picture), _data_url(picture))
             for name, picture in pictures.items()
-            if name not in PANELS
+            if name not in (*PANELS, SCORED)
         ],
         neighbours=neighbours,
     )

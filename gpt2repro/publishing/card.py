@@ -122,7 +122,9 @@ def model_card(
         validations=validations[:1] + validations[1:][-1:],
         published_loss=published_loss,
     )
-    return f"{str(card).rstrip()}\n"
+    text = f"{str(card).rstrip()}\n"
+    table = _benchmark_table(_benchmarks_of_run(metrics, known))
+    return _with_section(text, BENCHMARKS, table, before=VERIFICATION) if table else text
 
 
 # --- Sections that are replaced -------------------------------------------------------------------
@@ -396,6 +398,16 @@ def _fence(*texts: str) -> str:
 
 
 # --- Benchmarks -----------------------------------------------------------------------------------
+
+
+def _benchmarks_of_run(metrics: Metrics, recipe: Mapping) -> dict[str, Any]:
+    """What the run last scored, in the form of an evaluation."""
+    scored: Mapping[str, Any] = {}
+    for line in metrics:
+        scored = line if any(f"{key}_stderr" in line for key in line) else scored
+    keys = [key for key in scored if f"{key}_stderr" in scored]
+    results = {key: {"value": scored[key], "stderr": scored[f"{key}_stderr"]} for key in keys}
+    return {"results": results, "settings": {"limit": recipe.get("eval_tasks_limit")}}
 
 
 def _benchmark_table(evaluation: Mapping) -> str:

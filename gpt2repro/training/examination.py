@@ -21,7 +21,12 @@ from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.speed.attention import kernel_taken
 from gpt2repro.system.text import count_of, in_short
-from gpt2repro.training.inputs import open_datasets, open_stream, open_tokenizer
+from gpt2repro.training.inputs import (
+    open_benchmarks,
+    open_datasets,
+    open_stream,
+    open_tokenizer,
+)
 from gpt2repro.training.learner import build_model
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
@@ -65,6 +70,8 @@ class Examination:
             ("hub", self._hub),
             ("time", self._time),
         ]
+        if self.recipe.eval_tasks:
+            checks.insert(6, ("benchmarks", self._benchmarks))
         for name, check in checks:
             try:
                 yield name, check()
@@ -132,6 +139,15 @@ class Examination:
         if kernel in ("flash", "cudnn"):
             return OK, f"{implementation}, with the {kernel} kernel"
         return WARNING, f"{implementation} with the {kernel} kernel: slower; flash needs bf16"
+
+    def _benchmarks(self) -> Finding:
+        if self.tokenizer is None:
+            return WARNING, "not opened without a tokenizer"
+        tasks = open_benchmarks(self.recipe, self.tokenizer)
+        rows = count_of(sum(len(task.rows) for task in tasks), "row")
+        left_out = sum(len(task.skipped) for task in tasks)
+        text = f"{', '.join(task.name for task in tasks)}: {rows}"
+        return (WARNING, f"{text}, {left_out} left out") if left_out else (OK, text)
 
     def _training(self) -> Finding:
         """Time forward and backward passes here, and multiply by the processes."""

@@ -5,6 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from tiny_language_models import HELLASWAG
 from tiny_run import write_inputs
 
 from gpt2repro import UserError
@@ -50,6 +51,16 @@ def test_a_healthy_run(recipe, capsys, tmp_path):
     assert "about 1 minute for 3,072 tokens (an estimate)" in said["time"][1]
     assert "cpu with 2 rows" in said["training"][1] and "GiB of weights" in said["model"][1]
     assert not list(tmp_path.iterdir())
+
+
+def test_benchmarks_are_opened_where_there_are_some(recipe, capsys):
+    options = ["--eval_tasks", "hellaswag_completion", "--hellaswag_file"]
+    _, said = examine(capsys, recipe, *options, "/nowhere")
+    assert said["benchmarks"] == (FAILURE, said["benchmarks"][1])
+    assert "hellaswag_file /nowhere" in said["benchmarks"][1]
+    longer = ["--sequence_length", "64", "--batch_tokens", "512"]
+    _, said = examine(capsys, recipe, *options, str(HELLASWAG), *longer)
+    assert said["benchmarks"][1].startswith("hellaswag_completion: ")
 
 
 @pytest.mark.parametrize(

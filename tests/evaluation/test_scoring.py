@@ -26,11 +26,13 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.evaluation import validation
 from gpt2repro.evaluation.benchmarks import open_tasks
+from gpt2repro.evaluation.estimates import mean
 from gpt2repro.evaluation.likelihoods import NUM_SHAPES
 from gpt2repro.evaluation.scoring import score_task, score_tasks
 from gpt2repro.evaluation.task import MalformedRow, Task, read_jsonl
 from gpt2repro.evaluation.tasks.hellaswag import read_rows
 from gpt2repro.evaluation.validation import validation_loss
+from gpt2repro.evaluation.writing import Prompt
 from gpt2repro.system import patience, ranks
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -220,8 +222,25 @@ def test_hellaswag_stops():
     assert score_tasks(random_gpt2(), tasks, batch_size=8, should_stop=lambda: True) is None
 
 
+class Writing(Task):
+    """Prompts of several lengths, to be continued by up to nine ids; an even one ends a text."""
+
+    name, prefix, asked = "writing", "writing/", "prompt"
+
+    def parse(self, row):
+        return row
+
+    def encode(self, tokenizer, examples):
+        self.prompts = [Prompt(ids, 9, lambda new: new[-1] % 2 == 0) for ids in examples]
+        return [[] for _ in examples]
+
+    def score(self, scores):
+        return {"digest": mean([np.dot(ids, range(1, len(ids) + 1)) for ids in scores.written])}
+
+
 def _evaluate(model, **how):
-    tasks = hellaswag()
+    prompts = [list(range(7 * n, 9 * n + 1)) for n in range(1, 6)]
+    tasks = [*hellaswag(), Writing(prompts, None, max_length=512)]
     loss = validation_loss(model, ROWS, batch_size=2, **how)
     return loss.loss, score_tasks(model, tasks, batch_size=8, **how)
 
