@@ -162,10 +162,11 @@ def start_one(fields: dict[str, Any], output: Path, options: Namespace) -> dict[
         recipe_file = work / "recipe.yaml"
         recipe_file.write_text(yaml.safe_dump(fields), encoding="utf-8")
         words = map(str, ("one", recipe_file, work / "run", output))
-        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+        # The second says that it has a launcher, with which it saves and ends.
+        ours = {"OMP_NUM_THREADS": str(options.threads), "ACCELERATE_MIXED_PRECISION": "no"}
         with (work / "log").open("a") as log:
             process = subprocess.Popen(
-                [*options.launcher, __file__, *words], stdout=log, stderr=log, env=environment
+                [*options.launcher, __file__, *words], stdout=log, stderr=log, env=os.environ | ours
             )
             try:
                 process.wait(left)

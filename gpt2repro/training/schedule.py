@@ -45,7 +45,7 @@ def lr_at(
     else:
         progress = max(0, step - warmup_steps) / max(1, num_steps - warmup_steps)
         share = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    lr = min_lr + share * (max_lr - min_lr)
+    lr = min(max_lr, min_lr + share * (max_lr - min_lr))  # the sum may round to more
     return min(max_lr * (step + 1) / warmup_steps, lr) if step < warmup_steps else lr
 
 
