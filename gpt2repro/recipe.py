@@ -178,9 +178,18 @@ class Recipe(BaseModel):
     num_epochs: WholeNumber | None = knob(
         "passes over the training text, whose tokens are counted first", ge=1, le=10**6
     )
+    schedule: Literal["cosine", "linear", "wsd", "power"] = knob(
+        "of the learning rate after the warm-up; wsd and power stay at the peak until a cooldown"
+    )
     warmup_steps: WholeNumber = knob("steps of linear warm-up", ge=0, le=10**9)
+    cooldown_fraction: Number = knob(
+        "of wsd and power: the share of the run's steps in which the rate falls", ge=0, le=1
+    )
+    matrix_cooldown_fraction: Number | None = knob(
+        "of wsd and power: another one for the matrices; null: the same", ge=0, le=1
+    )
     max_lr: Number = knob("peak learning rate", gt=0, le=1000)
-    min_lr: Number = knob("learning rate at the end of the cosine decay", ge=0, le=1000)
+    min_lr: Number = knob("learning rate at the end", ge=0, le=1000)
 
     # Optimizer
     optimizer: Literal["adamw", "muon"] = knob(
@@ -189,11 +198,33 @@ class Recipe(BaseModel):
     adam_beta1: Number = knob("decay of Adam's mean", ge=0, le=0.999999)
     adam_beta2: Number = knob("decay of Adam's variance", ge=0, le=0.999999)
     adam_epsilon: Number = knob("Adam's denominator offset", gt=0, le=1)
+    embedding_lr_scale: Number = knob(
+        "times max_lr: the rate of the token embedding, which is also the head", gt=0, le=1000
+    )
+    position_lr_scale: Number = knob("the same for the position embedding", gt=0, le=1000)
+    matrix_lr_scale: Number = knob("the same for the matrices under adamw", gt=0, le=1000)
+    vector_lr_scale: Number = knob("the same for biases and layer norms", gt=0, le=1000)
     weight_decay: Number = knob("decoupled decay of matrices and embeddings", ge=0, le=1000)
+    embedding_weight_decay: Number | None = knob(
+        "another decay for the token embedding; null: the same", ge=0, le=1000
+    )
+    cautious_weight_decay: Switch = knob("decay a weight only where its update has its sign")
+    scheduled_weight_decay: Switch = knob(
+        "let the decay fall with the learning rate, by which it is multiplied anyway"
+    )
+    embedding_second_moment: Literal["element", "row", "factored"] = knob(
+        "what Adam scales the token embedding's update by: the mean square of each value's "
+        "gradient, of each token's, or Adafactor's product of rows and columns"
+    )
     muon_lr: Number = knob(
         "peak learning rate of the matrices under muon; follows the same schedule", gt=0, le=1000
     )
     muon_momentum: Number = knob("momentum of muon", ge=0, le=0.999999)
+    muon_momentum_warmup_steps: WholeNumber = knob(
+        "steps in which muon's momentum rises from 0.85", ge=0, le=10**9
+    )
+    muon_normalize: Switch = knob("NorMuon: level the sizes of an update's rows")
+    muon_heads: Switch = knob("orthogonalize each head's query, key and value map on its own")
     muon_weight_decay: Number = knob("decoupled decay of the matrices under muon", ge=0, le=1000)
     max_grad_norm: Number = knob("gradients are clipped to this global L2 norm", gt=0, le=1e30)
 
@@ -658,8 +689,7 @@ def _check_consistency(recipe: Recipe) -> None:
             f"{recipe.sequence_length}; the nearest that fits is {nearest}"
         )
     check_lanes(recipe.num_lanes, rows_per_step=recipe.rows_per_step)
-    if recipe.min_lr > recipe.max_lr:
-        raise UserError(f"min_lr {recipe.min_lr:g} is above max_lr {recipe.max_lr:g}")
+    _check_optimizer(recipe)
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise UserError("push_to_hub needs hub_model_id: the user/name to upload to")
     if (name := recipe.exp_name) and (Path(name).name != name or name == ".."):
@@ -671,6 +701,19 @@ def _check_consistency(recipe: Recipe) -> None:
         raise UserError("max_autotune chooses among the compiler's kernels: it needs compile")
 
 
+def _check_optimizer(recipe: Recipe) -> None:
+    """Refuse rates that contradict each other, and what means nothing to the optimizer."""
+    if recipe.min_lr > recipe.max_lr:
+        raise UserError(f"min_lr {recipe.min_lr:g} is above max_lr {recipe.max_lr:g}")
+    if recipe.matrix_cooldown_fraction is not None and recipe.schedule in ("cosine", "linear"):
+        raise UserError("matrix_cooldown_fraction is for schedule: wsd and power; set it to null")
+    for name in ("muon_normalize", "muon_heads", "muon_momentum_warmup_steps"):
+        if getattr(recipe, name) and recipe.optimizer != "muon":
+            raise UserError(f"{name} needs optimizer muon")
+    if recipe.matrix_lr_scale != 1 and recipe.optimizer == "muon":
+        raise UserError("matrix_lr_scale is for optimizer: adamw; muon's matrices have muon_lr")
+
+
 # What weights, optimizer state and rows depend on. The stream guards what else decides the data.
 FIXED_BY_CHECKPOINT = (
     "model_size",
@@ -680,12 +723,25 @@ FIXED_BY_CHECKPOINT = (
     "sequence_length",
     "batch_tokens",
     "optimizer",
+    "embedding_second_moment",
+    "muon_normalize",
 )
+# What a checkpoint was made with that is too old to say it.
+BEFORE_THEM = {
+    "schedule": "cosine",
+    "embedding_second_moment": "element",
+    "muon_normalize": False,
+}
+
+
+def as_saved(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
+    """`recipe` with what `saved`, that of a checkpoint, had in place of it."""
+    return recipe.model_copy(update=BEFORE_THEM | saved if saved else {})
 
 
 def refuse_changes(recipe: Recipe, saved: dict[str, Any]) -> None:
     """Raise `UserError` for a field that cannot change within a run that `saved` began."""
-    for key, then, now in differences(recipe, saved):
+    for key, then, now in differences(recipe, BEFORE_THEM | saved if saved else {}):
         if key in FIXED_BY_CHECKPOINT:
             raise UserError(
                 f"{key} is {now} but the checkpoint was made with {then}: set it back, "

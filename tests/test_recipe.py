@@ -148,6 +148,15 @@ BAD_ARGUMENTS = [
     (["--micro_batch_size", "big"], "it takes a whole number or auto, at least 1"),
     (["--compile", "perhaps"], "--compile: 'perhaps' is not allowed; it takes true or false"),
     (["--optimizer", "sgd"], "it takes adamw or muon"),
+    (["--schedule", "step"], "it takes cosine or linear or wsd or power"),
+    (["--cooldown_fraction", "1.5"], "--cooldown_fraction: 1.5 is not allowed; it takes a number,"),
+    (["--matrix_cooldown_fraction", "0.5"], "is for schedule: wsd and power; set it to null"),
+    (["--embedding_lr_scale", "0"], "--embedding_lr_scale: 0 is not allowed"),
+    (["--embedding_weight_decay", "-1"], "it takes null or a number, at least 0 and at most 1000"),
+    (["--embedding_second_moment", "none"], "it takes element or row or factored"),
+    (["--cautious_weight_decay", "2"], "it takes true or false"),
+    (["--muon_normalize"], "muon_normalize needs optimizer muon"),
+    (["--optimizer", "muon", "--matrix_lr_scale", "2"], "muon's matrices have muon_lr"),
     (["--model_size", "gpt3"], "it takes gpt2 or gpt2-medium or gpt2-large or gpt2-xl"),
     (["--mixed_precision", "fp16"], "it takes no or bf16"),
     (["--dropout", "1"], "--dropout: 1 is not allowed"),
@@ -364,6 +373,11 @@ def test_what_may_change_within_a_run():
     assert differences(recipe, saved) == [("max_lr", 1e-3, 6e-4)]
     with pytest.raises(UserError, match="n_layer is None but the checkpoint was made with 3"):
         refuse_changes(recipe, saved | {"n_layer": 3})
+    by_rows = load_recipe(["--embedding_second_moment", "row"])
+    for older in (saved, {"optimizer": "adamw"}):  # which does not say it
+        with pytest.raises(UserError, match=r"embedding_second_moment is row but .* with element"):
+            refuse_changes(by_rows, older)
+    refuse_changes(by_rows, {})
 
 
 def test_every_field_says_what_it_means():

@@ -107,7 +107,9 @@ def overlaid(runs: list[RunRecord]) -> Runs:
         muon_scale={
             name: run.recipe["muon_lr"] / run.recipe["max_lr"]
             for name, run in named.items()
-            if run.recipe.get("optimizer") == "muon" and {"muon_lr", "max_lr"} <= run.recipe.keys()
+            if run.recipe.get("optimizer") == "muon"
+            and {"muon_lr", "max_lr"} <= run.recipe.keys()
+            and run.recipe.get("matrix_cooldown_fraction") is None  # else in no proportion
         },
     )
 

@@ -208,19 +208,20 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
     agree_on(problem and f"--resume {path}: {problem}")
 
     parameters = dict(innermost(model).named_parameters())
-    states = [name for name in rest if not name.startswith("rng.")]
+    states = {name: each.shape for name, each in rest.items() if not name.startswith("rng.")}
     options = StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False
     )
     set_model_state_dict(model, weights, options=options)  # not strict: a tied head has no tensor
     with torch.no_grad():
         optimizer.state.clear()
-        for name in broadcast(states):
+        for name, shape in broadcast(states).items():
             parameter, key = parameters[name.rsplit("/", 1)[0]], name.rsplit("/", 1)[1]
-            # Besides tensors of the parameter's shape there is only Adam's step count, a scalar.
-            like = torch.zeros((), device=parameter.device) if key == "step" else parameter
+            # A count and means over rows or columns are whole on every rank; the rest is sharded.
+            other = torch.empty(shape, device=parameter.device)
+            like = parameter if shape == parameter.shape else other
             optimizer.state[parameter][key] = _fill(torch.zeros_like(like), rest.get(name))
-    _restore_rng_state({name: rest[name] for name in rest.keys() - set(states)})
+    _restore_rng_state({name: rest[name] for name in rest.keys() - states.keys()})
 
 
 def _fill(target: Tensor, source: Tensor | None) -> Tensor:

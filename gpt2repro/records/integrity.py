@@ -129,7 +129,7 @@ def _problem_of_tensors(path: Path, state: SavedState) -> str | None:
             continue
         parameter, _, key = name.rpartition("/")
         shape = shapes.get(parameter)
-        if shape is None or tensor.shape not in ((), shape):  # steps are counted in a scalar
+        if shape is None or not _is_of(tuple(tensor.shape), shape):
             return f"optimizer state {name} belongs to no parameter of the model"
         if not tensor.isfinite().all():
             return f"optimizer state {name} holds values that are not finite"
@@ -143,6 +143,12 @@ def _problem_of_tensors(path: Path, state: SavedState) -> str | None:
     if any(f"rng.{rank}.cpu" not in generators for rank in range(state.world_size)):
         return "a random number generator's state is lacking"
     return None
+
+
+def _is_of(state: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether state is a parameter's: a count, or of its shape, with 1 where it is a mean."""
+    pairs = zip(state, shape, strict=False)
+    return not state or (len(state) == len(shape) and all(own in (1, of) for own, of in pairs))
 
 
 def _tensors(path: Path) -> Iterable[tuple[str, Tensor]]:

@@ -209,7 +209,8 @@ class Examination:
             return WARNING, "not checked without a model"
         num_parameters = self.model.num_parameters()
         state = _state_bytes(num_parameters, self.recipe.optimizer)
-        needed = (self.recipe.keep_last + 1) * state + 4 * num_parameters
+        kept = self.recipe.keep_last + (self.recipe.schedule in ("wsd", "power"))
+        needed = (kept + 1) * state + 4 * num_parameters
         place = self.recipe.run_dir.absolute()
         existing = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(existing).free

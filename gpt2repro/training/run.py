@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,7 +11,7 @@ from gpt2repro.data.order import LaneState
 from gpt2repro.data.producer import StepRows
 from gpt2repro.publishing.background import BackgroundPush
 from gpt2repro.publishing.upload import check_hub_rights
-from gpt2repro.recipe import Recipe, ResolvedRecipe, refuse_changes
+from gpt2repro.recipe import Recipe, ResolvedRecipe, as_saved, refuse_changes
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
@@ -26,8 +26,10 @@ from gpt2repro.training.engine import (
 from gpt2repro.training.inputs import Inputs, counted_steps, from_anywhere, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
-from gpt2repro.training.schedule import lr_at
+from gpt2repro.training.schedule import jump, set_rates, stable_until
 from gpt2repro.training.step import LaunchedStep, next_rows, train_step
+
+STABLE = "stable"  # in checkpoints/: the last from before the cooldown, for a longer run
 
 
 @dataclass
@@ -78,14 +80,7 @@ class Run:
 
     def train_step(self, step: int, rows: StepRows) -> LaunchedStep | None:
         """One optimizer step; None, and nothing changed, if a stop was agreed on within it."""
-        recipe = self.recipe
-        lr = lr_at(
-            step,
-            max_lr=recipe.max_lr,
-            min_lr=recipe.min_lr,
-            warmup_steps=recipe.warmup_steps,
-            num_steps=recipe.num_steps,
-        )
+        lr = set_rates(self.learner.optimizer, self.recipe, step)
         result = train_step(self.learner, rows, lr, self.stop.poll)
         if result is not None:
             self.lanes = rows.lanes
@@ -96,15 +91,16 @@ class Run:
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due when `step` is done; the last one always is."""
-        done = step + 1
-        return done == self.recipe.num_steps or due(self.recipe.save_every, done)
+        done, recipe = step + 1, self.recipe
+        return done in (recipe.num_steps, stable_until(recipe)) or due(recipe.save_every, done)
 
     def save(self, step: int) -> None:
         """A checkpoint of the state before `step`, after all that led to it is told."""
         self.monitor.catch_up()
         ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
         self.directory.restore(self.recipe.as_yaml())
-        self.checkpoints.save(step, self.learner, self._state())
+        at_its_end = step == stable_until(self.recipe)
+        self.checkpoints.save(step, self.learner, self._state(), stable=at_its_end)
         ranks.wait_at_most(LOOP_WAIT_SECONDS)
 
     def _state(self) -> dict[str, Any]:
@@ -130,17 +126,22 @@ class Checkpoints:
     saved_step: int  # of the newest checkpoint, -1 without one
     push: BackgroundPush | None  # on the main process, if the recipe asks
 
-    def save(self, step: int, learner: Learner, state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, learner: Learner, state: dict[str, Any], *, stable: bool = False
+    ) -> None:
+        """`stable`: also where it is kept until a longer run's cooldown begins."""
         if step == self.saved_step:
             return
-        path = checkpoints.save(
-            self.directory.checkpoints,
-            step=step,
-            model=learner.model,
-            optimizer=learner.optimizer,
-            state=state,
-            keep_last=self.keep_last,
-        )
+        place = self.directory.checkpoints
+        for directory, keep in ((place / STABLE, 1), (place, self.keep_last))[not stable :]:
+            path = checkpoints.save(
+                directory,
+                step=step,
+                model=learner.model,
+                optimizer=learner.optimizer,
+                state=state,
+                keep_last=keep,
+            )
         self.saved_step = step
         if self.push is not None:
             self.push.submit(path, f"Step {step}")
@@ -180,7 +181,7 @@ def open_run(recipe: Recipe, argv: list[str], monitor: Callable[..., Monitor] = 
 
 def _find_start(recipe: Recipe, directory: RunDirectory) -> Start:
     """Where the run begins. Nothing is written here; the Hub is asked for the run's repository."""
-    start: Start = ranks.on_rank_0(lambda: directory.find_start(recipe.resume))
+    start: Start = ranks.on_rank_0(lambda: _before_cooldown(recipe, directory))
     ended = start.path is not None and start.step == counted_steps(recipe, start)
     if ended and ranks.on_rank_0(lambda: directory.is_finished(start.step)):
         raise AlreadyFinished(
@@ -192,6 +193,26 @@ def _find_start(recipe: Recipe, directory: RunDirectory) -> Start:
     if (name := recipe.hub_model_id) and recipe.push_to_hub:
         ranks.on_rank_0(lambda: check_hub_rights(name, private=recipe.hub_private))
     return start
+
+
+def _before_cooldown(recipe: Recipe, directory: RunDirectory) -> Start:
+    """Where to go on; if this run is to be longer than one that has begun to cool down, before it.
+
+    Also if nothing else is left, as of a run that was killed soon after it went back there.
+    """
+    start = directory.find_start(recipe.resume)
+    if recipe.resume != "auto":
+        return start
+    before, num_steps = as_saved(recipe, start.recipe), counted_steps(recipe, start)
+    is_longer = num_steps is None or num_steps > (before.num_steps or 0)
+    if start.path and not (is_longer and start.step > (stable_until(before) or start.step)):
+        return start
+    path, _ = checkpoints.find_latest(directory.checkpoints / STABLE)
+    if path is None:
+        return start
+    state = checkpoints.state_of(path)
+    note = f"{recipe.run_dir} exists: going on from step {state['step']}, before its cooldown."
+    return Start(path, state, note)
 
 
 def _claim(
@@ -210,6 +231,9 @@ def _claim(
         **from_anywhere(recipe, inputs.sources),
     )
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
+    ranks.on_rank_0(lambda: checkpoints.supersede(directory.checkpoints / STABLE, start.step))
+    if start.path and (rise := jump(resolved, as_saved(recipe, start.recipe), start.step)):
+        start = replace(start, note=f"{start.note} {rise}")
     start_tracker(resolved, learner.accelerator)  # may ask for a login: signals end the process
     stop = StopRequest(ranks.any_rank)
     return Run(

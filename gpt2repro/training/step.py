@@ -10,7 +10,6 @@ from gpt2repro.data.producer import StepRows
 from gpt2repro.data.stream import TokenStream
 from gpt2repro.system import ranks
 from gpt2repro.training.learner import Learner
-from gpt2repro.training.schedule import set_lr
 
 LOOK_UP_SECONDS = 1.0  # how often a run that waits for data looks for signals
 
@@ -73,12 +72,13 @@ def train_step(
 ) -> LaunchedStep | None:
     """One optimizer step on this rank's rows; None, and nothing changed, if a stop was agreed on.
 
+    `lr` is what the optimizer's groups were set by, to be told with the step.
+
     A step whose loss or gradient is not finite leaves the weights as they are. The device decides
     that by itself: nothing here waits for it.
     """
     accelerator, model, optimizer = learner.accelerator, learner.model, learner.optimizer
     device = accelerator.device
-    set_lr(optimizer, lr)
     # From pinned memory the copy waits in the GPU's queue, and not this process for the copy.
     tokens = batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens
     rows = tokens.to(device, non_blocking=True)

@@ -22,7 +22,7 @@ def sharded(optimizer_name: str):
     for block in model.transformer.h:
         fully_shard(block)
     fully_shard(model)
-    recipe = load_recipe(["--optimizer", optimizer_name, "--max_lr", "1e-2"])
+    recipe = load_recipe(["--optimizer", *optimizer_name.split(), "--max_lr", "1e-2"])
     optimizer = build_optimizer(model, recipe)
     return model, optimizer
 
@@ -36,6 +36,7 @@ def train(model, optimizer, steps: range) -> tuple[list[float], list[float]]:
         loss = model(input_ids=mine, labels=mine).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.found_inf = torch.zeros(())  # as the training step says that it is finite
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach() / 2

@@ -27,7 +27,7 @@ def make(optimizer: str = "adamw", **overrides):
     settings |= {"bos_token_id": 0, "eos_token_id": 0, **overrides}
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**settings))
     return model, build_optimizer(
-        model, load_recipe(["--optimizer", optimizer, "--max_lr", "1e-2"])
+        model, load_recipe(["--optimizer", *optimizer.split(), "--max_lr", "1e-2"])
     )
 
 
@@ -225,6 +225,11 @@ def test_garbage_is_an_error_and_not_a_model(tmp_path):
 # --- Sharded, in two gloo processes ---------------------------------------------------------------
 
 
+# Means over rows and columns, which are whole on every rank, and decay by the signs of both.
+EVERY_CHOICE = "muon --muon_normalize --muon_heads --cautious_weight_decay"
+EVERY_CHOICE += " --embedding_second_moment factored --muon_weight_decay 0.1"
+
+
 def two_processes(mode: str, optimizer: str, directory: Path) -> dict:
     script = Path(__file__).with_name("sharded_training.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -238,7 +243,7 @@ def two_processes(mode: str, optimizer: str, directory: Path) -> dict:
     return json.loads((directory / "report.json").read_text())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", EVERY_CHOICE])
 def test_sharded_training_saves_resumes_and_exports_like_one_process(tmp_path, optimizer):
     """FSDP2 over gloo: clip, save, resume sharded, resume unsharded; one process is the oracle."""
     report = two_processes("fsdp2", optimizer, tmp_path)

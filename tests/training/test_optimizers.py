@@ -7,10 +7,11 @@ import torch
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.recipe import load_recipe
-from gpt2repro.training.optim.groups import parameter_groups
+from gpt2repro.records import checkpoints, integrity
+from gpt2repro.training.optim.groups import MATRICES, parameter_groups
 from gpt2repro.training.optim.muon import MuonAdamW, orthogonalize
 from gpt2repro.training.optim.registry import build_optimizer
-from gpt2repro.training.schedule import set_lr
+from gpt2repro.training.schedule import set_rates
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 SETTINGS = {"max_lr": 1e-2, "muon_lr": 2e-2, "muon_weight_decay": 0.01}
@@ -21,10 +22,15 @@ EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3}
 
 
-def build(model, name: str, **settings: float):
+# Every choice at once; a bare word is a switch.
+ALL = "muon --muon_normalize --muon_heads --cautious_weight_decay --embedding_second_moment "
+CHOICES = ["adamw --cautious_weight_decay", f"{ALL} row", f"{ALL} factored"]
+
+
+def build(model, name: str, **settings: float | str):
     settings = SETTINGS | settings
     options = [f"--{key}={value}" for key, value in settings.items()]
-    return build_optimizer(model, load_recipe([*options, "--optimizer", name]))
+    return build_optimizer(model, load_recipe([*options, "--optimizer", *name.split()]))
 
 
 def tiny_model(**overrides) -> GPT2ReproForCausalLM:
@@ -55,11 +61,11 @@ def give_gradients(model, seed: int | None) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_groups_cover_every_parameter_once(tied):
     model = tiny_model(tie_word_embeddings=tied)
-    groups = {group["name"]: group["params"] for group in parameter_groups(model, 0.1)}
+    groups = {group["name"]: group["params"] for group in parameter_groups(model, load_recipe([]))}
     grouped = [id(p) for parameters in groups.values() for p in parameters]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     assert len(groups["qkv"]) == 2 and len(groups["matrices"]) == 2 * 3
-    assert len(groups["embeddings"]) == (2 if tied else 3)
+    assert len(groups["embeddings"]) == (1 if tied else 2) and len(groups["positions"]) == 1
     assert all(p.ndim == 1 for p in groups["vectors"])
 
 
@@ -96,7 +102,13 @@ def test_only_matrices_and_embeddings_decay(name):
     optimizer = build(tiny_model(), name)
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     matrices = 0.01 if name == "muon" else 0.1
-    assert decay == {"qkv": matrices, "matrices": matrices, "embeddings": 0.1, "vectors": 0.0}
+    assert decay == {
+        "qkv": matrices,
+        "matrices": matrices,
+        "embeddings": 0.1,
+        "positions": 0.1,
+        "vectors": 0.0,
+    }
 
 
 @pytest.mark.parametrize(("name", "matrices"), [("adamw", 1e-2 * 0.3), ("muon", 2e-2 * 0.7)])
@@ -112,11 +124,36 @@ def test_without_a_gradient_to_follow_there_is_the_decay_alone(name, matrices):
         torch.testing.assert_close(p, before[name] * (1 - decay), rtol=1e-6, atol=0)  # float32
 
 
+def test_rates_and_decays_of_the_groups():
+    scales = {"embedding_lr_scale": 3, "position_lr_scale": 5, "vector_lr_scale": 7}
+    for name, of_matrices in (("adamw", 1e-2 * 11), ("muon", 2e-2)):
+        own = {"matrix_lr_scale": 11} if name == "adamw" else {}
+        optimizer = build(tiny_model(), name, **scales, **own, embedding_weight_decay=0.4)
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        expected = {"embeddings": 0.03, "positions": 0.05, "vectors": 0.07}
+        assert rates == pytest.approx(expected | dict.fromkeys(MATRICES, of_matrices))
+        decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+        assert (decays["embeddings"], decays["positions"], decays["vectors"]) == (0.4, 0.1, 0.0)
+
+
 def test_one_schedule_drives_all_groups():
-    optimizer = build(tiny_model(), "muon")
-    set_lr(optimizer, 5e-3)  # half of max_lr
-    lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    assert lrs["embeddings"] == 5e-3 and lrs["qkv"] == pytest.approx(1e-2)
+    """Half of the way down: rates by it, decays too if they are to, a cooldown of the matrices."""
+    options = "--optimizer muon --max_lr 1e-2 --min_lr 0 --muon_lr 2e-2 --muon_weight_decay 0.3"
+    options += " --num_steps 100 --warmup_steps 0 --schedule wsd --cooldown_fraction 0.5"
+    recipe = load_recipe(options.split())
+    optimizer = build_optimizer(tiny_model(), recipe)
+    assert set_rates(optimizer, recipe, 75) == 5e-3
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert groups["embeddings"]["lr"] == 5e-3 and groups["qkv"]["lr"] == pytest.approx(1e-2)
+    assert groups["qkv"]["weight_decay"] == 0.3 and groups["qkv"]["momentum"] == 0.95
+    more = " --matrix_cooldown_fraction 1 --scheduled_weight_decay"
+    recipe = load_recipe(f"{options}{more} --muon_momentum_warmup_steps 150".split())
+    for _ in range(2):  # from the peaks, not from what was set before
+        assert set_rates(optimizer, recipe, 75) == 5e-3
+    assert groups["embeddings"]["lr"] == 5e-3 and groups["qkv"]["lr"] == pytest.approx(5e-3)
+    assert groups["qkv"]["weight_decay"] == pytest.approx(0.3 / 4)
+    assert groups["embeddings"]["weight_decay"] == pytest.approx(0.05)
+    assert groups["qkv"]["momentum"] == pytest.approx(0.90)
 
 
 # --- Updates against torch's ----------------------------------------------------------------------
@@ -195,6 +232,64 @@ def test_muon_follows_its_rule(name):
     torch.testing.assert_close(weight.T.double(), expected, rtol=0, atol=3 * 2 * lr * 1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("maps", [3, 6])
+def test_normuon_and_cautious_decay_follow_their_rules(maps):
+    """Li et al. 2025 with the update's own size, Chen et al. 2025, in float64; also by heads."""
+    lr, momentum, decay, beta2, eps = 2e-2, 0.8, 0.7, 0.9, 1e-3
+    options = "muon --muon_normalize --cautious_weight_decay" + " --muon_heads" * (maps == 6)
+    settings = {"muon_momentum": momentum, "muon_weight_decay": decay}
+    model = tiny_model()
+    optimizer = build(model, options, **settings, adam_beta2=beta2, adam_epsilon=eps)
+    weight = model.transformer.h[1].attn.c_attn.weight
+    expected = weight.double().T.reshape(maps, -1, 16).clone()  # (maps, out, in)
+    mean, moment = torch.zeros_like(expected), torch.zeros(*expected.shape[:2], 1)
+    for step in range(3):
+        give_gradients(model, step)
+        gradient = weight.grad.double().T.reshape(expected.shape)
+        optimizer.step()
+        mean = momentum * mean + (1 - momentum) * gradient
+        ahead = orthogonalize(momentum * mean + (1 - momentum) * gradient)
+        moment = beta2 * moment + (1 - beta2) * (ahead**2).mean(2, keepdim=True)
+        update = ahead / (moment.sqrt() + eps)
+        update *= ahead.norm(dim=(1, 2), keepdim=True) / update.norm(dim=(1, 2), keepdim=True)
+        expected = expected - lr * (update + decay * expected * (update * expected >= 0))
+    # Ten products in float32, as above.
+    ours = weight.T.reshape(expected.shape).double()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=3 * lr * 1e-4)
+    assert optimizer.state[weight]["row_sq"].shape == (1, 48)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("kind", ["element", "row", "factored"])
+def test_adamw_follows_its_rule(kind, cautious):
+    """Loshchilov & Hutter 2019, Shazeer & Stern 2018 and Chen et al. 2025 in float64."""
+    lr, beta1, beta2, eps, decay = 1e-2, 0.8, 0.9, 1e-3, 0.7
+    model = tiny_model()
+    options = "adamw" + " --cautious_weight_decay" * cautious
+    settings = {"embedding_second_moment": kind, "embedding_weight_decay": decay}
+    optimizer = build(model, options, **ADAM, **settings)
+    weight = model.transformer.wte.weight
+    expected = weight.double().clone()
+    mean, square = torch.zeros_like(expected), torch.zeros_like(expected)
+    for step in range(1, 4):
+        give_gradients(model, step)
+        gradient = weight.grad.double()
+        optimizer.step()
+        mean = beta1 * mean + (1 - beta1) * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        rows, columns = square.mean(1, keepdim=True), square.mean(0, keepdim=True)
+        moment = {"element": square, "row": rows, "factored": rows * columns / rows.mean()}[kind]
+        update = mean / (1 - beta1**step) / ((moment / (1 - beta2**step)).sqrt() + eps)
+        agrees = update * expected >= 0 if cautious else 1
+        expected = expected - lr * (update + decay * expected * agrees)
+    torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)  # float32
+    shapes = {name: tuple(value.shape) for name, value in optimizer.state[weight].items()}
+    assert ("exp_avg_sq" in shapes) == (kind == "element")
+    assert shapes.get("row_sq", (50, 1)) == (50, 1) and shapes.get("column_sq", (1, 16)) == (1, 16)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8)])
 def test_newton_schulz_keeps_the_directions_and_levels_the_singular_values(shape):
     maps = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -241,7 +336,7 @@ def test_muon_trains_the_rest_with_adamw():
     assert isinstance(muon, MuonAdamW) and math.isfinite(ours.transformer.wte.weight.sum().item())
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", *CHOICES])
 def test_an_update_that_is_not_finite_never_happened(name):
     """`found_inf`, as a gradient scaler or the training step sets it: 1.0 skips, 0.0 does not."""
     ours, theirs = tiny_model(), tiny_model()
@@ -261,3 +356,25 @@ def test_an_update_that_is_not_finite_never_happened(name):
         assert torch.equal(p, q), name
         for key, value in plain.state[q].items():
             assert torch.equal(skipping.state[p][key], value), (name, key)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_resumes_bitwise(name, tmp_path):
+    def trained(model, optimizer, steps: range) -> None:
+        for step in steps:
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, fresh = tiny_model(), tiny_model()
+    optimizer, fresh_optimizer = build(model, name), build(fresh, name)
+    trained(model, optimizer, range(10))
+    path = checkpoints.save(
+        tmp_path, step=10, model=model, optimizer=optimizer, state={}, keep_last=1
+    )
+    assert integrity.find_problem(path) is None
+    checkpoints.load(path, model=fresh, optimizer=fresh_optimizer)
+    for each in ((model, optimizer), (fresh, fresh_optimizer)):
+        trained(*each, range(10, 13))
+    for (name, p), q in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -1,8 +1,13 @@
-"""Warm-up, then half a cosine: a pure function of the step."""
+"""Rates as pure functions of the step, and what becomes of them when a run is made longer."""
+
+from itertools import pairwise
 
 import pytest
+from tiny_run import metrics, tensors, train, write_inputs
 
-from gpt2repro.training.schedule import lr_at
+from gpt2repro.recipe import load_recipe
+from gpt2repro.training import finish
+from gpt2repro.training.schedule import lr_at, momentum_at, stable_until
 
 
 def test_warm_up_then_half_a_cosine():
@@ -21,3 +26,116 @@ def test_schedules_without_warm_up_or_decay():
     assert lr_at(0, max_lr=1.0, min_lr=0.0, warmup_steps=0, num_steps=10) == 1.0
     assert lr_at(9, max_lr=1.0, min_lr=1.0, warmup_steps=0, num_steps=10) == 1.0
     assert lr_at(4, max_lr=1.0, min_lr=0.0, warmup_steps=10, num_steps=5) == 0.5
+    constant = {"max_lr": 1.0, "min_lr": 0.0, "warmup_steps": 0, "num_steps": 10}
+    assert lr_at(9, **constant, schedule="wsd", cooldown_fraction=0.0) == 1.0
+
+
+def test_exact_points_of_the_others():
+    a_run = {"max_lr": 1.0, "min_lr": 0.2, "warmup_steps": 20, "num_steps": 220}
+    linear = {"schedule": "linear"}
+    assert lr_at(20, **a_run, **linear) == 1.0
+    assert lr_at(120, **a_run, **linear) == pytest.approx(0.6)
+    assert lr_at(219, **a_run, **linear) == pytest.approx(0.2 + 0.8 / 200)
+    for name, power in (("wsd", 1.0), ("power", 1.2)):
+        late = {"schedule": name, "cooldown_fraction": 0.25}  # the last 55 steps
+        assert {lr_at(step, **a_run, **late) for step in range(19, 166)} == {1.0}
+        assert lr_at(165 + 11, **a_run, **late) == pytest.approx(0.2 + 0.8 * 0.8**power)
+        assert lr_at(219, **a_run, **late) == pytest.approx(0.2 + 0.8 / 55**power)
+        whole = {"schedule": name, "cooldown_fraction": 1.0}
+        assert lr_at(4, **a_run, **whole) == 0.25  # the lower one, while they overlap
+        assert lr_at(110, **a_run, **whole) == pytest.approx(0.2 + 0.8 * 0.5**power)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "power"])
+def test_schedules_are_continuous(name):
+    """No step changes the rate by more than a few times what an even way up and down would."""
+    a_run = {"max_lr": 1.0, "min_lr": 0.1, "warmup_steps": 50, "num_steps": 1000}
+    rates = [lr_at(n, **a_run, schedule=name, cooldown_fraction=0.4) for n in range(1001)]
+    steps = [abs(later - earlier) for earlier, later in pairwise(rates)]
+    assert max(steps[:50]) < 1.01 / 50 and max(steps[50:]) < 1.3 / 400
+    assert rates[-1] == pytest.approx(0.1) and max(rates) == 1.0
+
+
+def test_momentum_warms_up():
+    assert [momentum_at(n, momentum=0.95, warmup_steps=100) for n in (0, 50, 100, 999)] == [
+        *(pytest.approx(0.85), pytest.approx(0.90), 0.95, 0.95)
+    ]
+    assert momentum_at(0, momentum=0.95, warmup_steps=0) == 0.95
+    assert momentum_at(0, momentum=0.5, warmup_steps=9) == 0.5
+
+
+def test_where_a_stable_phase_ends():
+    options = ["--num_steps", "100", "--schedule", "power", "--cooldown_fraction", "0.3"]
+    assert stable_until(load_recipe(options)) == 70
+    assert stable_until(load_recipe([*options, "--matrix_cooldown_fraction", "0.8"])) == 20
+    assert stable_until(load_recipe([*options[:4], "--cooldown_fraction", "0"])) is None
+    assert stable_until(load_recipe(["--num_steps", "100"])) is None
+
+
+# --- A longer run ---------------------------------------------------------------------------------
+
+WSD = ("--schedule", "wsd", "--cooldown_fraction", "0.5", "--keep_last", "1", "--save_every", "0")
+
+
+@pytest.fixture(autouse=True)
+def no_export(monkeypatch):
+    """The export has tests of its own."""
+
+    def finished(run) -> int:
+        run.directory.final.mkdir(exist_ok=True)
+        run.directory.mark_finished(run.recipe.num_steps)
+        return 0
+
+    monkeypatch.setattr(finish, "finish", finished)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_a_longer_run_goes_on_from_before_the_cooldown(recipe, tmp_path, capsys):
+    """And is then the run that was that long from the beginning, bit for bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(recipe, whole, *WSD, "--num_steps", "12") == 0
+    assert train(recipe, parts, *WSD, "--num_steps", "8") == 0
+    assert (parts / "checkpoints" / "stable" / "step_00000004").is_dir()
+    shorter = metrics(parts)
+    capsys.readouterr()
+    assert train(recipe, parts, *WSD, "--num_steps", "8") == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train(recipe, parts, *WSD, "--num_steps", "12") == 0
+    shown = capsys.readouterr().out
+    assert "going on from step 4, before its cooldown" in shown and "rises" not in shown
+    assert metrics(parts) == metrics(whole) and metrics(parts)[:4] == shorter[:4]
+    ours, theirs = tensors(parts, 12), tensors(whole, 12)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert [p.name for p in (parts / "checkpoints" / "stable").iterdir()] == ["step_00000006"]
+    assert (parts / "checkpoints" / "superseded" / "step_00000008").is_dir()
+
+
+def test_killed_after_it_went_back_it_goes_back_again(recipe, tmp_path, capsys, monkeypatch):
+    """The newest checkpoint was set aside, and the next one not written yet."""
+    run = tmp_path / "run"
+    assert train(recipe, run, *WSD, "--num_steps", "8") == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr("gpt2repro.training.run.train_step", killed)
+        train(recipe, run, *WSD, "--num_steps", "12")
+    assert not [*(run / "checkpoints").glob("step_*")]
+    capsys.readouterr()
+    assert train(recipe, run, *WSD, "--num_steps", "12") == 0
+    assert "going on from step 4, before its cooldown" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(run)] == [*range(13)]
+
+
+def test_a_rate_that_rises_is_told(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(recipe, run, "--num_steps", "6", "--min_lr", "0") == 0
+    capsys.readouterr()
+    assert train(recipe, run, "--num_steps", "12", "--min_lr", "0") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The learning rate rises from 0.0015 to 0.0065 here: so cosine has it" in shown

@@ -4,15 +4,22 @@ from typing import Any
 
 from torch import nn
 
-KINDS = ("qkv", "matrices", "embeddings", "vectors")
+from gpt2repro.recipe import Recipe
+
+KINDS = ("qkv", "matrices", "embeddings", "positions", "vectors")
+MATRICES = ("qkv", "matrices")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Trainable parameters as an optimizer's groups, of which empty ones are left out.
 
     `qkv` are the fused query, key and value projections, `matrices` the other weights of the
-    blocks, `vectors` the biases and layer norms, which are not decayed. A tied output head is the
-    token embedding and appears once; an untied one counts as an embedding.
+    blocks, `positions` the position embedding, `vectors` the biases and layer norms, which are not
+    decayed. A tied output head is the token embedding and appears once; an untied one counts as an
+    embedding.
+
+    A group has the peak of its rate (`lr`, which is `lr_scale` times the recipe's) and of its decay
+    (`weight_decay`, `peak_weight_decay`); the schedule moves both.
     """
     embedded = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
@@ -23,18 +30,35 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             continue
         if parameter.ndim < 2:
             kind = "vectors"
+        elif name.endswith("wpe.weight"):
+            kind = "positions"
         elif id(parameter) in embedded or name.endswith("lm_head.weight"):
             kind = "embeddings"
         else:
             kind = "qkv" if name.endswith("attn.c_attn.weight") else "matrices"
         groups[kind].append(parameter)
-    return [
-        {
-            "params": parameters,
-            "name": kind,
-            "weight_decay": 0.0 if kind == "vectors" else weight_decay,
-            "lr_scale": 1.0,
-        }
-        for kind, parameters in groups.items()
-        if parameters
-    ]
+    return [_group(kind, parameters, recipe) for kind, parameters in groups.items() if parameters]
+
+
+def _group(kind: str, parameters: list[nn.Parameter], recipe: Recipe) -> dict[str, Any]:
+    scales = dict.fromkeys(MATRICES, recipe.matrix_lr_scale) | {
+        "embeddings": recipe.embedding_lr_scale,
+        "positions": recipe.position_lr_scale,
+        "vectors": recipe.vector_lr_scale,
+    }
+    decays = {"vectors": 0.0}
+    if recipe.embedding_weight_decay is not None:
+        decays["embeddings"] = recipe.embedding_weight_decay
+    if recipe.optimizer == "muon":
+        scales |= dict.fromkeys(MATRICES, recipe.muon_lr / recipe.max_lr)
+        decays |= dict.fromkeys(MATRICES, recipe.muon_weight_decay)
+    decay = decays.get(kind, recipe.weight_decay)
+    return {
+        "params": parameters,
+        "name": kind,
+        "lr": recipe.max_lr * scales[kind],
+        "lr_scale": scales[kind],
+        "weight_decay": decay,
+        "peak_weight_decay": decay,
+        "second_moment": recipe.embedding_second_moment if kind == "embeddings" else "element",
+    }

@@ -5,36 +5,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from gpt2repro.recipe import Recipe
 from gpt2repro.system import ranks
-from gpt2repro.training.optim.groups import parameter_groups
-from gpt2repro.training.schedule import set_lr
+from gpt2repro.training.optim.adamw import AdamW, like, settings
+from gpt2repro.training.optim.groups import MATRICES, parameter_groups
 
 
 def build(model: nn.Module, recipe: Recipe) -> Optimizer:
     """Matrices have a learning rate and a decay of their own."""
-    groups = parameter_groups(model, recipe.weight_decay)
+    config: Any = model.config
+    groups = parameter_groups(model, recipe)
     for group in groups:
-        if group["name"] in MuonAdamW.MATRICES:
-            group["lr_scale"] = recipe.muon_lr / recipe.max_lr
-            group["weight_decay"] = recipe.muon_weight_decay
-    optimizer = MuonAdamW(
+        group["maps"] = 1
+        if group["name"] == "qkv":
+            group["maps"] = 3 * (config.n_head if recipe.muon_heads else 1)
+    return MuonAdamW(
         groups,
-        lr=recipe.max_lr,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        momentum=recipe.muon_momentum,
         compiled=recipe.compile and next(model.parameters()).is_cuda,
+        momentum=recipe.muon_momentum,
+        normalized=recipe.muon_normalize,
+        **settings(recipe),
     )
-    set_lr(optimizer, recipe.max_lr)
-    return optimizer
 
 
-class MuonAdamW(Optimizer):
+class MuonAdamW(AdamW):
     """Muon on the groups `qkv` and `matrices`, AdamW on the others, as one optimizer.
 
     One optimizer rather than two keeps clipping, checkpoints, FSDP and the learning rate free of
@@ -42,46 +38,43 @@ class MuonAdamW(Optimizer):
     this has a form of its own, because torch's multiplies in bfloat16 everywhere, which most CPUs
     emulate: an update of a model of 4 x 256 took 10 seconds on one.
 
+    With g the gradient of a map w of (out, in) and k its momentum:
+
+        m <- k m + (1 - k) g          o = orthogonalize(k m + (1 - k) g)
+        w <- w - lr (sqrt(max(1, out / in)) o + decay w)
+
     GPT-2 stores a projection as (in, out), and the query, key and value projections side by side in
     one (n_embd, 3 n_embd) matrix. Muon orthogonalizes a map, so it is handed each of the three maps
-    on its own, transposed to (out, in), the layout its step size is defined for.
+    on its own, or with `maps` of 3 n_head each head's, transposed to (out, in), the layout its step
+    size is defined for.
+
+    `normalized` is NorMuon (Li et al. 2025): each output's row of o is divided by the root of a
+    running mean of its squares. Where the paper then fixes the update's size at 0.2 sqrt(out in),
+    this gives it back the size it had, so that rates mean the same with and without:
+
+        v <- b2 v + (1 - b2) mean of o^2 over a row
+        n  = o / (sqrt(v) + eps)      o <- n |o| / |n|
 
     Orthogonalizing is most of the work. Ranks share it: each takes its part of the maps and sends
     the result to all, so that all make the same update, bit for bit.
 
-    With `found_inf`, 0.0 or 1.0 on the device, torch's optimizers skip an update; so does this.
-
-    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+    Sources: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Li et al. 2025,
+    "NorMuon", arXiv 2510.05491.
     """
 
-    MATRICES = ("qkv", "matrices")
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        momentum: float = 0.95,
-        compiled: bool = False,
-    ) -> None:
-        self.found_inf: Tensor | None = None
+    def __init__(self, params: Iterable, *, compiled: bool = False, **defaults: Any) -> None:
         # One compiled form for each shape: there are four.
         self._orthogonalize = (
             torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
         )
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0}
-        super().__init__(params, defaults)
+        super().__init__(params, **defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        assert closure is None, "closures are not supported"
-        for group in self.param_groups:
-            (self._muon_step if group["name"] in self.MATRICES else self._adamw_step)(group)
+    def _step_of(self, group: dict) -> None:
+        (self._muon_step if group["name"] in MATRICES else super()._step_of)(group)
 
     def _muon_step(self, group: dict) -> None:
         """One update; all layers' maps of one shape are orthogonalized at once."""
-        maps = 3 if group["name"] == "qkv" else 1
+        maps = group["maps"]
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -92,13 +85,12 @@ class MuonAdamW(Optimizer):
             updates = ranks.share(self._orthogonalize, stacked)
             # A tall map has more outputs than directions to fill them from: keep their size.
             rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
-            decay = updates.new_full((), 1 - group["lr"] * group["weight_decay"])
-            if self.found_inf is not None:
-                updates = updates * (1 - self.found_inf)
-                decay = decay.where(self.found_inf == 0, 1.0)
             for parameter, update in zip(parameters, updates.split(maps), strict=True):
-                parameter.mul_(decay)
+                if group["normalized"]:
+                    update = self._normalize(update, parameter, group)
+                update = self._unless_skipped(update, torch.zeros_like(update))
                 own = like(parameter, update.flatten(0, 1).T)
+                self._decay(parameter, own, group)
                 parameter.sub_(own, alpha=group["lr"] * rows_per_column**0.5)
 
     def _look_ahead(self, parameter: Tensor, group: dict) -> Tensor:
@@ -108,38 +100,17 @@ class MuonAdamW(Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         mean, momentum = state["momentum_buffer"], group["momentum"]
-        if self.found_inf is not None:  # then the mean stays what it is
-            gradient = gradient.where(self.found_inf == 0, mean)
+        gradient = self._unless_skipped(gradient, mean)  # then the mean stays what it is
         mean.lerp_(gradient, 1 - momentum)
         return gradient.lerp(mean, momentum)
 
-    def _adamw_step(self, group: dict) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        states = [self.state[p] for p in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            [p.grad for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            found_inf=self.found_inf,
-        )
+    def _normalize(self, update: Tensor, parameter: Tensor, group: dict) -> Tensor:
+        """`update`, (maps, out, in), with rows of one size as far as past steps tell it."""
+        squares = update.square().mean(2).view(1, -1)
+        moment = self._mean("row_sq", parameter, squares, group["betas"][1])
+        rows = update / (moment.view(len(update), -1, 1).sqrt() + group["eps"])
+        sizes = [each.norm(dim=(1, 2), keepdim=True) for each in (update, rows)]
+        return rows * (sizes[0] / sizes[1].clamp(min=1e-30))
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, to need 5 steps only
@@ -161,11 +132,3 @@ def orthogonalize(maps: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(maps.dtype)
-
-
-def like(parameter: Tensor, update: Tensor) -> Tensor:
-    """The part of `update`, which every rank has, that belongs to a sharded `parameter`."""
-    if not isinstance(parameter, DTensor):
-        return update
-    place = parameter.device_mesh, parameter.placements
-    return distribute_tensor(update.contiguous(), *place, src_data_rank=None)

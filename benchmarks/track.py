@@ -1,0 +1,423 @@
+"""The track: fewest steps to the same validation loss on a stock GPT-2, by one set of rules.
+
+    python benchmarks/track.py run a --minutes 50        # again, until it prints the table
+    python benchmarks/track.py summary a
+    python benchmarks/track.py repeat benchmarks/results/track/a/rows/muon-150
+
+Rules
+1. A scale fixes architecture, text, tokenizer, batch, the share of the steps that warm up, and what
+   is held out. Every run trains by `train_accelerate.train`, on the rows that its seed gives; its
+   file has their digest at every step, and a summary refuses runs of a seed that had other rows.
+2. A side is an optimizer with three knobs. Each side gets the same search with the same number of
+   points, all listed: two thirds spread evenly over the logarithms of the knobs' ranges, the rest
+   over ranges a quarter as wide around the best of those. The tuning seed, 0, is not counted.
+   AdamW is tuned at N steps, every other side at half of them.
+3. The target is the upper 95 % bound (Student's t, one side) of the mean of AdamW's validation
+   losses after N steps, over at least 8 seeds, rounded up to a thousandth.
+4. A side's result is the fewest steps, in fortieths of N, at which the same bound of its own mean
+   lies at or below the target. Each length is a run of its own with its whole schedule. They are
+   found by bisection; every length that was tried stays in the table, also one that failed.
+
+Every run is a file of its own, written when it is done. What is killed goes on from its last
+checkpoint, or is told to (SIGTERM) when the minutes are over. A file has the whole recipe and the
+threads, which is all that `repeat` needs: on the same machine in fp32 its losses must be the same.
+"""
+
+import bisect
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from pairing import table, write_json
+
+from gpt2repro import UserError
+from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.recipe import load_recipe
+from gpt2repro.records.metrics import read_metrics
+from gpt2repro.system import atomic, machine, ranks
+from gpt2repro.system.command_line import run
+from gpt2repro.training.run import open_run
+from train_accelerate import EXIT_PREEMPTED, train
+
+TUNING_SEED, LEAST_SEEDS = 0, 8
+FRACTIONS = [n / 40 for n in range(8, 41)]  # of AdamW's steps
+TUNED_AT = 0.5  # of them
+WARMUP = 1 / 15
+REFINED = 1 / 3  # of the points
+# Student's t, 95 % to one side, by degrees of freedom from 1; beyond, the last is a little too wide
+SHAPE = ("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "batch_tokens")
+T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771)
+
+
+class Scale(NamedTuple):
+    num_steps: int  # N
+    num_points: int  # of a side's search
+    fields: dict[str, Any]
+
+
+QUIET = {"eval_every": 0, "sample_every": 0, "min_lr": 0.0, "resume": "auto"}
+SCALES = {
+    # 3 x 192 on the prose that Python carries, with the demo's own BPE
+    "a": Scale(300, 24, {"recipe": "demo", "micro_batch_size": 16, **QUIET}),
+    # 10.6 M parameters, 16 M tokens of books by the demo's BPE
+    "b": Scale(
+        976,
+        12,
+        {
+            "recipe": "demo",
+            "dataset_name": "../shared/data/books",
+            **{"n_layer": 12, "n_head": 4, "n_embd": 256, "sequence_length": 512},
+            **{"batch_tokens": 16384, "micro_batch_size": 8, "validation_tokens": 262144},
+            **QUIET,
+        },
+    ),
+    # the reproduction's first quarter, on GPUs: see --launcher
+    "c": Scale(4768, 12, {"recipe": "gpt2", "save_every": 250, **QUIET}),
+}
+
+Knobs = dict[str, tuple[float, float]]
+OF_MUON: Knobs = {"muon_lr": (5e-3, 0.1), "max_lr": (1e-3, 3e-2), "muon_weight_decay": (1e-2, 1.0)}
+OF_ADAMW: Knobs = {
+    **{"max_lr": (3e-4, 1e-2), "embedding_lr_scale": (0.3, 10.0), "weight_decay": (1e-2, 1.0)}
+}
+POWERCOOL = {"schedule": "power", "cooldown_fraction": 0.5, "matrix_cooldown_fraction": 0.8}
+MUONS: dict[str, dict[str, Any]] = {
+    "muon": {},
+    "muon-linear": {"schedule": "linear"},
+    "muon-power": POWERCOOL,
+    "muon-cautious": {"cautious_weight_decay": True},
+    "muon-scheduled": {"scheduled_weight_decay": True},
+    "muon-row": {"embedding_second_moment": "row"},
+    "muon-factored": {"embedding_second_moment": "factored"},
+    "muon-heads": {"muon_heads": True},
+    "normuon": {"muon_normalize": True},
+    "all": {**POWERCOOL, "muon_normalize": True, "cautious_weight_decay": True},
+}
+SIDES: dict[str, tuple[dict[str, Any], Knobs]] = {
+    "adamw": ({"optimizer": "adamw"}, OF_ADAMW),
+    "adamw-linear": ({"optimizer": "adamw", "schedule": "linear"}, OF_ADAMW),
+    **{name: ({"optimizer": "muon", **more}, OF_MUON) for name, more in MUONS.items()},
+}
+
+
+class TimeIsOver(Exception):
+    """The minutes that were given; what was begun has been saved."""
+
+
+# --- One run --------------------------------------------------------------------------------------
+
+
+def train_one(recipe_file: Path, directory: Path, output: Path) -> None:
+    """Train what `recipe_file` says in `directory`, or go on there; when done, write `output`."""
+    argv = ["--recipe", str(recipe_file), "--output_dir", str(directory)]
+    with open_run(load_recipe(argv), argv) as opened:
+        if train(opened) == EXIT_PREEMPTED:
+            return
+        recipe = opened.recipe.model_dump()
+    if ranks.rank() != 0:
+        return
+    lines = read_metrics(directory / "metrics.jsonl")
+    steps = [line for line in lines if "rows_digest" in line]
+    rates = [line["tokens_per_second"] for line in steps if line.get("tokens_per_second")]
+    record = {
+        "val_loss": lines[-1].get("val_loss"),  # null: it diverged
+        "losses": [line["loss"] for line in steps],
+        "rows_digests": [line["rows_digest"] for line in steps],
+        "seconds_per_step": recipe["batch_tokens"] / statistics.median(rates) if rates else None,
+        "threads": torch.get_num_threads(),
+        "commit": machine.launch(argv).commit,
+        "environment": machine.describe(),
+        "recipe": recipe,
+    }
+    with atomic.new_file(output) as scratch:
+        scratch.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def start_one(fields: dict[str, Any], output: Path, options: Namespace) -> dict[str, Any]:
+    """The record of `train_one` in a process of its own, or that of an earlier one.
+
+    Raises:
+        TimeIsOver: before it was done; it has been told to save.
+        UserError: it failed.
+    """
+    work = options.output / "work" / "-".join(output.with_suffix("").parts[-3:])
+    if not output.exists():
+        if (left := options.deadline - time.monotonic()) <= 0:
+            raise TimeIsOver
+        for directory in (work, output.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        recipe_file = work / "recipe.yaml"
+        recipe_file.write_text(yaml.safe_dump(fields), encoding="utf-8")
+        words = map(str, ("one", recipe_file, work / "run", output))
+        # The second says that it has a launcher, with which it saves and ends.
+        ours = {"OMP_NUM_THREADS": str(options.threads), "ACCELERATE_MIXED_PRECISION": "no"}
+        with (work / "log").open("a") as log:
+            process = subprocess.Popen(
+                [*options.launcher, __file__, *words], stdout=log, stderr=log, env=os.environ | ours
+            )
+            try:
+                process.wait(left)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+        if not output.exists():
+            if time.monotonic() >= options.deadline:
+                raise TimeIsOver
+            raise UserError(f"a run failed or was stopped: see the end of {work / 'log'}")
+        shutil.rmtree(work, ignore_errors=True)
+        print(f"{output}: {read(output)['val_loss']}", flush=True)
+    return read(output)
+
+
+def start_all(jobs: list[tuple[dict[str, Any], Path]], options: Namespace) -> list[float]:
+    """The jobs' validation losses, infinite where one diverged."""
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = [pool.submit(start_one, *each, options) for each in jobs]
+        return [loss_of(future.result()) for future in futures]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def loss_of(record: dict[str, Any]) -> float:
+    return math.inf if record["val_loss"] is None else record["val_loss"]
+
+
+# --- The search -----------------------------------------------------------------------------------
+
+
+def spread_evenly(knobs: Knobs, count: int, first: int = 0) -> list[dict[str, float]]:
+    """`count` points over the logarithms of the ranges, from the `first`; 0 is in the middle.
+
+    The n-th is 1/2 + n (1/g, 1/g^2, ...) modulo 1, with g^(d+1) = g + 1 for d knobs (Roberts 2018,
+    "The unreasonable effectiveness of quasirandom sequences").
+    """
+    g = 1.5
+    for _ in range(50):
+        g = (1 + g) ** (1 / (len(knobs) + 1))
+    return [
+        {
+            name: float(f"{low * (high / low) ** ((0.5 + n / g**power) % 1):.3g}")
+            for power, (name, (low, high)) in enumerate(knobs.items(), 1)
+        }
+        for n in range(first, first + count)
+    ]
+
+
+def around(point: dict[str, float], knobs: Knobs) -> Knobs:
+    """Ranges a quarter as wide in logarithms, with `point` in the middle."""
+    reach = {name: (high / low) ** (1 / 8) for name, (low, high) in knobs.items()}
+    return {name: (value / reach[name], value * reach[name]) for name, value in point.items()}
+
+
+def job(side: str, point: dict[str, float], steps: int, seed: int, options: Namespace) -> dict:
+    """Every field of a run's recipe."""
+    data = {"dataset_name": options.dataset_name} if options.dataset_name else {}
+    length = {"num_steps": steps, "warmup_steps": round(WARMUP * steps), "seed": seed}
+    fields = {**SCALES[options.scale].fields, **SIDES[side][0], **point, **length, **data}
+    return load_recipe([f"--{name}={value}" for name, value in fields.items()]).model_dump()
+
+
+def tune(side: str, options: Namespace) -> dict[str, float]:
+    """The best of the side's points."""
+    scale, knobs = SCALES[options.scale], SIDES[side][1]
+    steps = round(scale.num_steps * (1 if side == "adamw" else TUNED_AT))
+    num_refined = round(REFINED * scale.num_points)
+    directory = options.output / options.scale / "tuning" / side
+
+    def losses() -> list[float]:
+        jobs = [job(side, point, steps, TUNING_SEED, options) for point in points]
+        return start_all([(it, directory / f"{n:02}.json") for n, it in enumerate(jobs)], options)
+
+    points = spread_evenly(knobs, scale.num_points - num_refined)
+    found = losses()
+    best = points[found.index(min(found))]
+    points += spread_evenly(around(best, knobs), num_refined, first=1)
+    found = losses()
+    return points[found.index(min(found))]
+
+
+# --- The race -------------------------------------------------------------------------------------
+
+
+def upper_bound(losses: list[float]) -> float:
+    """Of the mean, 95 % to one side."""
+    if math.inf in losses or len(losses) < 2:
+        return math.inf
+    t = T95[min(len(losses) - 1, len(T95)) - 1]
+    return statistics.mean(losses) + t * statistics.stdev(losses) / len(losses) ** 0.5
+
+
+def target_of(losses: list[float]) -> float:
+    return math.ceil(upper_bound(losses) * 1000) / 1000
+
+
+def run_scale(options: Namespace) -> None:
+    """All of it: AdamW's tuning and target, then of every side its tuning and its fewest steps."""
+    num_steps, target = SCALES[options.scale].num_steps, math.inf
+
+    def race(side: str, point: dict[str, float], steps: int) -> list[float]:
+        directory = options.output / options.scale / "rows" / f"{side}-{steps}"
+        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds)
+        jobs = [(job(side, point, steps, n, options), directory / f"{n}.json") for n in seeds]
+        return start_all(jobs, options)
+
+    for side in dict.fromkeys(["adamw", *options.sides]):
+        best = tune(side, options)
+        if side == "adamw":
+            target = target_of(race(side, best, num_steps))
+        else:
+            lengths = [round(each * num_steps) for each in FRACTIONS]
+            bisect.bisect_left(
+                lengths, True, key=lambda n: upper_bound(race(side, best, n)) <= target
+            )
+    summarize(options)
+
+
+# --- Answers --------------------------------------------------------------------------------------
+
+
+def summarize(options: Namespace) -> None:
+    """Print the table of a scale and write it beside the runs, with every point that was tried."""
+    directory, num_steps = options.output / options.scale, SCALES[options.scale].num_steps
+    runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for path in sorted(directory.glob("*/*/*.json")):
+        record, (kind, name) = read(path), path.parts[-3:-1]
+        side = name.rpartition("-")[0] if kind == "rows" else name
+        runs.setdefault((kind, side, record["recipe"]["num_steps"]), []).append(record)
+    check_rules([record for records in runs.values() for record in records])
+    if not (adamw := runs.get(("rows", "adamw", num_steps))):
+        raise UserError(f"{directory} has no AdamW to compare with yet")
+    target = target_of([*map(loss_of, adamw)])
+    rows, tried = [], {}
+    for (kind, side, steps), records in sorted(runs.items(), key=lambda each: each[0]):
+        losses = [*map(loss_of, records)]
+        if kind == "tuning":
+            knobs = SIDES[side][1]
+            tried[side] = [
+                {name: each["recipe"][name] for name in knobs} | {"val_loss": each["val_loss"]}
+                for each in records
+            ]
+            continue
+        bound = upper_bound(losses)
+        rows.append(
+            {
+                "side": side,
+                "steps": steps,
+                "of_adamws_steps": steps / num_steps,
+                "losses": [each["val_loss"] for each in records],
+                "mean": None if bound == math.inf else statistics.mean(losses),
+                "upper_bound": None if bound == math.inf else bound,
+                "counts": len(losses) >= LEAST_SEEDS and bound <= target,
+                "seconds_of_adamws": seconds(records) / seconds(adamw),
+            }
+        )
+    print(table(list(rows[0]), [[shown(value) for value in row.values()] for row in rows]))
+    print(f"target {target:.3f}; seconds of a step, as busy as the machine was, in AdamW's")
+    report = {"target": target, "rows": rows, "tried": tried}
+    write_json(str(directory.with_suffix(".summary.json")), report)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} seeds"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def seconds(records: list[dict[str, Any]]) -> float:
+    found = [each["seconds_per_step"] for each in records if each["seconds_per_step"]]
+    return statistics.median(found) if found else math.nan
+
+
+def check_rules(records: list[dict[str, Any]]) -> None:
+    """Refuse runs of other models, and runs of one seed that had other rows."""
+    rows_of: dict[int, list[str]] = {}
+    shapes = {tuple(each["recipe"][name] for name in SHAPE) for each in records}
+    if len(shapes) > 1:
+        raise UserError(f"these runs are of different models: {', '.join(map(str, shapes))}")
+    for record in records:
+        seed, rows = record["recipe"]["seed"], record["rows_digests"]
+        known = rows_of.setdefault(seed, rows)
+        if any(own != other for own, other in zip(rows, known, strict=False)):
+            raise UserError(f"runs of seed {seed} had different rows")
+        rows_of[seed] = max(rows, known, key=len)
+
+
+def repeat(options: Namespace) -> int:
+    """Train the runs in these files again; 0 if every loss is the same to the last bit."""
+    same = True
+    files = [f for path in options.paths for f in (sorted(path.glob("*.json")) or [path])]
+    for file in files:
+        then = read(file)
+        with tempfile.TemporaryDirectory() as directory:
+            options.output, options.threads = Path(directory), then["threads"]
+            now = start_one(then["recipe"], Path(directory) / "again" / file.name, options)
+        pairs = zip(then["losses"], now["losses"], strict=False)
+        differing = [step for step, (a, b) in enumerate(pairs) if a != b]
+        is_same = all(then[name] == now[name] for name in ("losses", "rows_digests", "val_loss"))
+        where = f" from step {differing[0]} on" if differing else ""
+        print(f"{file}: {'the same' if is_same else f'other losses{where}'}", flush=True)
+        if not is_same and then["environment"] != now["environment"]:
+            print(f"  then {then['environment']}\n  now  {now['environment']}")
+        same = same and is_same
+    return 0 if same else 1
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    parser = OneLineParser(prog="benchmarks/track.py", description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in ("run", "summary"):
+        its = verbs.add_parser(verb)
+        its.add_argument("scale", choices=SCALES)
+        its.add_argument("--output", type=Path, default=Path("benchmarks/results/track"))
+    its = verbs.choices["run"]
+    its.add_argument("--sides", nargs="+", choices=SIDES, default=["muon", "normuon", "all"])
+    its.add_argument("--seeds", type=int, default=LEAST_SEEDS)
+    its.add_argument("--dataset_name", help="where the text of the scale is")
+    its.add_argument("--minutes", type=float, default=math.inf, help="then save and end")
+    its.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    its.add_argument("--threads", type=int, default=1, help="of each")
+    its = verbs.add_parser("repeat")
+    its.add_argument("paths", type=Path, nargs="+", help="files of runs, or directories of them")
+    its.set_defaults(minutes=math.inf)
+    for each in (verbs.choices["run"], its):
+        each.add_argument("--launcher", type=shlex.split, default=[sys.executable])
+    its = verbs.add_parser("one")
+    its.add_argument("paths", type=Path, nargs=3)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+    if options.verb == "one":
+        train_one(*options.paths)
+    elif options.verb == "summary":
+        summarize(options)
+    else:
+        options.deadline = time.monotonic() + 60 * options.minutes
+        if options.verb == "repeat":
+            return repeat(options)
+        try:
+            run_scale(options)
+        except TimeIsOver:
+            print("The time is over; the same command goes on.")
+            return EXIT_PREEMPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("benchmarks/track.py", main, sys.argv[1:]))

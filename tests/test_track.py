@@ -1,0 +1,158 @@
+"""The track: its search, its race and its rules on losses that are a formula, and one real run."""
+
+import json
+import math
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from tiny_run import as_if_in_its_own_process, write_inputs
+
+from gpt2repro import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def track(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import track
+
+    return track
+
+
+def record(recipe: dict, loss: float, rows: str = "a") -> dict:
+    return {
+        "val_loss": None if loss == math.inf else loss,
+        "losses": [loss],
+        "rows_digests": [f"{rows}{recipe['seed']}"] * recipe["num_steps"],
+        "seconds_per_step": 1.0,
+        "threads": 1,
+        "environment": {},
+        "recipe": recipe,
+    }
+
+
+@pytest.fixture
+def by_formula(track, monkeypatch):
+    """Runs whose loss is known: best at a rate of 2e-3, and Muon's falls twice as fast."""
+    started = []
+
+    def start(fields: dict, output: Path, options: Namespace) -> dict:
+        if not output.exists():
+            started.append(output)
+            pace = 2 if fields["optimizer"] == "muon" else 1
+            loss = 4 + 300 / (pace * fields["num_steps"]) + 0.001 * (fields["seed"] % 2)
+            loss += 0.1 * math.log(fields["max_lr"] / 2e-3) ** 2
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(record(fields, loss if loss < 5.2 else math.inf)))
+        return json.loads(output.read_text())
+
+    monkeypatch.setattr(track, "start_one", start)
+    return started
+
+
+def test_points_are_spread_evenly_and_then_around_the_best(track):
+    knobs = {"x": (1e-4, 1e-2), "y": (1.0, 16.0)}
+    points = track.spread_evenly(knobs, 16)
+    assert points[0] == {"x": 1e-3, "y": 4.0} and len({p["x"] for p in points}) == 16
+    for name, (low, high) in knobs.items():
+        places = [math.log(p[name] / low) / math.log(high / low) for p in points]
+        assert all(0 <= place < 1 for place in places)
+        quarters = [sum(int(4 * place) == n for place in places) for n in range(4)]
+        assert max(quarters) - min(quarters) <= 2
+    x, y = track.around({"x": 1e-3, "y": 16.0}, knobs).values()
+    assert x == pytest.approx((1e-3 / 10**0.25, 1e-3 * 10**0.25))
+    assert y == pytest.approx((16 / 2**0.5, 16 * 2**0.5))  # beyond the first range
+
+
+def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, capsys):
+    arguments = ["run", "a", "--output", str(tmp_path), "--sides", "muon", "--jobs", "2"]
+    assert track.main(arguments) == 0
+    tuned = {p.parent.name for p in by_formula if "tuning" in p.parts}
+    assert tuned == {"adamw", "muon"} and sum("tuning" in p.parts for p in by_formula) == 2 * 24
+    report = json.loads((tmp_path / "a.summary.json").read_text())
+    tried = report["tried"]["adamw"]
+    assert any(point["val_loss"] is None for point in tried)  # what diverged is listed
+    best = min(tried, key=lambda point: point["val_loss"] or math.inf)
+    assert best["max_lr"] == pytest.approx(2e-3, rel=0.1) and len(tried) == 24
+    near = [point["max_lr"] / best["max_lr"] for point in tried[16:]]  # of 33, a quarter is 2.4
+    assert max(near) / min(near) < 2.4 and len({point["max_lr"] for point in tried}) == 24
+    rows = {(row["side"], row["steps"]): row for row in report["rows"]}
+    adamw = rows["adamw", 300]
+    assert adamw["counts"] and adamw["mean"] < adamw["upper_bound"] <= report["target"]
+    counted = [row["steps"] for row in rows.values() if row["side"] == "muon" and row["counts"]]
+    failed = [row["steps"] for row in rows.values() if not row["counts"]]
+    assert min(counted) == pytest.approx(150, abs=8) and max(failed) < min(counted)
+    assert all(len(row["losses"]) == 8 for row in rows.values())
+
+    num_started = len(by_formula)
+    assert track.main(arguments) == 0 and len(by_formula) == num_started, "all is there already"
+    odd = tmp_path / "a" / "rows" / "adamw-300" / "3.json"
+    kept = json.loads(odd.read_text())
+    odd.write_text(json.dumps(record(kept["recipe"], 5.0, rows="b")))
+    with pytest.raises(UserError, match="runs of seed 3 had different rows"):
+        track.main(["summary", "a", "--output", str(tmp_path)])
+    odd.write_text(json.dumps(record(kept["recipe"] | {"n_layer": 4}, 5.0)))
+    with pytest.raises(UserError, match="of different models"):
+        track.main(["summary", "a", "--output", str(tmp_path)])
+    capsys.readouterr()
+
+
+def test_the_bound_is_students(track):
+    losses = [3.0, 3.1, 2.9, 3.0]  # scipy.stats.t.ppf(0.95, 3) = 2.3534
+    assert track.upper_bound(losses) == pytest.approx(3 + 2.353 * (0.02 / 3) ** 0.5 / 2)
+    assert track.upper_bound([*losses, math.inf]) == track.upper_bound([3.0]) == math.inf
+
+
+def test_a_run_of_its_own_is_ended_told_of_and_gone_on_with(track, tmp_path):
+    """The process is a stand-in that takes the same arguments."""
+
+    def start(code: str, seconds: float = 60.0) -> dict:
+        options = Namespace(output=tmp_path, threads=1, deadline=time.monotonic() + seconds)
+        options.launcher = [sys.executable, "-c", f"import sys, time; {code}", "at"]
+        return track.start_one({"seed": 1}, tmp_path / "a" / "rows" / "1.json", options)
+
+    with pytest.raises(UserError, match=r"a run failed or was stopped: see the end of .*log"):
+        start("sys.exit('out of memory')")
+    assert "out of memory" in (tmp_path / "work" / "a-rows-1" / "log").read_text()
+    for seconds in (0.5, 0.0):
+        with pytest.raises(track.TimeIsOver):
+            start("time.sleep(60)", seconds)
+    done = start("""open(sys.argv[-1], "w").write('{"val_loss": 3.5}')""")
+    assert done == {"val_loss": 3.5} == start("sys.exit(1)") and not [
+        *(tmp_path / "work").iterdir()
+    ]
+
+
+def test_one_run_and_its_repetition(track, tmp_path, monkeypatch, capsys):
+    """Through the training script's own loop, on the tiny recipe; then with another loss in it."""
+    recipe = write_inputs(tmp_path)
+    monkeypatch.setitem(
+        track.SCALES, "a", track.Scale(3, 1, {"recipe": str(recipe), **track.QUIET})
+    )
+
+    def in_this_process(fields: dict, output: Path, options: Namespace) -> dict:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fields.yaml").write_text(json.dumps(fields))
+        with as_if_in_its_own_process():
+            directory = str(output.with_suffix(""))
+            track.main(["one", str(tmp_path / "fields.yaml"), directory, str(output)])
+        return json.loads(output.read_text())
+
+    monkeypatch.setattr(track, "start_one", in_this_process)
+    options = Namespace(scale="a", dataset_name=None)
+    fields = track.job("all", {"max_lr": 1e-2, "muon_lr": 0.02}, 3, 1, options)
+    file = tmp_path / "rows" / "all-3" / "1.json"
+    found = in_this_process(fields, file, options)
+    assert found["recipe"]["muon_normalize"] and found["recipe"]["warmup_steps"] == 0
+    assert len(found["losses"]) == 3 and len(set(found["rows_digests"])) == 3
+    assert 0 < found["val_loss"] < 7 and found["seconds_per_step"] > 0
+    assert track.main(["repeat", str(file.parent)]) == 0
+    assert "the same" in capsys.readouterr().out
+    found["losses"][1] += 1e-7
+    file.write_text(json.dumps(found))
+    assert track.main(["repeat", str(file)]) == 1
+    assert "other losses from step 1 on" in capsys.readouterr().out
