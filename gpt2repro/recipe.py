@@ -65,6 +65,12 @@ def _task_file(entry: str) -> str:
     return f"{task}{equals}{place(file)}"
 
 
+def _steps(value: Any) -> Any:
+    """One step is typed as a number, several are one text."""
+    is_one = isinstance(value, int) and not isinstance(value, bool)
+    return [value] if is_one else split_at_commas(value)
+
+
 def _no_as_a_word(value: Any) -> Any:
     """YAML reads a bare `no` as False, and `no` is what mixed_precision calls it."""
     return "no" if value is False else value
@@ -77,6 +83,8 @@ Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_as_a_word)]
 Places = Annotated[list[Place], BeforeValidator(split_at_commas)]
 TaskFile = Annotated[Text, AfterValidator(_task_file)]
 TaskFiles = Annotated[list[TaskFile], BeforeValidator(split_at_commas)]
+Step = Annotated[WholeNumber, Ge(0), Le(10**9)]
+Steps = Annotated[list[Step], BeforeValidator(_steps)]
 Benchmark = Literal["hellaswag", "lambada", "wikitext2"]
 Benchmarks = Annotated[list[Benchmark], BeforeValidator(split_at_commas)]
 Datasets = Annotated[list[Dataset], Field(min_length=1, max_length=1000)]
@@ -235,7 +243,13 @@ class Recipe(BaseModel):
         "TASK=FILE.jsonl for what is not to come from the Hub; --TASK_file FILE says the same"
     )
     save_every: WholeNumber = knob("steps between checkpoints; 0: at the end", ge=0, le=10**12)
-    keep_last: WholeNumber = knob("checkpoints kept", ge=1, le=10**9)
+    keep_last: WholeNumber = knob("checkpoints kept, the newest", ge=1, le=10**9)
+    keep_every: WholeNumber = knob(
+        "steps between checkpoints that are saved and kept for good; 0: none", ge=0, le=10**9
+    )
+    keep_steps: Steps | Literal["log"] | None = knob(
+        "more of them: a list of steps; log: 0, 1, 2, 4 and so on, up to keep_every if that is set"
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = knob("tracker of accelerate")
 
     # Publishing
@@ -277,6 +291,25 @@ class Recipe(BaseModel):
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.exp_name}")
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is permanent: saved, and never pruned."""
+        if self._is_multiple(step):
+            return True
+        if self.keep_steps == "log":  # powers of two, and 0
+            return step & (step - 1) == 0 and (not self.keep_every or step < self.keep_every)
+        return step in (self.keep_steps or ())
+
+    def _is_multiple(self, step: int) -> bool:
+        return self.keep_every > 0 and step > 0 and step % self.keep_every == 0
+
+    def num_kept(self, num_steps: int) -> int:
+        """How many permanent checkpoints a run of `num_steps` steps has at its end."""
+        powers = {0, *(1 << n for n in range(num_steps.bit_length()))}
+        named = powers if self.keep_steps == "log" else {*(self.keep_steps or ())}
+        others = (step for step in named if step <= num_steps and not self._is_multiple(step))
+        multiples = num_steps // self.keep_every if self.keep_every else 0
+        return multiples + sum(map(self.keeps, others))
 
     def eval_task_file(self, task: str) -> str | None:
         """The local rows of a benchmark; None if they come from the Hub."""
@@ -629,7 +662,8 @@ def allowed(key: str) -> str:
             words += get_args(kind)
         elif get_origin(kind) is list:
             (item,) = _alternatives(get_args(kind)[0])
-            what = "mappings" if item is Dataset else ", ".join(get_args(item)) or "text"
+            of = {Dataset: "mappings", int: "whole numbers"}
+            what = of.get(item) or ", ".join(get_args(item)) or "text"
             words.append(f"a list of {what}")
         else:
             words.append(names[kind])

@@ -59,7 +59,8 @@ def save(
 
     Args:
         model: bare, DDP or FSDP2; its innermost module has `config.save_pretrained`.
-        state: JSON values that the caller wants back from `load`.
+        state: JSON values that the caller wants back from `load`; with a true `permanent` the
+            checkpoint is never pruned.
 
     Raises:
         UserError: the disk is full or the directory cannot be written, on every rank. Whatever lay
@@ -85,7 +86,7 @@ def save(
                 shutil.rmtree(left, ignore_errors=True)
             problem = (
                 f"checkpoint {path} could not be written ({error}); earlier ones are untouched. "
-                "Free space, or lower keep_last, or set output_dir to another disk"
+                "Free space, or keep fewer (keep_last, keep_every), or set output_dir to another disk"
             )
     agree_on(problem)
     return path
@@ -124,13 +125,22 @@ def commit(scratch: Path, path: Path) -> None:
 
 
 def _prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` whole checkpoints, and what killed writers left.
+    """Remove what killed writers left, and whole checkpoints but for permanent ones and the newest.
 
     A copy that somebody keeps under a name of its own, `step_00000500.best`, stays.
     """
     whole_ones = [path for path in _in_order(directory) if integrity.is_whole(path)]
-    for path in [*whole_ones[:-keep_last], *directory.glob(".step_*")]:
+    old = [path for path in whole_ones[:-keep_last] if not _is_permanent(path)]
+    for path in [*old, *directory.glob(".step_*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_permanent(path: Path) -> bool:
+    """As it was saved, whatever the recipe says by now; one that cannot be read is for a person."""
+    try:
+        return bool(state_of(path).get("permanent"))
+    except (ValueError, AttributeError):
+        return True
 
 
 def _in_order(directory: Path) -> list[Path]:

@@ -53,6 +53,7 @@ class SavedState(BaseModel):
     num_epochs: int | None = None
     world_size: int = Field(1, ge=1)
     metrics_lines: int = Field(0, ge=0)
+    permanent: bool = False
     stream: SavedStream | None = None
 
 

@@ -96,22 +96,26 @@ class Run:
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due when `step` is done; the last one always is."""
-        done = step + 1
-        return done == self.recipe.num_steps or due(self.recipe.save_every, done)
+        done, recipe = step + 1, self.recipe
+        return done == recipe.num_steps or due(recipe.save_every, done) or recipe.keeps(done)
 
     def save(self, step: int) -> None:
-        """A checkpoint of the state before `step`, after all that led to it is told."""
+        """A checkpoint of the state before `step`, once, after all that led to it is told."""
+        if step == self.checkpoints.saved_step:
+            return
         self.monitor.catch_up()
         ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
         self.directory.restore(self.recipe.as_yaml())
-        self.checkpoints.save(step, self.learner, self._state())
-        ranks.wait_at_most(LOOP_WAIT_SECONDS)
+        self.checkpoints.save(step, self.learner, self._state(step))
+        if step > self.checkpoints.first_step:  # else the first step is still to come, see there
+            ranks.wait_at_most(LOOP_WAIT_SECONDS)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides tensors; gathers the lanes of all ranks."""
         lanes = {lane: at for each in ranks.gather(self.lanes) for lane, at in each.items()}
         return {
             "recipe": self.recipe.model_dump(),
+            "permanent": self.recipe.keeps(step),
             "metrics_lines": self.monitor.make_durable(),
             "num_epochs": self.inputs.num_epochs,
             "world_size": self.accelerator.num_processes,
@@ -122,17 +126,15 @@ class Run:
 
 @dataclass
 class Checkpoints:
-    """Saves, once a step, and hands on to the Hub what the recipe wants there."""
+    """Saves, and hands on to the Hub what the recipe wants there."""
 
     directory: RunDirectory
     keep_last: int
     first_step: int  # of this launch
-    saved_step: int  # of the newest checkpoint, -1 without one
+    saved_step: int  # of the newest checkpoint that is as it should be, -1 without one
     push: BackgroundPush | None  # on the main process, if the recipe asks
 
     def save(self, step: int, learner: Learner, state: dict[str, Any]) -> None:
-        if step == self.saved_step:
-            return
         path = checkpoints.save(
             self.directory.checkpoints,
             step=step,
@@ -212,6 +214,7 @@ def _claim(
     history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
     start_tracker(resolved, learner.accelerator)  # may ask for a login: signals end the process
     stop = StopRequest(ranks.any_rank)
+    becomes_permanent = recipe.keeps(start.step) and not start.state.get("permanent")
     return Run(
         recipe=resolved,
         directory=directory,
@@ -222,7 +225,7 @@ def _claim(
             directory=directory,
             keep_last=recipe.keep_last,
             first_step=start.step,
-            saved_step=start.step if start.path else -1,
+            saved_step=start.step if start.path and not becomes_permanent else -1,
             push=_open_push(recipe, inputs.tokenizer),
         ),
         stop=stop,
