@@ -106,7 +106,7 @@ class Recipe(BaseModel):
     seed: WholeNumber = knob("seeds the weights and the order of the data", ge=0, le=9 * 10**18)
     resume: Place = knob(
         "auto goes on from the newest valid checkpoint, never refuses a run that exists; or the "
-        "directory of a checkpoint"
+        "directory of a checkpoint, or hub:user/name@step00001000"
     )
     init_from: Place | None = knob(
         "start from these weights (Hub id or directory) instead of random ones"
@@ -253,9 +253,17 @@ class Recipe(BaseModel):
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = knob("tracker of accelerate")
 
     # Publishing
-    push_to_hub: Switch = knob("upload the finished model, and each checkpoint in the background")
+    export_format: Literal["gpt2repro", "gpt2"] = knob(
+        "of what is exported: native, with code for trust_remote_code, or stock"
+    )
+    push_to_hub: Switch = knob("upload the finished model, and checkpoints in the background")
     hub_model_id: Text | None = knob("user/name on the Hub, for push_to_hub")
     hub_private: Switch = knob("create the Hub repository private")
+    hub_strategy: Literal["final", "permanent", "all"] = knob(
+        "which checkpoints: none, permanent ones as branches such as step00000512, or all, the "
+        "others as main"
+    )
+    hub_state: Switch = knob("upload the training state too, so that --resume hub:... goes on")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -299,6 +307,10 @@ class Recipe(BaseModel):
         if self.keep_steps == "log":  # powers of two, and 0
             return step & (step - 1) == 0 and (not self.keep_every or step < self.keep_every)
         return step in (self.keep_steps or ())
+
+    @property
+    def keeps_any(self) -> bool:
+        return bool(self.keep_every or self.keep_steps)
 
     def _is_multiple(self, step: int) -> bool:
         return self.keep_every > 0 and step > 0 and step % self.keep_every == 0
@@ -351,7 +363,7 @@ GROUPS = {  # by their first field
     "optimizer": "Optimizer",
     "mixed_precision": "Engine",
     "log_every": "What the run shows and keeps",
-    "push_to_hub": "Publishing",
+    "export_format": "Publishing",
 }
 # What other training scripts call a field: understood on the command line, or answered.
 ALIASES = {"epochs": "num_epochs", "batch_size": "micro_batch_size"}
@@ -719,6 +731,10 @@ def _check_consistency(recipe: Recipe) -> None:
         raise UserError(f"min_lr {recipe.min_lr:g} is above max_lr {recipe.max_lr:g}")
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise UserError("push_to_hub needs hub_model_id: the user/name to upload to")
+    if recipe.push_to_hub and recipe.hub_state and recipe.hub_strategy == "final":
+        raise UserError("hub_state goes with checkpoints: set hub_strategy to permanent or all")
+    if recipe.push_to_hub and recipe.hub_strategy == "permanent" and not recipe.keeps_any:
+        raise UserError("hub_strategy permanent: say which with keep_every or keep_steps")
     if (name := recipe.exp_name) and (Path(name).name != name or name == ".."):
         raise UserError(f"exp_name {brief(name)} must be a plain name; use output_dir for a path")
     for name in ("bf16_residual", "fp8_head"):

@@ -28,6 +28,7 @@ ROUTES = (
     ("POST", r"/api/repos/create", "create"),
     ("GET", rf"/api/models/{NAME}/auth-check/write", "auth_check"),
     ("POST", rf"/api/models/{NAME}/branch/(?P<branch>.+)", "branch"),
+    ("DELETE", rf"/api/models/{NAME}/branch/(?P<branch>.+)", "delete_branch"),
     ("POST", rf"/api/models/{NAME}/preupload/(?P<revision>.+)", "preupload"),
     ("POST", rf"/api/models/{NAME}/commit/(?P<revision>.+)", "commit"),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -101,7 +102,7 @@ class UploadHandler(Handler):
                 return
         super().serve()
 
-    do_GET = do_HEAD = do_POST = do_PUT = serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
     def route(self) -> None:
         for method, pattern, name in ROUTES:
@@ -175,8 +176,24 @@ class UploadHandler(Handler):
         repository = self.writable(name)
         if branch in repository.refs:
             raise Refused(409, "BranchExists")
-        repository.refs[branch] = repository.refs["main"]
+        asked = json.loads(self.body or b"{}")
+        commit = repository.resolve(asked.get("startingPoint", "main"))
+        if commit is None:
+            raise Refused(404, "RevisionNotFound")
+        repository.refs[branch] = commit
         self.answer_json({})
+
+    def delete_branch(self, name: str, branch: str) -> None:
+        repository = self.writable(name)
+        if branch == "main" or branch not in repository.refs:
+            raise Refused(403 if branch == "main" else 404, "RevisionNotFound")
+        del repository.refs[branch]
+        self.answer_json({})
+
+    def head(self, repository: Repository, branch: str) -> dict[str, bytes]:
+        if branch not in repository.refs:
+            raise Refused(404, "RevisionNotFound")
+        return repository.commits[repository.refs[branch]]
 
     def validate_yaml(self) -> None:
         self.answer_json({"warnings": [], "errors": []})
@@ -185,7 +202,7 @@ class UploadHandler(Handler):
 
     def preupload(self, name: str, revision: str) -> None:
         repository = self.writable(name)
-        there = repository.commits[repository.refs[revision]]
+        there = self.head(repository, revision)
         answers = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
@@ -198,7 +215,7 @@ class UploadHandler(Handler):
 
     def commit(self, name: str, revision: str) -> None:
         repository = self.writable(name)
-        files = dict(repository.commits[repository.refs[revision]])
+        files = dict(self.head(repository, revision))
         for line in self.body.splitlines():
             operation = json.loads(line)
             value = operation["value"]

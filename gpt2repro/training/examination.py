@@ -206,7 +206,7 @@ class Examination:
         if free <= needed:
             fewer = ", or keep fewer steps for good" if num_kept else ""
             return FAILURE, f"{text}: set output_dir or lower keep_last{fewer}"
-        if self.recipe.num_steps is None and (self.recipe.keep_every or self.recipe.keep_steps):
+        if self.recipe.num_steps is None and self.recipe.keeps_any:
             each = f"{state / 2**30:.1f} GiB for each permanent checkpoint"
             return WARNING, f"{text}; and {each}: num_epochs does not say yet how many"
         return OK, text
