@@ -53,6 +53,7 @@ class UploadHub(FakeHub):
         self.part_size = part_size
         self.accounts = {"hf_me": Account("me"), "hf_reader": Account("me", role="read")}
         self.stored: dict[str, bytes] = {}  # LFS objects by SHA-256
+        self.mixed_up: dict[str, str] = {}  # branch -> SHA-256 of what its large files become
         self.parts: dict[str, dict[int, bytes]] = {}
         self.private: set[str] = set()
         self.messages: list[str] = []
@@ -226,7 +227,8 @@ class UploadHandler(Handler):
             elif operation["key"] == "lfsFile":
                 if value["oid"] not in self.hub.stored:
                     raise Refused(422, "LfsObjectMissing")
-                files[value["path"]] = self.hub.stored[value["oid"]]
+                mixed_up = self.hub.mixed_up.get(revision, value["oid"])
+                files[value["path"]] = self.hub.stored[mixed_up]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
         commit = repository.commit(files, revision)
