@@ -58,11 +58,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("repo", help="user/name on the Hub")
     parser.add_argument("--revision", help="one branch, such as step00000512, instead of all")
     parser.add_argument("--data", action="store_true", help="read the rows of its steps again")
-    options, rest = parser.parse_known_args(argv)
-    if rest and not options.data:
-        raise UserError(f"unrecognized arguments: {rest[0]}; fields of the recipe go with --data")
-    parse_arguments(rest)
-    return options, rest
+    if "--data" not in argv:
+        return parser.parse_args(argv), []
+    options, fields = parser.parse_known_args(argv)
+    load_recipe(fields)  # a mistake in them is answered before anything is asked for
+    return options, fields
 
 
 def _recipe_of(card: str, fields: list[str]) -> Recipe:
