@@ -17,6 +17,7 @@ from gpt2repro.publishing.export import stage
 from gpt2repro.publishing.upload import NOT_PUBLISHED, to_publish, upload
 from gpt2repro.records import checkpoints, integrity
 from gpt2repro.records.hub_checkpoints import METRICS, STATE_FOLDER, read_record
+from gpt2repro.records.provenance import Record
 from gpt2repro.system import atomic
 from gpt2repro.system.patience import patiently
 from gpt2repro.system.text import printable
@@ -157,27 +158,34 @@ class BackgroundPush:
         """To its branch if it has one, and then, as the newest, to `main`."""
         how, held, branch = self._how, submission.snapshot, submission.branch
         assert how is not None, "nobody loads it without a tokenizer"
-        state = integrity.read_saved_state(held)
-        record, told, export = checkpoints.record_of(held), how.tell(state.step), held / "export"
+        step, record = integrity.read_saved_state(held).step, checkpoints.record_of(held)
+        self._newest = max(self._newest, step)
+        to_branch, to_main = branch is not None, True
+        if branch and record:
+            to_branch, to_main = patiently(
+                lambda: self._what_lacks(branch, record), f"look at {branch} of {self._repo_id}"
+            )
+        if not to_branch and not to_main:
+            return
+        told, export = how.tell(step), held / "export"
         stage(held, export, self._tokenizer, format=how.format, card=told.card, record=record)
         beside = {}
         if how.with_state:
             (held / METRICS).write_text(told.metrics, encoding="utf-8")
             files = [path for path in sorted(held.iterdir()) if path.is_file()]
             beside = {f"{STATE_FOLDER}/{p.name}": p for p in files if p.name != integrity.WEIGHTS}
-        self._newest = max(self._newest, state.step)
-        if branch and record:
-            repo_id, needs_state = self._repo_id, how.with_state
-            there = patiently(
-                lambda: is_published(repo_id, branch, record, with_state=needs_state),
-                f"look at {branch} of {repo_id}",
-            )
-            if not there:
-                self._upload(export, submission, revision=branch, beside=beside)
-            of_main = patiently(lambda: read_record(repo_id, "main"), f"look at main of {repo_id}")
-            if of_main == record or (of_main and record.step < of_main.step <= self._newest):
-                return
-        self._upload(export, submission, beside=beside)
+        if to_branch:
+            self._upload(export, submission, revision=branch, beside=beside)
+        if to_main:
+            self._upload(export, submission, beside=beside)
+
+    def _what_lacks(self, branch: str, record: Record) -> tuple[bool, bool]:
+        """Whether the branch, and `main`, are still to be made this checkpoint."""
+        assert self._how is not None
+        there = is_published(self._repo_id, branch, record, with_state=self._how.with_state)
+        main = read_record(self._repo_id, "main")
+        is_newer = main is not None and record.step < main.step <= self._newest
+        return not there, main != record and not is_newer
 
     def _upload(self, directory: Path, submission: _Submission, **more: Any) -> None:
         message, private = submission.message, self._private

@@ -201,7 +201,7 @@ def _local_paths(recipe_yaml: str) -> set[str]:
     return {
         value
         for value in values
-        if isinstance(value, str) and "/" in value and "://" not in value
+        if isinstance(value, str) and "/" in value and not re.match(r"hub:|\w+://", value)
         if Path(value).exists() or not is_hub_id(value)
     }
 

@@ -48,7 +48,7 @@ def read_record(repo_id: str, revision: str) -> provenance.Record | None:
     try:
         path = hf_hub_download(repo_id, provenance.FILE, revision=revision)
         return provenance.Record.model_validate_json(Path(path).read_bytes())
-    except (EntryNotFoundError, RevisionNotFoundError, ValueError):
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, ValueError):
         return None
 
 
