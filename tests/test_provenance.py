@@ -5,6 +5,7 @@ a copy.
 """
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -25,8 +26,9 @@ from tiny_run import assert_same_tensors, metrics, tensors, train, write_inputs
 from gpt2repro import UserError
 from gpt2repro.commands import verify
 from gpt2repro.publishing import verification
+from gpt2repro.publishing.card import with_provenance
 from gpt2repro.records import checkpoints
-from gpt2repro.records.provenance import BRANCH
+from gpt2repro.records.provenance import BRANCH, Point, Record
 from gpt2repro.training import finish
 from gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -192,7 +194,24 @@ def foreign(hub, refs):
 
 
 def foreign_and_newer(hub, refs):
+    refs["step00000099"] = refs["step9"] = refs["step00000004"]
+
+
+def foreign_with_a_record(hub, refs):
+    """Of another run, say: all in it agrees, but it is not what came next."""
     refs["step00000099"] = refs["step00000004"]
+    files = hub.files("me/run", "step00000004")
+    record = Record.model_validate_json(files["provenance.json"])
+    begin = Point(step=4, rows_digest=record.rows_digest)
+    digests = ["0" * 16] * 95
+    other = {"branch": "step00000099", "step": 99, "tokens": 99 * 256, "digests": digests}
+    record = record.model_copy(update={**other, "begin": begin, "previous": "0" * 64})
+    record = record.model_copy(update={"rows_digest": record.digest_of_rows()})
+    weights = hub.files("me/run")["model.safetensors"]
+    record.weights["model.safetensors"] = hashlib.sha256(weights).hexdigest()
+    card = with_provenance(files["README.md"].decode(), record).encode()
+    content = record.content()
+    edit(hub, "step00000099", provenance__json=content, README__md=card, model__safetensors=weights)
 
 
 def lose(hub, refs):
@@ -225,7 +244,8 @@ TAMPERINGS = [
     (no_record, {"step00000002": "holds no checkpoint"}),
     (a_digest, {"step00000002": "its digest of rows does not follow from those of its steps"}),
     (foreign, {"step00000003": "is not of this chain: no later checkpoint names it"}),
-    (foreign_and_newer, {"step00000099": "holds the checkpoint of step 4"}),
+    (foreign_and_newer, {"step00000099": "holds the checkpoint of step 4", "step9": "holds the"}),
+    (foreign_with_a_record, {"step00000099": "is not of this chain: no later checkpoint names"}),
     (lose, {"step00000002": "is missing: step00000004 names it"}),
     (lose_the_first, {"step00000000": "is missing: step00000001 names it"}),
     (lose_the_newest, {"step00000004": "is missing: main names it"}),

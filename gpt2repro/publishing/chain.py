@@ -21,13 +21,14 @@ from pydantic import ValidationError
 from gpt2repro import UserError
 from gpt2repro.publishing.card import provenance_table
 from gpt2repro.records import provenance
-from gpt2repro.records.hub_checkpoints import step_branches
 from gpt2repro.records.provenance import Point, Record, branch_of
 from gpt2repro.system.hub import has_owner, is_content, read_tree
 from gpt2repro.system.patience import patiently
 
 MAIN = "main"
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+
+LIKE_OURS = re.compile(r"step[-_]?\d")  # also what only looks like the name of a checkpoint
 
 Problems = defaultdict[str, list[str]]  # in words, by the branch's name
 
@@ -89,8 +90,9 @@ def read_branches(repo_id: str, revision: str | None = None) -> dict[str, Publis
     if not has_owner(repo_id):
         raise UserError(f"{repo_id}: give it as user/name")
     main = patiently(lambda: str(HfApi().model_info(repo_id).sha), f"find {repo_id}")
-    branches = patiently(lambda: step_branches(repo_id), f"list the branches of {repo_id}")
-    commits = {each.name: each.target_commit for each in branches.values()} | {MAIN: main}
+    refs = patiently(lambda: HfApi().list_repo_refs(repo_id), f"list the branches of {repo_id}")
+    named = {each.name: each.target_commit for each in refs.branches if LIKE_OURS.match(each.name)}
+    commits = dict(sorted(named.items())) | {MAIN: main}
     if revision is None:
         return {name: _read(repo_id, name, commit) for name, commit in commits.items()}
     if revision not in commits:
@@ -186,8 +188,8 @@ def _follow(
     if whole:  # what was uploaded since `main` was
         head = reached[0] if reached else ""
         for name, branch in branches.items():
-            leads_to = _before(branch) or ("", "")
-            if head < name != MAIN and branch.record and leads_to[0] == head:
+            end = (head, branches[head].sha256) if head else None
+            if head < name != MAIN and branch.is_itself and _before(branch) == end:
                 reached.append(name)
                 head = name
     return {*reached}
