@@ -236,7 +236,9 @@ def _claim(
     )
     newest = directory.taken_in(start.path)
     is_own = newest is not None and newest.resolve().parent == directory.checkpoints.resolve()
-    start_tracker(resolved, learner.accelerator)  # may ask for a login: signals end the process
+    start_tracker(
+        resolved, learner.accelerator, start.step
+    )  # may ask for a login: signals end the process
     stop = StopRequest(ranks.any_rank)
     becomes_permanent = recipe.keeps(start.step) and not start.state.get("permanent")
     return Run(
