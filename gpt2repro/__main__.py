@@ -18,6 +18,7 @@ VERBS = {
     "rows": ("rows", "the text of a step's rows, and which steps saw a document"),
     "stream-stats": ("stream_stats", "what the data stream would do, and how fast"),
     "tokenize": ("tokenize", "write a recipe's texts as shards of token ids"),
+    "verify": ("verify", "is a published chain of checkpoints what its run made"),
 }
 
 

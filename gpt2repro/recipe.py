@@ -59,6 +59,12 @@ def _whole_number(value: Any) -> Any:
     return value if isinstance(value, str) and value.lstrip("+-").isdigit() else _number(value)
 
 
+def _steps(value: Any) -> Any:
+    """One step is typed as a number, several are one text."""
+    is_one = isinstance(value, int) and not isinstance(value, bool)
+    return [value] if is_one else split_at_commas(value)
+
+
 def _no_as_a_word(value: Any) -> Any:
     """YAML reads a bare `no` as False, and `no` is what mixed_precision calls it."""
     return "no" if value is False else value
@@ -70,6 +76,8 @@ Switch = Annotated[bool, Field(strict=True)]
 Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_as_a_word)]
 Places = Annotated[list[Place], BeforeValidator(split_at_commas)]
 Names = Annotated[list[Text], BeforeValidator(split_at_commas)]
+Step = Annotated[WholeNumber, Ge(0), Le(10**9)]
+Steps = Annotated[list[Step], BeforeValidator(_steps)]
 Datasets = Annotated[list[Dataset], Field(min_length=1, max_length=1000)]
 
 
@@ -89,7 +97,7 @@ class Recipe(BaseModel):
     seed: WholeNumber = knob("seeds the weights and the order of the data", ge=0, le=9 * 10**18)
     resume: Place = knob(
         "auto goes on from the newest valid checkpoint, never refuses a run that exists; or the "
-        "directory of a checkpoint"
+        "directory of a checkpoint, or hub:user/name@step00001000"
     )
     init_from: Place | None = knob(
         "start from these weights (Hub id or directory) instead of random ones"
@@ -263,13 +271,27 @@ class Recipe(BaseModel):
     core_dir: Place | None = knob("directory of CORE's evaluation bundle")
     hellaswag_file: Place | None = knob("JSON lines for hellaswag_completion, not the Hub's")
     save_every: WholeNumber = knob("steps between checkpoints; 0: at the end", ge=0, le=10**12)
-    keep_last: WholeNumber = knob("checkpoints kept", ge=1, le=10**9)
+    keep_last: WholeNumber = knob("checkpoints kept, the newest", ge=1, le=10**9)
+    keep_every: WholeNumber = knob(
+        "steps between checkpoints that are saved and kept for good; 0: none", ge=0, le=10**9
+    )
+    keep_steps: Steps | Literal["log"] | None = knob(
+        "more of them: a list of steps; log: 0, 1, 2, 4 and so on, up to keep_every if that is set"
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = knob("tracker of accelerate")
 
     # Publishing
-    push_to_hub: Switch = knob("upload the finished model, and each checkpoint in the background")
+    export_format: Literal["gpt2repro", "gpt2"] = knob(
+        "of what is exported: native, with code for trust_remote_code, or stock"
+    )
+    push_to_hub: Switch = knob("upload the finished model, and checkpoints in the background")
     hub_model_id: Text | None = knob("user/name on the Hub, for push_to_hub")
     hub_private: Switch = knob("create the Hub repository private")
+    hub_strategy: Literal["final", "permanent", "all"] = knob(
+        "which checkpoints: none, permanent ones as branches such as step00000512, or all, the "
+        "others as main"
+    )
+    hub_state: Switch = knob("upload the training state too, so that --resume hub:... goes on")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -306,6 +328,29 @@ class Recipe(BaseModel):
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.exp_name}")
 
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is permanent: saved, and never pruned."""
+        if self._is_multiple(step):
+            return True
+        if self.keep_steps == "log":  # powers of two, and 0
+            return step & (step - 1) == 0 and (not self.keep_every or step < self.keep_every)
+        return step in (self.keep_steps or ())
+
+    @property
+    def keeps_any(self) -> bool:
+        return bool(self.keep_every or self.keep_steps)
+
+    def _is_multiple(self, step: int) -> bool:
+        return self.keep_every > 0 and step > 0 and step % self.keep_every == 0
+
+    def num_kept(self, num_steps: int) -> int:
+        """How many permanent checkpoints a run of `num_steps` steps has at its end."""
+        powers = {0, *(1 << n for n in range(num_steps.bit_length()))}
+        named = powers if self.keep_steps == "log" else {*(self.keep_steps or ())}
+        others = (step for step in named if step <= num_steps and not self._is_multiple(step))
+        multiples = num_steps // self.keep_every if self.keep_every else 0
+        return multiples + sum(map(self.keeps, others))
+
     def resolved(self, **decided: Any) -> "ResolvedRecipe":
         """This recipe with everything decided; epochs and shares have become steps and units."""
         undecided = {"num_epochs": None, "validation_fraction": None}
@@ -341,7 +386,7 @@ GROUPS = {  # by their first field
     "optimizer": "Optimizer",
     "mixed_precision": "Engine",
     "log_every": "What the run shows and keeps",
-    "push_to_hub": "Publishing",
+    "export_format": "Publishing",
 }
 # What other training scripts call a field: understood on the command line, or answered.
 ALIASES = {"epochs": "num_epochs", "batch_size": "micro_batch_size"}
@@ -637,7 +682,8 @@ def allowed(key: str) -> str:
             words += get_args(kind)
         elif get_origin(kind) is list:
             (item,) = _alternatives(get_args(kind)[0])
-            what = "mappings" if item is Dataset else ", ".join(get_args(item)) or "text"
+            of = {Dataset: "mappings", int: "whole numbers"}
+            what = of.get(item) or ", ".join(get_args(item)) or "text"
             words.append(f"a list of {what}")
         else:
             words.append(names[kind])
@@ -692,6 +738,10 @@ def _check_consistency(recipe: Recipe) -> None:
     _check_optimizer(recipe)
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise UserError("push_to_hub needs hub_model_id: the user/name to upload to")
+    if recipe.push_to_hub and recipe.hub_state and recipe.hub_strategy == "final":
+        raise UserError("hub_state goes with checkpoints: set hub_strategy to permanent or all")
+    if recipe.push_to_hub and recipe.hub_strategy == "permanent" and not recipe.keeps_any:
+        raise UserError("hub_strategy permanent: say which with keep_every or keep_steps")
     if (name := recipe.exp_name) and (Path(name).name != name or name == ".."):
         raise UserError(f"exp_name {brief(name)} must be a plain name; use output_dir for a path")
     for name in ("bf16_residual", "fp8_head"):

@@ -86,6 +86,7 @@ class Repository:
     name: str
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str | None] = field(default_factory=dict)
     gated: bool = False
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
@@ -93,6 +94,7 @@ class Repository:
         content = repr([len(self.commits), sorted(files.items())]).encode()
         commit = hashlib.sha1(content).hexdigest()
         self.commits[commit] = dict(files)
+        self.parents[commit] = self.refs.get(ref)
         self.refs[ref] = commit
         return commit
 
@@ -207,6 +209,8 @@ ROUTES = (
     ("GET", rf"/api/(?P<kind>datasets|models)/{NAME}/tree/(?P<rest>.+)", "tree"),
     ("POST", rf"/api/(?P<kind>datasets|models)/{NAME}/paths-info/(?P<rest>.+)", "paths_info"),
     ("GET", rf"/api/(?P<kind>datasets|models)/{NAME}/revision/(?P<rest>.+)", "info"),
+    ("GET", rf"/api/(?P<kind>datasets|models)/{NAME}/refs", "refs"),
+    ("GET", rf"/api/(?P<kind>datasets|models)/{NAME}/commits/(?P<rest>.+)", "commits"),
     ("GET", rf"/api/(?P<kind>datasets|models)/{NAME}", "info"),
     ("GET|HEAD", rf"/(?P<kind>datasets)/{NAME}/resolve/(?P<rest>.+)", "resolve"),
     ("GET|HEAD", rf"/{NAME}/resolve/(?P<rest>.+)", "resolve"),
@@ -262,7 +266,7 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code}
             self.answer(refusal.status, b"", headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
     def route(self) -> None:
         for methods, pattern, name in ROUTES:
@@ -280,6 +284,23 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in repository.commits[commit]]
         answer = {"id": name, "_id": "0" * 24, "sha": commit, "siblings": siblings}
         self.answer_json(answer | {"tags": [], "private": False, "downloads": 0, "likes": 0})
+
+    def refs(self, kind: str, name: str) -> None:
+        refs = self.find(kind, name, "main")[0].refs
+        branches = [
+            {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": commit}
+            for ref, commit in refs.items()
+        ]
+        self.answer_json({"branches": branches, "converts": [], "tags": []})
+
+    def commits(self, kind: str, name: str, rest: str) -> None:
+        """The newest first."""
+        repository, commit, _ = self.find(kind, name, rest)
+        line: list[str] = []
+        while commit:
+            line, commit = [*line, commit], repository.parents[commit] or ""
+        about = {"title": "", "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+        self.answer_json([{"id": commit, **about} for commit in line])
 
     def tree(self, kind: str, name: str, rest: str) -> None:
         repository, commit, folder = self.find(kind, name, rest)

@@ -28,6 +28,7 @@ ROUTES = (
     ("POST", r"/api/repos/create", "create"),
     ("GET", rf"/api/models/{NAME}/auth-check/write", "auth_check"),
     ("POST", rf"/api/models/{NAME}/branch/(?P<branch>.+)", "branch"),
+    ("DELETE", rf"/api/models/{NAME}/branch/(?P<branch>.+)", "delete_branch"),
     ("POST", rf"/api/models/{NAME}/preupload/(?P<revision>.+)", "preupload"),
     ("POST", rf"/api/models/{NAME}/commit/(?P<revision>.+)", "commit"),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -52,6 +53,7 @@ class UploadHub(FakeHub):
         self.part_size = part_size
         self.accounts = {"hf_me": Account("me"), "hf_reader": Account("me", role="read")}
         self.stored: dict[str, bytes] = {}  # LFS objects by SHA-256
+        self.mixed_up: dict[str, str] = {}  # branch -> SHA-256 of what its large files become
         self.parts: dict[str, dict[int, bytes]] = {}
         self.private: set[str] = set()
         self.messages: list[str] = []
@@ -101,7 +103,7 @@ class UploadHandler(Handler):
                 return
         super().serve()
 
-    do_GET = do_HEAD = do_POST = do_PUT = serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
     def route(self) -> None:
         for method, pattern, name in ROUTES:
@@ -175,8 +177,24 @@ class UploadHandler(Handler):
         repository = self.writable(name)
         if branch in repository.refs:
             raise Refused(409, "BranchExists")
-        repository.refs[branch] = repository.refs["main"]
+        asked = json.loads(self.body or b"{}")
+        commit = repository.resolve(asked.get("startingPoint", "main"))
+        if commit is None:
+            raise Refused(404, "RevisionNotFound")
+        repository.refs[branch] = commit
         self.answer_json({})
+
+    def delete_branch(self, name: str, branch: str) -> None:
+        repository = self.writable(name)
+        if branch == "main" or branch not in repository.refs:
+            raise Refused(403 if branch == "main" else 404, "RevisionNotFound")
+        del repository.refs[branch]
+        self.answer_json({})
+
+    def head(self, repository: Repository, branch: str) -> dict[str, bytes]:
+        if branch not in repository.refs:
+            raise Refused(404, "RevisionNotFound")
+        return repository.commits[repository.refs[branch]]
 
     def validate_yaml(self) -> None:
         self.answer_json({"warnings": [], "errors": []})
@@ -185,7 +203,7 @@ class UploadHandler(Handler):
 
     def preupload(self, name: str, revision: str) -> None:
         repository = self.writable(name)
-        there = repository.commits[repository.refs[revision]]
+        there = self.head(repository, revision)
         answers = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
@@ -198,7 +216,7 @@ class UploadHandler(Handler):
 
     def commit(self, name: str, revision: str) -> None:
         repository = self.writable(name)
-        files = dict(repository.commits[repository.refs[revision]])
+        files = dict(self.head(repository, revision))
         for line in self.body.splitlines():
             operation = json.loads(line)
             value = operation["value"]
@@ -209,7 +227,8 @@ class UploadHandler(Handler):
             elif operation["key"] == "lfsFile":
                 if value["oid"] not in self.hub.stored:
                     raise Refused(422, "LfsObjectMissing")
-                files[value["path"]] = self.hub.stored[value["oid"]]
+                mixed_up = self.hub.mixed_up.get(revision, value["oid"])
+                files[value["path"]] = self.hub.stored[mixed_up]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
         commit = repository.commit(files, revision)

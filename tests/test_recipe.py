@@ -79,10 +79,32 @@ def test_layers_override_each_other(tmp_path):
         (["--eval_tasks", "[]"], "eval_tasks", []),
         (["--sample_prompt", "yes: no"], "sample_prompt", "yes: no"),
         (["--n_layer", "2"], "n_layer", 2),
+        (["--keep_steps", "0,1,1000"], "keep_steps", [0, 1, 1000]),
+        (["--keep_steps", "7"], "keep_steps", [7]),
+        (["--keep_steps", "log"], "keep_steps", "log"),
     ],
 )
 def test_spellings_on_the_command_line(argv, field, value):
     assert getattr(load_recipe(argv), field) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("", []),
+        ("--keep_every 9", [9, 18, 27]),
+        ("--keep_steps 0,3,3,99", [0, 3]),
+        ("--keep_steps 0,9,10 --keep_every 9", [0, 9, 10, 18, 27]),
+        ("--keep_steps log", [0, 1, 2, 4, 8, 16]),
+        ("--keep_steps log --keep_every 8", [0, 1, 2, 4, 8, 16, 24]),
+        ("--keep_steps log --keep_every 9", [0, 1, 2, 4, 8, 9, 18, 27]),
+    ],
+)
+def test_which_checkpoints_are_permanent(options, steps):
+    recipe = load_recipe(options.split())
+    assert [step for step in range(31) if recipe.keeps(step)] == steps
+    assert recipe.num_kept(30) == len(steps)
+    assert recipe.num_kept(10**9) <= 2 + 31 + 10**9 // 8  # at once
 
 
 def test_epochs_and_steps_replace_each_other(tmp_path):
@@ -165,6 +187,8 @@ BAD_ARGUMENTS = [
     (["--dataset_name", ""], "--dataset_name: '' is not allowed"),
     (["--dataset_name="], "--dataset_name: '' is not allowed"),
     (["--keep_last", "0"], "--keep_last: 0 is not allowed"),
+    (["--keep_steps", "1,x"], "it takes null or a list of whole numbers or log"),
+    (["--keep_steps", "-1"], "--keep_steps: -1 is not allowed"),
     (["--batch_tokens", "1000"], "the nearest that fits is 1024"),
     (["--num_lanes", "7"], "num_lanes 7 does not divide the 512 rows of a step"),
     (["--min_lr", "1"], "min_lr 1 is above max_lr 0.0006"),

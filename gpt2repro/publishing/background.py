@@ -1,18 +1,48 @@
 """Uploads beside a running training, which they never disturb."""
 
-import os
+import copy
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from huggingface_hub.utils import disable_progress_bars
 from transformers import PreTrainedTokenizerFast
 
-from gpt2repro.publishing.contents import SHIPPED_CODE, read_json
-from gpt2repro.publishing.upload import to_publish, upload
+from gpt2repro.publishing.branches import is_published, set_aside
+from gpt2repro.publishing.export import stage
+from gpt2repro.publishing.upload import NOT_PUBLISHED, to_publish, upload
+from gpt2repro.records import checkpoints, integrity
+from gpt2repro.records.hub_checkpoints import METRICS, STATE_FOLDER, read_record
+from gpt2repro.records.provenance import Record
+from gpt2repro.system import atomic
+from gpt2repro.system.patience import patiently
 from gpt2repro.system.text import printable
+
+
+class Told(NamedTuple):
+    """What a run says of a checkpoint: a card, and the lines of metrics.jsonl until there."""
+
+    card: str
+    metrics: str
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """How checkpoints are published.
+
+    tokenizer, format: of what others load, see `export`.
+    with_state: what a run needs to go on goes with them.
+    tell: of a step.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    format: str
+    with_state: bool
+    tell: Callable[[int], Told]
 
 
 @dataclass(frozen=True)
@@ -20,18 +50,25 @@ class _Submission:
     directory: Path  # what was submitted
     snapshot: Path  # what is uploaded: hard links to it
     message: str
+    branch: str | None  # of a permanent checkpoint
 
 
 class BackgroundPush:
     """Uploads directories one after the other beside a running training, which it never disturbs.
 
-        push = BackgroundPush("me/gpt2")
+        push = BackgroundPush("me/gpt2", checkpoints=how)
         push.submit(directory, "Step 500")     # returns at once
         for problem in push.finish(600): print(problem)
 
-    A submission is held by hard links, so that pruning or replacing the directory does no harm. One
-    that waits is superseded by the next: after an outage the newest is uploaded, not all of them. A
-    checkpoint is completed by the model's code and the `tokenizer`, so that it loads from the Hub.
+    A submission is held by hard links, so that pruning or replacing the directory does no harm. It
+    becomes `main`. One that waits is superseded by the next: after an outage the newest is
+    uploaded, not all of them. But none with a branch: these are uploaded in their order, each to
+    its branch, and to `main` once the Hub has said that the branch holds its bytes. What is there
+    already is not sent again.
+
+    Attributes:
+        url: of the last upload that succeeded.
+        lacks: branches that could not be uploaded.
     """
 
     def __init__(
@@ -39,12 +76,18 @@ class BackgroundPush:
         repo_id: str,
         *,
         private: bool = False,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        checkpoints: Checkpoints | None = None,
+        going_on_from: int | None = None,
     ) -> None:
-        self.url: str | None = None  # of the last upload that succeeded
-        self._repo_id, self._private, self._tokenizer = repo_id, private, tokenizer
+        """`going_on_from`: branches of later steps are set aside first."""
+        self.url: str | None = None
+        self.lacks: list[str] = []
+        self._repo_id, self._private, self._how = repo_id, private, checkpoints
+        if checkpoints is not None:  # the training may use its own at any time
+            self._tokenizer = copy.deepcopy(checkpoints.tokenizer)
+        self._going_on_from, self._newest = going_on_from, going_on_from or 0
         self._problems: list[str] = []
-        self._waiting: _Submission | None = None
+        self._waiting: list[_Submission] = []
         self._current: _Submission | None = None
         self._finishing = False
         self._changed = threading.Condition()
@@ -52,22 +95,21 @@ class BackgroundPush:
         self._thread = threading.Thread(target=self._work, name="hub-push", daemon=True)
         self._thread.start()
 
-    def submit(self, directory: Path, message: str) -> None:
+    def submit(self, directory: Path, message: str, branch: str | None = None) -> None:
         """Upload `directory` when the worker is free; never raises."""
         with self._changed:
-            in_use = [each.snapshot for each in (self._current, self._waiting) if each]
+            in_use = [each.snapshot for each in (self._current, *self._waiting) if each]
             try:
                 held = _snapshot(directory, in_use)
-                _complete(held, self._tokenizer)
-                submission = _Submission(directory, held, message)
             except Exception as error:  # whatever it is, the training goes on
                 self._problems.append(
                     f"{directory} could not be prepared for the push: {printable(str(error))}"
                 )
                 return
-            if self._waiting:
-                shutil.rmtree(self._waiting.snapshot, ignore_errors=True)
-            self._waiting = submission
+            for superseded in [each for each in self._waiting if each.branch is None]:
+                self._waiting.remove(superseded)
+                shutil.rmtree(superseded.snapshot, ignore_errors=True)
+            self._waiting.append(_Submission(directory, held, message, branch))
             self._changed.notify()
 
     def finish(self, timeout: float | None = None) -> list[str]:
@@ -77,42 +119,86 @@ class BackgroundPush:
             self._changed.notify()
         self._thread.join(timeout)
         with self._changed:
-            left = self._waiting or self._current
-            late = [_advice(left, self._repo_id, f"was not done after {timeout} s")] if left else []
-            return self._problems + late
+            late = [each for each in (self._current, *self._waiting) if each]
+            what = f"was not done after {timeout} s"
+            return self._problems + [_advice(each, self._repo_id, what) for each in late]
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._finishing)
-                self._current, self._waiting = self._waiting, None
+                self._current = self._waiting.pop(0) if self._waiting else None
             if self._current is None:
                 return
             problem = self._push(self._current)
             with self._changed:
                 shutil.rmtree(self._current.snapshot, ignore_errors=True)
+                if problem:
+                    self._problems.append(problem)
+                    self.lacks += [self._current.branch] if self._current.branch else []
                 self._current = None
-                self._problems += [problem] if problem else []
 
     def _push(self, submission: _Submission) -> str | None:
         """Upload one submission; returns the problem, if there was one."""
         try:
-            self.url = upload(
-                submission.snapshot,
-                self._repo_id,
-                message=submission.message,
-                private=self._private,
-            )
+            if self._going_on_from is not None:
+                step = self._going_on_from
+                patiently(lambda: set_aside(self._repo_id, step), f"list {self._repo_id}")
+                self._going_on_from = None
+            if (submission.snapshot / integrity.MARKER).exists():
+                self._push_checkpoint(submission)
+            else:
+                self._upload(submission.snapshot, submission)
         except Exception as error:  # a push must never end a run
             reason = printable(" ".join(str(error).split()))[:300]
             return _advice(submission, self._repo_id, f"failed: {reason}")
         return None
 
+    def _push_checkpoint(self, submission: _Submission) -> None:
+        """To its branch if it has one, and then, as the newest, to `main`."""
+        how, held, branch = self._how, submission.snapshot, submission.branch
+        assert how is not None, "nobody loads it without a tokenizer"
+        step, record = integrity.read_saved_state(held).step, checkpoints.record_of(held)
+        self._newest = max(self._newest, step)
+        to_branch, to_main = branch is not None, True
+        if branch and record:
+            to_branch, to_main = patiently(
+                lambda: self._what_lacks(branch, record), f"look at {branch} of {self._repo_id}"
+            )
+        if not to_branch and not to_main:
+            return
+        told, export = how.tell(step), held / "export"
+        stage(held, export, self._tokenizer, format=how.format, card=told.card, record=record)
+        beside = {}
+        if how.with_state:
+            (held / METRICS).write_text(told.metrics, encoding="utf-8")
+            files = [path for path in sorted(held.iterdir()) if path.is_file()]
+            beside = {f"{STATE_FOLDER}/{p.name}": p for p in files if p.name != integrity.WEIGHTS}
+        if to_branch:
+            self._upload(export, submission, revision=branch, beside=beside)
+        if to_main:
+            self._upload(export, submission, beside=beside)
+
+    def _what_lacks(self, branch: str, record: Record) -> tuple[bool, bool]:
+        """Whether the branch, and `main`, are still to be made this checkpoint."""
+        assert self._how is not None
+        there = is_published(self._repo_id, branch, record, with_state=self._how.with_state)
+        main = read_record(self._repo_id, "main")
+        is_newer = main is not None and record.step < main.step <= self._newest
+        return not there, main != record and not is_newer
+
+    def _upload(self, directory: Path, submission: _Submission, **more: Any) -> None:
+        message, private = submission.message, self._private
+        self.url = upload(directory, self._repo_id, message=message, private=private, **more)
+
 
 def _advice(submission: _Submission, repo_id: str, what: str) -> str:
+    again = f"`gpt2repro push --model DIR --repo {repo_id}` uploads it"
+    if submission.branch:
+        again = "the same training command pushes it again"
     return (
         f"the push of {submission.directory} ({submission.message}) to {repo_id} {what}. Nothing "
-        f"is lost: `gpt2repro push --model DIR --repo {repo_id}` uploads it"
+        f"is lost: {again}"
     )
 
 
@@ -125,20 +211,8 @@ def _snapshot(directory: Path, in_use: list[Path]) -> Path:
         if left not in in_use:
             shutil.rmtree(left, ignore_errors=True)
     files = to_publish(directory)
+    files += [path for name in sorted(NOT_PUBLISHED) if (path := directory / name).is_file()]
     place = Path(tempfile.mkdtemp(prefix=".pushing-", dir=directory.absolute().parent))
     for path in files:
-        try:
-            os.link(path, place / path.name)
-        except OSError:  # a file system without hard links
-            shutil.copy(path, place / path.name)
+        atomic.link(path, place / path.name)
     return place
-
-
-def _complete(directory: Path, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Add what `from_pretrained` needs and a training checkpoint lacks."""
-    if read_json(directory / "config.json").get("model_type") == "gpt2repro":
-        for source in SHIPPED_CODE.values():
-            if not (directory / source.name).exists():
-                shutil.copy(source, directory)
-    if tokenizer is not None and not (directory / "tokenizer.json").exists():
-        tokenizer.save_pretrained(directory)

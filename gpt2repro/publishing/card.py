@@ -22,6 +22,7 @@ from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.publishing.contents import read_json
 from gpt2repro.records.metrics import comparable, is_number
+from gpt2repro.records.provenance import Record
 from gpt2repro.system import atomic
 from gpt2repro.system.hub import has_owner, is_hub_id
 from gpt2repro.system.text import printable
@@ -30,6 +31,7 @@ CARD = Path(__file__).with_name("card_template.md")
 HOW_TO_LOAD = Path(__file__).with_name("loading_template.md")
 # Sections that are replaced later, as the template names them.
 LOADING, VERIFICATION, BENCHMARKS = "How to load it", "Verification", "Benchmarks"
+PROVENANCE = "Provenance"
 
 # What may be said of training data without having been told.
 KNOWN_DATASETS = {
@@ -151,6 +153,28 @@ def with_loading(card: str, where: str, format: str) -> str:
     return _with_section(card, LOADING, examples)
 
 
+def with_provenance(card: str, record: Record | None) -> str:
+    """`card` with what `provenance.json` says; without the section where there is none."""
+    if record is None:
+        span = _span(card, PROVENANCE)
+        return card[: span[0]] + card[span[1] :] if span else card
+    return _with_section(card, PROVENANCE, provenance_table(record), before=VERIFICATION)
+
+
+def provenance_table(record: Record) -> str:
+    """The facts of a record, as a card has them."""
+    rows = [
+        ("Step", f"{record.step}"),
+        ("Tokens", f"{record.tokens}"),
+        *((f"SHA-256 of `{name}`", f"`{sha256}`") for name, sha256 in record.weights.items()),
+        ("Digest of all rows so far", f"`{record.rows_digest}`"),
+        ("Commit", f"`{record.commit}`" if record.commit else "not known"),
+        ("Checkpoint before", f"`{record.previous}`" if record.previous else "none"),
+    ]
+    table = markdown_table(("", ""), rows)
+    return f"{table}\n\n`provenance.json` says the same; `gpt2repro verify` checks both."
+
+
 def published(card: str) -> str:
     """`card` as others may see it: nothing but text, and of what lies here names without paths."""
     block = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", card, re.M | re.S)
@@ -181,7 +205,7 @@ def _local_paths(recipe_yaml: str) -> set[str]:
     return {
         value
         for value in values
-        if isinstance(value, str) and "/" in value and "://" not in value
+        if isinstance(value, str) and "/" in value and not re.match(r"hub:|\w+://", value)
         if Path(value).exists() or not is_hub_id(value)
     }
 

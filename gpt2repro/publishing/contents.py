@@ -30,7 +30,7 @@ ALLOWED = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(generation_)?config\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt"
-    r"|SHA256SUMS|README\.md|LICENSE|\.gitattributes|[\w-]+\.png"
+    r"|SHA256SUMS|provenance\.json|README\.md|LICENSE|\.gitattributes|[\w-]+\.png"
 )
 EDITABLE = re.compile(r"README\.md|LICENSE|\.gitattributes|[\w-]+\.png")  # not in SHA256SUMS
 # What systems and tools leave anywhere: it is not published, and no reason to refuse the rest.

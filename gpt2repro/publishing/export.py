@@ -15,11 +15,18 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import GenerationConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.data.token_ids import end_ids
-from gpt2repro.publishing.card import completed, model_card
+from gpt2repro.publishing.card import completed, model_card, with_provenance
 from gpt2repro.publishing.contents import (
     CLASSES,
     INDEX,
@@ -29,7 +36,10 @@ from gpt2repro.publishing.contents import (
     write_sums,
 )
 from gpt2repro.publishing.verification import Verification, expected_tensors, verify
+from gpt2repro.records import integrity, provenance
+from gpt2repro.records.provenance import Record
 from gpt2repro.system import atomic
+from gpt2repro.system.atomic import sha256
 from gpt2repro.system.text import printable
 
 MAX_SHARD_SIZE = "5GB"  # a broken upload costs one shard again
@@ -45,6 +55,7 @@ def export(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     card: str | None = None,
     figures: Iterable[Path] = (),
+    record: Record | None = None,
 ) -> Verification:
     """Write `model` and `tokenizer` to the directory `output`, verified.
 
@@ -58,6 +69,7 @@ def export(
         card: README.md, whose sections on loading and verification are written here; None writes a
             short one.
         figures: PNG files to put beside the card; those that do not exist are left out.
+        record: where the model comes from, whose hashes of weights are those written here.
 
     Raises:
         UserError: when `output` is not an export, a figure is a symbolic link, the disk is full, or
@@ -73,13 +85,9 @@ def export(
         scratch = atomic.partial(output)
         try:
             _write_weights(model, scratch, dtype, max_shard_size)
-            _write_configs(model, tokenizer, scratch, format, dtype)
-            _write_tokenizer(
-                tokenizer, scratch, model.config.n_positions, plain_files=format == "gpt2"
-            )
             for figure in figures:
                 shutil.copy(figure, scratch / figure.name)
-            write_sums(scratch)
+            record = _write_rest(model.config, tokenizer, scratch, format, dtype, record)
         except BaseException:
             atomic.remove(scratch)
             raise
@@ -87,7 +95,7 @@ def export(
         raise UserError(f"{output} could not be written: {error}") from None
     verification = _verified(scratch, output, model, tokenizer)
     text = completed(
-        card or model_card(name=output.resolve().name),
+        with_provenance(card or model_card(name=output.resolve().name), record),
         where=str(output),
         format=format,
         verification=verification.lines(),
@@ -95,6 +103,55 @@ def export(
     (scratch / "README.md").write_text(printable(text), encoding="utf-8")
     atomic.move_into_place(scratch, output)
     return verification
+
+
+def stage(
+    checkpoint: Path,
+    output: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    format: str,
+    card: str,
+    record: Record | None,
+) -> None:
+    """Write to the new directory `output` what `export` would of a checkpoint, with its weights.
+
+    They are the very file, and nothing is loaded: made beside a training, it costs it nothing.
+
+    Raises:
+        UserError: the file is not the one that `record` knows.
+    """
+    output.mkdir()
+    atomic.link(checkpoint / integrity.WEIGHTS, output / integrity.WEIGHTS)
+    config = GPT2ReproConfig.from_json_file(checkpoint / "config.json")
+    if _write_rest(config, tokenizer, output, format, torch.float32, record) != record:
+        raise UserError(f"{integrity.WEIGHTS} was changed or damaged after it was saved")
+    text = completed(
+        with_provenance(card, record),
+        where=str(checkpoint),
+        format=format,
+        verification=["`model.safetensors` is, byte for byte, the file that training saved"],
+    )
+    (output / "README.md").write_text(printable(text), encoding="utf-8")
+
+
+def _write_rest(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    format: str,
+    dtype: torch.dtype,
+    record: Record | None,
+) -> Record | None:
+    """All but weights and card; returns the record, with the hashes of the weights there."""
+    _write_configs(config, tokenizer, directory, format, dtype)
+    _write_tokenizer(tokenizer, directory, config.n_positions, plain_files=format == "gpt2")
+    if record:
+        weights = {path.name: sha256(path) for path in sorted(directory.glob("*.safetensors"))}
+        record = record.model_copy(update={"weights": weights})
+        (directory / provenance.FILE).write_bytes(record.content())
+    write_sums(directory)
+    return record
 
 
 def _refuse_to_overwrite(output: Path) -> None:
@@ -162,7 +219,7 @@ def _write_weights(
 
 
 def _write_configs(
-    model: PreTrainedModel,
+    config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerFast,
     directory: Path,
     format: str,
@@ -175,7 +232,7 @@ def _write_configs(
     every text; only `generate()`, which needs some id to fill finished rows with, is told to use
     eos.
     """
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(config)
     if format == "gpt2":
         fields = {key: value for key, value in config.to_dict().items() if hasattr(GPT2Config, key)}
         fields.pop("model_type")

@@ -1,12 +1,13 @@
-"""Upload an export to the Hub: rights asked first, patient with faults.
+"""Upload an export to the Hub: rights asked first, patient with faults, and looked at afterwards.
 
 An interrupted upload is taken up by running it again: the Hub says which whole files it already has
 (a large model is several), and nothing is visible there before the one commit at the end.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from huggingface_hub import (
@@ -17,12 +18,13 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import published, with_loading
 from gpt2repro.publishing.contents import check_contents, is_litter, read_json
 from gpt2repro.records import integrity
-from gpt2repro.system.hub import has_owner
+from gpt2repro.system.hub import has_owner, is_content, read_tree
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, patiently
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -31,7 +33,7 @@ NOT_PUBLISHED = {integrity.OPTIMIZER, integrity.STATE, integrity.MARKER}
 # Left over from an earlier push in another form or number of shards, they would be loaded instead.
 STALE = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    r"|(modeling|configuration)_gpt2repro\.py"
+    r"|(modeling|configuration)_gpt2repro\.py|provenance\.json|training_state/.+"
 )
 
 Result = TypeVar("Result")
@@ -124,25 +126,32 @@ def upload(
     private: bool = False,
     revision: str | None = None,
     allow_code: bool = False,
+    beside: Mapping[str, Path] = MappingProxyType({}),
     give_up_after_seconds: float = GIVE_UP_AFTER_SECONDS,
 ) -> str:
     """Commit the files of `directory` to `repo_id` (created if absent), patiently; returns its URL.
 
     The card that is uploaded shows how to load from `repo_id`; the one on disk stays. Weight files
-    of an earlier push that this one does not have are removed in the same commit.
+    of an earlier push that this one does not have are removed in the same commit. A new branch
+    begins with nothing: until it has this model, no other is loaded by its name.
+
+    Args:
+        beside: further files, by their paths there.
 
     Raises:
         UserError: when `directory` holds what is not published (see `to_publish`), the Hub refused,
-            or could not be reached for `give_up_after_seconds`.
+            could not be reached for `give_up_after_seconds`, or holds something else afterwards.
     """
 
     def attempt() -> str:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if revision is not None and not api.revision_exists(repo_id, revision):
+            first = api.list_repo_commits(repo_id)[-1].commit_id
+            api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
         files = to_publish(directory, allow_code=allow_code)
         additions = [CommitOperationAdd(path.name, _published(path, repo_id)) for path in files]
+        additions += [CommitOperationAdd(name, str(path)) for name, path in beside.items()]
         names = {addition.path_in_repo for addition in additions}
         there = api.list_repo_files(repo_id, revision=revision)
         stale = [name for name in there if STALE.fullmatch(name) and name not in names]
@@ -152,6 +161,7 @@ def upload(
             commit_message=message,
             revision=revision,
         )
+        _check_arrived(read_tree(repo_id, revision), additions, f"{repo_id} ({revision or 'main'})")
         return commit.oid
 
     patiently(
@@ -161,6 +171,23 @@ def upload(
     )
     at = f"/tree/{revision}" if revision else ""
     return f"{constants.ENDPOINT}/{repo_id}{at}"
+
+
+def _check_arrived(
+    tree: Mapping[str, RepoFile], sent: Sequence[CommitOperationAdd], where: str
+) -> None:
+    """Refuse what the Hub lists otherwise than it was sent; large files by SHA-256 and size."""
+    for addition in sent:
+        entry, info = tree.get(addition.path_in_repo), addition.upload_info
+        if entry is not None and entry.lfs is not None:
+            arrived = (entry.lfs.sha256, entry.size) == (info.sha256.hex(), info.size)
+        else:
+            with addition.as_file() as file:
+                arrived = is_content(entry, file.read())
+        if not arrived:
+            raise UserError(
+                f"{where} does not hold what was sent: its {addition.path_in_repo} is another file"
+            )
 
 
 def to_publish(directory: Path, *, allow_code: bool = False) -> list[Path]:

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from gpt2repro import UserError
 from gpt2repro.records import integrity
+from gpt2repro.records.provenance import Chain, Point, Record
 from gpt2repro.system import atomic
 from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, whole, world_size
 
@@ -59,7 +60,8 @@ def save(
 
     Args:
         model: bare, DDP or FSDP2; its innermost module has `config.save_pretrained`.
-        state: JSON values that the caller wants back from `load`.
+        state: JSON values that the caller wants back from `load`; with a true `permanent` the
+            checkpoint is never pruned.
 
     Raises:
         UserError: the disk is full or the directory cannot be written, on every rank. Whatever lay
@@ -85,7 +87,7 @@ def save(
                 shutil.rmtree(left, ignore_errors=True)
             problem = (
                 f"checkpoint {path} could not be written ({error}); earlier ones are untouched. "
-                "Free space, or lower keep_last, or set output_dir to another disk"
+                "Free space, keep fewer (keep_last, keep_every), or set output_dir to another disk"
             )
     agree_on(problem)
     return path
@@ -124,13 +126,28 @@ def commit(scratch: Path, path: Path) -> None:
 
 
 def _prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` whole checkpoints, and what killed writers left.
+    """Remove what killed writers left, and whole checkpoints but for permanent ones and the newest.
 
     A copy that somebody keeps under a name of its own, `step_00000500.best`, stays.
     """
     whole_ones = [path for path in _in_order(directory) if integrity.is_whole(path)]
-    for path in [*whole_ones[:-keep_last], *directory.glob(".step_*")]:
+    old = [path for path in whole_ones[:-keep_last] if not _is_permanent(path)]
+    for path in [*old, *directory.glob(".step_*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_permanent(path: Path) -> bool:
+    """As it was saved, whatever the recipe says by now; one that cannot be read is for a person."""
+    try:
+        return bool(state_of(path).get("permanent"))
+    except (ValueError, AttributeError):
+        return True
+
+
+def permanent_ones(directory: Path) -> list[tuple[int, Path]]:
+    """Step and directory of the whole permanent checkpoints, the oldest first."""
+    found = [path for path in _in_order(directory) if integrity.is_whole(path)]
+    return [(int(path.name[5:]), path) for path in found if _is_permanent(path)]
 
 
 def _in_order(directory: Path) -> list[Path]:
@@ -184,6 +201,42 @@ def read_state(path: Path) -> dict[str, Any]:
             "and --resume auto takes the newest valid one"
         )
     return state_of(path)
+
+
+# --- The chain ------------------------------------------------------------------------------------
+
+
+def record_of(path: Path) -> Record | None:
+    """What the checkpoint's provenance is published as; None for one of an earlier version."""
+    state = integrity.read_saved_state(path)
+    if state.chain is None:
+        return None
+    weights = integrity.read_marker(path)[integrity.WEIGHTS].sha256
+    assert weights is not None, "earlier versions had no chain"
+    return state.chain.record(
+        permanent=state.permanent,
+        tokens=state.step * state.recipe["batch_tokens"],
+        weights={integrity.WEIGHTS: weights},
+        commit=state.commit,
+    )
+
+
+def chain_after(path: Path | None, *, is_own: bool) -> Chain:
+    """The chain as it goes on from the checkpoint `path`, or as it begins without one.
+
+    From one of another run, which is not `is_own`, another chain begins, of all the rows so far.
+    """
+    if path is None:
+        return Chain()
+    state = integrity.read_saved_state(path)
+    chain = state.chain or Chain(begin=Point(step=state.step))
+    if state.permanent and (record := record_of(path)):
+        chain.begin_here()
+        chain.previous = record.sha256
+    if not is_own:
+        chain.begin_here()
+        chain.previous = None
+    return chain
 
 
 # --- Loading --------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2repro.data.stream import SavedStream
 from gpt2repro.records.incidents import MAX_IN_A_ROW
+from gpt2repro.records.provenance import Chain
 from gpt2repro.system import atomic
 
 MARKER = "COMPLETE"
@@ -53,7 +54,16 @@ class SavedState(BaseModel):
     num_epochs: int | None = None
     world_size: int = Field(1, ge=1)
     metrics_lines: int = Field(0, ge=0)
+    permanent: bool = False
+    commit: str | None = None
+    chain: Chain | None = None  # earlier versions had none
     stream: SavedStream | None = None
+
+    @model_validator(mode="after")
+    def _chain_is_of_this_step(self) -> "SavedState":
+        if self.chain is not None and self.chain.step != self.step:
+            raise ValueError(f"the chain is at step {self.chain.step}")
+        return self
 
 
 def mark(directory: Path) -> None:
@@ -68,7 +78,7 @@ def mark(directory: Path) -> None:
 def is_whole(path: Path) -> bool:
     """Whether the marker is there and every file has its size. Quick, for what we have written."""
     try:
-        files = _read_marker(path)
+        files = read_marker(path)
         return all((path / name).stat().st_size == file.size for name, file in files.items())
     except (OSError, ValueError):
         return False
@@ -80,7 +90,7 @@ def find_problem(path: Path) -> str | None:
     Reads all of it, about as long as loading it takes.
     """
     try:
-        files = _read_marker(path)
+        files = read_marker(path)
     except FileNotFoundError:
         return f"it has no {MARKER} marker"
     except (OSError, ValueError):
@@ -89,7 +99,7 @@ def find_problem(path: Path) -> str | None:
         for name in sorted({*files, *FILES}):
             if problem := _problem_of_file(path / name, files.get(name)):
                 return problem
-        state = SavedState.model_validate_json((path / STATE).read_bytes())
+        state = read_saved_state(path)
         if (named := NAME.fullmatch(path.name)) and int(named[1]) != state.step:
             return f"it is one of step {state.step}"
         return _problem_of_tensors(path, state)
@@ -100,7 +110,11 @@ def find_problem(path: Path) -> str | None:
         return f"it cannot be read: {error}"
 
 
-def _read_marker(path: Path) -> dict[str, SavedFile]:
+def read_saved_state(path: Path) -> SavedState:
+    return SavedState.model_validate_json((path / STATE).read_bytes())
+
+
+def read_marker(path: Path) -> dict[str, SavedFile]:
     return Marker.model_validate_json((path / MARKER).read_bytes()).files()
 
 

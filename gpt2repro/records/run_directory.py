@@ -8,6 +8,7 @@ runs/<exp_name>/
 import fcntl
 import json
 import re
+import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from gpt2repro import UserError
-from gpt2repro.records import checkpoints
+from gpt2repro.records import checkpoints, hub_checkpoints
 from gpt2repro.records.metrics import read_lines, rewind_metrics
 from gpt2repro.system import atomic
 from gpt2repro.system.text import printable
@@ -98,6 +99,7 @@ class RunDirectory:
         self.launches = path / "launches.jsonl"
         self.loss_curve = path / "loss_curve.png"
         self.checkpoints = path / "checkpoints"
+        self.arrivals = path / ".hub"  # what comes from the Hub, until the run is opened
         self.incidents = path / "incidents"
         self.final = path / "final"
         self.preempted = path / "PREEMPTED"
@@ -105,12 +107,12 @@ class RunDirectory:
         self._lock: IO[str] | None = None
 
     def find_start(self, resume: str) -> Start:
-        """Find the checkpoint to go on from; nothing is written.
+        """Find the checkpoint to go on from; nothing is written but what comes from the Hub.
 
         From here on no other launch may write: a checkpoint that came later would be lost.
 
         Args:
-            resume: `auto`, `never` or a checkpoint directory.
+            resume: `auto`, `never`, a checkpoint directory, or `hub:` and a name there.
 
         Raises:
             UserError: the directory is not a run's, or another process writes it; `never` and there
@@ -139,6 +141,9 @@ class RunDirectory:
         path, broken = checkpoints.find_latest(self.checkpoints)
         state = checkpoints.state_of(path) if path else {}
         if resume not in ("auto", "never") and resume != state.get("recipe", {}).get("resume"):
+            if resume.startswith(hub_checkpoints.PREFIX):
+                path = self._fetch(resume)
+                return Start(path, checkpoints.state_of(path), f"Resuming from {resume}.")
             path = Path(resume)
             return Start(path, checkpoints.read_state(path), f"Resuming from {path}.")
         notes = [f"{each.name} is passed over: {why}." for each, why in broken.items()]
@@ -148,6 +153,28 @@ class RunDirectory:
             return Start(None, {}, " ".join(notes))
         notes.append(f"{self.path} exists: going on from its step {state['step']}.")
         return Start(path, state, " ".join([*notes, self._loss_of_lines(state)]).strip())
+
+    def _fetch(self, resume: str) -> Path:
+        try:
+            self.arrivals.mkdir(parents=True, exist_ok=True)
+            self._keep_others_out(PATIENCE_SECONDS)
+            return hub_checkpoints.fetch(resume, self.arrivals)
+        except OSError as error:
+            raise UserError(f"output_dir {self.path} cannot be written: {error}") from None
+
+    def taken_in(self, start: Path | None) -> Path | None:
+        """Where the checkpoint `start` lies once the run is opened."""
+        came = start is not None and start.parent == self.arrivals
+        return self.checkpoints / start.name if came and start else start
+
+    def _take_in(self, step: int) -> None:
+        """What came from the Hub becomes the run's own."""
+        came = checkpoints.checkpoint_path(self.arrivals, step)
+        self.checkpoints.mkdir(exist_ok=True)
+        atomic.move_into_place(came, self.checkpoints / came.name)
+        metrics = self.arrivals / hub_checkpoints.STATE_FOLDER / hub_checkpoints.METRICS
+        if metrics.exists() and not self.metrics.exists():
+            metrics.rename(self.metrics)
 
     def _loss_of_lines(self, state: dict[str, Any]) -> str:
         """What metrics.jsonl lacks of the lines that the checkpoint knew of, in words."""
@@ -159,10 +186,10 @@ class RunDirectory:
             return ""
         return f"{self.metrics.name} has lost {max(num_lost, len(bad))} lines{damaged}."
 
-    def open(self, first_step: int, recipe: str) -> list[dict[str, Any]]:
+    def open(self, first_step: int, recipe: str, start: Path | None = None) -> list[dict[str, Any]]:
         """Create or claim the directory and return the metrics before `first_step`.
 
-        `recipe` is the text of its recipe.yaml.
+        `recipe` is the text of its recipe.yaml, `start` the checkpoint that is gone on from.
 
         Later steps that it knows of are of a line that is left here: their metrics are cut off,
         their checkpoints set aside in `checkpoints/superseded/`.
@@ -178,6 +205,9 @@ class RunDirectory:
             self._write_recipe(recipe)
             self.preempted.unlink(missing_ok=True)
             checkpoints.supersede(self.checkpoints, first_step)
+            if self.taken_in(start) != start:
+                self._take_in(first_step)
+            shutil.rmtree(self.arrivals, ignore_errors=True)
             self._record_launch(first_step)
             return rewind_metrics(self.metrics, first_step)
         except OSError as error:

@@ -79,6 +79,14 @@ def move_into_place(scratch: Path, path: Path) -> None:
         remove(previous)
 
 
+def link(path: Path, place: Path) -> None:
+    """Let `place` be the file `path` too, at no cost where the file system has hard links."""
+    try:
+        os.link(path, place)
+    except OSError:
+        shutil.copy(path, place)
+
+
 def remove(directory: Path) -> None:
     """Remove a directory if it is there; of a symbolic link to one, the link alone."""
     if directory.is_symlink():

@@ -116,12 +116,18 @@ def _check_tracker(name: str) -> None:
         )
 
 
-def start_tracker(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Log in to the recipe's tracker, if it names one."""
+def start_tracker(recipe: Recipe, accelerator: Accelerator, first_step: int) -> None:
+    """Log in to the recipe's tracker, if it names one; what it has from `first_step` on is void."""
     if recipe.report_to == "none":
         return
     try:
-        accelerator.init_trackers("gpt2repro", config=_tracked(recipe))
+        # TensorBoard would show the settings of every launch as a run of their own.
+        is_told = first_step > 0 and recipe.report_to == "tensorboard"
+        accelerator.init_trackers(
+            "gpt2repro",
+            config=None if is_told else _tracked(recipe),
+            init_kwargs={"tensorboard": {"purge_step": first_step}},
+        )
     except Exception as error:  # each has its own: no login, no network, a version
         raise UserError(f"report_to {recipe.report_to}: {error}; or set it to none") from error
 

@@ -209,15 +209,25 @@ class Examination:
             return WARNING, "not checked without a model"
         num_parameters = self.model.num_parameters()
         state = _state_bytes(num_parameters, self.recipe.optimizer)
-        kept = self.recipe.keep_last + (self.recipe.schedule in ("wsd", "power"))
+        num_kept = self.recipe.num_kept(self.recipe.num_steps or 0)
+        kept = self.recipe.keep_last + num_kept
+        kept += self.recipe.schedule in ("wsd", "power")  # that from before its cooldown
         needed = (kept + 1) * state + 4 * num_parameters
         place = self.recipe.run_dir.absolute()
         existing = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(existing).free
-        text = f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free in {existing}"
-        if free > needed:
-            return OK, text
-        return FAILURE, f"{text}: set output_dir or lower keep_last"
+        text = f"{needed / 2**30:.1f} GiB needed"
+        if num_kept:
+            checkpoints = count_of(num_kept, "permanent checkpoint")
+            text += f" ({num_kept * state / 2**30:.1f} of them for {checkpoints})"
+        text += f", {free / 2**30:.1f} GiB free in {existing}"
+        if free <= needed:
+            fewer = ", or keep fewer steps for good" if num_kept else ""
+            return FAILURE, f"{text}: set output_dir or lower keep_last{fewer}"
+        if self.recipe.num_steps is None and self.recipe.keeps_any:
+            each = f"{state / 2**30:.1f} GiB for each permanent checkpoint"
+            return WARNING, f"{text}; and {each}: num_epochs does not say yet how many"
+        return OK, text
 
     def _hub(self) -> Finding:
         if not self.recipe.push_to_hub or self.recipe.hub_model_id is None:

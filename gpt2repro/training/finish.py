@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from gpt2repro.evaluation.published import published_loss
-from gpt2repro.publishing.card import model_card
 from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints
+from gpt2repro.records.integrity import is_whole
 from gpt2repro.records.metrics import comparable, read_metrics
-from gpt2repro.system import machine, processes, ranks
+from gpt2repro.system import processes, ranks
 from gpt2repro.system.command_line import underway
 from gpt2repro.system.text import printable
-from gpt2repro.training.run import Run
+from gpt2repro.training.run import Run, card_of
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
@@ -38,38 +37,31 @@ def finish(run: Run) -> int:
     ranks.leave_group()
     if run.accelerator.is_main_process:
         try:
-            _publish(run, tensors)
-            run.directory.mark_finished(run.recipe.num_steps)
+            if _publish(run, tensors):
+                run.directory.mark_finished(run.recipe.num_steps)
         finally:
             run.directory.preempted.unlink(missing_ok=True)
     return 0
 
 
-def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether nothing is left to do: a checkpoint that is not on the Hub yet is."""
     run.monitor.draw_loss_curve()
     model = GPT2ReproForCausalLM(checkpoints.innermost(run.learner.model).config)
     model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
     model.tie_weights()
     metrics = read_metrics(run.directory.metrics)
-    card = model_card(
-        name=str(run.recipe.exp_name),
-        recipe=run.recipe.model_dump(),
-        num_parameters=model.num_parameters(),
-        environment=machine.describe(run.accelerator.device.type),
-        metrics=metrics,
-        command=run.launch.command,
-        commit=run.launch.commit,
-        num_processes=run.accelerator.num_processes,
-        loss_curve=run.directory.loss_curve.name,
-        published_loss=published_loss(run.recipe.model_dump()),
-    )
+    curve, newest = run.directory.loss_curve, run.checkpoints.newest
+    card = card_of(run.recipe, run.learner, run.launch, metrics, loss_curve=curve.name)
     with underway("Exporting the model ...", in_logs=True):
         export(
             model.eval(),
             run.inputs.tokenizer,
             run.directory.final,
+            format=run.recipe.export_format,
             card=card,
-            figures=[run.directory.loss_curve],
+            figures=[curve],
+            record=checkpoints.record_of(newest) if newest and is_whole(newest) else None,
         )
     with underway("Letting it write ...", in_logs=True):
         paragraph = _paragraph(run)
@@ -81,6 +73,7 @@ def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> None:
             print(f"push: {problem}")
         if push.url:
             print(f"Published       {push.url}")
+    return push is None or not push.lacks
 
 
 def _summarize(run: Run, metrics: list[dict[str, Any]], paragraph: str) -> None:

@@ -339,8 +339,8 @@ class Monitor:
         if self._log is not None:
             self._log.write(record)
         if self.recipe.report_to != "none":
-            scalars = {k: v for k, v in record.items() if isinstance(v, int | float)}
-            self.learner.accelerator.log(scalars, step=record["step"])
+            told = {k: v for k, v in record.items() if isinstance(v, int | float) or k == "sample"}
+            self.learner.accelerator.log(told, step=record["step"])
 
     def draw_loss_curve(self) -> None:
         """Draw what metrics.jsonl has by now; no failure of it ends a run."""

@@ -1,18 +1,26 @@
 """A run put together: what the training loop holds, and how it comes to be from a recipe."""
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from gpt2repro.data.order import LaneState
 from gpt2repro.data.producer import StepRows
+from gpt2repro.evaluation.published import published_loss
+from gpt2repro.publishing import background
 from gpt2repro.publishing.background import BackgroundPush
+from gpt2repro.publishing.branches import refuse_another_run
+from gpt2repro.publishing.card import model_card
 from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import Recipe, ResolvedRecipe, as_saved, refuse_changes
 from gpt2repro.records import checkpoints
+from gpt2repro.records.metrics import read_metrics
+from gpt2repro.records.provenance import Chain, branch_of
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.command_line import underway
@@ -84,6 +92,7 @@ class Run:
         result = train_step(self.learner, rows, lr, self.stop.poll)
         if result is not None:
             self.lanes = rows.lanes
+            self.checkpoints.chain.add(result.rows_digest, remember=self.recipe.keeps_any)
             if step == self.checkpoints.first_step:
                 self.learner.settle()
                 ranks.wait_at_most(LOOP_WAIT_SECONDS)
@@ -92,22 +101,29 @@ class Run:
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due when `step` is done; the last one always is."""
         done, recipe = step + 1, self.recipe
-        return done in (recipe.num_steps, stable_until(recipe)) or due(recipe.save_every, done)
+        due_now = due(recipe.save_every, done) or recipe.keeps(done)
+        return done in (recipe.num_steps, stable_until(recipe)) or due_now
 
     def save(self, step: int) -> None:
-        """A checkpoint of the state before `step`, after all that led to it is told."""
+        """A checkpoint of the state before `step`, once, after all that led to it is told."""
+        if step == self.checkpoints.saved_step:
+            return
         self.monitor.catch_up()
         ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
         self.directory.restore(self.recipe.as_yaml())
         at_its_end = step == stable_until(self.recipe)
-        self.checkpoints.save(step, self.learner, self._state(), stable=at_its_end)
-        ranks.wait_at_most(LOOP_WAIT_SECONDS)
+        self.checkpoints.save(step, self.learner, self._state(step), stable=at_its_end)
+        if step > self.checkpoints.first_step:  # else the first step is still to come, see there
+            ranks.wait_at_most(LOOP_WAIT_SECONDS)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides tensors; gathers the lanes of all ranks."""
         lanes = {lane: at for each in ranks.gather(self.lanes) for lane, at in each.items()}
         return {
             "recipe": self.recipe.model_dump(),
+            "permanent": self.recipe.keeps(step),
+            "commit": self.launch.commit,
+            "chain": self.checkpoints.chain.model_dump(),
             "metrics_lines": self.monitor.make_durable(),
             "num_epochs": self.inputs.num_epochs,
             "world_size": self.accelerator.num_processes,
@@ -118,22 +134,22 @@ class Run:
 
 @dataclass
 class Checkpoints:
-    """Saves, once a step, and hands on to the Hub what the recipe wants there."""
+    """Saves, and hands on to the Hub what the recipe wants there."""
 
     directory: RunDirectory
-    keep_last: int
+    recipe: ResolvedRecipe
+    newest: Path | None  # where this launch goes on, then what it saved last
     first_step: int  # of this launch
-    saved_step: int  # of the newest checkpoint, -1 without one
+    saved_step: int  # of the newest checkpoint that is as it should be, -1 without one
+    chain: Chain
     push: BackgroundPush | None  # on the main process, if the recipe asks
 
     def save(
         self, step: int, learner: Learner, state: dict[str, Any], *, stable: bool = False
     ) -> None:
         """`stable`: also where it is kept until a longer run's cooldown begins."""
-        if step == self.saved_step:
-            return
         place = self.directory.checkpoints
-        for directory, keep in ((place / STABLE, 1), (place, self.keep_last))[not stable :]:
+        for directory, keep in ((place / STABLE, 1), (place, self.recipe.keep_last))[not stable :]:
             path = checkpoints.save(
                 directory,
                 step=step,
@@ -142,9 +158,14 @@ class Checkpoints:
                 state=state,
                 keep_last=keep,
             )
-        self.saved_step = step
-        if self.push is not None:
-            self.push.submit(path, f"Step {step}")
+        self.newest, self.saved_step = path, step
+        if state["permanent"]:
+            self.chain = ranks.on_rank_0(lambda: checkpoints.chain_after(path, is_own=True))
+        strategy = self.recipe.hub_strategy
+        if self.push is not None and (strategy == "all" or state["permanent"]):
+            branch = branch_of(step) if state["permanent"] else None
+            if strategy != "final":
+                self.push.submit(path, f"Step {step}", branch)
 
 
 class AlreadyFinished(Exception):
@@ -192,6 +213,8 @@ def _find_start(recipe: Recipe, directory: RunDirectory) -> Start:
     refuse_changes(recipe, start.recipe)
     if (name := recipe.hub_model_id) and recipe.push_to_hub:
         ranks.on_rank_0(lambda: check_hub_rights(name, private=recipe.hub_private))
+        if start.path is None and recipe.hub_strategy != "final":
+            ranks.on_rank_0(lambda: refuse_another_run(name))
     return start
 
 
@@ -230,12 +253,19 @@ def _claim(
         micro_batch_size=learner.micro_batch_size,
         **from_anywhere(recipe, inputs.sources),
     )
-    history = ranks.on_rank_0(lambda: directory.open(start.step, resolved.as_yaml()))
+    history = ranks.on_rank_0(
+        lambda: directory.open(start.step, resolved.as_yaml(), start=start.path)
+    )
     ranks.on_rank_0(lambda: checkpoints.supersede(directory.checkpoints / STABLE, start.step))
+    newest = directory.taken_in(start.path)
+    own = [(directory.checkpoints / place).resolve() for place in (".", STABLE)]
+    is_own = newest is not None and newest.resolve().parent in own
     if start.path and (rise := jump(resolved, as_saved(recipe, start.recipe), start.step)):
         start = replace(start, note=f"{start.note} {rise}")
-    start_tracker(resolved, learner.accelerator)  # may ask for a login: signals end the process
+    # May ask for a login: signals end the process.
+    start_tracker(resolved, learner.accelerator, start.step)
     stop = StopRequest(ranks.any_rank)
+    becomes_permanent = recipe.keeps(start.step) and not start.state.get("permanent")
     return Run(
         recipe=resolved,
         directory=directory,
@@ -244,10 +274,12 @@ def _claim(
         monitor=monitor(resolved, directory, inputs, learner, stop, start, history),
         checkpoints=Checkpoints(
             directory=directory,
-            keep_last=recipe.keep_last,
+            recipe=resolved,
+            newest=newest,
             first_step=start.step,
-            saved_step=start.step if start.path else -1,
-            push=_open_push(recipe, inputs.tokenizer),
+            saved_step=start.step if start.path and not becomes_permanent else -1,
+            chain=ranks.on_rank_0(lambda: checkpoints.chain_after(newest, is_own=is_own)),
+            push=_open_push(resolved, directory, start, inputs, learner, launch),
         ),
         stop=stop,
         lanes=inputs.stream.lanes,
@@ -255,9 +287,54 @@ def _claim(
     )
 
 
-def _open_push(recipe: Recipe, tokenizer: Any) -> BackgroundPush | None:
-    """What uploads beside the training, on the main process, if the recipe asks for it."""
+def _open_push(
+    recipe: ResolvedRecipe,
+    directory: RunDirectory,
+    start: Start,
+    inputs: Inputs,
+    learner: Learner,
+    launch: machine.Launch,
+) -> BackgroundPush | None:
+    """What uploads beside the training, on the main process, if the recipe asks for it.
+
+    It begins with the permanent checkpoints that an earlier launch did not get there.
+    """
     name = recipe.hub_model_id
     if not recipe.push_to_hub or name is None or ranks.rank() != 0:
         return None
-    return BackgroundPush(name, private=recipe.hub_private, tokenizer=tokenizer)
+    if recipe.hub_strategy == "final":
+        return BackgroundPush(name, private=recipe.hub_private)
+
+    def tell(step: int) -> background.Told:
+        lines = [line for line in read_metrics(directory.metrics) if line["step"] < step]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        return background.Told(card_of(recipe, learner, launch, lines), text)
+
+    how = background.Checkpoints(inputs.tokenizer, recipe.export_format, recipe.hub_state, tell)
+    private, step = recipe.hub_private, start.step
+    push = BackgroundPush(name, private=private, checkpoints=how, going_on_from=step)
+    for step, path in checkpoints.permanent_ones(directory.checkpoints):
+        push.submit(path, f"Step {step}", branch_of(step))
+    return push
+
+
+def card_of(
+    recipe: ResolvedRecipe,
+    learner: Learner,
+    launch: machine.Launch,
+    metrics: list[dict[str, Any]],
+    loss_curve: str | None = None,
+) -> str:
+    """The card of the model that has come to the end of `metrics`."""
+    return model_card(
+        name=str(recipe.exp_name),
+        recipe=recipe.model_dump(),
+        num_parameters=learner.num_parameters,
+        environment=machine.describe(learner.accelerator.device.type),
+        metrics=metrics,
+        command=launch.command,
+        commit=launch.commit,
+        num_processes=learner.accelerator.num_processes,
+        loss_curve=loss_curve,
+        published_loss=published_loss(recipe.model_dump()),
+    )

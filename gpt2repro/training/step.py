@@ -33,7 +33,7 @@ class LaunchedStep:
 
     def __init__(self, figures: torch.Tensor, lr: float, rows_digest: str) -> None:
         """`figures`: [loss, gradient norm] on the device."""
-        self._lr, self._rows_digest = lr, rows_digest
+        self._lr, self.rows_digest = lr, rows_digest
         self._figures = figures.to("cpu", non_blocking=True)
         self._copied: torch.cuda.Event | None = None
         if figures.is_cuda:
@@ -45,7 +45,7 @@ class LaunchedStep:
         if self._copied is not None:
             self._copied.synchronize()
         loss, grad_norm = self._figures.tolist()
-        return StepResult(loss, grad_norm, self._lr, self._rows_digest)
+        return StepResult(loss, grad_norm, self._lr, self.rows_digest)
 
 
 def next_rows(

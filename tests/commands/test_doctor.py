@@ -10,8 +10,9 @@ from tiny_run import write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.commands import doctor
+from gpt2repro.recipe import load_recipe
 from gpt2repro.training import examination
-from gpt2repro.training.examination import FAILURE, OK, WARNING
+from gpt2repro.training.examination import FAILURE, OK, WARNING, Examination
 
 CHECKS = ["batch", "precision", "tokenizer", "dataset", "model", "attention", "training", "data"]
 CHECKS += ["disk", "hub", "time"]
@@ -91,6 +92,24 @@ def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch):
     status, said = examine(capsys, recipe)
     assert status == 1 and said["disk"][0] == FAILURE
     assert "keep_last" in said["disk"][1] and "output_dir" in said["disk"][1]
+
+
+def test_permanent_checkpoints_are_counted(recipe, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**38))
+
+    def disk(*options: str) -> tuple[str, str]:
+        exam = Examination(load_recipe(["--recipe", str(recipe), *options]), 1, None)
+        exam._tokenizer(), exam._model()
+        return exam._disk()
+
+    assert "permanent checkpoints" not in disk()[1]
+    verdict, text = disk("--keep_steps", "log", "--keep_every", "5", "--num_steps", "1000000")
+    # 36,096 parameters, 12 bytes each; 0, 1, 2, 4 and 200,000 of them
+    assert verdict == OK and "80.7 GiB needed (80.7 of them for 200,004 permanent" in text
+    verdict, text = disk("--keep_every", "1", "--num_steps", "1000000000")
+    assert verdict == FAILURE and text.endswith("or keep fewer steps for good")
+    verdict, text = disk("--keep_every", "5", "--num_epochs", "1")
+    assert verdict == WARNING and "num_epochs does not say yet how many" in text
 
 
 def test_data_that_cannot_keep_up(recipe, capsys, monkeypatch):

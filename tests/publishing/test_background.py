@@ -1,16 +1,13 @@
 """Uploads beside a training: it is never held up, and hears of what failed."""
 
-import json
 import logging
 import threading
 import time
-from pathlib import Path
 
 import pytest
-import torch
 from fake_hub import Fault
 from fake_hub_uploads import UploadHub
-from safetensors.torch import save_file
+from tiny_checkpoint import save_checkpoint
 from tiny_gpt2 import tiny_tokenizer
 
 from gpt2repro.publishing import background
@@ -23,17 +20,12 @@ def hub(monkeypatch):
         yield hub
 
 
-def checkpoints(root: Path, number: int) -> Path:
-    """A checkpoint's directory, as training leaves it."""
-    directory = root / f"step_{number}"
-    directory.mkdir()
-    config = {"step": number, "model_type": "gpt2repro"}
-    (directory / "config.json").write_text(json.dumps(config))
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        save_file({"x": torch.full((1000,), float(number))}, directory / name)
-    for name in ("state.json", "COMPLETE"):
-        (directory / name).write_text("{}")
-    return directory
+HOW = background.Checkpoints(
+    tokenizer=tiny_tokenizer(),
+    format="gpt2repro",
+    with_state=False,
+    tell=lambda step: background.Told(f"# step {step}\n", ""),
+)
 
 
 def test_background_push_never_blocks_and_newest_supersedes(hub, tmp_path, monkeypatch):
@@ -46,10 +38,11 @@ def test_background_push_never_blocks_and_newest_supersedes(hub, tmp_path, monke
         return real(*args, **kwargs)
 
     monkeypatch.setattr(background, "upload", slow)
-    push = background.BackgroundPush("me/name", tokenizer=tiny_tokenizer())
+    push = background.BackgroundPush("me/name", checkpoints=HOW)
     try:
         for number in range(1, 5):
-            directory = checkpoints(tmp_path, number)
+            directory = save_checkpoint(tmp_path, number)
+            weights = (directory / "model.safetensors").read_bytes()
             began = time.monotonic()
             push.submit(directory, f"Step {number}")
             assert time.monotonic() - began < 1  # hard links, not an upload
@@ -65,8 +58,9 @@ def test_background_push_never_blocks_and_newest_supersedes(hub, tmp_path, monke
     assert problems == [] and push.url == f"{hub.url}/me/name"
     assert hub.messages == ["Step 1", "Step 4"]
     files = hub.files("me/name")
-    assert json.loads(files["config.json"])["step"] == 4
-    loadable = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert files["model.safetensors"] == weights and b"# step 4" in files["README.md"]
+    loadable = {"generation_config.json", "SHA256SUMS", "README.md"}
+    loadable |= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     loadable |= {"configuration_gpt2repro.py", "modeling_gpt2repro.py"}
     assert files.keys() == loadable | {".gitattributes"}  # and no optimizer state
     assert list(tmp_path.iterdir()) == []  # no snapshot is left
@@ -76,8 +70,8 @@ def test_background_push_reports_what_failed_and_goes_on(hub, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     # every request of the first submission is refused for good, the second gets through
     hub.faults.append(Fault("status:403", path="/preupload/", method="POST"))
-    push = background.BackgroundPush("me/name")
-    first, second = checkpoints(tmp_path, 1), checkpoints(tmp_path, 2)
+    push = background.BackgroundPush("me/name", checkpoints=HOW)
+    first, second = save_checkpoint(tmp_path, 1), save_checkpoint(tmp_path, 2)
     push.submit(first, "Step 1")
     while not push._problems:
         time.sleep(0.01)
@@ -93,8 +87,8 @@ def test_background_push_reports_what_failed_and_goes_on(hub, tmp_path, caplog):
 
 def test_background_push_gives_up_waiting_but_says_so(hub, tmp_path):
     hub.faults.append(Fault("hang", path="/preupload/", method="POST"))
-    push = background.BackgroundPush("me/name")
-    directory = checkpoints(tmp_path, 1)
+    push = background.BackgroundPush("me/name", checkpoints=HOW)
+    directory = save_checkpoint(tmp_path, 1)
     push.submit(directory, "Step 1")
     began = time.monotonic()
     problems = push.finish(timeout=0.5)

@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(UserError, match=r"No space left on device.*lower keep_last"):
+    with pytest.raises(UserError, match=r"No space left on device.*keep fewer \(keep_last"):
         save(tmp_path, model, optimizer, 2)
     assert [*tmp_path.iterdir()] == [good] and integrity.find_problem(good) is None
 

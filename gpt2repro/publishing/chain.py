@@ -1,0 +1,195 @@
+"""Whether a published chain of checkpoints is what a run made, by what the Hub says of it alone.
+
+Every branch is asked for its record, its card and the hashes of its files. The records name each
+other by their SHA-256, from the newest back to the first, so one that was changed, left out or put
+in is not the one that is named. (Who may write to the repository can write all of it anew: against
+that helps the hash of the newest record, kept elsewhere, or to recompute the rows.)
+"""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.hf_api import RepoFile
+from pydantic import ValidationError
+
+from gpt2repro import UserError
+from gpt2repro.publishing.card import provenance_table
+from gpt2repro.records import provenance
+from gpt2repro.records.provenance import Point, Record, branch_of
+from gpt2repro.system.hub import has_owner, is_content, read_tree
+from gpt2repro.system.patience import patiently
+
+MAIN = "main"
+WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+
+LIKE_OURS = re.compile(r"step[-_]?\d")  # also what only looks like the name of a checkpoint
+
+Problems = defaultdict[str, list[str]]  # in words, by the branch's name
+
+
+@dataclass(frozen=True)
+class Published:
+    """A branch as the Hub has it; `record` is None where its provenance.json is none."""
+
+    name: str
+    tree: Mapping[str, RepoFile]
+    card: str
+    content: bytes  # of provenance.json
+    record: Record | None
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def is_itself(self) -> bool:
+        """Whether its record is its own, and may be followed."""
+        return self.record is not None and self.name in (MAIN, self.record.branch)
+
+    @property
+    def weights(self) -> dict[str, str | None]:
+        """SHA-256 by name, as the Hub has it, of the files that a model is loaded from."""
+        found = sorted(name for name in self.tree if WEIGHTS.fullmatch(name))
+        return {name: lfs.sha256 if (lfs := self.tree[name].lfs) else None for name in found}
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with it whatever the others are."""
+        record = self.record
+        if record is None:
+            yield f"its {provenance.FILE} cannot be read" if self.content else "holds no checkpoint"
+            return
+        if record.branch not in (None, branch_of(record.step)) or (
+            self.name != MAIN and record.branch != self.name
+        ):
+            yield f"holds the checkpoint of step {record.step}"
+        for name in sorted({*self.weights, *record.weights}):
+            if self.weights.get(name) != record.weights.get(name):
+                yield f"its {name} is not the file that its {provenance.FILE} names"
+        ends = record.begin.step + len(record.digests)
+        if (ends, record.digest_of_rows()) != (record.step, record.rows_digest):
+            yield "its digest of rows does not follow from those of its steps"
+        if provenance_table(record) not in self.card:
+            yield f"its card says otherwise than its {provenance.FILE}"
+
+
+def read_branches(repo_id: str, revision: str | None = None) -> dict[str, Published]:
+    """The branches by name, the oldest checkpoint first and `main` last.
+
+    Args:
+        revision: only this one, and the one that it names as the one before.
+
+    Raises:
+        UserError: there is no such repository or branch, or the Hub does not answer.
+    """
+    if not has_owner(repo_id):
+        raise UserError(f"{repo_id}: give it as user/name")
+    main = patiently(lambda: str(HfApi().model_info(repo_id).sha), f"find {repo_id}")
+    refs = patiently(lambda: HfApi().list_repo_refs(repo_id), f"list the branches of {repo_id}")
+    named = {each.name: each.target_commit for each in refs.branches if LIKE_OURS.match(each.name)}
+    commits = dict(sorted(named.items())) | {MAIN: main}
+    if revision is None:
+        return {name: _read(repo_id, name, commit) for name, commit in commits.items()}
+    if revision not in commits:
+        raise UserError(
+            f"--revision {revision}: no such branch; {repo_id} has {', '.join(commits)}"
+        )
+    one = _read(repo_id, revision, commits[revision])
+    before = branch_of(one.record.begin.step) if one.record else ""
+    if one.record and one.record.branch and one.name == MAIN:
+        before = one.record.branch
+    found = {before: _read(repo_id, before, commits[before])} if before in commits else {}
+    return found | {revision: one}
+
+
+def _read(repo_id: str, name: str, commit: str) -> Published:
+    tree = patiently(lambda: read_tree(repo_id, commit), f"list the files of {name}")
+
+    def read(file: str) -> bytes:
+        if file not in tree:
+            return b""
+        content = Path(hf_hub_download(repo_id, file, revision=commit)).read_bytes()
+        if not is_content(tree[file], content):
+            raise UserError(f"{file} of {name} came otherwise than the Hub lists it; ask again")
+        return content
+
+    card, content = (
+        patiently(partial(read, file), f"read {file} of {name}")
+        for file in ("README.md", provenance.FILE)
+    )
+    try:
+        record = Record.model_validate_json(content)
+    except ValidationError:
+        record = None
+    return Published(name, tree, card.decode("utf-8", "replace"), content, record)
+
+
+def find_problems(branches: Mapping[str, Published], *, whole: bool = True) -> Problems:
+    """What is wrong, by the name of a branch, also of one that is missing.
+
+    Args:
+        whole: all branches are here; else the last one is asked about.
+    """
+    problems: Problems = defaultdict(list)
+    checked = [*branches.values()][0 if whole else -1 :]
+    for branch in checked:
+        problems[branch.name] += branch.problems()
+    reached = _follow(branches, checked[-1], problems, whole=whole)
+    if whole:
+        for name in branches.keys() - reached - {MAIN}:
+            problems[name].append("is not of this chain: no later checkpoint names it")
+        seen: dict[str, str] = {}
+        for name in sorted(branches.keys() - {MAIN}):
+            weights = repr(branches[name].weights)
+            if branches[name].weights and seen.setdefault(weights, name) != name:
+                problems[name].append(f"holds the same weights as {seen[weights]}")
+    return problems
+
+
+def _before(published: Published) -> tuple[str, str] | None:
+    """Name and SHA-256 of the record that a branch leads to; `main` may be a copy of a branch."""
+    record = published.record
+    if record is None or not published.is_itself:
+        return None
+    if published.name == MAIN and record.branch:
+        return record.branch, published.sha256
+    return (branch_of(record.begin.step), record.previous) if record.previous else None
+
+
+def _follow(
+    branches: Mapping[str, Published], last: Published, problems: Problems, *, whole: bool
+) -> set[str]:
+    """From record to record, from `last` back to the first; the names of those that are reached."""
+    reached: list[str] = []
+    at = last
+    while _before(at) or not at.is_itself:
+        name, sha256 = _before(at) or ("", "")
+        before = branches.get(name)
+        if name and before is None:
+            problems[name].append(f"is missing: {at.name} names it")
+        elif before and before.sha256 != sha256:
+            problems[name].append(f"is not the checkpoint that {at.name} names")
+        elif before and before.record and at.record and at.record.step != before.record.step:
+            ends = Point(step=before.record.step, rows_digest=before.record.rows_digest)
+            if at.record.begin != ends:
+                problems[at.name].append(f"its rows do not begin where {name} ends")
+        below = name or ("" if at.name == MAIN else at.name)
+        others = [each for each in branches if each != MAIN and (not below or each < below)]
+        before = before or (branches[others[-1]] if others else None)
+        if not whole or before is None or before.name in reached:
+            break
+        reached.append(before.name)
+        at = before
+    if whole:  # what was uploaded since `main` was
+        head = reached[0] if reached else ""
+        for name, branch in branches.items():
+            end = (head, branches[head].sha256) if head else None
+            if head < name != MAIN and branch.is_itself and _before(branch) == end:
+                reached.append(name)
+                head = name
+    return {*reached}
