@@ -3,8 +3,9 @@
     python benchmarks/evaluation.py --subset 48 --output benchmarks/results/evaluation.json
 
 A randomly initialized 124M GPT-2 scores rows as long as HellaSwag's: a subset of them is timed, in
-`rounds` rounds that alternate between our batches and build-nanogpt's (the four endings of a row,
-padded to the longest of them, with the logits of every position). The padding is that of all
+`rounds` rounds that alternate between our batches, lm-evaluation-harness' own (`HFLM` with the same
+batch size, from the same tokens) and build-nanogpt's (the four endings of a row, padded to the
+longest of them, with the logits of every position). The padding is that of all
 `--num_rows` rows and needs no model; the time for all of them is extrapolated and labelled so.
 
 Without `--hellaswag_file` the lengths are drawn: a third of the rows like video captions (contexts
@@ -22,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.data.bpe import train_bpe
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.evaluation.likelihoods import Batch, Request, loglikelihoods, plan_batches
 from gpt2repro.evaluation.task import read_jsonl
@@ -79,11 +82,18 @@ def measure(model, requests: list[Request], batch_size: int, rounds: int) -> dic
             row = requests[i : i + NUM_ENDINGS]
             loglikelihoods(model, row, max_length=MAX_LENGTH, batch_size=NUM_ENDINGS)
 
+    harness = HFLM(pretrained=model, tokenizer=train_bpe(["a b"], 300), batch_size=batch_size)
+    asked = [(("", ""), *map(list, np.split(r.ids, [-r.num_scored]))) for r in requests]
+
+    def hflm() -> None:
+        harness._loglikelihood_tokens(asked, disable_tqdm=True)
+
     loglikelihoods(model, requests[:batch_size], max_length=MAX_LENGTH, batch_size=batch_size)
-    seconds: dict[str, list[float]] = {"ours": [], "row_by_row": []}
+    ways = {"ours": ours, "hflm": hflm, "row_by_row": row_by_row}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        seconds["ours"].append(timed(ours))
-        seconds["row_by_row"].append(timed(row_by_row))
+        for name, way in ways.items():
+            seconds[name].append(timed(way))
     return seconds
 
 
@@ -126,9 +136,12 @@ def main(argv: list[str]) -> int:
         "timed_rows": len(chosen),
         "seconds": seconds,
         "rows_per_second": {way: len(chosen) / value for way, value in median.items()},
-        "speedup_over_row_by_row": statistics.median(
-            b / a for a, b in zip(seconds["ours"], seconds["row_by_row"], strict=True)
-        ),
+        **{
+            f"speedup_over_{way}": statistics.median(
+                b / a for a, b in zip(seconds["ours"], seconds[way], strict=True)
+            )
+            for way in ("hflm", "row_by_row")
+        },
         "extrapolated_seconds_for_all_rows": median["ours"] * float(lengths.sum()) / tokens,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],  # of a shared machine: trust ratios, not absolutes

@@ -77,9 +77,9 @@ def fail_in_step(fault: str, failing_rank: int, failing_step: int) -> None:
 def note_saves() -> None:
     save = run.Checkpoints.save
 
-    def noting(self, *args):
+    def noting(self, *args, **options):
         event("save", wait_seconds=wait_seconds())
-        save(self, *args)
+        save(self, *args, **options)
 
     run.Checkpoints.save = noting
 
@@ -95,6 +95,7 @@ def publish_slowly() -> None:
     def publish(run, tensors):
         time.sleep(PUBLISH_SECONDS)
         event("published")
+        return True
 
     finish.finish, finish._publish = finish_impatiently, publish
 

@@ -229,7 +229,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     f"{SCORED} --hellaswag_file {{inputs}}/nowhere.jsonl": ("hellaswag_file",),
     f"{SCORED} --hellaswag_file {{inputs}}/words.jsonl": ("hellaswag", "row 1"),
     SCORED: ("hellaswag_file",),
-    "--eval_tasks piqqa": ("eval_tasks: lm-evaluation-harness has no task", "did you mean piqa?"),
     "--push_to_hub": ("push_to_hub needs hub_model_id",),
     "--push_to_hub --hub_model_id mine": ("hub_model_id mine", "user/name"),
     "--push_to_hub --hub_model_id me/mine": ("hub_model_id me/mine", "HF_TOKEN"),

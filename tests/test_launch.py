@@ -213,6 +213,7 @@ class SlurmJob(Launch):
         return ["bash", str(ROOT / "launch" / "slurm.sh"), *options]
 
 
+@pytest.mark.sweep
 def test_slurm_puts_a_run_that_was_stopped_back_into_the_queue(hub, recipe, tmp_path):
     """SIGUSR1 goes to every process of the step, as Slurm sends it: shell, launcher and ranks."""
     programs, run = tmp_path / "bin", tmp_path / "run"

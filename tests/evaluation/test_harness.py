@@ -215,6 +215,8 @@ def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)
     with pytest.raises(UserError, match="lm-evaluation-harness has no task ours_nothing"):
         opened(tasks_dir, "ours_nothing")
+    with pytest.raises(UserError, match="no task ours_choise; did you mean ours_choice?"):
+        opened(tasks_dir, "ours_choise")
     lost = TASKS["choice"] | {
         "task": "ours_lost",
         "dataset_path": "json",
