@@ -157,6 +157,12 @@ class TaskGroup(Task):
             self.slices += [slice(begin + at.start, begin + at.stop) for at in each.slices]
             self.requests += each.requests
             self.prompts += each.prompts
+        self._count_rows()
+
+    def _count_rows(self) -> None:
+        """Of the members, which may leave rows out when they are scored."""
+        self.rows, self.truncated, self.skipped = [], [], {}
+        for each in self.members:
             self.rows += [f"{each.name} {row}" for row in each.rows]
             self.truncated += [f"{each.name} {row}" for row in each.truncated]
             self.skipped |= {f"{each.name} {row}": why for row, why in each.skipped.items()}
@@ -172,6 +178,7 @@ class TaskGroup(Task):
             written = scores.written[prompted : prompted + len(each.prompts)]
             found.append(each.estimates(replace(own, written=written)))
             asked, prompted = asked + len(each.requests), prompted + len(each.prompts)
+        self._count_rows()
         means = self.means(found)
         return {f"{self.prefix}{name}": figure for name, figure in means.items()} | {
             name: figure for each in found for name, figure in each.items()

@@ -215,7 +215,7 @@ def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)
     with pytest.raises(UserError, match="lm-evaluation-harness has no task ours_nothing"):
         opened(tasks_dir, "ours_nothing")
-    with pytest.raises(UserError, match="no task ours_choise; did you mean ours_choice?"):
+    with pytest.raises(UserError, match=r"no task ours_choise; did you mean ours_choice\?"):
         opened(tasks_dir, "ours_choise")
     lost = TASKS["choice"] | {
         "task": "ours_lost",
@@ -299,6 +299,14 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path):
         assert task.rows == [1, 3] and list(task.skipped) == [2, 4]
         assert found["odd/acc"].influence.shape == (2,)
     assert task.skipped[4] == "IndexError: list index out of range"
+    rules = {"group": "all_odd", "task": ["odd"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "all.yaml").write_text(json.dumps(rules))
+    [group] = opened(tmp_path, "all_odd")
+    assert group.num_rows == 4 and len(group.rows) == 3
+    assert score_task(random_gpt2(), group, batch_size=4).estimates.keys() == {
+        *("all_odd/acc", "odd/acc", "odd/gold_bits_per_byte")
+    }
+    assert group.rows == ["odd 1", "odd 3"] and [*group.skipped] == ["odd 2", "odd 4"]
 
 
 def test_what_asks_for_more_than_there_is_room_is_named(tmp_path):
