@@ -69,7 +69,7 @@ def score_all(loaded: Loaded, tasks: list["Task"], batch_size: int) -> list["Tas
     results = []
     for task in tasks:
         with tqdm(
-            total=len(task.requests) // world_size,
+            total=(len(task.requests) + len(task.prompts)) // world_size,
             desc=f"{loaded.name}: {task.name}",
             unit=f" {task.asked}s",
             disable=rank != 0,

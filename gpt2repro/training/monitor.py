@@ -191,7 +191,9 @@ class Monitor:
 
     def _score_tasks(self, step: int) -> dict[str, float]:
         """The benchmarks' figures, with standard errors."""
-        requests = sum(len(task.requests) for task in self.inputs.tasks) // ranks.world_size()
+        tasks = self.inputs.tasks
+        requests = sum(len(task.requests) + len(task.prompts) for task in tasks)
+        requests //= ranks.world_size()
         with self.progress.phase(f"benchmarks at step {step}", requests) as on_batch:
             figures = score_tasks(
                 self.learner.model, self.inputs.tasks, on_batch=on_batch, **self._collectively()

@@ -6,6 +6,7 @@ import pytest
 from tiny_run import metrics, tensors, train, write_inputs
 
 from gpt2repro.recipe import load_recipe
+from gpt2repro.records import checkpoints
 from gpt2repro.training import finish
 from gpt2repro.training.schedule import lr_at, momentum_at, stable_until
 
@@ -112,6 +113,19 @@ def test_a_longer_run_goes_on_from_before_the_cooldown(recipe, tmp_path, capsys)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
     assert [p.name for p in (parts / "checkpoints" / "stable").iterdir()] == ["step_00000006"]
     assert (parts / "checkpoints" / "superseded" / "step_00000008").is_dir()
+
+
+def test_its_permanent_checkpoints_are_those_of_a_run_that_was_so_long(recipe, tmp_path):
+    """Also where it went back to one of them: the same weights, rows and chain."""
+    found = []
+    for name, lengths in (("whole", ("12",)), ("parts", ("8", "12"))):
+        for length in lengths:
+            options = (*WSD, "--num_steps", length, "--keep_every", "2")
+            assert train(recipe, tmp_path / name, *options) == 0
+        kept = checkpoints.permanent_ones(tmp_path / name / "checkpoints")
+        found.append({step: checkpoints.record_of(path).content() for step, path in kept})
+    whole, parts = found
+    assert [*whole] == [2, 4, 6, 8, 10, 12] and parts == whole
 
 
 def test_killed_after_it_went_back_it_goes_back_again(recipe, tmp_path, capsys, monkeypatch):
