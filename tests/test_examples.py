@@ -138,6 +138,7 @@ def test_every_class_of_the_model_file_names_a_twin_that_exists(plain):
     assert all(twin in plain for twin in twins)
 
 
+@pytest.mark.sweep
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
     """Beside a run that is called as the demo is, in a kernel of its own."""
     run = tmp_path / "runs" / "demo"
