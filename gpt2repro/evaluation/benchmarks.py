@@ -76,9 +76,9 @@ def open_tasks(
     if HellaSwagCompletion.name in names:
         rows = read_rows(hellaswag_file)[:limit]
         task = HellaSwagCompletion(rows, tokenizer, max_length=max_length)
-        opened[task.name] = [task]
+        opened[task.name] = [checked(task)]
     if theirs := [name for name in dict.fromkeys(names) if name not in opened]:
         from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks
 
         opened |= open_lm_eval_tasks(theirs, tokenizer, option=option, **how, **of_the_harness)
-    return [checked(task) for name in dict.fromkeys(names) for task in opened[name]]
+    return [task for name in dict.fromkeys(names) for task in opened[name]]

@@ -3,7 +3,7 @@
 prompts -> sorted by length, cut into batches, dealt to the ranks -> `generate` -> token ids
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +27,24 @@ class Prompt:
 
 
 class _Over(StoppingCriteria):
-    """Ends the rows of a batch one by one."""
+    """Ends the rows of a batch one by one, and remembers after how many new ids each was over.
 
-    def __init__(self, prompts: Sequence[Prompt], begin: int) -> None:
-        self.prompts, self.begin = prompts, begin
+    What follows in a row while others are still being written is none of it.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], begin: int, ends: Collection[int]) -> None:
+        """`ends`: ids at which `generate` itself ends a row."""
+        self.prompts, self.begin, self.ends = prompts, begin, ends
+        self.lengths: list[int | None] = [None] * len(prompts)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        rows = zip(self.prompts, input_ids[:, self.begin :].tolist(), strict=True)
-        over = [prompt.is_over(new) for prompt, new in rows]
+        for row, new in enumerate(input_ids[:, self.begin :].tolist()):
+            prompt = self.prompts[row]
+            if self.lengths[row] is None and (
+                new[-1] in self.ends or len(new) >= prompt.num_new or prompt.is_over(new)
+            ):
+                self.lengths[row] = len(new)
+        over = [length is not None for length in self.lengths]
         return torch.tensor(over, device=input_ids.device)
 
 
@@ -87,20 +97,16 @@ def _greedy(inner: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
         row[longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids)
     ends = torch.arange(longest, 0, -1)
     mask = ends[None, :] <= torch.tensor([len(prompt.ids) for prompt in prompts])[:, None]
+    told: Any = inner.generation_config.eos_token_id
+    over = _Over(prompts, longest, told if isinstance(told, list) else [told])
     written = inner.generate(
         ids.to(device),
         attention_mask=mask.long().to(device),
         do_sample=False,
         max_new_tokens=max(prompt.num_new for prompt in prompts),
-        stopping_criteria=StoppingCriteriaList([_Over(prompts, longest)]),
+        stopping_criteria=StoppingCriteriaList([over]),
         pad_token_id=0,
         synced_gpus=ranks.world_size() > 1,
     )
     new = written[:, longest:].tolist()
-    return [_until_over(prompt, row) for prompt, row in zip(prompts, new, strict=True)]
-
-
-def _until_over(prompt: Prompt, new: list[int]) -> list[int]:
-    """Without what follows in a row while others are still being written."""
-    ends = (n for n in range(1, len(new)) if prompt.is_over(new[:n]))
-    return new[: min(next(ends, len(new)), prompt.num_new)]
+    return [row[:length] for row, length in zip(new, over.lengths, strict=True)]

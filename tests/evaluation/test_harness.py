@@ -9,8 +9,10 @@ from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, unifor
 
 from gpt2repro import UserError
 from gpt2repro.evaluation.benchmarks import open_tasks
+from gpt2repro.evaluation.likelihoods import loglikelihoods
 from gpt2repro.evaluation.scoring import score_task, score_tasks
-from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks
+from gpt2repro.evaluation.tasks.harness import LmEvalTask, open_lm_eval_tasks
+from gpt2repro.evaluation.writing import Prompt, continuations
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval, of the test extra, is not installed")
 
@@ -307,6 +309,81 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path):
         *("all_odd/acc", "odd/acc", "odd/gold_bits_per_byte")
     }
     assert group.rows == ["odd 1", "odd 3"] and [*group.skipped] == ["odd 2", "odd 4"]
+
+
+def test_what_was_written_stays_with_its_row(tmp_path):
+    """Also when a row before it has been left out, and when it is scored once more."""
+    rows = [{"question": q, "choices": ["runs"], "answer": n} for n, q in enumerate("abcd")]
+    write = {"output_type": "generate_until", "doc_to_choice": None, "process_results": "COUNT"}
+    write |= {"generation_kwargs": {"until": ["."], "max_gen_toks": 5}, "filter_list": None}
+    write_task(tmp_path, "writes", rows, **write)
+    (tmp_path / "writes.py").write_text(
+        "texts = []\n"
+        "def count(doc, texts_of_row):\n"
+        "    texts.append((doc['question'], *texts_of_row))\n"
+        "    return {'acc': 1 / (doc['answer'] != 1)}\n"
+    )
+    file = tmp_path / "writes.yaml"
+    file.write_text(file.read_text().replace('"COUNT"', "!function writes.count"))
+    [task] = opened(tmp_path, "writes")
+    texts = task._task.config.process_results.__globals__["texts"]
+    seen = []
+    for _ in range(2):
+        texts.clear()
+        score_task(random_gpt2(), task, batch_size=2)
+        seen.append([*texts])
+        assert task.rows == [1, 3, 4] and task.skipped == {2: "ZeroDivisionError: division by zero"}
+    assert seen[0] == seen[1] and len({text for _, text in seen[0]}) > 2
+    assert [question for question, _ in seen[0]] == [*"abcd"]
+
+
+def test_what_follows_an_end_that_the_model_names_is_no_text():
+    """Else a row's text would depend on how long its neighbours in a batch are."""
+    model = random_gpt2()
+    prompts = [Prompt([*range(n, n + 9)], 12, lambda new: False) for n in range(1, 60, 7)]
+    [first, *_] = continuations(model, prompts, batch_size=4)
+    model.generation_config.eos_token_id = [first[3]]
+    alone = continuations(model, prompts, batch_size=1)
+    assert continuations(model, prompts, batch_size=len(prompts)) == alone
+    assert alone[0] == first[: first.index(first[3]) + 1]
+    assert {len(each) for each in alone} > {12}, "others go on"
+
+
+def test_a_row_may_have_questions_of_several_kinds(tmp_path):
+    """As those of SQuAD 2: an answer to be written, and whether there is one."""
+    from lm_eval.api.instance import Instance
+
+    rows = [{"question": f"{n} a man", "choices": ["runs", "sits"], "answer": 0} for n in range(3)]
+    write_task(tmp_path, "both", rows)
+    [choices] = opened(tmp_path, "both")
+    harness = choices._task
+    for n in range(3):
+        asked = ("a man", {"until": ["."], "max_gen_toks": 4})
+        extra = {"doc": rows[n], "arguments": asked, "idx": 2, "metadata": ("both", n, 1)}
+        harness._instances.append(Instance(request_type="generate_until", **extra))
+    harness.build_all_requests = lambda limit: None
+    harness.process_results = lambda doc, answers: {"acc": len(answers[2]) + answers[0][0]}
+    task = LmEvalTask(harness, tiny_tokenizer(), max_length=64)
+    assert [each.num_requests for each in task.examples] == [[1, 1, 0]] * 3
+    found = score_task(random_gpt2(), task, batch_size=4).estimates["both/acc"]
+    nats = loglikelihoods(random_gpt2(), task.requests, max_length=64, batch_size=4)
+    written = continuations(random_gpt2(), task.prompts, batch_size=4)
+    lengths = [len(tiny_tokenizer().decode(ids).split(".")[0]) for ids in written]
+    np.testing.assert_allclose(found.influence, nats.log_likelihood[::2] + lengths, rtol=1e-4)
+
+
+def test_a_group_with_a_member_that_cannot_be_scored_is_refused_when_it_is_opened(tmp_path):
+    good = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
+    write_task(tmp_path, "good", [good])
+    write_task(tmp_path, "bad", [good | {"choices": ["stands " * 99, "sits"]}])
+    rules = {
+        "group": "mixed",
+        "task": ["good", "bad"],
+        "aggregate_metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "mixed.yaml").write_text(json.dumps(rules))
+    with pytest.raises(UserError, match="bad: none of its 1 rows can be scored; row 1: request 0"):
+        opened(tmp_path, "mixed", max_length=64)
 
 
 def test_what_asks_for_more_than_there_is_room_is_named(tmp_path):

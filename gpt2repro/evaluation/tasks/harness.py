@@ -22,7 +22,7 @@ from gpt2repro.data.corpus import in_a_line
 from gpt2repro.data.token_ids import begin_id, end_ids, ids_to_continue
 from gpt2repro.evaluation.estimates import Estimate, mean, ratio, weighted
 from gpt2repro.evaluation.likelihoods import Request, Scores, encode_pairs
-from gpt2repro.evaluation.task import MalformedRow, OnHub, Task, TaskGroup
+from gpt2repro.evaluation.task import MalformedRow, OnHub, Task, TaskGroup, checked
 from gpt2repro.evaluation.writing import Prompt
 
 FEWSHOT_SEED = 1234  # the harness' own default: which examples stand before a question
@@ -32,8 +32,9 @@ OF_OURS = Path(__file__).parent  # task files for what the harness has not
 
 @dataclass(frozen=True)
 class Example:
-    """A document's questions, the harness' `Instance`s, and how many requests each has become."""
+    """A row's questions, the harness' `Instance`s, and how many requests each has become."""
 
+    row: int | str
     instances: list[Any]
     num_requests: list[int]
 
@@ -68,11 +69,13 @@ class LmEvalTask(Task):
         for instance in task.instances:
             documents.setdefault(instance.doc_id, []).append(instance)
         super().__init__([*documents.values()], tokenizer, max_length=max_length)
-        own = zip(self.examples, self.slices, strict=True)
-        self.examples = [_counted(example, self.requests[at]) for example, at in own]
-        if task.OUTPUT_TYPE == "generate_until":
-            for row, example in zip(self.rows, self.examples, strict=True):
-                self._prompt(row, example.instances[0].args)
+        self._unasked = self.skipped
+        own = zip(self.rows, self.examples, self.slices, strict=True)
+        self.examples = [_counted(row, each, self.requests[at]) for row, each, at in own]
+        for example in self.examples:
+            for instance in example.instances:
+                if instance.request_type == "generate_until":
+                    self._prompt(example.row, instance.args)
 
     def parse(self, row: list[Any]) -> list[Any]:
         for instance in row:
@@ -115,45 +118,36 @@ class LmEvalTask(Task):
             _answer(example, scores[at], texts)
         self._task._instances = [i for example in self.examples for i in example.instances]
         self._task.apply_filters()
-        found: dict[str, Estimate] = {}
+        counted = self._count()
+        values: dict[str, list[Any]] = {}
+        for _, figures in counted:
+            for name, value in figures.items():
+                values.setdefault(name, []).append(value)
         aggregation = self._task.aggregation()
-        for filtered in self.examples[0].instances[0].filtered_resps:
-            for metric, values in self._values(filtered).items():
-                name = metric if filtered == "none" else f"{metric},{filtered}"
-                found[name] = _estimate(values, aggregation[metric])
-        golds = [_gold(self._task, example) for example in self.examples]
+        found = {
+            name: _estimate(each, aggregation[name.partition(",")[0]])
+            for name, each in values.items()
+        }
+        golds = [_gold(self._task, example) for example, _ in counted]
         if golds and all(golds):
             # Moves where accuracy of a small model still is that of guessing.
             found["gold_bits_per_byte"] = ratio(*np.array(golds).T) * (-1 / math.log(2))
         return found
 
-    def _values(self, filtered: str) -> dict[str, list[Any]]:
-        """What each document adds to each figure; what cannot be counted is named, and left out."""
-        values: dict[str, list[Any]] = {}
-        failed: dict[int | str, str] = {}
-        for row, example in zip(self.rows, self.examples, strict=True):
-            ordered = sorted(example.instances, key=lambda instance: instance.idx)
-            answers = [instance.filtered_resps[filtered] for instance in ordered]
-            try:
-                of_document = self._task.process_results(ordered[0].doc, answers)
-            except Exception as error:  # a task's own code, on a row that it did not foresee
-                failed[row] = f"{type(error).__name__}: {error}".split("\n")[0]
-                continue
-            for metric, value in of_document.items():
-                values.setdefault(metric, []).append(value)
-        if failed:
-            self._leave_out(failed)
-        return values
+    def _count(self) -> list[tuple[Example, dict[str, Any]]]:
+        """What each row adds to each figure; one that cannot be counted is named, and left out.
 
-    def _leave_out(self, failed: dict[int | str, str]) -> None:
-        if len(failed) == len(self.rows):
-            row, reason = next(iter(failed.items()))
-            raise UserError(f"{self.name}: none of its rows can be scored; row {row}: {reason}")
-        self.skipped |= failed
-        kept = [at for at, row in enumerate(self.rows) if row not in failed]
-        self.rows = [self.rows[at] for at in kept]
-        self.examples = [self.examples[at] for at in kept]
-        self.slices = [self.slices[at] for at in kept]
+        All are counted anew: a training loop scores the same rows again and again.
+        """
+        counted, failed = [], {}
+        for example in self.examples:
+            try:
+                counted.append((example, _figures_of(self._task, example)))
+            except Exception as error:  # a task's own code, on a row that it did not foresee
+                failed[example.row] = f"{type(error).__name__}: {error}".split("\n")[0]
+        self.rows, self.skipped = [each.row for each, _ in counted], self._unasked | failed
+        checked(self)
+        return counted
 
 
 class LmEvalGroup(TaskGroup):
@@ -189,10 +183,23 @@ def _leaves(task: Task) -> list[Task]:
     return [leaf for each in members for leaf in _leaves(each)] or [task]
 
 
-def _counted(instances: list[Any], requests: Sequence[Request]) -> Example:
-    """How many of a document's requests belong to each of its questions: all, or one each."""
-    rolling = len(instances) == 1
-    return Example(instances, [len(requests)] if rolling else [1] * len(instances))
+def _counted(row: int | str, instances: list[Any], requests: Sequence[Request]) -> Example:
+    """A whole text, which is the only question of its row, has become all of its requests."""
+    numbers = {"loglikelihood": 1, "generate_until": 0}
+    kinds = [instance.request_type for instance in instances]
+    return Example(row, instances, [numbers.get(kind, len(requests)) for kind in kinds])
+
+
+def _figures_of(task: Any, example: Example) -> dict[str, Any]:
+    """What a row adds, by the names of figures: of a filter's, but the plain one's, with it."""
+    ordered = sorted(example.instances, key=lambda instance: instance.idx)
+    found: dict[str, Any] = {}
+    for filtered in ordered[0].filtered_resps:
+        answers = [instance.filtered_resps[filtered] for instance in ordered]
+        end = "" if filtered == "none" else f",{filtered}"
+        of_filter = task.process_results(ordered[0].doc, answers)
+        found |= {f"{metric}{end}": value for metric, value in of_filter.items()}
+    return found
 
 
 def _rolling(tokenizer: Any, text: str, max_length: int, stride: int) -> list[Request]:
@@ -251,7 +258,7 @@ def _gold(task: Any, example: Example) -> tuple[float, int] | None:
 
 def _estimate(values: list[Any], aggregate: Callable[[list[Any]], Any]) -> Estimate:
     """The harness' figure, with an influence of each document where we know its formula."""
-    how, n = aggregate.__name__, len(values)
+    how, n = getattr(aggregate, "__name__", ""), len(values)
     if how in ("mean", "nanmean"):
         return mean(np.array(values, np.float64))
     if how == "perplexity":
@@ -300,7 +307,8 @@ def open_lm_eval_tasks(
             how.get("do_sample") or float(how.get("temperature") or 0) > 0
         ):
             raise UserError(f"{option}: {each.task_name} samples what it writes; `lm_eval` does it")
-        return [LmEvalTask(each, tokenizer, max_length=max_length, limit=limit, stride=stride)]
+        task = LmEvalTask(each, tokenizer, max_length=max_length, limit=limit, stride=stride)
+        return [checked(task)]
 
     found: dict[str, list[Task]] = {}
     for name in names:
