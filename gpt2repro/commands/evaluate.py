@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from gpt2repro.evaluation.task import Task
 
 PICTURES = (".svg", ".png")
-# What decides how rows are asked: files of `--rows` compare where these are the same.
-ASKED_BY = ("num_fewshot", "stride", "max_length", "tasks_dir", "hellaswag_file", "core_dir")
 
 
 def main(argv: list[str]) -> int:
@@ -66,7 +64,7 @@ def main(argv: list[str]) -> int:
     if state.is_main_process:
         context = arguments.sequence_length or min(loaded.max_length for loaded in models)
         published = _published_for(arguments, context)
-        _report(arguments, [loaded.name for loaded in models], columns, published, controls)
+        _report(arguments, models, columns, published, controls)
     return 0
 
 
@@ -265,7 +263,7 @@ def _published_for(arguments: Namespace, sequence_length: int) -> dict[str, tupl
 
 def _report(
     arguments: Namespace,
-    names: list[str],
+    models: list["Loaded"],
     columns: list[list["TaskResult"]],
     published: dict[str, tuple[float, str]],
     controls: list[dict[str, list["TaskResult"]]],
@@ -273,6 +271,7 @@ def _report(
     from gpt2repro.evaluation.row_scores import row_scores, write_row_scores
     from gpt2repro.evaluation.tables import as_markdown, as_text, differences, figures, notes, table
 
+    names = [loaded.name for loaded in models]
     values = [figures(results) for results in columns]
     difference = differences(*columns) if len(columns) == 2 else {}
     shown = table(names, values, difference, published)
@@ -294,8 +293,19 @@ def _report(
         else:
             _write_json(_content(names, columns, difference, published, controls), arguments)
     if arguments.rows:
-        settings = {name: getattr(arguments, name) for name in ASKED_BY}
+        settings = _asked_by(arguments, models[0].max_length)
         write_row_scores(Path(arguments.rows), row_scores(names[0], columns[0], settings))
+
+
+def _asked_by(arguments: Namespace, max_length: int) -> dict[str, Any]:
+    """What decides how rows are asked: files of `--rows` compare where it is the same."""
+    files = {name: getattr(arguments, name) for name in ("tasks_dir", "hellaswag_file", "core_dir")}
+    return {
+        "num_fewshot": arguments.num_fewshot,
+        "max_length": max_length,
+        "stride": arguments.stride or max_length,
+        **{name: file and str(Path(file).absolute()) for name, file in files.items()},
+    }
 
 
 def _content(names, columns, difference, published, controls) -> dict[str, Any]:

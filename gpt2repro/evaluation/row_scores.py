@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import in_a_line
+from gpt2repro.data.corpus import digest, in_a_line
 from gpt2repro.evaluation.estimates import Estimate
 from gpt2repro.evaluation.scoring import TaskResult
 from gpt2repro.evaluation.tables import Difference, difference
@@ -28,12 +28,13 @@ KEY = b"gpt2repro"  # of the schema's metadata: the model, its settings, the fig
 
 @dataclass(frozen=True)
 class RowScores:
-    """A model's figures, and the names of the rows that each is of."""
+    """A model's figures, the names of the rows that each is of, and a hash of what these are."""
 
     model: str
     settings: Mapping[str, Any]  # what decides how rows are asked
     estimates: dict[str, Estimate]
     rows: dict[str, list[str]]
+    identities: dict[str, str]
 
 
 def row_scores(model: str, results: Sequence[TaskResult], settings: Mapping[str, Any]) -> RowScores:
@@ -43,7 +44,10 @@ def row_scores(model: str, results: Sequence[TaskResult], settings: Mapping[str,
         for result in results
         for name, each in result.estimates.items()
     }
-    return RowScores(model, settings, estimates, rows)
+    identities = {
+        name: digest(result.task.identity()) for result in results for name in result.estimates
+    }
+    return RowScores(model, settings, estimates, rows, identities)
 
 
 def _rows_of(task: Task, figure: str, number: int) -> list[str]:
@@ -65,7 +69,8 @@ def write_row_scores(path: Path, scores: RowScores) -> None:
         "influence": np.concatenate([scores.estimates[name].influence for name in names]),
     }
     about = {"model": scores.model, "settings": scores.settings}
-    about |= {"figures": {name: scores.estimates[name].value for name in names}}
+    values = {name: (scores.estimates[name].value, scores.identities[name]) for name in names}
+    about |= {"figures": values}
     table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(about)})
     with atomic.naming(path), atomic.new_file(path) as scratch:
         pq.write_table(table, scratch)
@@ -82,8 +87,9 @@ def read_row_scores(path: Path) -> RowScores:
         return RowScores(
             str(about["model"]),
             dict(about["settings"]),
-            {n: Estimate(float(v), influence[parts[n]]) for n, v in about["figures"].items()},
+            {n: Estimate(float(v), influence[parts[n]]) for n, (v, _) in about["figures"].items()},
             {name: rows[part].tolist() for name, part in parts.items()},
+            {name: str(identity) for name, (_, identity) in about["figures"].items()},
         )
 
 
@@ -104,7 +110,7 @@ def compared(ours: RowScores, theirs: RowScores) -> dict[str, Difference]:
         name: difference(
             ours.estimates[name],
             theirs.estimates[name],
-            paired=ours.rows[name] == theirs.rows[name],
+            paired=ours.identities[name] == theirs.identities[name],
         )
         for name in common
     }

@@ -27,16 +27,20 @@ class Difference:
 
 
 def difference(ours: Estimate, theirs: Estimate, *, paired: bool) -> Difference:
+    """`paired`: of the same rows, if it is of as many: a task may leave some out of a figure."""
+    paired = paired and len(ours.influence) == len(theirs.influence)
     stderr = (ours - theirs).stderr if paired else math.hypot(ours.stderr, theirs.stderr)
     return Difference(ours.value - theirs.value, stderr, paired)
 
 
 def differences(ours: list[TaskResult], theirs: list[TaskResult]) -> dict[str, Difference]:
+    """For each figure that both models have."""
     found = {}
     for one, other in zip(ours, theirs, strict=True):
         paired = one.task.identity() == other.task.identity()
         for name, estimate in one.estimates.items():
-            found[name] = difference(estimate, other.estimates[name], paired=paired)
+            if name in other.estimates:
+                found[name] = difference(estimate, other.estimates[name], paired=paired)
     return found
 
 
@@ -55,9 +59,7 @@ def table(
     if difference:
         rows[0].append("difference")
         for row in rows[1:]:
-            d = difference[row[0]]
-            mark = "" if d.paired else " unpaired"
-            row.append(f"{_digits(d.value, '+')} ± {_digits(d.stderr)}{mark}")
+            row.append(_signed_cell(difference.get(row[0])))
     shown = {key: source for key, (_, source) in published.items() if key in values[0]}
     if shown:
         rows[0].append("published, not computed")
@@ -84,6 +86,13 @@ def as_markdown(rows: list[list[str]], sources: list[str]) -> str:
 
 def _cell(estimate: Estimate | None) -> str:
     return f"{_digits(estimate.value)} ± {_digits(estimate.stderr)}" if estimate else "-"
+
+
+def _signed_cell(difference: Difference | None) -> str:
+    if difference is None:  # a figure that one of the models lacks
+        return "-"
+    mark = "" if difference.paired else " unpaired"
+    return f"{_digits(difference.value, '+')} ± {_digits(difference.stderr)}{mark}"
 
 
 def _digits(value: float, sign: str = "") -> str:

@@ -36,12 +36,13 @@ def benchmark_dots(
     values: Sequence[Mapping[str, Estimate]],
     published: Mapping[str, tuple[float, str]],
 ) -> Figure:
-    """A row for each figure, a panel for each kind of figure; others are left to the table.
+    """A row for each figure of all models, a panel for each kind; others are left to the table.
 
     names, values: of the models, ours first. published: (value, source) by figure.
     """
-    panels = {axis: _of_kind(values[0], words) for axis, words in PANELS.items()}
-    panels = {axis: keys for axis, keys in panels.items() if keys} or {"value": [*values[0]]}
+    common = [key for key in values[0] if all(key in found for found in values)]
+    panels = {axis: _of_kind(common, words) for axis, words in PANELS.items()}
+    panels = {axis: keys for axis, keys in panels.items() if keys} or {"value": common}
     sizes = [len(keys) for keys in panels.values()]
     figure, axes = new_figure(
         _finding(names, values, panels),
@@ -80,9 +81,10 @@ def _plain(value: float, _position: int | None = None) -> str:
     return f"{value:g}"
 
 
-def _of_kind(found: Mapping[str, Estimate], words: Sequence[str]) -> list[str]:
-    metrics = {key: key.rpartition("/")[2] for key in found}
-    return [key for key, metric in metrics.items() if any(word in metric for word in words)]
+def _of_kind(names: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The figures whose metric has one of the `words`; of `brier_score` none is `core`."""
+    metrics = {name: f"_{name.rpartition('/')[2].partition(',')[0]}_" for name in names}
+    return [name for name, metric in metrics.items() if any(f"_{w}_" in metric for w in words)]
 
 
 def _finding(

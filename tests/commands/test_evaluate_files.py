@@ -71,6 +71,32 @@ def test_other_rows_are_unpaired_and_other_questions_refused(files, tmp_path, ca
         assert said in error and not out and len(error.splitlines()) == 1
 
 
+def test_rows_of_other_texts_or_in_another_context_are_not_taken_for_the_same(
+    files, tmp_path, capsys
+):
+    """Whatever their numbers: held-out texts of as many rows, a context that nobody named."""
+    for name, text in (("one", "a man stands on the hill. "), ("two", "she sings in the street! ")):
+        lines = [json.dumps({"text": text * 40})] * 4
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        given = ["--model", str(files / "ours"), "--tasks", "val", "--sequence_length", "32"]
+        given += ["--dataset_name", str(tmp_path / f"{name}.jsonl"), "--num_validation_units", "1"]
+        given += ["--limit", "9", "--rows", str(tmp_path / f"{name}.parquet"), "--device", "cpu"]
+        assert evaluate.main(given) == 0
+    capsys.readouterr()
+    both = [str(tmp_path / f"{name}.parquet") for name in ("one", "two")]
+    assert len(pq.read_table(both[0])) == len(pq.read_table(both[1])) > 20
+    assert evaluate.main(["--compare", *both]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("unpaired") for line in table[1:]) and len(table) > 3
+    short = str(tmp_path / "short.parquet")
+    given = ["--model", str(files / "ours"), *TASKS, *options(files), "--max_length", "256"]
+    assert evaluate.main([*given, "--rows", short]) == 0
+    capsys.readouterr()
+    given = ["--compare", str(files / "ours.parquet"), short]
+    assert run("gpt2repro evaluate", evaluate.main, given) == EXIT_USAGE
+    assert "rows were asked otherwise: max_length 512 and 256" in capsys.readouterr().err
+
+
 def test_every_kind_of_output_in_one_run(files, tmp_path, capsys):
     outputs = [tmp_path / f"results.{kind}" for kind in ("json", "md", "svg")]
     models = ["--model", str(files / "ours"), "--baseline", str(files / "theirs")]

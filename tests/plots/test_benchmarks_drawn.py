@@ -35,6 +35,14 @@ def test_a_figure_without_an_error_is_drawn_without_a_band():
     assert ax.lines[0].get_ydata().tolist() == [0.25, 0.3, 0.4] and not ax.collections
 
 
+def test_a_figure_that_one_model_lacks_or_of_another_kind_is_no_dot():
+    right = mean(np.array([1, 0, 1], float))
+    ours = {"a/acc": right, "a/brier_score": right, "a/gold_bits_per_byte": right}
+    theirs = {"a/acc": right, "a/brier_score": right}
+    (ax,) = benchmark_dots(["a", "b"], [ours, theirs], {}).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a/acc"]
+
+
 def test_dots_have_a_panel_for_each_kind_and_an_interval():
     right = mean(np.array([1, 0, 0, 1, 1], float))
     ours = {"piqa/acc": right, "wikitext/word_perplexity": Estimate(40.0, np.arange(4.0))}
