@@ -40,8 +40,8 @@ def certify(arguments: Namespace, device: Any) -> tuple[int, dict[str, dict[str,
     for name in arguments.models:
         loaded = load_for_scoring(name, "--models", arguments)
         loaded.model.to(device)
-        how = {"max_length": loaded.max_length}
-        task = open_core(arguments.core_dir, "core", loaded.tokenizer, **how)
+        max_length = loaded.max_length
+        task = open_core(arguments.core_dir, "core", loaded.tokenizer, max_length=max_length)
         with autocast:
             [result] = score_all(loaded, [task], arguments.batch_size)
         ours, published = result.estimates["core"], PUBLISHED[Path(name).name]["core"][0]

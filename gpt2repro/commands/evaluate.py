@@ -157,14 +157,15 @@ def _check(arguments: Namespace) -> None:
 
 
 def _names_of_tasks(arguments: Namespace) -> list[str]:
+    from gpt2repro.data.dataset import split_at_commas
     from gpt2repro.evaluation.benchmarks import PRESETS, check_names
 
     if arguments.preset is not None and arguments.preset not in PRESETS:
         raise UserError(f"--preset {arguments.preset}: there are {', '.join(PRESETS)}")
-    given = (arguments.tasks or "").split(",") if arguments.tasks is not None else []
-    if arguments.tasks is None and arguments.preset is None:
-        given = ["hellaswag_completion"]
-    names = [name for name in (*PRESETS.get(arguments.preset, ()), *given) if name]
+    given = arguments.tasks
+    if given is None:
+        given = "" if arguments.preset else "hellaswag_completion"
+    names = [*PRESETS.get(arguments.preset, ()), *split_at_commas(given.replace(" ", ""))]
     if not names:
         raise UserError("--tasks: none are named")
     check_names([name for name in names if name != "val"], "--tasks")

@@ -70,7 +70,7 @@ def open_tasks(
     """
     check_names(names, option)
     opened: dict[str, list[Task]] = {}
-    how: dict[str, Any] = {"max_length": max_length, "limit": limit}
+    how: dict[str, Any] = {"max_length": max_length, "limit": limit, "option": option}
     for name in filter(is_core, names):
         opened[name] = [open_core(core_dir, name, tokenizer, **how)]
     if HellaSwagCompletion.name in names:
@@ -80,5 +80,5 @@ def open_tasks(
     if theirs := [name for name in dict.fromkeys(names) if name not in opened]:
         from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks
 
-        opened |= open_lm_eval_tasks(theirs, tokenizer, option=option, **how, **of_the_harness)
+        opened |= open_lm_eval_tasks(theirs, tokenizer, **how, **of_the_harness)
     return [task for name in dict.fromkeys(names) for task in opened[name]]

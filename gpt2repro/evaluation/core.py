@@ -101,12 +101,19 @@ def _rules(entry: dict[str, Any], percents: dict[str, str]) -> Rules:
 
 
 def open_core(
-    core_dir: str | None, name: str, tokenizer: Any, *, max_length: int, limit: int | None = None
+    core_dir: str | None,
+    name: str,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    limit: int | None = None,
+    option: str = "--tasks",
 ) -> Task:
     """`core`, all tasks of the bundle and their mean, or `core/LABEL`, one of them.
 
     Args:
         limit: rows of each task; the examples before a question come from them too.
+        option: what named it, for messages.
 
     Raises:
         UserError: the bundle is not all there, or a task has too few rows.
@@ -115,7 +122,7 @@ def open_core(
     chosen = [each for each in rules if label in ("", each.label)]
     if not chosen:
         known = ", ".join(each.label for each in rules)
-        raise UserError(f"--tasks: {name}: core.yaml in {core_dir} has {known}")
+        raise UserError(f"{option}: {name}: core.yaml in {core_dir} has {known}")
     tasks = []
     for each in chosen:
         rows = read_jsonl(f"{core_dir}/eval_data/{each.file}", "core_dir")

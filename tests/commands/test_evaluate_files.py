@@ -122,6 +122,9 @@ def test_a_preset_is_a_list_of_tasks(files, capsys):
     )
     assert paper.tasks[:2] == ["lambada_openai", "cbt_cn"] and paper.tasks[-1] == "val"
     assert len(paper.tasks) == 7, "each once"
+    held_out = ["--dataset_name", "y", "--num_validation_units", "1"]
+    spaced = evaluate._parse(["--model", "x", "--tasks", "val, piqa", *held_out])
+    assert spaced.tasks == ["val", "piqa"]
     published = evaluate._published_for(paper, 1024)
     assert published["lambada_openai/acc"][0] == 0.4599 and "table 3" in published["cbt_cn/acc"][1]
     wrong = ["--model", "x", "--preset", "all"]

@@ -217,6 +217,8 @@ def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)
     with pytest.raises(UserError, match="lm-evaluation-harness has no task ours_nothing"):
         opened(tasks_dir, "ours_nothing")
+    with pytest.raises(UserError, match=r"lm-evaluation-harness has no task ours_\*"):
+        opened(tasks_dir, "ours_*")
     with pytest.raises(UserError, match=r"no task ours_choise; did you mean ours_choice\?"):
         opened(tasks_dir, "ours_choise")
     lost = TASKS["choice"] | {

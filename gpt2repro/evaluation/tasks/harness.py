@@ -325,7 +325,7 @@ def _manager_of(names: Sequence[str], tasks_dir: str | None, option: str) -> Any
     for with_theirs in (False, True):
         with _quietly(), in_a_line(f"{option}_dir"):
             manager = _manager(tasks_dir, with_theirs)
-        unknown = [name for name in names if not manager.match_tasks([name])]
+        unknown = [name for name in names if name not in manager.task_index]
         if not unknown:
             return manager
     near = difflib.get_close_matches(unknown[0], [*manager.all_tasks, "hellaswag_completion"], 1)
