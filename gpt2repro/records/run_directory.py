@@ -99,6 +99,7 @@ class RunDirectory:
         self.launches = path / "launches.jsonl"
         self.loss_curve = path / "loss_curve.png"
         self.checkpoints = path / "checkpoints"
+        self.stable = self.checkpoints / "stable"  # from before a cooldown, for a longer run
         self.arrivals = path / ".hub"  # what comes from the Hub, until the run is opened
         self.incidents = path / "incidents"
         self.final = path / "final"
@@ -204,7 +205,8 @@ class RunDirectory:
                 left.unlink()  # nobody else writes them
             self._write_recipe(recipe)
             self.preempted.unlink(missing_ok=True)
-            checkpoints.supersede(self.checkpoints, first_step)
+            for directory in (self.stable, self.checkpoints):
+                checkpoints.supersede(directory, first_step)
             if self.taken_in(start) != start:
                 self._take_in(first_step)
             shutil.rmtree(self.arrivals, ignore_errors=True)

@@ -37,8 +37,6 @@ from gpt2repro.training.monitor import Monitor, due
 from gpt2repro.training.schedule import jump, set_rates, stable_until
 from gpt2repro.training.step import LaunchedStep, next_rows, train_step
 
-STABLE = "stable"  # in checkpoints/: the last from before the cooldown, for a longer run
-
 
 @dataclass
 class Run:
@@ -148,8 +146,8 @@ class Checkpoints:
         self, step: int, learner: Learner, state: dict[str, Any], *, stable: bool = False
     ) -> None:
         """`stable`: also where it is kept until a longer run's cooldown begins."""
-        place = self.directory.checkpoints
-        for directory, keep in ((place / STABLE, 1), (place, self.recipe.keep_last))[not stable :]:
+        places = (self.directory.stable, 1), (self.directory.checkpoints, self.recipe.keep_last)
+        for directory, keep in places[not stable :]:
             path = checkpoints.save(
                 directory,
                 step=step,
@@ -230,7 +228,7 @@ def _before_cooldown(recipe: Recipe, directory: RunDirectory) -> Start:
     is_longer = num_steps is None or num_steps > (before.num_steps or 0)
     if start.path and not (is_longer and start.step > (stable_until(before) or start.step)):
         return start
-    path, _ = checkpoints.find_latest(directory.checkpoints / STABLE)
+    path, _ = checkpoints.find_latest(directory.stable)
     if path is None:
         return start
     state = checkpoints.state_of(path)
@@ -256,9 +254,8 @@ def _claim(
     history = ranks.on_rank_0(
         lambda: directory.open(start.step, resolved.as_yaml(), start=start.path)
     )
-    ranks.on_rank_0(lambda: checkpoints.supersede(directory.checkpoints / STABLE, start.step))
     newest = directory.taken_in(start.path)
-    own = [(directory.checkpoints / place).resolve() for place in (".", STABLE)]
+    own = [place.resolve() for place in (directory.checkpoints, directory.stable)]
     is_own = newest is not None and newest.resolve().parent in own
     if start.path and (rise := jump(resolved, as_saved(recipe, start.recipe), start.step)):
         start = replace(start, note=f"{start.note} {rise}")
