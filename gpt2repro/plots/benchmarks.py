@@ -102,13 +102,6 @@ def _finding(
 # --- Of runs --------------------------------------------------------------------------------------
 
 
-def scored(runs: Mapping[str, Metrics]) -> list[str]:
-    """The benchmarks' figures in the metrics, which are those that have a standard error."""
-    lines = [line for metrics in runs.values() for line in metrics]
-    keys = dict.fromkeys(key for line in lines for key in line)
-    return [key for key in keys if f"{key}_stderr" in keys]
-
-
 def draw_benchmarks(runs: Mapping[str, Metrics], names: Sequence[str]) -> Figure:
     """A panel for each of the first figures, over what was trained on before it was scored."""
     shown, x_key = names[:MOST_PANELS], curves.x_key_of(runs)

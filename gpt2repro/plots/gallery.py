@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from gpt2repro.evaluation.published import VALIDATION_TEXT, published_loss
 from gpt2repro.plots import attention, benchmarks, curves, gradients, logit_lens, parameters
 from gpt2repro.plots.style import token_labels
-from gpt2repro.records.metrics import comparable, read_metrics
+from gpt2repro.records.metrics import comparable, read_metrics, scored
 from gpt2repro.records.run_directory import read_resumes, saved_recipe
 
 Heads = list[tuple[int, int]]  # (layer, head)
@@ -84,7 +84,8 @@ def run_pictures(runs: Runs) -> Iterator[tuple[str, Figure]]:
     """File name and figure of each of the curves; benchmarks where there are some."""
     for name, draw in RUN_PICTURES.items():
         yield name, draw(runs)
-    if names := benchmarks.scored(runs.metrics):
+    lines = (line for metrics in runs.metrics.values() for line in metrics)
+    if names := scored(dict.fromkeys(name for line in lines for name in line)):
         yield "benchmarks", benchmarks.draw_benchmarks(runs.metrics, names)
 
 

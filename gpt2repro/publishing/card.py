@@ -21,7 +21,7 @@ from jinja2 import Template
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.publishing.contents import read_json
-from gpt2repro.records.metrics import comparable, is_number
+from gpt2repro.records.metrics import comparable, is_number, scored
 from gpt2repro.records.provenance import Record
 from gpt2repro.system import atomic
 from gpt2repro.system.hub import has_owner, is_hub_id
@@ -426,11 +426,8 @@ def _fence(*texts: str) -> str:
 
 def _benchmarks_of_run(metrics: Metrics, recipe: Mapping) -> dict[str, Any]:
     """What the run last scored, in the form of an evaluation."""
-    scored: Mapping[str, Any] = {}
-    for line in metrics:
-        scored = line if any(f"{key}_stderr" in line for key in line) else scored
-    keys = [key for key in scored if f"{key}_stderr" in scored]
-    results = {key: {"value": scored[key], "stderr": scored[f"{key}_stderr"]} for key in keys}
+    last = next((line for line in reversed(metrics) if scored(line)), {})
+    results = {key: {"value": last[key], "stderr": last[f"{key}_stderr"]} for key in scored(last)}
     return {"results": results, "settings": {"limit": recipe.get("eval_tasks_limit")}}
 
 

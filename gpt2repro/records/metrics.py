@@ -103,6 +103,12 @@ def comparable(metrics: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [line for line in validated if line.get("val_tokens") == validated[-1].get("val_tokens")]
 
 
+def scored(fields: Iterable[str]) -> list[str]:
+    """The figures of benchmarks among fields of a line: those that have a standard error."""
+    names = [*fields]
+    return [name for name in names if f"{name}_stderr" in names]
+
+
 def is_number(value: Any) -> bool:
     """A figure: neither null nor missing, and finite."""
     return isinstance(value, int | float) and math.isfinite(value)
