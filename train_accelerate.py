@@ -73,6 +73,7 @@ def leave(run: "Run", step: int) -> int:
     failure, place = run.failure, run.directory.checkpoints
     if failure is None or step > run.checkpoints.first_step:
         run.save(step)
+        run.wait_for_checkpoint()
         run.monitor.draw_loss_curve()
         if run.accelerator.is_main_process:
             run.monitor.progress.close()

@@ -36,7 +36,7 @@ import yaml
 from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data.bpe import train_bpe
 from gpt2repro.records import checkpoints, integrity
-from gpt2repro.records.metrics import read_metrics
+from gpt2repro.records.metrics import TIMINGS, read_metrics
 from gpt2repro.system import machine
 from gpt2repro.system.command_line import run
 
@@ -48,7 +48,6 @@ STEPS_PER_OVERLAP = 100  # as many as are made while another launch starts
 LAUNCH_SECONDS = 900  # longer than any launch takes; then something hangs
 SPEED_MARGIN = 0.6  # a launch may be faster than the one that was timed
 LOOK_SECONDS = 0.0005  # a checkpoint of this model is written in milliseconds
-TIMINGS = {"tokens_per_second", "data_wait_fraction", "mfu", "peak_memory_gib"}
 WORDS = (
     "the",
     "of",

@@ -12,6 +12,8 @@ does nothing but forward, backward, clipping and the update. The script's steps 
 tokenize, digest their rows, reduce, ask for signals, and write metrics. Evaluations, samples and
 checkpoints have intervals and prices of their own and are left out.
 
+With --saves, then: bare steps while a checkpoint is written beside them, against as many after it.
+
 Then the time from launch to the first step done, of the demo as `make demo` starts it; where there
 is a GPU, as `accelerate launch --num_processes 1` does.
 """
@@ -36,12 +38,13 @@ from pairing import (
     write_json,
 )
 
+from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.recipe import load_recipe
 from gpt2repro.system.command_line import run
 from gpt2repro.training.learner import Learner
 from gpt2repro.training.monitor import Monitor
-from gpt2repro.training.run import open_run
+from gpt2repro.training.run import Run, open_run
 from train_accelerate import train
 
 NOTHING_BUT_STEPS = ["--eval_every", "0", "--num_validation_units", "0", "--sample_every", "0"]
@@ -103,6 +106,31 @@ def bare_steps(learner: Learner, rows: torch.Tensor, num_steps: int) -> None:
         loss.item()
 
 
+def beside_saves(opened: Run, num_rounds: int) -> dict[str, list[float]]:
+    """Seconds of copying a checkpoint, and of steps while it is written and when it is there."""
+    seconds: dict[str, list[float]] = {"copying": [], "beside": [], "alone": []}
+    saves, learner, rows = opened.checkpoints, opened.learner, opened.monitor.rows
+    for n in range(num_rounds):
+        show_progress(f"save {n + 1} of {num_rounds}")
+        began = clock()
+        saves.save(n, learner, {"permanent": False})
+        copied = clock()
+        num_steps, ended = 0, copied
+        while not saves.is_done():
+            num_steps, ended = num_steps + 1, clock()  # the one before was wholly beside it
+            bare_steps(learner, rows, 1)
+        saves.wait()
+        if num_steps < 2:
+            raise UserError("a step takes longer than a checkpoint: take a smaller batch_tokens")
+        ahead = clock()
+        bare_steps(learner, rows, num_steps - 1)
+        seconds["copying"].append(copied - began)
+        seconds["beside"].append((ended - copied) / (num_steps - 1))
+        seconds["alone"].append((clock() - ahead) / (num_steps - 1))
+    show_progress("")
+    return seconds
+
+
 def seconds_to_first_step() -> float:
     """From `accelerate launch` to the first line of metrics.jsonl, the demo's corpus at hand."""
     with tempfile.TemporaryDirectory() as directory:
@@ -132,6 +160,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=5, help="a turn")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--launches", type=int, default=3, help="timed to their first step")
+    parser.add_argument("--saves", type=int, default=0, help="rounds of steps beside a checkpoint")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--output", help="JSON")
     parser.add_argument("overrides", nargs="*", help="of the recipe, after --")
@@ -142,8 +171,10 @@ def main(argv: list[str]) -> int:
         overrides = ["--recipe", arguments.recipe, *arguments.overrides, *NOTHING_BUT_STEPS]
         argv = [*overrides, "--output_dir", directory]
         turns = partial(Alternation, num_steps=arguments.steps, num_rounds=arguments.rounds)
-        with open_run(load_recipe(argv), argv, turns) as opened, suppress(Enough):
-            train(opened)
+        with open_run(load_recipe(argv), argv, turns) as opened:
+            with suppress(Enough):
+                train(opened)
+            saving = beside_saves(opened, arguments.saves)
     seconds = opened.monitor.seconds
     ratio = paired_ratio(seconds["script"], seconds["bare"])
     first_steps = [seconds_to_first_step() for _ in range(arguments.launches)]
@@ -156,6 +187,10 @@ def main(argv: list[str]) -> int:
         "script_over_bare": ratio,
         "seconds_to_first_step": first_steps,
     }
+    if arguments.saves:
+        results["saving"] = saving
+        results["step_beside_saving"] = paired_ratio(saving["beside"], saving["alone"])
+        print(f"beside a checkpoint a step takes {ratio_text(results['step_beside_saving'])} times")
     write_json(arguments.output, {"benchmark": "loop", **around, **results})
     return 0
 

@@ -7,6 +7,7 @@ import torch
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.records import checkpoints
+from gpt2repro.system import ranks
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
@@ -19,6 +20,12 @@ def save_checkpoint(directory: Path, step: int, **state: Any) -> Path:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    return checkpoints.save(
-        directory, step=step, model=model, optimizer=optimizer, state=state, keep_last=9
-    )
+    return save_now(directory, step, model, optimizer, keep_last=9, **state)
+
+
+def save_now(
+    directory: Path, step: int, model: Any, optimizer: Any, keep_last: int = 1, **state: Any
+) -> Path:
+    """The checkpoint of any model, written at once; every rank calls."""
+    snapshot = checkpoints.snapshot(step=step, model=model, optimizer=optimizer, state=state)
+    return ranks.on_rank_0(lambda: checkpoints.write(directory, snapshot, keep_last=keep_last))

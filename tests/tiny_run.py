@@ -14,10 +14,8 @@ from tiny_corpus import documents, parquet_bytes
 
 import train_accelerate
 from gpt2repro.data.bpe import train_bpe
+from gpt2repro.records.metrics import TIMINGS
 from gpt2repro.system.signals import SIGNALS
-
-# Fields of metrics.jsonl that say how fast this machine was, not what was computed.
-TIMINGS = {"tokens_per_second", "data_wait_fraction", "mfu", "peak_memory_gib"}
 
 
 def write_inputs(directory: Path) -> Path:

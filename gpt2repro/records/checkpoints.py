@@ -14,8 +14,11 @@ still is. Parameters are stored whole and by name: any number of processes, shar
 them back. No file is a pickle. Rank 0 alone touches the disk.
 """
 
+import copy
 import json
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     set_model_state_dict,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gpt2repro import UserError
 from gpt2repro.records import integrity
@@ -47,76 +49,92 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 # --- Saving ---------------------------------------------------------------------------------------
 
 
-def save(
-    directory: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    keep_last: int,
-) -> Path:
-    """Write the checkpoint of `step` under `directory`; every rank calls, rank 0 writes.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold, in rank 0's main memory: training may go on meanwhile."""
+
+    step: int
+    config: PreTrainedConfig
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def snapshot(
+    *, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
+) -> Snapshot:
+    """Copy the state of training before `step`; every rank calls.
 
     Args:
         model: bare, DDP or FSDP2; its innermost module has `config.save_pretrained`.
-        state: JSON values that the caller wants back from `load`; with a true `permanent` the
+        state: JSON values that the caller wants back from `state_of`; with a true `permanent` the
             checkpoint is never pruned.
+    """
+    weights = model_tensors(model)
+    its_state = _host_copies(
+        (f"{name}/{key}", value)
+        for name, parameter in innermost(model).named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    )
+    return Snapshot(
+        step=step,
+        config=copy.deepcopy(innermost(model).config),
+        weights=weights,
+        optimizer=its_state | _gather_rng_states(),
+        state=state | {"step": step},
+    )
+
+
+def write(directory: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
+    """Write `snapshot` under `directory` and return its path; rank 0 alone, in any thread.
 
     Raises:
-        UserError: the disk is full or the directory cannot be written, on every rank. Whatever lay
-            in `directory` before is untouched.
+        UserError: the disk is full or the directory cannot be written. Whatever lay in `directory`
+            before is untouched.
     """
-    tensors = model_tensors(model)
-    optimizer_tensors = _optimizer_state_tensors(model, optimizer) | _gather_rng_states()
-    path = checkpoint_path(directory, step)
-    problem = None
-    if rank() == 0:
-        try:
-            scratch = atomic.partial(path)
-            save_file(tensors, scratch / integrity.WEIGHTS, metadata={"format": "pt"})
-            innermost(model).config.save_pretrained(scratch)
-            save_file(optimizer_tensors, scratch / integrity.OPTIMIZER)
-            (scratch / integrity.STATE).write_text(
-                json.dumps(state | {"step": step}), encoding="utf-8"
-            )
-            commit(scratch, path)
-            _prune(directory, keep_last)
-        except (OSError, SafetensorError) as error:
-            for left in directory.glob(".step_*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
-            problem = (
-                f"checkpoint {path} could not be written ({error}); earlier ones are untouched. "
-                "Free space, keep fewer (keep_last, keep_every), or set output_dir to another disk"
-            )
-    agree_on(problem)
+    path = checkpoint_path(directory, snapshot.step)
+    try:
+        scratch = atomic.partial(path)
+        save_file(snapshot.weights, scratch / integrity.WEIGHTS, metadata={"format": "pt"})
+        snapshot.config.save_pretrained(scratch)
+        save_file(snapshot.optimizer, scratch / integrity.OPTIMIZER)
+        (scratch / integrity.STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
+        commit(scratch, path)
+        _prune(directory, keep_last)
+    except (OSError, SafetensorError) as error:
+        for left in directory.glob(".step_*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {path} could not be written ({error}); earlier ones are untouched. "
+            "Free space, keep fewer (keep_last, keep_every), or set output_dir to another disk"
+        ) from None
     return path
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters on rank 0's CPU by official name, each once: a tied head is its embedding.
+    """Copies of the whole parameters on rank 0's CPU by official name, a tied head's once.
 
     Every rank must call, as a sharded parameter is gathered from all of them; the others get {}.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors: dict[str, Any] = get_model_state_dict(model, options=options)
-    names = dict(innermost(model).named_parameters())
-    return {name: tensors[name].contiguous() for name in names if name in tensors}
+    return _host_copies(innermost(model).named_parameters())
 
 
-def _optimizer_state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Whole optimizer state on rank 0's CPU as `<parameter>/<state>`; every rank must call.
+def _host_copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole copies on rank 0's CPU; every rank must call.
 
     By hand, because torch's `get_optimizer_state_dict` fills an optimizer that has no state yet by
     taking a step, which Adam counts; and its loading wants the groups, which are the recipe's.
     """
-    tensors = {}
-    for name, parameter in innermost(model).named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            full = whole(value)  # all ranks take part; none but the first keeps it
-            if rank() == 0:
-                tensors[f"{name}/{key}"] = full.cpu().contiguous()
-    return tensors
+    copies = {}
+    for name, tensor in named:
+        full = whole(tensor.detach())  # all ranks take part; none but the first keeps it
+        if rank() == 0:
+            # Pinned memory takes copies as fast as the bus is; torch keeps it for the next time.
+            place = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+            copies[name] = place.copy_(full, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copies
 
 
 def commit(scratch: Path, path: Path) -> None:

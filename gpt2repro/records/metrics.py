@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gpt2repro.system import atomic
 
+# What of a line a machine decides, and not the run: two launches of one run differ in it.
+TIMINGS = frozenset(
+    ("tokens_per_second", "data_wait_fraction", "mfu", "save_seconds", "peak_memory_gib")
+)
+
 
 class MetricsLine(BaseModel):
     """A line of the file: beside the step and two texts there are figures, or null for one."""

@@ -29,6 +29,7 @@ def finish(run: Run) -> int:
         UserError: the export failed a check. The last checkpoint stands, and the same command tries
             again.
     """
+    run.wait_for_checkpoint()
     tensors = checkpoints.model_tensors(run.learner.model)
     run.monitor.progress.close()
     if run.accelerator.is_main_process:

@@ -241,6 +241,13 @@ class Monitor:
         seconds = time.perf_counter() - began
         self._throughput.add(0, seconds, stream.wait_seconds - waited)
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a checkpoint: what the training waits for it."""
+        began = time.perf_counter()
+        yield
+        self._throughput.saving += time.perf_counter() - began
+
     def report(self, step: int, rows: StepRows, launched: LaunchedStep, figures: Figures) -> None:
         """Tell of the step; on a GPU when the next one is launched, so that it is never idle.
 

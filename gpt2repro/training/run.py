@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -20,7 +19,7 @@ from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import Recipe, ResolvedRecipe, as_saved, refuse_changes
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
-from gpt2repro.records.provenance import Chain, branch_of
+from gpt2repro.records.provenance import branch_of
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.command_line import underway
@@ -34,6 +33,7 @@ from gpt2repro.training.engine import (
 from gpt2repro.training.inputs import Inputs, counted_steps, from_anywhere, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
+from gpt2repro.training.saving import Checkpoints
 from gpt2repro.training.schedule import jump, set_rates, stable_until
 from gpt2repro.training.step import LaunchedStep, next_rows, train_step
 
@@ -47,7 +47,7 @@ class Run:
     inputs: Inputs
     learner: Learner
     monitor: Monitor
-    checkpoints: "Checkpoints"
+    checkpoints: Checkpoints
     stop: StopRequest
     lanes: dict[int, LaneState]  # where this rank's lanes go on after its last step
     launch: machine.Launch
@@ -63,8 +63,12 @@ class Run:
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """End threads, files and trackers; what was saved stays saved.
 
-        A rank that fails waits for none of them: its peers wait for it.
+        A rank that fails waits for none of them, its peers wait for it; but for a checkpoint that
+        it is writing.
         """
+        if error is None:
+            self.checkpoints.wait()
+        self.checkpoints.close()
         if error is not None and ranks.world_size() == 1:
             with suppress(Exception):  # what is told may say why
                 self.monitor.catch_up()
@@ -79,10 +83,14 @@ class Run:
     def next_rows(self) -> StepRows | None:
         """This rank's rows of the next step; None if a stop was agreed on, or any rank failed."""
         try:
-            return next_rows(self.inputs.stream, self.stop.poll, self.directory.check_still_there)
+            return next_rows(self.inputs.stream, self.stop.poll, self._check)
         except Exception as error:
             self.failure = error
             return None
+
+    def _check(self) -> None:
+        self.directory.check_still_there()
+        self.checkpoints.check()
 
     def train_step(self, step: int, rows: StepRows) -> LaunchedStep | None:
         """One optimizer step; None, and nothing changed, if a stop was agreed on within it."""
@@ -103,16 +111,25 @@ class Run:
         return done in (recipe.num_steps, stable_until(recipe)) or due_now
 
     def save(self, step: int) -> None:
-        """A checkpoint of the state before `step`, once, after all that led to it is told."""
+        """A checkpoint of the state before `step`, once, after all that led to it is told.
+
+        It is written beside the steps that follow.
+        """
         if step == self.checkpoints.saved_step:
             return
         self.monitor.catch_up()
-        ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
-        self.directory.restore(self.recipe.as_yaml())
-        at_its_end = step == stable_until(self.recipe)
-        self.checkpoints.save(step, self.learner, self._state(step), stable=at_its_end)
+        with self.monitor.saving():
+            self.wait_for_checkpoint()
+            self.directory.restore(self.recipe.as_yaml())
+            at_its_end = step == stable_until(self.recipe)
+            self.checkpoints.save(step, self.learner, self._state(step), stable=at_its_end)
         if step > self.checkpoints.first_step:  # else the first step is still to come, see there
             ranks.wait_at_most(LOOP_WAIT_SECONDS)
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the last one is on the disk; raises what kept it from getting there."""
+        ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
+        self.checkpoints.wait()
 
     def _state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides tensors; gathers the lanes of all ranks."""
@@ -128,42 +145,6 @@ class Run:
             "stream": self.inputs.stream.state_dict(lanes),
             "environment": machine.describe(self.accelerator.device.type),
         }
-
-
-@dataclass
-class Checkpoints:
-    """Saves, and hands on to the Hub what the recipe wants there."""
-
-    directory: RunDirectory
-    recipe: ResolvedRecipe
-    newest: Path | None  # where this launch goes on, then what it saved last
-    first_step: int  # of this launch
-    saved_step: int  # of the newest checkpoint that is as it should be, -1 without one
-    chain: Chain
-    push: BackgroundPush | None  # on the main process, if the recipe asks
-
-    def save(
-        self, step: int, learner: Learner, state: dict[str, Any], *, stable: bool = False
-    ) -> None:
-        """`stable`: also where it is kept until a longer run's cooldown begins."""
-        places = (self.directory.stable, 1), (self.directory.checkpoints, self.recipe.keep_last)
-        for directory, keep in places[not stable :]:
-            path = checkpoints.save(
-                directory,
-                step=step,
-                model=learner.model,
-                optimizer=learner.optimizer,
-                state=state,
-                keep_last=keep,
-            )
-        self.newest, self.saved_step = path, step
-        if state["permanent"]:
-            self.chain = ranks.on_rank_0(lambda: checkpoints.chain_after(path, is_own=True))
-        strategy = self.recipe.hub_strategy
-        if self.push is not None and (strategy == "all" or state["permanent"]):
-            branch = branch_of(step) if state["permanent"] else None
-            if strategy != "final":
-                self.push.submit(path, f"Step {step}", branch)
 
 
 class AlreadyFinished(Exception):

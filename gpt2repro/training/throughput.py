@@ -55,7 +55,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Throughput:
-    """Tokens per second, MFU and the share of time spent waiting for data, since the last reading.
+    """Tokens per second, MFU, the share of time spent waiting for data, and what else training
+    waited for, since the last reading.
 
     MFU (model FLOPs utilization) is `tokens/s * FLOPs per token / (devices * peak FLOP/s)`.
     """
@@ -67,8 +68,7 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Start counting anew: what came before (an evaluation, a checkpoint) is not training."""
-        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
+        self.tokens, self.seconds, self.waited, self.saving = 0, 0.0, 0.0, 0.0
 
     def add(self, tokens: int, seconds: float, waited: float) -> None:
         self.tokens += tokens
@@ -83,11 +83,13 @@ class Throughput:
         rate = self.tokens_per_second
         mfu = rate * self.flops_per_token / (self.num_devices * self.peak) if self.peak else None
         waited = min(1.0, self.waited / self.seconds) if self.seconds else 0.0
+        saving = self.saving
         self.restart()
         return {
             "tokens_per_second": rate,
             "mfu": mfu,
             "data_wait_fraction": waited,
+            "save_seconds": saving,
         }
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_checkpoint import save_now
 from tiny_export import VERIFIED
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 from torch.optim import AdamW
@@ -11,7 +12,7 @@ from gpt2repro import UserError
 from gpt2repro.commands import export
 from gpt2repro.publishing import contents
 from gpt2repro.publishing import export as publishing
-from gpt2repro.records import checkpoints, saved_models
+from gpt2repro.records import saved_models
 
 
 @pytest.fixture
@@ -22,14 +23,7 @@ def no_verification(monkeypatch):
 
 def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_verification):
     model = tiny_model()
-    step = checkpoints.save(
-        tmp_path / "run" / "checkpoints",
-        step=3,
-        model=model,
-        optimizer=AdamW(model.parameters()),
-        state={},
-        keep_last=1,
-    )
+    step = save_now(tmp_path / "run" / "checkpoints", 3, model, AdamW(model.parameters()))
     with pytest.raises(UserError, match="holds no tokenizer; name one with --tokenizer"):
         export.main(["--model", str(step), "--output", str(tmp_path / "out")])
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")

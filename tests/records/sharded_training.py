@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from test_checkpoints import make
+from tiny_checkpoint import save_now
 
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records import checkpoints
@@ -51,14 +53,7 @@ def main(mode: str, optimizer_name: str, directory: Path) -> None:
     dist.init_process_group("gloo")
     model, optimizer = sharded(optimizer_name)
     losses, norms = train(model, optimizer, range(3))
-    path = checkpoints.save(
-        directory / "checkpoints",
-        step=3,
-        model=model,
-        optimizer=optimizer,
-        state={},
-        keep_last=1,
-    )
+    path = save_now(directory / "checkpoints", 3, model, optimizer)
     more = train(model, optimizer, range(3, 6))
     model, optimizer = sharded(optimizer_name)
     checkpoints.load(path, model=model, optimizer=optimizer)

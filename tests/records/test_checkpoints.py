@@ -11,6 +11,7 @@ import pytest
 import torch
 from power_failure import Disk
 from safetensors import safe_open
+from tiny_checkpoint import save_now
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
@@ -43,14 +44,7 @@ def train(model, optimizer, steps: range) -> float:
 
 
 def save(directory: Path, model, optimizer, step: int = 1, keep_last: int = 2) -> Path:
-    return checkpoints.save(
-        directory,
-        step=step,
-        model=model,
-        optimizer=optimizer,
-        state={"note": "mine"},
-        keep_last=keep_last,
-    )
+    return save_now(directory, step, model, optimizer, keep_last, note="mine")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_checkpoint import save_now
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.recipe import load_recipe
@@ -369,9 +370,7 @@ def test_every_choice_resumes_bitwise(name, tmp_path):
     model, fresh = tiny_model(), tiny_model()
     optimizer, fresh_optimizer = build(model, name), build(fresh, name)
     trained(model, optimizer, range(10))
-    path = checkpoints.save(
-        tmp_path, step=10, model=model, optimizer=optimizer, state={}, keep_last=1
-    )
+    path = save_now(tmp_path, 10, model, optimizer)
     assert integrity.find_problem(path) is None
     checkpoints.load(path, model=fresh, optimizer=fresh_optimizer)
     for each in ((model, optimizer), (fresh, fresh_optimizer)):

@@ -1,0 +1,132 @@
+"""Checkpoints are written beside the training: one at a time, each as it was at its step."""
+
+import errno
+import threading
+
+import pytest
+from tiny_run import assert_same_tensors, metrics, tensors, train, write_inputs
+
+from gpt2repro import UserError
+from gpt2repro.records import checkpoints, integrity
+from gpt2repro.training import finish
+from gpt2repro.training.monitor import Monitor
+from gpt2repro.training.saving import Checkpoints
+
+LONG = 60.0  # seconds: what waits for so long would wait for ever
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_export():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "finish", lambda run: 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def waiting(recipe, tmp_path_factory):
+    """A run that waited for each of its checkpoints, of steps 4, 8 and 12."""
+    run = tmp_path_factory.mktemp("waiting") / "run"
+    save = Checkpoints.save
+
+    def save_and_wait(self, *args, **options):
+        save(self, *args, **options)
+        self.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_wait)
+        assert train(recipe, run, "--keep_last", "9") == 0
+    return run
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happened, in its order: a step that is told, a checkpoint's begin and end on the disk.
+
+    The one of step 4 does not end before the training waits for it.
+    """
+    happened, awaited = [], threading.Event()
+    report, commit, wait = Monitor.report, checkpoints.commit, Checkpoints.wait
+
+    def told(self, step, *rest):
+        report(self, step, *rest)
+        happened.append(step)
+
+    def committed(scratch, path):
+        happened.append(f"{path.name} begins")
+        if path.name == "step_00000004":
+            assert awaited.wait(LONG)
+        commit(scratch, path)
+        happened.append(f"{path.name} ends")
+
+    def waited(self):
+        if "step_00000004 begins" in happened:
+            awaited.set()
+        wait(self)
+
+    monkeypatch.setattr(Monitor, "report", told)
+    monkeypatch.setattr(checkpoints, "commit", committed)
+    monkeypatch.setattr(Checkpoints, "wait", waited)
+    return happened
+
+
+def test_training_goes_on_meanwhile_and_changes_nothing_in_it(recipe, waiting, tmp_path, events):
+    assert train(recipe, tmp_path, "--keep_last", "9") == 0
+    assert events.index(7) < events.index("step_00000004 ends"), "four steps beside it"
+    written = [event for event in events if isinstance(event, str)]
+    assert written == [f"step_{n:08d} {what}" for n in (4, 8, 12) for what in ("begins", "ends")]
+    for step in (4, 8, 12):
+        assert_same_tensors(tensors(tmp_path, step), tensors(waiting, step))
+    assert metrics(tmp_path) == metrics(waiting)
+
+
+def test_the_end_of_a_run_waits_for_it_also_where_it_fails(recipe, tmp_path, events, monkeypatch):
+    def break_down(self, step, *rest):
+        if step == 6:
+            raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(Monitor, "report", break_down)
+    close = Checkpoints.close
+    monkeypatch.setattr(Checkpoints, "close", lambda self: (self.wait(), close(self)))
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, tmp_path)
+    assert integrity.find_problem(tmp_path / "checkpoints" / "step_00000004") is None
+
+
+def test_one_that_cannot_be_written_ends_the_run(recipe, waiting, tmp_path, monkeypatch):
+    """At the next step, and not at the next checkpoint, which may be hours away."""
+    commit, report, told = checkpoints.commit, Monitor.report, []
+
+    def full(scratch, path):
+        if path.name != "step_00000001":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(scratch, path)
+
+    def wait_for_it(self, step, *rest):
+        report(self, step, *rest)
+        told.append(step)
+        if step == 3:
+            with pytest.raises(UserError):
+                written.result(LONG)
+
+    submit, written = Checkpoints.save, None
+
+    def save(self, *args, **options):
+        nonlocal written
+        submit(self, *args, **options)
+        written = self._written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "commit", full)
+        patch.setattr(Monitor, "report", wait_for_it)
+        patch.setattr(Checkpoints, "save", save)
+        with pytest.raises(UserError, match=r"step_00000003 .*No space left on device"):
+            train(recipe, tmp_path, "--keep_steps", "[1, 3]")
+    assert told == [0, 1, 2, 3]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert train(recipe, tmp_path) == 0
+    assert metrics(tmp_path) == metrics(waiting)
