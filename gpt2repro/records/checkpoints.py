@@ -248,9 +248,7 @@ def chain_after(path: Path | None, *, is_own: bool) -> Chain:
         return Chain()
     state = integrity.read_saved_state(path)
     chain = state.chain or Chain(begin=Point(step=state.step))
-    if state.permanent and (record := record_of(path)):
-        chain.begin_here()
-        chain.previous = record.sha256
+    chain.link(record_of(path))
     if not is_own:
         chain.begin_here()
         chain.previous = None

@@ -105,6 +105,13 @@ class Chain(BaseModel):
         """What comes now is told from here on."""
         self.begin, self.digests = Point(step=self.step, rows_digest=self.rows_digest), []
 
+    def link(self, saved: Record | None) -> None:
+        """What a checkpoint was saved with is told, if it is permanent: go on from there."""
+        if saved is not None and saved.branch is not None:
+            self.digests = self.digests[saved.step - self.begin.step :]
+            self.begin = Point(step=saved.step, rows_digest=saved.rows_digest)
+            self.previous = saved.sha256
+
     def record(
         self, *, permanent: bool, tokens: int, weights: dict[str, str], commit: str | None
     ) -> Record:

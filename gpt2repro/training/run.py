@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from gpt2repro import UserError
 from gpt2repro.data.order import LaneState
 from gpt2repro.data.producer import StepRows
 from gpt2repro.evaluation.published import published_loss
@@ -115,6 +116,9 @@ class Run:
 
         It is written beside the steps that follow.
         """
+        if self.failure is not None:
+            with suppress(UserError):  # one that could not be written is made up for by this one
+                self.wait_for_checkpoint()
         if step == self.checkpoints.saved_step:
             return
         self.monitor.catch_up()

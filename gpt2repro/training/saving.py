@@ -9,7 +9,7 @@ from gpt2repro import UserError
 from gpt2repro.publishing.background import BackgroundPush
 from gpt2repro.recipe import ResolvedRecipe
 from gpt2repro.records import checkpoints
-from gpt2repro.records.provenance import Chain, branch_of
+from gpt2repro.records.provenance import Chain, Record, branch_of
 from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.system import ranks
 from gpt2repro.training.learner import Learner
@@ -27,7 +27,7 @@ class Checkpoints:
     chain: Chain
     push: BackgroundPush | None  # on the main process, if the recipe asks
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
-    _written: Future[Path] | None = None  # on rank 0
+    _written: Future[tuple[Path, Record | None]] | None = None  # on rank 0
     _in_flight: bool = False
 
     def save(
@@ -42,22 +42,18 @@ class Checkpoints:
             step=step, model=learner.model, optimizer=learner.optimizer, state=state
         )
         self.saved_step, self._in_flight = step, True
-        if state["permanent"]:
-            self.chain.begin_here()
         if ranks.rank() == 0:
             self._written = self._writer.submit(self._write, snapshot, stable=stable)
 
-    def _write(self, snapshot: checkpoints.Snapshot, *, stable: bool) -> Path:
+    def _write(self, snapshot: checkpoints.Snapshot, *, stable: bool) -> tuple[Path, Record | None]:
         places = (self.directory.stable, 1), (self.directory.checkpoints, self.recipe.keep_last)
         for directory, keep in places[not stable :]:
             path = checkpoints.write(directory, snapshot, keep_last=keep)
-        step, permanent = snapshot.step, snapshot.state["permanent"]
-        if permanent and (record := checkpoints.record_of(path)):
-            self.chain.previous = record.sha256
-        strategy = self.recipe.hub_strategy
+        strategy, permanent = self.recipe.hub_strategy, snapshot.state["permanent"]
         if self.push is not None and (strategy == "all" or permanent) and strategy != "final":
-            self.push.submit(path, f"Step {step}", branch_of(step) if permanent else None)
-        return path
+            branch = branch_of(snapshot.step) if permanent else None
+            self.push.submit(path, f"Step {snapshot.step}", branch)
+        return path, checkpoints.record_of(path)
 
     def is_done(self) -> bool:
         """Whether nothing is being written, on this rank."""
@@ -72,19 +68,23 @@ class Checkpoints:
         """Until nothing is being written any more; every rank calls.
 
         Raises:
-            UserError: a checkpoint could not be written, on every rank and again and again: none
-                is saved after it.
+            UserError: a checkpoint could not be written, on every rank.
         """
         if not self._in_flight:
             return
-        problem = None
+        problem, self._in_flight = None, False
         if self._written is not None:
             try:
-                self.newest = self._written.result()
+                self.newest, record = self._written.result()
+                self.chain.link(record)
             except UserError as error:
                 problem = str(error)
-        ranks.agree_on(problem)
-        self._in_flight = False
+            self._written = None
+        try:
+            ranks.agree_on(problem)
+        except UserError:
+            self.saved_step = -1
+            raise
 
     def close(self) -> None:
         """End the writer, when it has written what it was given."""

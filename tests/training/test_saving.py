@@ -97,19 +97,24 @@ def test_the_end_of_a_run_waits_for_it_also_where_it_fails(recipe, tmp_path, eve
     assert integrity.find_problem(tmp_path / "checkpoints" / "step_00000004") is None
 
 
-def test_one_that_cannot_be_written_ends_the_run(recipe, waiting, tmp_path, monkeypatch):
-    """At the next step, and not at the next checkpoint, which may be hours away."""
+@pytest.mark.parametrize("is_full", ["for good", "for a while"])
+def test_one_that_cannot_be_written_ends_the_run(recipe, waiting, tmp_path, monkeypatch, is_full):
+    """At the next step, and not at the next checkpoint, which may be hours away.
+
+    The chain then has no link to what was to be permanent and is not there.
+    """
     commit, report, told = checkpoints.commit, Monitor.report, []
 
     def full(scratch, path):
-        if path.name != "step_00000001":
+        fits = ["step_00000001"] + ["step_00000003"] * (is_full == "for a while")
+        if path.name not in fits:
             raise OSError(errno.ENOSPC, "No space left on device")
         commit(scratch, path)
 
     def wait_for_it(self, step, *rest):
         report(self, step, *rest)
         told.append(step)
-        if step == 3:
+        if step == 2:
             with pytest.raises(UserError):
                 written.result(LONG)
 
@@ -124,9 +129,15 @@ def test_one_that_cannot_be_written_ends_the_run(recipe, waiting, tmp_path, monk
         patch.setattr(checkpoints, "commit", full)
         patch.setattr(Monitor, "report", wait_for_it)
         patch.setattr(Checkpoints, "save", save)
-        with pytest.raises(UserError, match=r"step_00000003 .*No space left on device"):
-            train(recipe, tmp_path, "--keep_steps", "[1, 3]")
-    assert told == [0, 1, 2, 3]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
-    assert train(recipe, tmp_path) == 0
+        with pytest.raises(UserError, match=r"No space left on device"):
+            train(recipe, tmp_path, "--keep_steps", "[1, 2]")
+    assert told == [0, 1, 2]
+    first, *rest = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in rest] == ([] if is_full == "for good" else ["step_00000003"])
+    for path in rest:
+        assert integrity.find_problem(path) is None
+        chain = integrity.read_saved_state(path).chain
+        assert chain.begin.step == 1 and len(chain.digests) == 2
+        assert chain.previous == checkpoints.record_of(first).sha256
+    assert train(recipe, tmp_path, "--keep_steps", "[1, 2]") == 0
     assert metrics(tmp_path) == metrics(waiting)
