@@ -85,8 +85,12 @@ def snapshot(
     )
 
 
-def write(directory: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
+def write(
+    directory: Path, snapshot: Snapshot, *, keep_last: int, keep_permanent: bool = True
+) -> Path:
     """Write `snapshot` under `directory` and return its path; rank 0 alone, in any thread.
+
+    Then whole ones are removed, but for the newest `keep_last` and permanent ones.
 
     Raises:
         UserError: the disk is full or the directory cannot be written. Whatever lay in `directory`
@@ -100,7 +104,7 @@ def write(directory: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
         save_file(snapshot.optimizer, scratch / integrity.OPTIMIZER)
         (scratch / integrity.STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
         commit(scratch, path)
-        _prune(directory, keep_last)
+        _prune(directory, keep_last, keep_permanent)
     except (OSError, SafetensorError) as error:
         for left in directory.glob(".step_*.partial"):
             shutil.rmtree(left, ignore_errors=True)
@@ -143,13 +147,13 @@ def commit(scratch: Path, path: Path) -> None:
     atomic.move_into_place(scratch, path)
 
 
-def _prune(directory: Path, keep_last: int) -> None:
-    """Remove what killed writers left, and whole checkpoints but for permanent ones and the newest.
+def _prune(directory: Path, keep_last: int, keep_permanent: bool) -> None:
+    """Remove what killed writers left, and whole checkpoints that are not to be kept.
 
     A copy that somebody keeps under a name of its own, `step_00000500.best`, stays.
     """
     whole_ones = [path for path in _in_order(directory) if integrity.is_whole(path)]
-    old = [path for path in whole_ones[:-keep_last] if not _is_permanent(path)]
+    old = [path for path in whole_ones[:-keep_last] if not (keep_permanent and _is_permanent(path))]
     for path in [*old, *directory.glob(".step_*")]:
         shutil.rmtree(path, ignore_errors=True)
 

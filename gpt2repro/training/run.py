@@ -210,7 +210,10 @@ def _before_cooldown(recipe: Recipe, directory: RunDirectory) -> Start:
     if recipe.resume != "auto":
         return start
     before, num_steps = as_saved(recipe, start.recipe), counted_steps(recipe, start)
-    is_longer = num_steps is None or num_steps > (before.num_steps or 0)
+    if num_steps is None:  # epochs that are not counted yet; the run may have had none
+        is_longer = (recipe.num_epochs or 0) > (start.state.get("num_epochs") or 0)
+    else:
+        is_longer = num_steps > (before.num_steps or 0)
     if start.path and not (is_longer and start.step > (stable_until(before) or start.step)):
         return start
     path, _ = checkpoints.find_latest(directory.stable)

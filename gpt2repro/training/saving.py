@@ -46,9 +46,10 @@ class Checkpoints:
             self._written = self._writer.submit(self._write, snapshot, stable=stable)
 
     def _write(self, snapshot: checkpoints.Snapshot, *, stable: bool) -> tuple[Path, Record | None]:
-        places = (self.directory.stable, 1), (self.directory.checkpoints, self.recipe.keep_last)
-        for directory, keep in places[not stable :]:
-            path = checkpoints.write(directory, snapshot, keep_last=keep)
+        if stable:
+            checkpoints.write(self.directory.stable, snapshot, keep_last=1, keep_permanent=False)
+        place, keep_last = self.directory.checkpoints, self.recipe.keep_last
+        path = checkpoints.write(place, snapshot, keep_last=keep_last)
         strategy, permanent = self.recipe.hub_strategy, snapshot.state["permanent"]
         if self.push is not None and (strategy == "all" or permanent) and strategy != "final":
             branch = branch_of(snapshot.step) if permanent else None

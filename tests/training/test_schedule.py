@@ -3,11 +3,14 @@
 from itertools import pairwise
 
 import pytest
+from tiny_checkpoint import save_checkpoint
 from tiny_run import metrics, tensors, train, write_inputs
 
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records import checkpoints
+from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.training import finish
+from gpt2repro.training import run as run_module
 from gpt2repro.training.schedule import lr_at, momentum_at, stable_until
 
 
@@ -126,6 +129,26 @@ def test_its_permanent_checkpoints_are_those_of_a_run_that_was_so_long(recipe, t
         found.append({step: checkpoints.record_of(path).content() for step, path in kept})
     whole, parts = found
     assert [*whole] == [2, 4, 6, 8, 10, 12] and parts == whole
+
+
+def test_there_is_one_checkpoint_from_before_a_cooldown_at_a_time(recipe, tmp_path):
+    """A permanent one has its place among the others."""
+    for length in ("8", "12"):
+        options = ("--num_steps", length, "--keep_every", "2")
+        assert train(recipe, tmp_path, *WSD, *options) == 0
+    assert [p.name for p in (tmp_path / "checkpoints" / "stable").iterdir()] == ["step_00000006"]
+
+
+@pytest.mark.parametrize(("epochs", "step"), [(4, 10), (3, 50), (2, 50)])
+def test_more_epochs_are_a_longer_run_and_fewer_are_not(recipe, tmp_path, epochs, step):
+    """Before they are counted."""
+    fields = ["--recipe", str(recipe), "--output_dir", str(tmp_path), "--num_epochs"]
+    saved = load_recipe([*fields, "3", *WSD]).model_dump() | {"num_steps": 60, "num_epochs": None}
+    (tmp_path / "recipe.yaml").touch()
+    for directory, its in ((RunDirectory(tmp_path).stable, 10), (tmp_path / "checkpoints", 50)):
+        save_checkpoint(directory, its, recipe=saved, num_epochs=3)
+    now = load_recipe([*fields, str(epochs), *WSD])
+    assert run_module._before_cooldown(now, RunDirectory(tmp_path)).step == step
 
 
 def test_killed_after_it_went_back_it_goes_back_again(recipe, tmp_path, capsys, monkeypatch):
