@@ -51,7 +51,7 @@ def train(run: "Run") -> int:
     for step in range(run.checkpoints.first_step, recipe.num_steps):
         figures = monitor.observe(step)  # validation, benchmarks, a sample: what is due
         with monitor.timing():
-            rows = run.next_rows()  # (this rank's rows, T+1) token ids
+            rows = run.next_rows(step)  # (this rank's rows, T+1) token ids
             launched = run.train_step(step, rows) if rows else None  # a GPU is still at it
         if rows is None or launched is None:  # all ranks have agreed to stop, or the data failed
             return leave(run, step)

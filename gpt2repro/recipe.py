@@ -23,7 +23,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Len
 from pydantic import (
     AllowInfNan,
     BaseModel,
@@ -36,7 +36,7 @@ from pydantic import (
 
 from gpt2repro import UserError
 from gpt2repro.data.dataset import Dataset, Place, Text, held_out_of, split_at_commas
-from gpt2repro.data.lanes import check_lanes, divisors
+from gpt2repro.data.lanes import Batches, check_lanes, divisors
 from gpt2repro.system.command_line import place, underscored
 
 DEFAULT_RECIPE = "gpt2"
@@ -78,6 +78,8 @@ Places = Annotated[list[Place], BeforeValidator(split_at_commas)]
 Names = Annotated[list[Text], BeforeValidator(split_at_commas)]
 Step = Annotated[WholeNumber, Ge(0), Le(10**9)]
 Steps = Annotated[list[Step], BeforeValidator(_steps)]
+Pair = list[Annotated[WholeNumber, Ge(1), Le(10**9)]]
+Multiples = Annotated[list[Annotated[Pair, Len(2, 2)]], Len(0, 1000)]
 Datasets = Annotated[list[Dataset], Field(min_length=1, max_length=1000)]
 
 
@@ -179,6 +181,9 @@ class Recipe(BaseModel):
 
     # Batch and schedule
     batch_tokens: WholeNumber = knob("tokens of a step, over all processes", ge=1, le=10**9)
+    batch_multiples: Multiples = knob(
+        "[[step, n], ...]: from that step on each takes n times batch_tokens"
+    )
     micro_batch_size: Annotated[WholeNumber, Ge(1), Le(10**9)] | Literal["auto"] = knob(
         "rows of one forward pass on one device; auto finds the largest that fits"
     )
@@ -302,8 +307,16 @@ class Recipe(BaseModel):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of `sequence_length` tokens in one optimizer step."""
+        """Rows of `sequence_length` tokens in one batch, as a step has where it takes one."""
         return self.batch_tokens // self.sequence_length
+
+    @property
+    def batches(self) -> Batches:
+        return Batches(self.batch_multiples)
+
+    def tokens_before(self, step: int) -> int:
+        """That all steps before `step` train on."""
+        return self.batches.before(step) * self.batch_tokens
 
     @property
     def all_datasets(self) -> list[Dataset]:
@@ -682,7 +695,7 @@ def allowed(key: str) -> str:
             words += get_args(kind)
         elif get_origin(kind) is list:
             (item,) = _alternatives(get_args(kind)[0])
-            of = {Dataset: "mappings", int: "whole numbers"}
+            of = {Dataset: "mappings", int: "whole numbers", Pair: "pairs, at least 1 and 1"}
             what = of.get(item) or ", ".join(get_args(item)) or "text"
             words.append(f"a list of {what}")
         else:
@@ -735,6 +748,9 @@ def _check_consistency(recipe: Recipe) -> None:
             f"{recipe.sequence_length}; the nearest that fits is {nearest}"
         )
     check_lanes(recipe.num_lanes, rows_per_step=recipe.rows_per_step)
+    begins = [begin for begin, _ in recipe.batch_multiples]
+    if begins != sorted({*begins}):
+        raise UserError(f"batch_multiples: its steps {begins} do not rise")
     _check_optimizer(recipe)
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise UserError("push_to_hub needs hub_model_id: the user/name to upload to")
@@ -772,12 +788,14 @@ FIXED_BY_CHECKPOINT = (
     "n_embd",
     "sequence_length",
     "batch_tokens",
+    "batch_multiples",
     "optimizer",
     "embedding_second_moment",
     "muon_normalize",
 )
 # What a checkpoint was made with that is too old to say it.
 BEFORE_THEM = {
+    "batch_multiples": [],
     "schedule": "cosine",
     "embedding_second_moment": "element",
     "muon_normalize": False,

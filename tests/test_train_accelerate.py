@@ -53,12 +53,15 @@ def uninterrupted(recipe, tmp_path_factory) -> Path:
     return directory
 
 
+MUON = ("--optimizer", "muon", "--batch_multiples", "[[2, 2], [6, 3]]")
+
+
 @pytest.fixture(scope="module")
 def by_muon(recipe, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("by_muon") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "finish", lambda run: 0)
-        assert train(recipe, directory, "--optimizer", "muon") == 0
+        assert train(recipe, directory, *MUON) == 0
     return directory
 
 
@@ -318,8 +321,8 @@ def test_muon_resumes_bitwise(recipe, by_muon, tmp_path, monkeypatch):
     parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
         stop_after(patch, step=4)
-        assert train(recipe, parts, "--optimizer", "muon") == train_accelerate.EXIT_PREEMPTED
-    assert train(recipe, parts, "--optimizer", "muon") == 0
+        assert train(recipe, parts, *MUON) == train_accelerate.EXIT_PREEMPTED
+    assert train(recipe, parts, *MUON) == 0
     assert_same_tensors(tensors(parts, 12), tensors(by_muon, 12))
 
 
@@ -550,19 +553,22 @@ def launch(recipe: Path, output_dir: Path, *options: str, config: str = "cpu2.ya
 
 
 @pytest.mark.exports
-def test_two_processes_train_on_the_same_rows(recipe, uninterrupted, by_muon, tmp_path):
-    """Two gloo processes that share Muon's work, export included; then one goes on alone."""
-    run, muon = tmp_path / "run", ("--optimizer", "muon")
-    result = launch(recipe, run, "--num_steps", "8", "--sample_every", "4", *muon)
+def test_two_processes_train_on_the_same_rows(recipe, by_muon, tmp_path):
+    """Two gloo processes that share Muon's work, export included; then one goes on alone.
+
+    Steps take one batch, two, three.
+    """
+    run = tmp_path / "run"
+    result = launch(recipe, run, "--num_steps", "8", "--sample_every", "4", *MUON)
     assert result.returncode == 0, result.stderr
-    assert digests(run) == {s: d for s, d in digests(uninterrupted).items() if s < 8}
+    assert digests(run) == {s: d for s, d in digests(by_muon).items() if s < 8}
     assert (run / "final" / "model.safetensors").exists()
 
     ours, theirs = ([line["loss"] for line in metrics(each)[:4]] for each in (run, by_muon))
     assert ours == pytest.approx(theirs, abs=1e-4)  # gradients are summed in another order
     saved = str(run / "checkpoints" / "step_00000004")
-    assert train(recipe, run, *muon, "--resume", saved) == 0
-    assert digests(run) == digests(uninterrupted)
+    assert train(recipe, run, *MUON, "--resume", saved) == 0
+    assert digests(run) == digests(by_muon)
 
 
 def test_freed_memory_is_kept_once_a_step_has_compiled(recipe, tmp_path, monkeypatch):

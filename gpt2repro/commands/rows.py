@@ -22,6 +22,7 @@ from gpt2repro.commands.parser import path, recipe_parser
 from gpt2repro.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from gpt2repro.data.producer import StepRows
     from gpt2repro.data.stream import TokenStream
     from gpt2repro.data.tracing import Place, TracedRow
 
@@ -91,6 +92,7 @@ class Reader:
             recipe, None if is_decided else encoder, recipe.model_dump()
         )
         self.stream: TokenStream = inputs.open_stream(recipe, self.sources, encoder, 0, 1)
+        self._batches = recipe.batches
         self.texts = lru_cache(maxsize=16)(self._texts)
 
     def _texts(self, source: int, unit: int) -> list[str]:
@@ -108,27 +110,38 @@ class Reader:
 
     @property
     def step(self) -> int:
-        return self.stream.lanes[0].step
+        return self._batches.steps_in(self.stream.lanes[0].step)
+
+    def take(self) -> "StepRows":
+        """The next step's."""
+        from gpt2repro.data.producer import joined
+
+        return joined([next(self.stream) for _ in range(self._batches.of(self.step))])
 
     def go_to(self, step: int) -> None:
         from gpt2repro.training.progress import phase
 
         with phase("streaming to the step", step - self.step, enabled=True) as on_step:
             while self.step < step:
-                next(self.stream)
+                self.take()
                 on_step(1)
 
     def rows(self, only: int | None) -> Iterator[str]:
         """The next step's rows, each checked against what the stream gives."""
         from gpt2repro.data.packing import rows_digest
+        from gpt2repro.data.producer import joined
         from gpt2repro.data.tracing import trace
 
-        step, traced = self.step, list(trace(self.stream, self.stream.lanes))
-        given = next(self.stream)
-        assert [row.tokens.tolist() for row in traced] == given.tokens.tolist()
+        step, given = self.step, []
+        traced: list[TracedRow] = []
+        for _ in range(self._batches.of(step)):
+            traced += trace(self.stream, self.stream.lanes)
+            given.append(next(self.stream))
+        whole = joined(given)
+        assert [row.tokens.tolist() for row in traced] == whole.tokens.tolist()
         if only is not None and only >= len(traced):
             raise UserError(f"--row: {only} of {len(traced)} rows, which are numbered from 0")
-        yield f"step {step}, rows_digest {given.digest:016x}, {len(traced)} rows"
+        yield f"step {step}, rows_digest {whole.digest:016x}, {len(traced)} rows"
         for number, row in enumerate(traced):
             if only in (None, number):
                 digest = rows_digest(row.tokens[None])
@@ -206,7 +219,7 @@ def _print_sightings(reader: Reader, wanted: str, until: int) -> int:
     num_seen = 0
     while reader.step < until:
         step, before = reader.step, reader.stream.lanes
-        next(reader.stream)
+        reader.take()
         for lane, place in sightings.of_step(before, reader.stream.lanes):
             num_seen += 1
             print(f"step {step}, lane {lane}: document {names[place]}")

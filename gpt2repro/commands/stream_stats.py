@@ -68,7 +68,7 @@ def _measure(
     training = range(sources[0].num_validation_units, corpus.num_units)
     num_bytes = corpus.total_bytes(training)
     epoch_tokens = size.estimate_tokens(corpus, training, sources[0].tokens_per_byte)
-    run_tokens = recipe.batch_tokens * recipe.num_steps if recipe.num_steps else None
+    run_tokens = recipe.tokens_before(recipe.num_steps) if recipe.num_steps else None
     first, rate = _time_stream(stream, recipe.batch_tokens // num_processes, seconds)
     num_pieces = len(training) * -(-recipe.num_lanes // len(training))
     return {

@@ -99,7 +99,7 @@ def _compare_with_data(
             for step in range(last):
                 if step == unknown:
                     so_far[step] = NO_ROWS
-                rows.append(f"{next(reader.stream).digest:016x}")
+                rows.append(f"{reader.take().digest:016x}")
                 so_far.append(with_step(so_far[-1], step, rows[-1]))
                 on_step(1)
     finally:
@@ -111,5 +111,5 @@ def _compare_with_data(
             problems[name].append(f"was not trained on what the recipe gives at step {others[0]}")
         elif so_far[record.begin.step] != record.begin.rows_digest:
             problems[name].append(f"the recipe gives other rows before step {record.begin.step}")
-        if record.tokens != record.step * recipe.batch_tokens:
-            problems[name].append(f"says {record.tokens:,} tokens, not batch_tokens a step")
+        if record.tokens != recipe.tokens_before(record.step):
+            problems[name].append(f"says {record.tokens:,} tokens, not what the recipe has")

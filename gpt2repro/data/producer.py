@@ -31,6 +31,15 @@ class StepRows:
     lanes: dict[int, LaneState]
 
 
+def joined(batches: Sequence[StepRows]) -> StepRows:
+    """Successive batches as the rows of one step."""
+    if len(batches) == 1:
+        return batches[0]
+    tokens = torch.cat([batch.tokens for batch in batches])
+    digest = sum(batch.digest for batch in batches) % 2**64
+    return StepRows(tokens, digest, batches[-1].lanes)
+
+
 class Producer:
     """The background thread that encodes and packs a few steps ahead."""
 

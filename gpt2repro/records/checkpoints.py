@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gpt2repro import UserError
+from gpt2repro.data.lanes import Batches
 from gpt2repro.records import integrity
 from gpt2repro.records.provenance import Chain, Point, Record
 from gpt2repro.system import atomic
@@ -235,9 +236,10 @@ def record_of(path: Path) -> Record | None:
         return None
     weights = integrity.read_marker(path)[integrity.WEIGHTS].sha256
     assert weights is not None, "earlier versions had no chain"
+    multiples = state.recipe.get("batch_multiples", [])  # which earlier versions did not have
     return state.chain.record(
         permanent=state.permanent,
-        tokens=state.step * state.recipe["batch_tokens"],
+        tokens=Batches(multiples).before(state.step) * state.recipe["batch_tokens"],
         weights={integrity.WEIGHTS: weights},
         commit=state.commit,
     )

@@ -238,7 +238,7 @@ class Examination:
     def _time(self) -> Finding:
         if self.recipe.num_steps is None or not self.need:
             return WARNING, "no estimate: training was not timed, or its length is in epochs"
-        tokens = self.recipe.num_steps * self.recipe.batch_tokens
+        tokens = self.recipe.tokens_before(self.recipe.num_steps)
         hours = tokens / self.need / 3600
         minutes = count_of(math.ceil(hours * 60), "minute")
         spoken = f"{hours:,.1f} hours" if hours >= 1 else minutes

@@ -287,7 +287,8 @@ def _steps_of_epochs(recipe: Recipe, source: Source, encoder: BulkEncoder) -> in
             unit_digests_dir=recipe.unit_digests_dir,
             on_unit=on_unit,
         )
-    steps = sum(ranks.gather(counted)) * recipe.num_epochs // recipe.batch_tokens
+    batches = sum(ranks.gather(counted)) * recipe.num_epochs // recipe.batch_tokens
+    steps = recipe.batches.steps_in(batches)
     if steps == 0:
         raise UserError("num_epochs is less than one step: lower batch_tokens or raise num_epochs")
     return steps

@@ -109,7 +109,7 @@ class Monitor:
             "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
             f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens",
             "optimizer": f"{recipe.optimizer}, {count_of(recipe.num_steps, 'step')}, "
-            f"{in_short(recipe.num_steps * recipe.batch_tokens)} tokens in all",
+            f"{in_short(recipe.tokens_before(recipe.num_steps))} tokens in all",
             "engine": f"{processes}{engine.get(accelerator.distributed_type, ', DDP')}, "
             f"{'fp32' if recipe.mixed_precision == 'no' else recipe.mixed_precision}, "
             f"{'compiled' if recipe.compile else 'not compiled'}, on {machine.hardware(device)}",
@@ -128,7 +128,7 @@ class Monitor:
         sources, corpus = self.inputs.sources, source.corpus
         held_out = range(source.num_validation_units)
         training = range(held_out.stop, corpus.num_units)
-        run_tokens = self.recipe.num_steps * self.recipe.batch_tokens
+        run_tokens = self.recipe.tokens_before(self.recipe.num_steps)
         run_tokens = int(run_tokens * source.weight / sum(each.weight for each in sources))
         tokens, tokens_held_out = (
             estimate_tokens(corpus, units, source.tokens_per_byte) for units in (training, held_out)
@@ -271,7 +271,8 @@ class Monitor:
     def _tell(self, report: "Report") -> None:
         """The step's line in metrics.jsonl and the tracker, the progress bar and the loss curve."""
         step, figures, result = report.step, report.figures, report.launched.result()
-        self._throughput.add(self.recipe.batch_tokens, 0.0, 0.0)  # now they are trained on
+        step_tokens = self.recipe.batches.of(step) * self.recipe.batch_tokens
+        self._throughput.add(step_tokens, 0.0, 0.0)  # now they are trained on
         z_score = self._spikes.z_score(result.loss) if result.finite else 0.0
         if z_score > SPIKE_Z:
             figures = figures | {"loss_z_score": z_score}
@@ -280,11 +281,11 @@ class Monitor:
                 "its recent mean"
             )
         rate = self._throughput.tokens_per_second
-        seconds = self.recipe.batch_tokens / rate if rate else 0.0
+        seconds = step_tokens / rate if rate else 0.0
         self.progress.update(loss=result.loss, tokens_per_second=rate, seconds=seconds)
         self._compare_with_validation(seconds)
         if figures or due(self.recipe.log_every, step):
-            record: dict[str, Any] = {"step": step, "tokens": (step + 1) * self.recipe.batch_tokens}
+            record: dict[str, Any] = {"step": step, "tokens": self.recipe.tokens_before(step + 1)}
             record |= {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
             record |= {"rows_digest": result.rows_digest}
             record |= self.inputs.stream.epochs(report.rows.lanes) | self._throughput.read()
@@ -318,7 +319,7 @@ class Monitor:
     def report_end(self, figures: Figures) -> None:
         """The last line of metrics.jsonl: what the trained model scores."""
         step = self.recipe.num_steps
-        self._write({"step": step, "tokens": step * self.recipe.batch_tokens, **figures})
+        self._write({"step": step, "tokens": self.recipe.tokens_before(step), **figures})
 
     def diverged(self) -> bool:
         """Whether so many updates in a row were skipped that the run should end; says so then."""

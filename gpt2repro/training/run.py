@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from gpt2repro import UserError
 from gpt2repro.data.order import LaneState
-from gpt2repro.data.producer import StepRows
+from gpt2repro.data.producer import StepRows, joined
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.publishing import background
 from gpt2repro.publishing.background import BackgroundPush
@@ -81,13 +81,19 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def next_rows(self) -> StepRows | None:
-        """This rank's rows of the next step; None if a stop was agreed on, or any rank failed."""
+    def next_rows(self, step: int) -> StepRows | None:
+        """This rank's rows of `step`; None if a stop was agreed on, or any rank failed."""
+        batches = []
         try:
-            return next_rows(self.inputs.stream, self.stop.poll, self._check)
+            for _ in range(self.recipe.batches.of(step)):
+                batch = next_rows(self.inputs.stream, self.stop.poll, self._check)
+                if batch is None:
+                    return None
+                batches.append(batch)
         except Exception as error:
             self.failure = error
             return None
+        return joined(batches)
 
     def _check(self) -> None:
         self.directory.check_still_there()

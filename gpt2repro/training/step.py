@@ -51,7 +51,7 @@ class LaunchedStep:
 def next_rows(
     stream: TokenStream, should_stop: Callable[[], bool], check: Callable[[], None]
 ) -> StepRows | None:
-    """This rank's rows of the next step, once all ranks have theirs; None if a stop was agreed on.
+    """This rank's rows of the next batch, once all ranks have theirs; None if a stop was agreed on.
 
     Waiting together keeps every rank reachable by signals while one of them sits out an outage. If
     the stream of one fails for good, or its `check()` raises, all raise.
@@ -85,6 +85,8 @@ def train_step(
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     size = learner.micro_batch_size
     micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+    # It counts micro-batches, of which one step may have more than another.
+    accelerator.step, accelerator.gradient_accumulation_steps = 0, len(micro_batches)
     # Asking costs nothing in one process, and on CPUs a step may take minutes.
     looks_up = ranks.world_size() == 1 or device.type == "cpu"
     loss = torch.zeros((), device=device)
