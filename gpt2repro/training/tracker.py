@@ -118,6 +118,7 @@ class Tracker:
         for tracker in self.trackers if line["step"] > self.told else ():
             texts = {"sample": _shown(line["sample"], tracker.name)} if "sample" in line else {}
             tracker.log(figures | texts, step=line["step"])
+            self.told = line["step"]
 
     def close(self) -> None:
         for tracker in self.trackers:
