@@ -47,6 +47,7 @@ class TrackerRun(BaseModel):
     report_to: str
     id: str  # by which wandb finds it
     name: str  # by which trackio does
+    is_new: bool = True  # until it was told what was before
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Tracker:
     """Tells the recipe's tracker the lines of metrics.jsonl, on the main process."""
 
     run: TrackerRun | None  # None without a tracker
-    told: int  # the last step that it has been told; -1 if it is new
+    told: int  # the last step that it has been told
     trackers: Sequence[GeneralTracker] = ()
     has_failed: bool = False
 
@@ -73,7 +74,7 @@ class Tracker:
         if self.run is None:
             place.unlink(missing_ok=True)
             return
-        is_new, name, group = self.told < 0, self.run.name, recipe.exp_name
+        is_new, name, group = self.run.is_new, self.run.name, recipe.exp_name
         how: dict[str, dict[str, Any]] = {
             "tensorboard": {"purge_step": self.told + 1},
             "wandb": {"id": self.run.id, "group": group, "resume": "allow"},
@@ -87,6 +88,7 @@ class Tracker:
             for k, v in recipe.model_dump().items()
         }
         try:
+            self._remember(place)  # even if it refuses now: what the other run was told is cut off
             accelerator.init_trackers(
                 "gpt2repro", config=settings if shows else None, init_kwargs=how
             )
@@ -96,10 +98,15 @@ class Tracker:
                 self.told = next_step - 1 if next_step else self.told
             for line in history:
                 self._tell(line)
-            with atomic.new_file(place) as scratch:
-                scratch.write_text(self.run.model_dump_json() + "\n")
+            self.run.is_new = False
+            self._remember(place)
         except Exception as error:  # each has its own: no login, no network, a version
             raise UserError(f"report_to {recipe.report_to}: {error}; or set it to none") from error
+
+    def _remember(self, place: Path) -> None:
+        assert self.run is not None
+        with atomic.new_file(place) as scratch:
+            scratch.write_text(self.run.model_dump_json() + "\n")
 
     def tell(self, line: dict[str, Any]) -> str:
         """Tell a line if it was not told. What the user should know, once, if the tracker fails.
@@ -146,8 +153,8 @@ def find_tracker(recipe: ResolvedRecipe, directory: RunDirectory, start: Start) 
         with suppress(ValueError):
             known = TrackerRun.model_validate(start.state.get("tracker"))
     if known and known.report_to == kind:
-        if kind == "tensorboard":
-            return Tracker(known, first_step - 1)
+        if kind == "tensorboard" or known.is_new:
+            return Tracker(known, -1 if known.is_new else first_step - 1)
         goes_back = checkpoints.newer(directory.checkpoints, first_step)
         if not (told_more and (goes_back or differences(recipe, then))):
             return Tracker(known, max(told, first_step - 1))
@@ -156,8 +163,11 @@ def find_tracker(recipe: ResolvedRecipe, directory: RunDirectory, start: Start) 
 
 
 def _shown(text: str, tracker: str) -> Any:
-    """What the tracker shows as this text, letter for letter; of plain texts only the last one."""
-    if tracker == "tensorboard":  # takes it for Markdown
+    """What the tracker shows as this text, letter for letter.
+
+    TensorBoard takes a text for Markdown; of plain ones wandb shows the last, trackio none.
+    """
+    if tracker == "tensorboard":
         return indent(text, "    ", lambda _: True)
     page = f'<pre style="white-space: pre-wrap">{escape(text)}</pre>'
     return import_module(tracker).Html(page)

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from tiny_run import metrics, reset_accelerate, train, write_inputs
 
+from gpt2repro import UserError
 from gpt2repro.recipe import ResolvedRecipe, load_recipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory, Start
@@ -67,9 +68,11 @@ class Service:
 
     def __init__(self) -> None:
         self.runs: dict[str, tuple[str, list[tuple[int, dict[str, Any]]]]] = {}
-        self.fails, self.finished, self.tracker = False, 0, None
+        self.refuses, self.fails, self.finished, self.tracker = False, False, 0, None
 
     def init_trackers(self, accelerator, _project, config, init_kwargs) -> None:
+        if self.refuses:
+            raise RuntimeError("not today")
         how = init_kwargs["wandb"]
         assert how["group"] == "tiny" and how["resume"] == "allow" and config["max_lr"]
         self._lines = self.runs.setdefault(how["id"], (how.get("name", ""), []))[1]
@@ -113,7 +116,10 @@ def test_a_run_that_is_killed_goes_on_or_moves_is_told_once(recipe, tmp_path, se
     checkpoint = run / "checkpoints" / "step_00000004"
     (tracker_id,) = service.runs
     saved = json.loads((checkpoint / "state.json").read_text())["tracker"]
-    assert saved == {"report_to": "wandb", "id": tracker_id, "name": "tiny"}
+    assert (
+        saved
+        == TrackerRun(report_to="wandb", id=tracker_id, name="tiny", is_new=False).model_dump()
+    )
     assert saved == json.loads((run / "tracker.json").read_text())
     assert train(recipe, run, *short) == 0
     assert service.told() == {"tiny": losses(run)} and len(losses(run)) == 8
@@ -127,7 +133,11 @@ def test_what_comes_otherwise_is_another_run_with_all_that_was_before(recipe, tm
     run = tmp_path / "run"
     train_until(6, recipe, run, *TOLD)
     first = losses(run)
-    train_until(7, recipe, run, *TOLD, "--max_lr", "5e-3")  # another rate from step 4 on
+    service.refuses = True
+    with pytest.raises(UserError, match="report_to wandb: not today; or set it to none"):
+        train(recipe, run, *TOLD, "--max_lr", "5e-3")  # another rate from step 4 on
+    service.refuses = False
+    train_until(7, recipe, run, *TOLD, "--max_lr", "5e-3")
     second = losses(run)
     assert service.told() == {"tiny": first, "tiny-from-00000004": second}
     assert first[4] == second[4] and first[5] != second[5]
@@ -147,7 +157,8 @@ def test_a_tracker_that_fails_ends_no_run(recipe, tmp_path, service, capsys):
 # --- Which run ------------------------------------------------------------------------------------
 
 WANDB, TRACKIO, BOARD = (
-    TrackerRun(report_to=kind, id="1", name="tiny") for kind in ("wandb", "trackio", "tensorboard")
+    TrackerRun(report_to=kind, id="1", name="tiny", is_new=False)
+    for kind in ("wandb", "trackio", "tensorboard")
 )
 
 
@@ -187,6 +198,9 @@ def test_in_its_directory(place):
     assert found(place, at(4), max_lr=0.1) == ("new", "tiny-from-00000004", -1)
     assert found(place, at(2)) == ("new", "tiny-from-00000002", -1)
     assert found(place, at(0)) == ("new", "tiny-from-00000000", -1)
+    place.tracker.write_text(WANDB.model_copy(update={"is_new": True}).model_dump_json())
+    assert found(place, at(4)) == ("same", "tiny", -1)  # it was refused
+    place.tracker.write_text(WANDB.model_dump_json())
     place.metrics.unlink()  # lost: what comes was told, who knows what else
     assert found(place, at(4), max_lr=0.1) == ("same", "tiny", 3)
 
@@ -255,6 +269,7 @@ def wandb_runs(run: Path) -> dict[str, list[dict[str, Any]]]:
     """What `wandb sync` would send: the files of a run's launches, by their time."""
     lines: dict[str, list[dict[str, Any]]] = {}
     names: dict[str, str] = {}
+    import_module("wandb").teardown()  # ends the process that writes, and what it read of WANDB_DIR
     for path in sorted(run.parent.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime):
         for record in wandb_records(path.read_bytes()):
             if record.WhichOneof("record_type") == "run":
@@ -289,22 +304,20 @@ READ = {"tensorboard": tensorboard_runs, "trackio": trackio_runs, "wandb": wandb
 
 
 @pytest.fixture(params=READ)
-def kind(request, tmp_path, monkeypatch) -> Iterator[str]:
+def kind(request, tmp_path, monkeypatch) -> str:
     """A tracker that keeps to this directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    package = pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     if request.param == "trackio":
         for name, module in [*sys.modules.items()]:  # they read it when they were imported
             for path in ("TRACKIO_DIR", "MEDIA_DIR") if name.startswith("trackio") else ():
                 if hasattr(module, path):
                     below = "trackio" if path == "TRACKIO_DIR" else "trackio/media"
                     monkeypatch.setattr(module, path, tmp_path / below)
-    yield request.param
-    if request.param == "wandb":
-        package.teardown()  # what it read of the environment
+    return request.param
 
 
 def test_killed_gone_on_and_sent_back(kind, recipe, tmp_path):
