@@ -332,6 +332,8 @@ def test_killed_gone_on_and_sent_back(kind, recipe, tmp_path):
         name: [(each["step"], each["loss"]) for each in lines[:-1]] for name, lines in runs.items()
     }
     if kind == "tensorboard":
+        directories = {path.parent for path in run.rglob("events.out.*")}
+        assert len(directories) == 2  # the figures, and the settings of the first launch
         assert [*lines] == ["tiny"]
         assert [step for step, _ in lines["tiny"]] == [*range(12)]
         assert [loss for _, loss in lines["tiny"]] == pytest.approx([x for _, x in losses(run)])
