@@ -28,6 +28,7 @@ from gpt2repro.training import finish, learner, monitor
 from gpt2repro.training import run as run_module
 from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.run import Run
+from gpt2repro.training.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,7 +86,7 @@ def test_while_the_tracker_logs_in_a_signal_ends_the_process(recipe, tmp_path, m
         found.extend(signal.getsignal(number) for number in SIGNALS)
         raise UserError("no key")
 
-    monkeypatch.setattr(run_module, "start_tracker", login)
+    monkeypatch.setattr(Tracker, "log_in", login)
     with pytest.raises(UserError, match="no key"):
         train(recipe, tmp_path / "run")
     assert found == before

@@ -179,14 +179,19 @@ def _in_order(directory: Path) -> list[Path]:
     return [path for path in paths if integrity.NAME.fullmatch(path.name)]
 
 
+def newer(directory: Path, step: int) -> list[Path]:
+    """What is of a later step."""
+    name = checkpoint_path(directory, step).name
+    return [path for path in directory.glob("step_*") if path.name > name]
+
+
 def supersede(directory: Path, step: int) -> None:
     """Set aside what is newer than `step`: a run that goes back there starts another line."""
-    for path in directory.glob("step_*"):
-        if path.name > checkpoint_path(directory, step).name:
-            place = directory / "superseded" / path.name
-            shutil.rmtree(place, ignore_errors=True)
-            place.parent.mkdir(exist_ok=True)
-            path.rename(place)
+    for path in newer(directory, step):
+        place = directory / "superseded" / path.name
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
 
 
 # --- Finding --------------------------------------------------------------------------------------

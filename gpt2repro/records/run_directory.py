@@ -1,8 +1,8 @@
 """The directory of a run: its files, who may write them, and where a new launch goes on.
 
 runs/<exp_name>/
-    recipe.yaml  metrics.jsonl  launches.jsonl  loss_curve.png  checkpoints/  incidents/  final/
-    FINISHED
+    recipe.yaml  metrics.jsonl  launches.jsonl  tracker.json  loss_curve.png  checkpoints/
+    incidents/  final/  FINISHED
 """
 
 import fcntl
@@ -97,6 +97,7 @@ class RunDirectory:
         self.recipe = path / "recipe.yaml"
         self.metrics = path / "metrics.jsonl"
         self.launches = path / "launches.jsonl"
+        self.tracker = path / "tracker.json"
         self.loss_curve = path / "loss_curve.png"
         self.checkpoints = path / "checkpoints"
         self.stable = self.checkpoints / "stable"  # from before a cooldown, for a longer run
@@ -201,8 +202,9 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._keep_others_out(patience=0.0)  # who was here since has made another beginning
-            for left in (*atomic.leftovers(self.recipe), *atomic.leftovers(self.metrics)):
-                left.unlink()  # nobody else writes them
+            for file in (self.recipe, self.metrics, self.tracker):
+                for left in atomic.leftovers(file):
+                    left.unlink()  # nobody else writes them
             self._write_recipe(recipe)
             self.preempted.unlink(missing_ok=True)
             for directory in (self.stable, self.checkpoints):

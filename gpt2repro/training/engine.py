@@ -1,12 +1,10 @@
-"""What a run runs on: the processes that `accelerate launch` started, and the tracker they tell."""
+"""What a run runs on: the processes that `accelerate launch` started."""
 
 import os
 from datetime import timedelta
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -17,6 +15,7 @@ from gpt2repro.speed import cpu_memory
 from gpt2repro.system import ranks
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS
 from gpt2repro.system.signals import end_with_launcher
+from gpt2repro.training.tracker import check_tracker
 
 # How long ranks wait for one that does something alone: it sits out an outage of its data at the
 # start, compiles its first step, or writes a checkpoint to a slow disk.
@@ -34,7 +33,7 @@ def start_engine(recipe: Recipe) -> Accelerator:
         UserError: the processes of this launch do not see each other, or cannot share the lanes.
     """
     end_with_launcher()
-    _check_tracker(recipe.report_to)
+    check_tracker(recipe.report_to)
     try:
         launched = int(os.environ.get("WORLD_SIZE", 1))
         accelerator = Accelerator(
@@ -101,38 +100,3 @@ def _cpu_is_asked_for() -> bool:
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return asked or visible == "" or (visible or "").startswith("-1")
-
-
-# --- Tracker --------------------------------------------------------------------------------------
-
-
-def _check_tracker(name: str) -> None:
-    """Refuse a tracker whose package is missing; accelerate would go on without a word."""
-    available = {getattr(each, "value", each) for each in get_available_trackers()}
-    if name != "none" and name not in available:
-        raise UserError(
-            f"report_to {name}: its package is not installed; `pip install {name}`, or set "
-            "report_to to none (metrics.jsonl has every figure)"
-        )
-
-
-def start_tracker(recipe: Recipe, accelerator: Accelerator, first_step: int) -> None:
-    """Log in to the recipe's tracker, if it names one; what it has from `first_step` on is void."""
-    if recipe.report_to == "none":
-        return
-    try:
-        # TensorBoard would show the settings of every launch as a run of their own.
-        is_told = first_step > 0 and recipe.report_to == "tensorboard"
-        accelerator.init_trackers(
-            "gpt2repro",
-            config=None if is_told else _tracked(recipe),
-            init_kwargs={"tensorboard": {"purge_step": first_step}},
-        )
-    except Exception as error:  # each has its own: no login, no network, a version
-        raise UserError(f"report_to {recipe.report_to}: {error}; or set it to none") from error
-
-
-def _tracked(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as trackers take it: scalars and text only."""
-    values = recipe.model_dump().items()
-    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in values}

@@ -38,6 +38,7 @@ from gpt2repro.training.learner import Learner
 from gpt2repro.training.progress import Progress
 from gpt2repro.training.step import LaunchedStep, StepResult
 from gpt2repro.training.throughput import Throughput, peak_flops, peak_memory_gib
+from gpt2repro.training.tracker import Tracker
 
 SPIKE_Z = 5.0  # standard deviations above the recent mean that make a loss worth a line
 SAMPLE_TOKENS = 48
@@ -61,6 +62,7 @@ class Monitor:
         directory: RunDirectory,
         inputs: Inputs,
         learner: Learner,
+        tracker: Tracker,
         stop: StopRequest,
         start: Start,
         history: Sequence[dict[str, Any]],
@@ -72,7 +74,7 @@ class Monitor:
         accelerator = learner.accelerator
         main = accelerator.is_main_process
         self.recipe, self.directory, self.inputs, self.learner = recipe, directory, inputs, learner
-        self._stop = stop
+        self.tracker, self._stop = tracker, stop
         if main:
             self._introduce(start)
         self.progress = Progress(first_step=start.step, num_steps=recipe.num_steps, enabled=main)
@@ -348,9 +350,8 @@ class Monitor:
         """A line in metrics.jsonl, and in the tracker if there is one."""
         if self._log is not None:
             self._log.write(record)
-        if self.recipe.report_to != "none":
-            told = {k: v for k, v in record.items() if isinstance(v, int | float) or k == "sample"}
-            self.learner.accelerator.log(told, step=record["step"])
+        if problem := self.tracker.tell(record):
+            self.progress.note(problem)
 
     def draw_loss_curve(self) -> None:
         """Draw what metrics.jsonl has by now; no failure of it ends a run."""

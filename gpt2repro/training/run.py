@@ -29,7 +29,6 @@ from gpt2repro.training.engine import (
     LONGEST_WAIT_SECONDS,
     LOOP_WAIT_SECONDS,
     start_engine,
-    start_tracker,
 )
 from gpt2repro.training.inputs import Inputs, counted_steps, from_anywhere, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
@@ -37,6 +36,7 @@ from gpt2repro.training.monitor import Monitor, due
 from gpt2repro.training.saving import Checkpoints
 from gpt2repro.training.schedule import jump, set_rates, stable_until
 from gpt2repro.training.step import LaunchedStep, next_rows, train_step
+from gpt2repro.training.tracker import find_tracker
 
 
 @dataclass
@@ -78,8 +78,7 @@ class Run:
         if error is not None and ranks.world_size() > 1:
             return
         self.inputs.stream.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        self.monitor.tracker.close()
 
     def next_rows(self, step: int) -> StepRows | None:
         """This rank's rows of `step`; None if a stop was agreed on, or any rank failed."""
@@ -150,6 +149,7 @@ class Run:
             "commit": self.launch.commit,
             "chain": self.checkpoints.chain.model_dump(),
             "metrics_lines": self.monitor.make_durable(),
+            "tracker": told.model_dump() if (told := self.monitor.tracker.run) else None,
             "num_epochs": self.inputs.num_epochs,
             "world_size": self.accelerator.num_processes,
             "stream": self.inputs.stream.state_dict(lanes),
@@ -245,6 +245,7 @@ def _claim(
         micro_batch_size=learner.micro_batch_size,
         **from_anywhere(recipe, inputs.sources),
     )
+    tracker = ranks.on_rank_0(lambda: find_tracker(resolved, directory, start))
     history = ranks.on_rank_0(
         lambda: directory.open(start.step, resolved.as_yaml(), start=start.path)
     )
@@ -254,7 +255,9 @@ def _claim(
     if start.path and (rise := jump(resolved, as_saved(recipe, start.recipe), start.step)):
         start = replace(start, note=f"{start.note} {rise}")
     # May ask for a login: signals end the process.
-    start_tracker(resolved, learner.accelerator, start.step)
+    ranks.on_rank_0(
+        lambda: tracker.log_in(resolved, learner.accelerator, directory.tracker, history)
+    )
     stop = StopRequest(ranks.any_rank)
     becomes_permanent = recipe.keeps(start.step) and not start.state.get("permanent")
     return Run(
@@ -262,7 +265,7 @@ def _claim(
         directory=directory,
         inputs=inputs,
         learner=learner,
-        monitor=monitor(resolved, directory, inputs, learner, stop, start, history),
+        monitor=monitor(resolved, directory, inputs, learner, tracker, stop, start, history),
         checkpoints=Checkpoints(
             directory=directory,
             recipe=resolved,
