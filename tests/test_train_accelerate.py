@@ -30,6 +30,7 @@ from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.run import Run
 
 ROOT = Path(__file__).parent.parent
+MUON = ("--optimizer", "muon", "--ema_decay", "0.9")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def by_muon(recipe, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("by_muon") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "finish", lambda run: 0)
-        assert train(recipe, directory, "--optimizer", "muon") == 0
+        assert train(recipe, directory, *MUON) == 0
     return directory
 
 
@@ -318,8 +319,8 @@ def test_muon_resumes_bitwise(recipe, by_muon, tmp_path, monkeypatch):
     parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
         stop_after(patch, step=4)
-        assert train(recipe, parts, "--optimizer", "muon") == train_accelerate.EXIT_PREEMPTED
-    assert train(recipe, parts, "--optimizer", "muon") == 0
+        assert train(recipe, parts, *MUON) == train_accelerate.EXIT_PREEMPTED
+    assert train(recipe, parts, *MUON) == 0
     assert_same_tensors(tensors(parts, 12), tensors(by_muon, 12))
 
 
@@ -491,7 +492,7 @@ def test_a_non_finite_gradient_skips_the_update_and_keeps_the_rows(
     run = tmp_path / "run"
     break_steps(monkeypatch, {3, 6})
     options = ("--save_every", "1", "--keep_last", "20", "--optimizer", optimizer)
-    assert train(recipe, run, *options, "--muon_weight_decay", "0.1") == 0
+    assert train(recipe, run, *options, "--muon_weight_decay", "0.1", "--ema_decay", "0.9") == 0
     kept = sorted(path.name for path in (run / "incidents").iterdir())
     assert kept == ["step_00000003_rank_0.json", "step_00000006_rank_0.json"]
     incident = json.loads((run / "incidents" / kept[0]).read_text())
@@ -552,16 +553,18 @@ def launch(recipe: Path, output_dir: Path, *options: str, config: str = "cpu2.ya
 @pytest.mark.exports
 def test_two_processes_train_on_the_same_rows(recipe, uninterrupted, by_muon, tmp_path):
     """Two gloo processes that share Muon's work, export included; then one goes on alone."""
-    run, muon = tmp_path / "run", ("--optimizer", "muon")
-    result = launch(recipe, run, "--num_steps", "8", "--sample_every", "4", *muon)
+    run = tmp_path / "run"
+    result = launch(recipe, run, "--num_steps", "8", "--sample_every", "4", *MUON)
     assert result.returncode == 0, result.stderr
     assert digests(run) == {s: d for s, d in digests(uninterrupted).items() if s < 8}
     assert (run / "final" / "model.safetensors").exists()
 
-    ours, theirs = ([line["loss"] for line in metrics(each)[:4]] for each in (run, by_muon))
-    assert ours == pytest.approx(theirs, abs=1e-4)  # gradients are summed in another order
+    for name in ("loss", "val_loss_ema"):
+        lines = (metrics(each)[:6] for each in (run, by_muon))
+        ours, theirs = ([line[name] for line in each if name in line] for each in lines)
+        assert ours and ours == pytest.approx(theirs, abs=1e-4)  # gradients sum in another order
     saved = str(run / "checkpoints" / "step_00000004")
-    assert train(recipe, run, *muon, "--resume", saved) == 0
+    assert train(recipe, run, *MUON, "--resume", saved) == 0
     assert digests(run) == digests(uninterrupted)
 
 
