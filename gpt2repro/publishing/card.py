@@ -93,8 +93,7 @@ def model_card(
         command: the command line that trained the model, its launcher's options included.
         commit: of the code that trained it.
         loss_curve: name of the picture beside the card.
-        published_loss: whose validation loss others published for the same held-out text, and the
-            loss in nats per token.
+        published_loss: whose loss on the same held-out text others published, and the loss.
         averaged: which average the weights are, if they are one; `metrics` then tell of both.
     """
     known = recipe or {}
@@ -123,8 +122,7 @@ def model_card(
         mfu=_median_of(metrics, "mfu"),
         ledger=ledger_digest(metrics),
         loss_curve=loss_curve,
-        validations=validations[:1] + validations[1:][-1:],
-        averages=_validations(metrics[-1:], "_ema"),
+        validations=validations[:1] + validations[1:][-1:] + _validations(metrics[-1:], "_ema"),
         published_loss=published_loss,
         averaged=averaged,
     )
@@ -399,10 +397,11 @@ def ledger_digest(metrics: Metrics) -> tuple[str, int] | None:
     return hashlib.sha256("".join(lines).encode()).hexdigest(), len(lines)
 
 
-def _validations(metrics: Metrics, of: str = "") -> list[tuple[int, float, float | None]]:
+def _validations(metrics: Metrics, of: str = "") -> list[tuple[str, float, float | None]]:
     """Step, loss, and bits per byte where known: of the weights, or with "_ema" their average."""
+    whose = ", average of the weights" if of else ""
     return [
-        (line["step"], line[f"val_loss{of}"], bits if is_number(bits) else None)
+        (f"step {line['step']:,}{whose}", line[f"val_loss{of}"], bits if is_number(bits) else None)
         for line in comparable(metrics)
         for bits in [line.get(f"val_bits_per_byte{of}")]
         if is_number(line.get(f"val_loss{of}"))
