@@ -30,7 +30,7 @@ from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.run import Run
 
 ROOT = Path(__file__).parent.parent
-MUON = ("--optimizer", "muon", "--ema_decay", "0.9")
+MUON = ("--optimizer", "muon", "--ema_decay", "0.9", "--eval_every", "3")
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +560,7 @@ def test_two_processes_train_on_the_same_rows(recipe, uninterrupted, by_muon, tm
     assert (run / "final" / "model.safetensors").exists()
 
     for name in ("loss", "val_loss_ema"):
-        lines = (metrics(each)[:6] for each in (run, by_muon))
+        lines = (metrics(each)[:4] for each in (run, by_muon))
         ours, theirs = ([line[name] for line in each if name in line] for each in lines)
         assert ours and ours == pytest.approx(theirs, abs=1e-4)  # gradients sum in another order
     saved = str(run / "checkpoints" / "step_00000004")
