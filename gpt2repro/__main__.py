@@ -8,6 +8,7 @@ from gpt2repro.system import command_line
 
 # verb -> (module, what it does). Modules are imported on use, so that `--help` stays instant.
 VERBS = {
+    "average": ("average", "one model of the mean of several models' weights"),
     "compare-logits": ("compare_logits", "ours against transformers' GPT-2 on the same weights"),
     "doctor": ("doctor", "check a recipe and this machine before hours are spent"),
     "evaluate": ("evaluate", "validation loss, HellaSwag, LAMBADA, WikiText-2 of any causal LM"),

@@ -81,6 +81,7 @@ def model_card(
     num_processes: int | None = None,
     loss_curve: str | None = None,
     published_loss: tuple[str, float] | None = None,
+    averaged: str | None = None,
 ) -> str:
     """The whole card, with YAML metadata that the Hub accepts.
 
@@ -92,8 +93,8 @@ def model_card(
         command: the command line that trained the model, its launcher's options included.
         commit: of the code that trained it.
         loss_curve: name of the picture beside the card.
-        published_loss: whose validation loss others published for the same held-out text, and the
-            loss in nats per token.
+        published_loss: whose loss on the same held-out text others published, and the loss.
+        averaged: which average the weights are, if they are one; `metrics` then tell of both.
     """
     known = recipe or {}
     shown = {k: _cell(v) if isinstance(v, str) else v for k, v in known.items()}
@@ -101,7 +102,7 @@ def model_card(
     recipe_yaml = yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True).rstrip()
     environment, validations = environment or {}, _validations(metrics)
     card = ModelCard.from_template(
-        _metadata(name, known, metrics),
+        _metadata(name, known, _validations(metrics, "_ema" if averaged else "")),
         template_path=str(CARD),
         name=name,
         num_parameters=num_parameters,
@@ -121,11 +122,12 @@ def model_card(
         mfu=_median_of(metrics, "mfu"),
         ledger=ledger_digest(metrics),
         loss_curve=loss_curve,
-        validations=validations[:1] + validations[1:][-1:],
+        validations=validations[:1] + validations[1:][-1:] + _validations(metrics[-1:], "_ema"),
         published_loss=published_loss,
+        averaged=averaged,
     )
     text = f"{str(card).rstrip()}\n"
-    table = _benchmark_table(_benchmarks_of_run(metrics, known))
+    table = _benchmark_table(_benchmarks_of_run(() if averaged else metrics, known))
     return _with_section(text, BENCHMARKS, table, before=VERIFICATION) if table else text
 
 
@@ -323,14 +325,14 @@ def _described(dataset: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]]
 # --- Metadata -------------------------------------------------------------------------------------
 
 
-def _metadata(name: str, recipe: Mapping, metrics: Metrics) -> ModelCardData:
+def _metadata(name: str, recipe: Mapping, validations: Sequence[tuple]) -> ModelCardData:
     """What the Hub reads: licence, library, task, data and the validation loss."""
     names, start = [each["name"] for each in _datasets(recipe)], recipe.get("init_from")
     dataset = names[0] if len(names) == 1 else ""
     languages = {KNOWN_DATASETS.get(name, {}).get("language") for name in names}
     results = [
         _result(dataset, f"{dataset} (held out)", kind, kind, value)
-        for _, loss, bits in _validations(metrics)[-1:]
+        for _, loss, bits in validations[-1:]
         for kind, value in (("loss", loss), ("bits_per_byte", bits))
         if dataset and value is not None
     ]
@@ -395,12 +397,14 @@ def ledger_digest(metrics: Metrics) -> tuple[str, int] | None:
     return hashlib.sha256("".join(lines).encode()).hexdigest(), len(lines)
 
 
-def _validations(metrics: Metrics) -> list[tuple[int, float, float | None]]:
-    """Step, loss in nats per token, and bits per byte where they are known, of each validation."""
+def _validations(metrics: Metrics, of: str = "") -> list[tuple[str, float, float | None]]:
+    """Step, loss, and bits per byte where known: of the weights, or with "_ema" their average."""
+    whose = ", average of the weights" if of else ""
     return [
-        (line["step"], line["val_loss"], bits if is_number(bits) else None)
+        (f"step {line['step']:,}{whose}", line[f"val_loss{of}"], bits if is_number(bits) else None)
         for line in comparable(metrics)
-        for bits in [line.get("val_bits_per_byte")]
+        for bits in [line.get(f"val_bits_per_byte{of}")]
+        if is_number(line.get(f"val_loss{of}"))
     ]
 
 

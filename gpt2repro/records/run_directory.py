@@ -2,7 +2,7 @@
 
 runs/<exp_name>/
     recipe.yaml  metrics.jsonl  launches.jsonl  tracker.json  loss_curve.png  checkpoints/
-    incidents/  final/  FINISHED
+    incidents/  final/  final-ema/  FINISHED
 """
 
 import fcntl
@@ -104,6 +104,7 @@ class RunDirectory:
         self.arrivals = path / ".hub"  # what comes from the Hub, until the run is opened
         self.incidents = path / "incidents"
         self.final = path / "final"
+        self.average = path / "final-ema"  # of the weights, where it is better on held-out text
         self.preempted = path / "PREEMPTED"
         self.finished = path / "FINISHED"  # its step: `final/` is of it, and was pushed if asked
         self._lock: IO[str] | None = None

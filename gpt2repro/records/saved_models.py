@@ -88,7 +88,7 @@ def load_causal_lm(
 
 
 def find_tokenizer(
-    name: str, given: str | None = None, *, trust_remote_code: bool = False
+    name: str, given: str | None = None, *, option: str = "--model", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerFast:
     """The tokenizer `given`, or the one that goes with the model `name`.
 
@@ -102,7 +102,7 @@ def find_tokenizer(
     )
     if given:
         return load(given)
-    where = locate(name)
+    where = locate(name, option)
     if not Path(where).is_dir():
         return load(where)
     run = Path(where).resolve().parent.parent
@@ -111,4 +111,4 @@ def find_tokenizer(
             return load(directory)
     if trained_with := saved_recipe(run).get("tokenizer_name"):
         return load(trained_with)
-    raise UserError(f"--model {name} holds no tokenizer; name one with --tokenizer")
+    raise UserError(f"{option} {name} holds no tokenizer; name one with --tokenizer")

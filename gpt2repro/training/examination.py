@@ -121,7 +121,7 @@ class Examination:
             return WARNING, "not built without a tokenizer"
         self.model = build_model(self.recipe, self.tokenizer)
         num_parameters = self.model.num_parameters()
-        state = _state_bytes(num_parameters, self.recipe.optimizer) + 4 * num_parameters
+        state = _state_bytes(num_parameters, self.recipe) + 4 * num_parameters
         return OK, (
             f"{num_parameters:,} parameters; {state / 2**30:.2f} GiB of weights, gradients and "
             "optimizer, and activations on top"
@@ -204,15 +204,15 @@ class Examination:
         return OK, f"{text}, {rate / need:.0f} x what training takes" if need else text
 
     def _disk(self) -> Finding:
-        """Weights and optimizer state of every checkpoint kept, one being written, the export."""
+        """Weights and optimizer state of every checkpoint kept, one being written, the exports."""
         if self.model is None:
             return WARNING, "not checked without a model"
         num_parameters = self.model.num_parameters()
-        state = _state_bytes(num_parameters, self.recipe.optimizer)
+        state = _state_bytes(num_parameters, self.recipe)
         num_kept = self.recipe.num_kept(self.recipe.num_steps or 0)
         kept = self.recipe.keep_last + num_kept
         kept += self.recipe.schedule in ("wsd", "power")  # that from before its cooldown
-        needed = (kept + 1) * state + 4 * num_parameters
+        needed = (kept + 1) * state + (1 + bool(self.recipe.ema_decay)) * 4 * num_parameters
         place = self.recipe.run_dir.absolute()
         existing = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(existing).free
@@ -249,9 +249,10 @@ class Examination:
         return OK, f"about {spoken} for {in_short(tokens)} tokens{money} (an estimate)"
 
 
-def _state_bytes(num_parameters: int, optimizer: str) -> float:
-    """Weights and optimizer state in fp32; Muon keeps one tensor for its matrices, AdamW two."""
-    return 4 * num_parameters * (3 if optimizer == "adamw" else 2.5)
+def _state_bytes(num_parameters: int, recipe: Recipe) -> float:
+    """Weights, average and optimizer state in fp32; Muon keeps one for its matrices, AdamW two."""
+    tensors = (3 if recipe.optimizer == "adamw" else 2.5) + bool(recipe.ema_decay)
+    return 4 * num_parameters * tensors
 
 
 def _multiplies_bf16_faster() -> bool:

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints
 from gpt2repro.records.integrity import is_whole
 from gpt2repro.records.metrics import comparable, read_metrics
-from gpt2repro.system import processes, ranks
+from gpt2repro.system import atomic, processes, ranks
 from gpt2repro.system.command_line import underway
 from gpt2repro.system.text import printable
+from gpt2repro.training.optim.averaging import averaged
 from gpt2repro.training.run import Run, card_of
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
 def finish(run: Run) -> int:
     """Export the trained model to `final/`, verified by a fresh process, and sum the run up.
+
+    Where the average of its weights is better on held-out text, it goes to `final-ema/` beside.
 
     Every rank calls, since sharded weights are gathered. Then the others leave, and rank 0 goes on
     alone: nobody waits for its push, however long that takes. Returns 0.
@@ -30,7 +34,10 @@ def finish(run: Run) -> int:
             again.
     """
     run.wait_for_checkpoint()
-    tensors = checkpoints.model_tensors(run.learner.model)
+    models = {run.directory.final: checkpoints.model_tensors(run.learner.model)}
+    if ranks.any_rank(run.monitor.average_is_better):
+        with averaged(run.learner.model, run.learner.optimizer):
+            models[run.directory.average] = checkpoints.model_tensors(run.learner.model)
     run.monitor.progress.close()
     if run.accelerator.is_main_process:
         run.directory.preempted.touch()  # until it is done, a scheduler should come back
@@ -38,32 +45,40 @@ def finish(run: Run) -> int:
     ranks.leave_group()
     if run.accelerator.is_main_process:
         try:
-            if _publish(run, tensors):
+            if _publish(run, models):
                 run.directory.mark_finished(run.recipe.num_steps)
         finally:
             run.directory.preempted.unlink(missing_ok=True)
     return 0
 
 
-def _publish(run: Run, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether nothing is left to do: a checkpoint that is not on the Hub yet is."""
+def _publish(run: Run, models: dict[Path, dict[str, torch.Tensor]]) -> bool:
+    """Export `models`, tensors by place; whether nothing is left to do then.
+
+    A checkpoint that is not on the Hub yet is.
+    """
     run.monitor.draw_loss_curve()
-    model = GPT2ReproForCausalLM(checkpoints.innermost(run.learner.model).config)
-    model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
-    model.tie_weights()
-    metrics = read_metrics(run.directory.metrics)
+    metrics, average = read_metrics(run.directory.metrics), run.directory.average
     curve, newest = run.directory.loss_curve, run.checkpoints.newest
-    card = card_of(run.recipe, run.learner, run.launch, metrics, loss_curve=curve.name)
+    record = checkpoints.record_of(newest) if newest and is_whole(newest) else None
+    of = {average: f"the moving average, of decay {run.recipe.ema_decay}, of those in training"}
     with underway("Exporting the model ...", in_logs=True):
-        export(
-            model.eval(),
-            run.inputs.tokenizer,
-            run.directory.final,
-            format=run.recipe.export_format,
-            card=card,
-            figures=[curve],
-            record=checkpoints.record_of(newest) if newest and is_whole(newest) else None,
-        )
+        for place, tensors in models.items():
+            model = GPT2ReproForCausalLM(checkpoints.innermost(run.learner.model).config)
+            model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
+            model.tie_weights()
+            card = card_of(run.recipe, run.learner, run.launch, metrics, curve.name, of.get(place))
+            export(
+                model.eval(),
+                run.inputs.tokenizer,
+                place,
+                format=run.recipe.export_format,
+                card=card,
+                figures=[curve],
+                record=None if place == average else record,  # no checkpoint of the chain
+            )
+    if average not in models:
+        atomic.remove(average)  # of a shorter run
     with underway("Letting it write ...", in_logs=True):
         paragraph = _paragraph(run)
     _summarize(run, metrics, paragraph)
@@ -87,6 +102,8 @@ def _summarize(run: Run, metrics: list[dict[str, Any]], paragraph: str) -> None:
         share = f"{last / first:.0%} of its start"
         print(f"Validation loss {first:.4f} -> {last:.4f} nats per token ({share})")
     print(f"Model           {directory.final}")
+    if directory.average.is_dir():
+        print(f"Its average     {directory.average}: {metrics[-1]['val_loss_ema']:.4f}")
     print(f"Loss curve      {directory.loss_curve}")
     print(f"Metrics         {directory.metrics}")
     print(f"\n{printable(paragraph)}\n")

@@ -26,6 +26,7 @@ from gpt2repro.speed.compilation import compile_in_place
 from gpt2repro.speed.low_precision import SIDE, has_fp8, hold_stream_in_bf16
 from gpt2repro.system import ranks
 from gpt2repro.training.micro_batch import largest_that_fits
+from gpt2repro.training.optim.averaging import drop_average
 from gpt2repro.training.optim.registry import build_optimizer
 from gpt2repro.training.throughput import model_flops_per_token
 from modeling_gpt2repro import GPT2ReproBlock, GPT2ReproForCausalLM
@@ -71,6 +72,8 @@ def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Sta
     )
     if start.path is not None:
         checkpoints.load(start.path, model=model, optimizer=optimizer)
+        if not recipe.ema_decay:
+            drop_average(optimizer)
     return Learner(
         accelerator=accelerator,
         model=model,
@@ -201,11 +204,12 @@ def _largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Mod
             model.zero_grad()
 
     parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    num_kept = 2 + bool(recipe.ema_decay)
     return largest_that_fits(
         divisors(rows_per_rank),
         forward_backward,
         device=accelerator.device,
         # Adam keeps two values for each parameter that this rank has, Muon no more.
-        reserve_bytes=2 * sum(p.nbytes for p in parameters if p.requires_grad),
+        reserve_bytes=num_kept * sum(p.nbytes for p in parameters if p.requires_grad),
         recovers=not sharded,
     )

@@ -35,6 +35,7 @@ from gpt2repro.system.signals import StopRequest
 from gpt2repro.system.text import count_of, folded, in_short
 from gpt2repro.training.inputs import Inputs
 from gpt2repro.training.learner import Learner
+from gpt2repro.training.optim.averaging import averaged, has_average
 from gpt2repro.training.progress import Progress
 from gpt2repro.training.step import LaunchedStep, StepResult
 from gpt2repro.training.throughput import Throughput, peak_flops, peak_memory_gib
@@ -89,6 +90,7 @@ class Monitor:
         self._tells_late = accelerator.device.type in DEVICES_BEHIND
         self._untold: Report | None = None
         self._validation_seconds, self._num_told = 0.0, 0
+        self.average_is_better = False  # than the weights, at the last validation
 
     def close(self) -> None:
         """End the bar and the file."""
@@ -169,21 +171,32 @@ class Monitor:
         return figures
 
     def _validate(self, step: int) -> dict[str, float]:
+        """What the held-out text says of the weights, and of their average where there is one."""
+        began, optimizer = time.perf_counter(), self.learner.optimizer
+        figures = self._held_out_figures(step)
+        if figures and has_average(optimizer):
+            with averaged(self.learner.model, optimizer):
+                more = self._held_out_figures(step, " of the average")
+            self.average_is_better = bool(more) and more["val_loss"] < figures["val_loss"]
+            figures |= {f"{name}_ema": more[name] for name in more if name != "val_tokens"}
+        self._validation_seconds = time.perf_counter() - began
+        return figures
+
+    def _held_out_figures(self, step: int, of: str = "") -> dict[str, float]:
         """Validation loss in nats per token, bits per byte, and how many tokens they are of."""
         held_out = self.inputs.validation
         assert held_out is not None
-        began = time.perf_counter()
         rows_each = -(-len(held_out.rows) // ranks.world_size())
-        with self.progress.phase(f"validation at step {step}", rows_each) as on_batch:
+        with self.progress.phase(f"validation{of} at step {step}", rows_each) as on_batch:
             result = validation_loss(
                 self.learner.model, held_out.rows, on_batch=on_batch, **self._collectively()
             )
         if result is None:
             return {}
-        self._validation_seconds = time.perf_counter() - began
         bits_per_byte = result.bits_per_byte(held_out.num_tokens, held_out.num_bytes)
         self.progress.note(
-            f"step {step}: validation loss {result.loss:.4f} ({bits_per_byte:.4f} bits per byte)"
+            f"step {step}: validation loss{of} {result.loss:.4f} "
+            f"({bits_per_byte:.4f} bits per byte)"
         )
         return {
             "val_loss": result.loss,

@@ -318,6 +318,7 @@ def card_of(
     launch: machine.Launch,
     metrics: list[dict[str, Any]],
     loss_curve: str | None = None,
+    averaged: str | None = None,
 ) -> str:
     """The card of the model that has come to the end of `metrics`."""
     return model_card(
@@ -330,5 +331,6 @@ def card_of(
         commit=launch.commit,
         num_processes=learner.accelerator.num_processes,
         loss_curve=loss_curve,
+        averaged=averaged,
         published_loss=published_loss(recipe.model_dump()),
     )

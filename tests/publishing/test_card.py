@@ -142,6 +142,21 @@ def test_every_known_fact_is_there():
         assert fact in text, fact
 
 
+def test_an_average_has_the_figures_of_its_own():
+    """Both are in the table; the metadata are of this model, and so are benchmarks: it has none."""
+    figures = {"val_loss_ema": 3.2, "val_bits_per_byte_ema": 0.99}
+    figures |= {"hellaswag/acc": 0.3, "hellaswag/acc_stderr": 0.01}
+    metrics = [*METRICS[:-1], METRICS[-1] | figures]
+    for averaged, loss in ((None, 3.25), ("the mean of two", 3.2)):
+        text = card(metrics=metrics, averaged=averaged)
+        assert "| step 4 | 3.2500 | 1.0100 |\n" in text
+        assert "| step 4, average of the weights | 3.2000 | 0.9900 |\n" in text
+        found = {result.metric_name: result for result in ModelCard(text).data.eval_results}
+        assert found["loss"].metric_value == loss
+        assert ("They are the mean of two." in text) == bool(averaged)
+        assert ("hellaswag/acc" in text) != bool(averaged)
+
+
 def test_the_data_ledger_is_a_digest_of_all_steps():
     digest = hashlib.sha256(b"0 0a\n1 0b\n2 0c\n3 0d\n").hexdigest()
     assert ledger_digest(METRICS) == (digest, 4)

@@ -15,6 +15,7 @@ from tiny_checkpoint import save_now
 
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records import checkpoints
+from gpt2repro.training.optim.averaging import averaged
 from gpt2repro.training.optim.registry import build_optimizer
 
 
@@ -48,6 +49,12 @@ def train(model, optimizer, steps: range) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
+def evaluate(model) -> float:
+    with torch.no_grad():
+        ids = torch.arange(32).view(4, 8)
+        return model(input_ids=ids, labels=ids).loss.item()
+
+
 def main(mode: str, optimizer_name: str, directory: Path) -> None:
     assert mode == "fsdp2"
     dist.init_process_group("gloo")
@@ -58,8 +65,13 @@ def main(mode: str, optimizer_name: str, directory: Path) -> None:
     model, optimizer = sharded(optimizer_name)
     checkpoints.load(path, model=model, optimizer=optimizer)
     resumed, _ = train(model, optimizer, range(3, 6))
+    evaluated = [evaluate(model)]  # after which FSDP2 keeps what it gathered of the outermost
+    with averaged(model, optimizer):
+        evaluated.append(evaluate(model))
+    evaluated.append(evaluate(model))
     if dist.get_rank() == 0:
         report = {"losses": losses + more[0], "norms": norms + more[1], "resumed": resumed}
+        report["evaluated"] = evaluated
         (directory / "report.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

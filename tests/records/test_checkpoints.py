@@ -18,6 +18,7 @@ from gpt2repro import UserError
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records import checkpoints, integrity
 from gpt2repro.system import atomic
+from gpt2repro.training.optim.averaging import averaged, has_average
 from gpt2repro.training.optim.registry import build_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -47,7 +48,7 @@ def save(directory: Path, model, optimizer, step: int = 1, keep_last: int = 2) -
     return save_now(directory, step, model, optimizer, keep_last, note="mine")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon --ema_decay 0.9"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_training_goes_on_bitwise(tmp_path, optimizer, tied):
     model, opt = make(optimizer, tie_word_embeddings=tied)
@@ -60,6 +61,8 @@ def test_training_goes_on_bitwise(tmp_path, optimizer, tied):
     assert train(fresh, fresh_opt, range(3, 6)) == expected
     for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(p, q)
+        for key, value in opt.state[p].items():
+            assert torch.equal(value, fresh_opt.state[q][key]), key
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
@@ -221,7 +224,7 @@ def test_garbage_is_an_error_and_not_a_model(tmp_path):
 
 # Means over rows and columns, which are whole on every rank, and decay by the signs of both.
 EVERY_CHOICE = "muon --muon_normalize --muon_heads --cautious_weight_decay"
-EVERY_CHOICE += " --embedding_second_moment factored --muon_weight_decay 0.1"
+EVERY_CHOICE += " --embedding_second_moment factored --muon_weight_decay 0.1 --ema_decay 0.9"
 
 
 def two_processes(mode: str, optimizer: str, directory: Path) -> dict:
@@ -275,3 +278,10 @@ def test_sharded_training_saves_resumes_and_exports_like_one_process(tmp_path, o
         unsharded_opt.zero_grad()
         resumed.append(loss.item())
     torch.testing.assert_close(resumed, losses[3:], rtol=1e-3, atol=0)
+
+    of_weights, of_average, again = report["evaluated"]
+    assert of_weights == again and has_average(opt) == (of_average != of_weights)
+    for oracle, its_optimizer in ((model, opt), (unsharded, unsharded_opt)):
+        with averaged(oracle, its_optimizer), torch.no_grad():
+            ids = torch.arange(32).view(4, 8)
+            assert of_average == pytest.approx(oracle(ids, labels=ids).loss.item(), rel=1e-3)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 # Dynamo gives up at 8 variants of one piece of code: more blocks than that, all of one kind.
 MANY_BLOCKS = ("--n_layer", "10", "--sequence_length", "64", "--batch_tokens", "512")
 STEPS = ("--num_steps", "4", "--eval_every", "2", "--save_every", "2", "--keep_last", "9")
+STEPS += ("--ema_decay", "0.9")
 BESIDES = ("--sample_every", "2", "--eval_tasks", "hellaswag_completion")
 BESIDES += ("--hellaswag_file", str(HELLASWAG))
 
@@ -66,7 +67,7 @@ def test_compiled_bf16_is_one_process_to_rounding_and_never_gives_up_compiling(
     stats = trained(recipe, run, *options, ENGINE="fsdp2")
     assert digests(run) == digests(alone)
     ours, theirs = metrics(run), metrics(alone)
-    for name in ("loss", "val_loss"):
+    for name in ("loss", "val_loss", "val_loss_ema"):
         # In bf16 numbers between 4 and 8 are multiples of 1/32, and means of 2**n of them of less.
         assert any(line[name] * 1024 % 1 for line in ours if name in line)
         pairs = zip(ours, theirs, strict=True)
@@ -100,7 +101,7 @@ def test_ddp_compiles_once_and_computes_what_one_process_does(recipe, alone, tmp
     stats = trained(recipe, run, *options, **variables)
     assert digests(run) == digests(alone)
     for mine, other in zip(metrics(run), metrics(alone), strict=True):
-        names = mine.keys() & {"loss", "grad_norm", "val_loss"}
+        names = mine.keys() & {"loss", "grad_norm", "val_loss", "val_loss_ema"}
         # Gradients are summed in another order, and products fused.
         assert [mine[n] for n in names] == pytest.approx([other[n] for n in names], rel=1e-4)
     # Training and evaluation, and the loss's own code: nothing again in later steps.

@@ -7,6 +7,7 @@ from torch.optim.optimizer import Optimizer
 
 from gpt2repro.recipe import Recipe
 from gpt2repro.training.optim import adamw, muon
+from gpt2repro.training.optim.averaging import keep_average
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], Optimizer]] = {
     "adamw": adamw.build,
@@ -16,4 +17,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], Optimizer]] = {
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """The recipe's optimizer, whose groups cover every trainable parameter exactly once."""
-    return OPTIMIZERS[recipe.optimizer](model, recipe)
+    optimizer = OPTIMIZERS[recipe.optimizer](model, recipe)
+    if recipe.ema_decay:
+        keep_average(optimizer, recipe.ema_decay)
+    return optimizer
