@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_checkpoint import save_now
 from tiny_gpt2 import TEXTS, tiny_model, tiny_tokenizer
 from torch.optim import AdamW
 from transformers import AutoTokenizer, GPT2LMHeadModel
@@ -13,7 +14,6 @@ from gpt2repro import UserError
 from gpt2repro.commands import average
 from gpt2repro.data.bpe import train_bpe
 from gpt2repro.publishing import verification
-from gpt2repro.records import checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +28,7 @@ def save(run: Path, step: int, **overrides) -> str:
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(generator=torch.Generator().manual_seed(step))
-    place = run / "checkpoints"
-    optimizer = AdamW(model.parameters())
-    path = checkpoints.save(
-        place, step=step, model=model, optimizer=optimizer, state={}, keep_last=9
-    )
+    path = save_now(run / "checkpoints", step, model, AdamW(model.parameters()), keep_last=9)
     if not (run / "recipe.yaml").exists():
         tiny_tokenizer().save_pretrained(run / "tokenizer")
         (run / "recipe.yaml").write_text(f"tokenizer_name: {run / 'tokenizer'}\n")
