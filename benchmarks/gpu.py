@@ -107,7 +107,7 @@ def real(options: Namespace) -> Iterator[Step]:
 
 
 LOOP_ONCE = ["--recipe", "gpt2", "--steps", "1", "--rounds", "1", "--launches", "0"]
-LOOP = ["--steps", "5", "--rounds", "10", "--launches", "1"]
+LOOP = ["--steps", "5", "--rounds", "10", "--launches", "1", "--saves", "6"]
 XL = ["--n_layer", "48", "--n_head", "25", "--n_embd", "1600"]
 
 
@@ -242,6 +242,9 @@ def decisions(options: Namespace) -> Iterator[str]:
         verdict = "reached" if step >= 0.45 else "not reached"
         yield f"step_64_rows: MFU {step:.1%}; 45 %: {verdict}"
 
+    if beside := (read(options, "loop") or {}).get("step_beside_saving"):
+        verdict = "reached" if beside["median"] <= 1.02 else "not reached"
+        yield f"loop: beside a checkpoint a step takes {beside['median']:.3f}; 1.02: {verdict}"
     for who, found in (read(options, "pretrain") or {}).get("runs", {}).items():
         yield (
             f"pretrain: by {who} auto took {found['micro_batch_size']} rows; peak "

@@ -50,6 +50,9 @@ def loop(record: dict[str, Any]) -> Iterator[Row]:
     recipe = record["arguments"]["recipe"]
     ratio = f"{ratio_text(record['script_over_bare'])} of its time"
     yield f"recipe {recipe}, the script's step", "", "a bare loop", ratio
+    if ratio := record.get("step_beside_saving"):
+        theirs = f"{ratio_text(ratio)} of its time"
+        yield f"recipe {recipe}, a step beside a checkpoint", "", "a step alone", theirs
     if seconds := record["seconds_to_first_step"]:
         yield f"recipe {recipe}, launch to first step", f"{max(seconds):.1f} s", "", ""
 

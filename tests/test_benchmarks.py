@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny_run import as_if_in_its_own_process, write_inputs
 
 from gpt2repro import UserError
+from gpt2repro.records import checkpoints
 from gpt2repro.training.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -126,15 +128,21 @@ def test_the_script_and_a_bare_loop_take_turns_within_one_run(tmp_path, monkeypa
 
     monkeypatch.setattr(Run, "train_step", recorded_script_step)
     monkeypatch.setattr(loop, "bare_steps", recorded_bare_steps)
+    commit = checkpoints.commit
+    monkeypatch.setattr(checkpoints, "commit", lambda *at: (time.sleep(0.3), commit(*at)))
     record = tmp_path / "record.json"
     with as_if_in_its_own_process():
         recipe = ["--recipe", str(write_inputs(tmp_path)), "--output", str(record)]
-        loop.main(["--steps", "2", "--rounds", "3", "--launches", "0", *recipe])
+        loop.main(["--steps", "2", "--rounds", "3", "--launches", "0", "--saves", "1", *recipe])
     # The first turns, of a step that compiles, are not counted.
-    assert order == ["script", "bare x 2"] + ["script", "script", "bare x 2"] * 3
+    turns = ["script", "bare x 2"] + ["script", "script", "bare x 2"] * 3
+    assert order[: len(turns)] == turns
+    beside = order[len(turns) : -1]
+    assert len(beside) > 1 and {*beside} == {"bare x 1"}
+    assert order[-1] == f"bare x {len(beside) - 1}", "the last of them ended after the checkpoint"
     found = json.loads(record.read_text())
     assert [len(found["seconds"][who]) for who in ("script", "bare")] == [3, 3]
-    assert found["seconds_to_first_step"] == []
+    assert found["seconds_to_first_step"] == [] and found["step_beside_saving"]["median"] > 0
 
 
 @SWEEP
