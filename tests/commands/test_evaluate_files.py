@@ -45,6 +45,12 @@ def test_rows_compare_as_the_models_do(files, capsys):
     apart = capsys.readouterr().out.splitlines()
     assert [line.split() for line in apart] == [line.split() for line in together]
     assert len(apart) > 10 and "unpaired" not in "".join(apart)
+    outputs = [files / f"compared.{kind}" for kind in ("json", "md", "svg")]
+    assert evaluate.main(["--compare", *both, "--output", *map(str, outputs)]) == 0
+    found, markdown = json.loads(outputs[0].read_text()), outputs[1].read_text().splitlines()
+    assert found["results"].keys() == found["difference"].keys() and found["difference"]["core"]
+    assert found["baseline"]["model"] == str(files / "theirs")
+    assert len(markdown) == len(apart) + 1 and "<svg" in outputs[2].read_text()
     table = pq.read_table(both[0]).to_pylist()
     of_figure = [line for line in table if line["figure"] == "hellaswag/completion_acc"]
     assert [line["row"] for line in of_figure] == [str(n) for n in range(1, 11)]
