@@ -20,7 +20,7 @@ from gpt2repro.data.corpus import digest, in_a_line
 from gpt2repro.evaluation.estimates import Estimate
 from gpt2repro.evaluation.scoring import TaskResult
 from gpt2repro.evaluation.tables import Difference, difference
-from gpt2repro.evaluation.task import Task, TaskGroup
+from gpt2repro.evaluation.task import Task
 from gpt2repro.system import atomic
 
 KEY = b"gpt2repro"  # of the schema's metadata: the model, its settings, the figures' values
@@ -52,8 +52,7 @@ def row_scores(model: str, results: Sequence[TaskResult], settings: Mapping[str,
 
 def _rows_of(task: Task, figure: str, number: int) -> list[str]:
     """The rows that a figure is of: of a group's figures some are one member's."""
-    members = task.members if isinstance(task, TaskGroup) else []
-    for each in members:
+    for each in task.members:
         if figure.startswith(each.prefix) and (rows := _rows_of(each, figure, number)):
             return rows
     return [f"{row}" for row in task.rows] if len(task.rows) == number else []

@@ -6,7 +6,7 @@ A `Task` holds the requests of one benchmark in one convention, and turns their 
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,7 @@ class Task:
     asked: str  # what one request stands for, in messages
     dataset: OnHub | None = None
     note = ""  # what else a reader of the figures must know
+    members: Sequence["Task"] = ()  # of a group
 
     def __init__(self, rows: Iterable[Any], tokenizer, *, max_length: int) -> None:
         self.max_length = max_length
@@ -95,6 +96,12 @@ class Task:
     @property
     def num_rows(self) -> int:
         return len(self.rows) + len(self.skipped)
+
+    def parts(self) -> Iterator["Task"]:
+        """The members and theirs."""
+        for each in self.members:
+            yield each
+            yield from each.parts()
 
     def identity(self) -> Any:
         """Equal for two tasks whose figures are about the same examples, one by one."""

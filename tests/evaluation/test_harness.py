@@ -208,6 +208,19 @@ def test_groups_limits_and_few_shot_numbers(tasks_dir):
     assert three.requests[0].num_scored == none.requests[0].num_scored
 
 
+def test_each_is_scored_once(tasks_dir):
+    """The same by two names is one; where another holds it, figures would have the same names."""
+    how = {"max_length": 512, "tasks_dir": str(tasks_dir), "limit": 2, "option": "eval_tasks"}
+    both = open_tasks(["ours_group", "ours_choice", "ours_choice"], tiny_tokenizer(), **how)
+    assert [task.name for task in both] == ["ours_choice", "ours_last_word"]
+    for names, said in (
+        (["ours_choice", "ours_means"], "ours_means and ours_choice score ours_choice; name one"),
+        (["ours_means", "ours_inner"], "ours_means and ours_inner score ours_inner; name one"),
+    ):
+        with pytest.raises(UserError, match=f"^eval_tasks: both {said}"):
+            open_tasks(names, tiny_tokenizer(), **how)
+
+
 def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 

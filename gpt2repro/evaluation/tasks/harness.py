@@ -159,7 +159,7 @@ class LmEvalGroup(TaskGroup):
 
     def means(self, found: Sequence[dict[str, Estimate]]) -> dict[str, Estimate]:
         figures = {name: figure for each in found for name, figure in each.items()}
-        leaves = _leaves(self)
+        leaves = [part for part in self.parts() if not part.members]
         names = [
             name.removeprefix(leaf.prefix)
             for leaf in leaves
@@ -176,11 +176,6 @@ class LmEvalGroup(TaskGroup):
                     sizes = [len(part.influence) if rule.weight_by_size else 1 for part in parts]
                     means[name] = weighted(parts, [size / sum(sizes) for size in sizes])
         return means
-
-
-def _leaves(task: Task) -> list[Task]:
-    members = task.members if isinstance(task, TaskGroup) else []
-    return [leaf for each in members for leaf in _leaves(each)] or [task]
 
 
 def _counted(row: int | str, instances: list[Any], requests: Sequence[Request]) -> Example:
