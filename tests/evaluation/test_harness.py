@@ -2,12 +2,19 @@
 
 import json
 import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, uniform_gpt2
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from gpt2repro import UserError
+from gpt2repro.data.token_ids import num_ids
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.likelihoods import loglikelihoods
 from gpt2repro.evaluation.scoring import score_task, score_tasks
@@ -121,37 +128,81 @@ def tasks_dir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module", params=[512, 128])
+def tokenizer_of(kind: str):
+    """GPT-2's, whose end begins a text too; one that has no begin; one that puts its own before."""
+    tokenizer = tiny_tokenizer()
+    if kind == "gpt2":
+        return tokenizer
+    backend, special = tokenizer.backend_tokenizer, {"eos_token": tokenizer.eos_token}
+    if kind == "begins":
+        backend.add_special_tokens(["<s>"])
+        begin = [("<s>", backend.token_to_id("<s>"))]
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=begin)
+        special["bos_token"] = "<s>"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+class Judged(NamedTuple):
+    """A model, what its requests are made with, and what the harness says of it."""
+
+    model: Any
+    tokenizer: Any
+    max_length: int
+    found: dict[str, Any]
+
+
+OTHERS = [pytest.param((kind, 512), marks=pytest.mark.sweep) for kind in ("beginless", "begins")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("gpt2", 512), ("gpt2", 128), ("beginless", 128), ("begins", 128), *OTHERS],
+    ids=lambda param: "-".join(map(str, param)),
+)
 def theirs(request, tasks_dir):
-    """A model, its context, and what the harness says of it."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    model = random_gpt2(3, positions=request.param, n_embd=32)
+    kind, positions = request.param
+    tokenizer = tokenizer_of(kind)
+    model = random_gpt2(3, positions=positions, n_embd=32, vocab_size=num_ids(tokenizer))
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4, device="cpu"),
+        model=HFLM(pretrained=model, tokenizer=tokenizer_of(kind), batch_size=4, device="cpu"),
         tasks=[f"ours_{name}" for name in TASKS],
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
         bootstrap_iters=2,  # 0 is no standard errors, not even of means
     )
-    return model, request.param, found
+    return Judged(model, tokenizer, positions, found)
 
 
-def opened(tasks_dir, *names, max_length=512, **options):
-    found = open_lm_eval_tasks(
-        names, tiny_tokenizer(), max_length=max_length, tasks_dir=str(tasks_dir), **options
-    )
+def opened(tasks_dir, *names, tokenizer=None, max_length=512, **options):
+    options |= {"max_length": max_length, "tasks_dir": str(tasks_dir)}
+    found = open_lm_eval_tasks(names, tokenizer or tiny_tokenizer(), **options)
     return [task for each in found.values() for task in each]
 
 
+def on_ranks(world_size: int, score: Callable[..., Any]) -> Any:
+    """What rank 0 says, given what each rank has added to every sum."""
+    if world_size == 1:
+        return score()
+    parts: list[list[torch.Tensor]] = []
+    for rank in range(world_size):
+        parts.append([])
+        score(rank=rank, world_size=world_size, reduce=lambda t: parts[-1].append(t) or t)
+    sums = iter([sum(of_ranks) for of_ranks in zip(*parts, strict=True)])
+    return score(rank=0, world_size=world_size, reduce=lambda _: next(sums))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", TASKS)
-def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name):
-    model, positions, found = theirs
-    [task] = opened(tasks_dir, f"ours_{name}", max_length=positions)
+def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name, world_size):
+    model, tokenizer, positions, found = theirs
+    [task] = opened(tasks_dir, f"ours_{name}", tokenizer=tokenizer, max_length=positions)
     assert not task.skipped and len(task.rows) == 14
     if positions == 128 and name in ("choice", "few_shot", "last_word", "writing"):
         assert task.truncated, "some contexts are cut"
-    estimates = score_task(model, task, batch_size=8).estimates
+    score = partial(score_task, model, task, batch_size=8)
+    estimates = on_ranks(world_size, score).estimates
     samples = sorted(found["samples"][f"ours_{name}"], key=lambda sample: sample["doc_id"])
     for example, sample in zip(task.examples, samples, strict=True):
         ordered = sorted(example.instances, key=lambda instance: instance.idx)
@@ -159,9 +210,10 @@ def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name):
             if isinstance(answer, str):
                 assert instance.resps == [answer]
                 continue
-            ours = np.atleast_1d(instance.resps[0])
+            ours, answer = np.atleast_1d(instance.resps[0]), np.atleast_1d(answer)
             # The harness sums float32 log-probabilities in float32 and pads otherwise.
-            np.testing.assert_allclose(ours, np.atleast_1d(answer), rtol=1e-5)
+            np.testing.assert_allclose(ours, answer, rtol=1e-5)
+            assert list(ours[1:]) == list(answer[1:]), "greedy or not"
     results = found["results"][f"ours_{name}"]
     figures = {key.removesuffix(",none"): value for key, value in results.items() if "," in key}
     figures = {key: value for key, value in figures.items() if "_stderr" not in key}
@@ -176,24 +228,17 @@ def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name):
 
 
 def test_rows_are_right_and_wrong_or_equality_would_mean_little(theirs):
-    _, _, found = theirs
-    assert all(0 < found["results"][f"ours_{n}"]["acc,none"] < 1 for n in ("choice", "few_shot"))
+    results = theirs.found["results"]
+    assert all(0 < results[f"ours_{n}"]["acc,none"] < 1 for n in ("choice", "few_shot"))
 
 
 def test_the_same_on_two_ranks_and_in_one_pass(theirs, tasks_dir):
-    model, positions, found = theirs
+    model, tokenizer, positions, found = theirs
     names = ("ours_choice", "ours_whole_texts", "ours_writing")
-    tasks = opened(tasks_dir, *names, max_length=positions)
-    alone = score_tasks(model, tasks, batch_size=4)
-    parts = []
-    for rank in range(2):
-        how = {"rank": rank, "world_size": 2, "reduce": lambda t: parts[-1].append(t) or t}
-        parts.append([])
-        score_tasks(model, tasks, batch_size=4, **how)
-    shared = iter([one + other for one, other in zip(*parts, strict=True)])
-    how = {"rank": 0, "world_size": 2, "reduce": lambda _: next(shared)}
-    again = score_tasks(model, tasks, batch_size=4, **how)
-    assert again == pytest.approx(alone, abs=0, rel=0, nan_ok=True)
+    tasks = opened(tasks_dir, *names, tokenizer=tokenizer, max_length=positions)
+    score = partial(score_tasks, model, tasks, batch_size=4)
+    alone = score()
+    assert on_ranks(2, score) == pytest.approx(alone, abs=0, rel=0, nan_ok=True)
     assert alone["ours_choice/acc"] == found["results"]["ours_choice"]["acc,none"]
 
 
@@ -250,8 +295,8 @@ def test_means_of_groups_are_those_of_the_harness(theirs, tasks_dir):
     """By rows and by tasks, with a group within a group."""
     from lm_eval.tasks import TaskManager
 
-    model, positions, found = theirs
-    [task] = opened(tasks_dir, "ours_means", max_length=positions)
+    model, tokenizer, positions, found = theirs
+    [task] = opened(tasks_dir, "ours_means", tokenizer=tokenizer, max_length=positions)
     estimates = score_task(model, task, batch_size=8).estimates
     manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
     group = manager.load(["ours_means"])["groups"]["ours_means"]
@@ -350,6 +395,16 @@ def test_what_was_written_stays_with_its_row(tmp_path):
         assert task.rows == [1, 3, 4] and task.skipped == {2: "ZeroDivisionError: division by zero"}
     assert seen[0] == seen[1] and len({text for _, text in seen[0]}) > 2
     assert [question for question, _ in seen[0]] == [*"abcd"]
+
+
+def test_a_text_is_over_where_the_harness_ends_it(tasks_dir):
+    """At an end, the stop of the task, or enough: a begin in it is no end."""
+    tokenizer = tokenizer_of("begins")
+    [task] = opened(tasks_dir, "ours_writing", tokenizer=tokenizer, limit=1)
+    [prompt] = task.prompts
+    [q] = tokenizer.encode("q", add_special_tokens=False)
+    ids = {"begin": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "stop": q}
+    assert [name for name, id in ids.items() if prompt.is_over([9, id])] == ["end", "stop"]
 
 
 def test_what_follows_an_end_that_the_model_names_is_no_text():

@@ -107,7 +107,8 @@ class LmEvalTask(Task):
         room = self.max_length - num_new
         if len(ids) > room:
             self.truncated.append(row)
-        is_over = partial(_is_over, self._tokenizer, frozenset(end_ids(self._tokenizer)), stops)
+        end = end_ids(self._tokenizer)[:1]  # as the harness: what begins a text ends none
+        is_over = partial(_is_over, self._tokenizer, end, stops)
         self.prompts.append(Prompt(ids[-room:], num_new, is_over))
 
     def score(self, scores: Scores) -> dict[str, Estimate]:
@@ -201,7 +202,7 @@ def _rolling(tokenizer: Any, text: str, max_length: int, stride: int) -> list[Re
     """A whole text in windows of which every token is predicted once, as the harness cuts it."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    [ids] = ids_to_continue(tokenizer, [text]) if text else [[]]
     how = {"max_seq_len": max_length, "context_len": max_length - stride + 1}
     cut = map(make_disjoint_window, get_rolling_token_windows(ids, begin_id(tokenizer), **how))
     return [Request([*context, *predicted], len(predicted)) for context, predicted in cut]
@@ -215,8 +216,8 @@ def _how_to_write(how: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
     return normal["max_gen_toks"], tuple(filter(None, normal["until"]))
 
 
-def _is_over(tokenizer: Any, ends: frozenset[int], stops: tuple[str, ...], new: list[int]) -> bool:
-    return new[-1] in ends or (bool(stops) and any(map(tokenizer.decode(new).__contains__, stops)))
+def _is_over(tokenizer: Any, end: list[int], stops: tuple[str, ...], new: list[int]) -> bool:
+    return new[-1:] == end or (bool(stops) and any(map(tokenizer.decode(new).__contains__, stops)))
 
 
 def _answer(example: Example, scores: Scores, texts: Iterator[str]) -> None:
