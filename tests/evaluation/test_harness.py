@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from gpt2repro import UserError
 from gpt2repro.data.token_ids import num_ids
 from gpt2repro.evaluation.benchmarks import open_tasks
-from gpt2repro.evaluation.likelihoods import loglikelihoods
+from gpt2repro.evaluation.likelihoods import encode_pairs, loglikelihoods
 from gpt2repro.evaluation.scoring import score_task, score_tasks
 from gpt2repro.evaluation.tasks.harness import LmEvalTask, open_lm_eval_tasks
 from gpt2repro.evaluation.writing import Prompt, continuations
@@ -371,6 +371,49 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path):
     assert group.rows == ["odd 1", "odd 3"] and [*group.skipped] == ["odd 2", "odd 4"]
 
 
+BY_FIELDS = {"doc_to_text": "question", "doc_to_target": "answer", "doc_to_choice": "choices"}
+WRITES = {"output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{choices[0]}}"}
+WRITES |= {"generation_kwargs": {"until": ["."], "max_gen_toks": 4}, **metrics("exact_match")}
+
+
+@pytest.mark.parametrize(
+    ("how", "skipped"),
+    [
+        (BY_FIELDS, {2: "Context is not a string", 3: "iterable", 4: "no request", 5: "NoneType"}),
+        (WRITES, {3: "None has no element 0", 4: "list object has no element 0"}),
+    ],
+)
+def test_a_row_that_makes_no_request_is_named(tmp_path, how, skipped):
+    """Whatever the harness or a template of its stumbles over; also behind a byte order mark."""
+    good = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
+    odd = [{"question": None}, {"choices": None}, {"choices": []}, {"answer": None}]
+    write_task(tmp_path, "odd", [good, *(good | each for each in odd)], **how)
+    file = tmp_path / "odd.jsonl"
+    file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
+    [task] = opened(tmp_path, "odd")
+    score_task(random_gpt2(), task, batch_size=4)
+    assert [*task.skipped] == [*skipped] and task.num_rows == 5
+    assert all(part in task.skipped[row] for row, part in skipped.items())
+
+
+def test_data_that_cannot_be_read_are_named_in_one_line(tmp_path, capfd):
+    """Also those of a group's member; and a first row on which the harness tries its templates."""
+    good = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
+    for name, other in (("half", {"question": "\ud800"}), ("empty", {"choices": ["", ""]})):
+        write_task(tmp_path, name, [good | other, good])
+        rules = {"group": f"all_{name}", "task": [name]}
+        (tmp_path / f"all_{name}.yaml").write_text(json.dumps(rules))
+    for name, said in (("all_half", "surrogate pair"), ("all_empty", "index out of range")):
+        with pytest.raises(UserError, match=f"^--tasks: .*opened from .*{name[4:]}.jsonl.*{said}"):
+            opened(tmp_path, name)
+    assert "rror" not in capfd.readouterr().err
+
+
+def test_half_a_surrogate_pair_of_a_task_of_code_is_replaced():
+    ours, theirs = encode_pairs(tiny_tokenizer(), [("", "a \ud800"), ("", "a \ufffd\ufffd\ufffd")])
+    assert ours == theirs
+
+
 def test_what_was_written_stays_with_its_row(tmp_path):
     """Also when a row before it has been left out, and when it is scored once more."""
     rows = [{"question": q, "choices": ["runs"], "answer": n} for n, q in enumerate("abcd")]
@@ -426,12 +469,15 @@ def test_a_row_may_have_questions_of_several_kinds(tmp_path):
     rows = [{"question": f"{n} a man", "choices": ["runs", "sits"], "answer": 0} for n in range(3)]
     write_task(tmp_path, "both", rows)
     [choices] = opened(tmp_path, "both")
-    harness = choices._task
-    for n in range(3):
+    harness, construct = choices._task, choices._task.construct_requests
+
+    def construct_both(doc, ctx, metadata):
         asked = ("a man", {"until": ["."], "max_gen_toks": 4})
-        extra = {"doc": rows[n], "arguments": asked, "idx": 2, "metadata": ("both", n, 1)}
-        harness._instances.append(Instance(request_type="generate_until", **extra))
-    harness.build_all_requests = lambda limit: None
+        extra = {"doc": doc, "arguments": asked, "idx": 2, "metadata": metadata}
+        written = Instance(request_type="generate_until", **extra)
+        return [*construct(doc, ctx, metadata=metadata), written]
+
+    harness.construct_requests = construct_both
     harness.process_results = lambda doc, answers: {"acc": len(answers[2]) + answers[0][0]}
     task = LmEvalTask(harness, tiny_tokenizer(), max_length=64)
     assert [each.num_requests for each in task.examples] == [[1, 1, 0]] * 3

@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -61,14 +61,9 @@ class LmEvalTask(Task):
         path = task.config.dataset_path or ""
         if "/" in path and not Path(path).exists():
             self.dataset = OnHub(path, task.task_name)
-        with _quietly():
-            task.build_all_requests(limit=limit)
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             self.note = f"; stride {self._stride}"
-        documents: dict[int, list[Any]] = {}
-        for instance in task.instances:
-            documents.setdefault(instance.doc_id, []).append(instance)
-        super().__init__([*documents.values()], tokenizer, max_length=max_length)
+        super().__init__(_documents(task, limit), tokenizer, max_length=max_length)
         self._unasked = self.skipped
         own = zip(self.rows, self.examples, self.slices, strict=True)
         self.examples = [_counted(row, each, self.requests[at]) for row, each, at in own]
@@ -77,7 +72,9 @@ class LmEvalTask(Task):
                 if instance.request_type == "generate_until":
                     self._prompt(example.row, instance.args)
 
-    def parse(self, row: list[Any]) -> list[Any]:
+    def parse(self, row: list[Any] | MalformedRow) -> list[Any]:
+        if isinstance(row, MalformedRow):
+            raise row
         for instance in row:
             if instance.request_type == "generate_until":
                 num_new = _how_to_write(instance.args[1])[0]
@@ -145,7 +142,7 @@ class LmEvalTask(Task):
             try:
                 counted.append((example, _figures_of(self._task, example)))
             except Exception as error:  # a task's own code, on a row that it did not foresee
-                failed[example.row] = f"{type(error).__name__}: {error}".split("\n")[0]
+                failed[example.row] = _reason(error)
         self.rows, self.skipped = [each.row for each, _ in counted], self._unasked | failed
         checked(self)
         return counted
@@ -177,6 +174,27 @@ class LmEvalGroup(TaskGroup):
                     sizes = [len(part.influence) if rule.weight_by_size else 1 for part in parts]
                     means[name] = weighted(parts, [size / sum(sizes) for size in sizes])
         return means
+
+
+def _documents(task: Any, limit: int | None) -> Iterator[list[Any] | MalformedRow]:
+    """What the harness asks of each document, or why that is nothing."""
+    for number, doc in task.doc_iterator(limit=limit):
+        metadata = (task.task_name, number, task.config.repeats)
+        shots = {"num_fewshot": task.config.num_fewshot or 0}
+        try:
+            if prefix := task.doc_to_prefix(doc):
+                shots["gen_prefix"] = prefix
+            context = task.fewshot_context(doc, **shots)
+            found = task.construct_requests(doc=doc, ctx=context, metadata=metadata)
+        except Exception as error:  # a task's own code, on a row that it did not foresee
+            yield MalformedRow(_reason(error))
+            continue
+        instances = found if isinstance(found, list) else [found]
+        yield instances or MalformedRow("it makes no request")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def _counted(row: int | str, instances: list[Any], requests: Sequence[Request]) -> Example:
@@ -303,12 +321,13 @@ def open_lm_eval_tasks(
             how.get("do_sample") or float(how.get("temperature") or 0) > 0
         ):
             raise UserError(f"{option}: {each.task_name} samples what it writes; `lm_eval` does it")
-        task = LmEvalTask(each, tokenizer, max_length=max_length, limit=limit, stride=stride)
-        return [checked(task)]
+        how = {"max_length": max_length, "limit": limit, "stride": stride}
+        with in_a_line(f"{option}: {_of_data(each, vars(each.config))}"):
+            return [checked(LmEvalTask(each, tokenizer, **how))]
 
     found: dict[str, list[Task]] = {}
     for name in names:
-        with _quietly(), in_a_line(f"{option}: {name} cannot be opened"):
+        with _opening(option), in_a_line(f"{option}: {name} cannot be opened"):
             loaded = manager.load([name])
             group = loaded["groups"].get(name)
             each_of = [group] if group else loaded["tasks"].values()
@@ -319,7 +338,7 @@ def open_lm_eval_tasks(
 def _manager_of(names: Sequence[str], tasks_dir: str | None, option: str) -> Any:
     """What knows all `names`: the user's own files, or else the harness' thousands too."""
     for with_theirs in (False, True):
-        with _quietly(), in_a_line(f"{option}_dir"):
+        with in_a_line(f"{option}_dir"):
             manager = _manager(tasks_dir, with_theirs)
         unknown = [name for name in names if name not in manager.task_index]
         if not unknown:
@@ -339,15 +358,31 @@ def _manager(tasks_dir: str | None, with_theirs: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _quietly():
-    """Without the harness' own lines and bars, of which there is one a task."""
-    import lm_eval.api.task as harness
+def _opening(option: str) -> Iterator[None]:
+    """Where tasks are made: what fails names the task and its data, in a line of its own."""
+    from lm_eval.api.task import ConfigurableTask
 
-    level, bar = logging.getLogger("lm_eval").level, harness.tqdm
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    harness.tqdm = lambda items, **_: items
+    make = ConfigurableTask.__init__
+
+    def made(self: Any, *args: Any, config: Any = None, **options: Any) -> None:
+        with in_a_line(f"{option}: {_of_data(self, config or {})}"):
+            make(self, *args, config=config, **options)
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    ConfigurableTask.__init__ = made
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.getLogger("lm_eval").setLevel(level)
-        harness.tqdm = bar
+        ConfigurableTask.__init__ = make
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _of_data(task: Any, config: Mapping[str, Any]) -> str:
+    """The beginning of a message; `config` may not have become the task's own yet."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    data = files or config.get("dataset_path") or task.DATASET_PATH
+    return f"{config.get('task') or type(task).__name__} cannot be opened from {data}"
