@@ -266,13 +266,41 @@ def test_each_is_scored_once(tasks_dir):
             open_tasks(names, tiny_tokenizer(), **how)
 
 
-def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, monkeypatch):
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A directory that stands for the harness' own tasks, which take seconds to be read."""
     from lm_eval.tasks import TaskManager
 
-    def only_ours(include_path, include_defaults):  # reading all that it ships takes seconds
-        return TaskManager(include_path=include_path, include_defaults=False)
+    def manager(include_path, include_defaults):
+        more = [str(directory)] if include_defaults else []
+        return TaskManager(include_path=[*more, *include_path], include_defaults=False)
 
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
+    (directory := tmp_path / "shipped").mkdir()
+    return directory
+
+
+def test_a_group_may_hold_tasks_of_the_harness(shipped, tmp_path):
+    """By name, with changes, within another group; a task may also be defined in the group."""
+    (ours := tmp_path / "ours").mkdir()
+    row = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
+    for directory, name in ((ours, "mine"), (shipped, "plain"), (shipped, "changed")):
+        write_task(directory, name, [row] * 3)
+    inline = json.loads((ours / "mine.yaml").read_text()) | {"task": "inline"}
+    changed = {"task": "changed", "target_delimiter": " and "}
+    for name, members in (("in", ["plain", changed]), ("out", ["in", inline, "mine"])):
+        rules = {"group": name, "task": members, "aggregate_metric_list": [{"metric": "acc"}]}
+        (ours / f"{name}.yaml").write_text(json.dumps(rules))
+    [group] = opened(ours, "out")
+    names = {each.name: len(each.rows) for each in group.parts()}
+    assert names == {"in": 6, "plain": 3, "changed": 3, "out::inline": 3, "mine": 3}
+    changed = next(each for each in group.parts() if each.name == "changed")
+    assert changed.requests[0].num_scored > group.requests[0].num_scored
+    [alone] = opened(ours, "mine")
+    assert len(alone.rows) == 3
+
+
+def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, shipped):
     with pytest.raises(UserError, match="lm-evaluation-harness has no task ours_nothing"):
         opened(tasks_dir, "ours_nothing")
     with pytest.raises(UserError, match=r"lm-evaluation-harness has no task ours_\*"):
@@ -346,6 +374,8 @@ def test_a_stride_gives_whole_texts_more_context(tasks_dir):
 
 
 def test_rows_that_cannot_be_scored_are_named(tmp_path):
+    rules = {"group": "all_odd", "task": ["odd"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "all.yaml").write_text(json.dumps(rules))
     good = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
     rows = [good, good | {"choices": ["", "sits"]}, good, good | {"answer": 5}]
     write_task(tmp_path, "odd", rows, target_delimiter="", process_results="COUNT")
@@ -361,8 +391,6 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path):
         assert task.rows == [1, 3] and list(task.skipped) == [2, 4]
         assert found["odd/acc"].influence.shape == (2,)
     assert task.skipped[4] == "IndexError: list index out of range"
-    rules = {"group": "all_odd", "task": ["odd"], "aggregate_metric_list": [{"metric": "acc"}]}
-    (tmp_path / "all.yaml").write_text(json.dumps(rules))
     [group] = opened(tmp_path, "all_odd")
     assert group.num_rows == 4 and len(group.rows) == 3
     assert score_task(random_gpt2(), group, batch_size=4).estimates.keys() == {
@@ -507,9 +535,9 @@ def test_what_asks_for_more_than_there_is_room_is_named(tmp_path):
     write = {"output_type": "generate_until", "doc_to_choice": None, **metrics("exact_match")}
     write |= {"generation_kwargs": {"until": ["."]}}
     write_task(tmp_path, "long", rows, **write)
-    with pytest.raises(UserError, match="row 1: asks for 256 new tokens of a model of 64 positi"):
-        open_tasks(["long"], tiny_tokenizer(), max_length=64, tasks_dir=str(tmp_path))
     write["generation_kwargs"] |= {"do_sample": True}
     write_task(tmp_path, "sampling", rows, **write)
+    with pytest.raises(UserError, match="row 1: asks for 256 new tokens of a model of 64 positi"):
+        open_tasks(["long"], tiny_tokenizer(), max_length=64, tasks_dir=str(tmp_path))
     with pytest.raises(UserError, match="--tasks: sampling samples what it writes"):
         opened(tmp_path, "sampling")

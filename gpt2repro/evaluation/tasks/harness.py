@@ -340,12 +340,25 @@ def _manager_of(names: Sequence[str], tasks_dir: str | None, option: str) -> Any
     for with_theirs in (False, True):
         with in_a_line(f"{option}_dir"):
             manager = _manager(tasks_dir, with_theirs)
-        unknown = [name for name in names if name not in manager.task_index]
-        if not unknown:
-            return manager
+            if manager.task_index.keys() >= _within(names, manager.task_index):
+                return manager
+    unknown = [name for name in names if name not in manager.task_index]
+    if not unknown:  # a member that is defined where it is named
+        return manager
     near = difflib.get_close_matches(unknown[0], [*manager.all_tasks, "hellaswag_completion"], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"{option}: lm-evaluation-harness has no task {', '.join(unknown)}{hint}")
+
+
+def _within(names: Sequence[str], index: Mapping[str, Any]) -> set[str]:
+    """These, and whatever the groups among them are said to hold."""
+    found = set(names)
+    for name in names:
+        members = (index[name].cfg or {}).get("task") if name in index else None
+        if isinstance(members, list):
+            held = [m if isinstance(m, str) else m.get("group", m.get("task")) for m in members]
+            found |= _within(held, index)
+    return found
 
 
 @lru_cache(2)
