@@ -1,7 +1,7 @@
 """A benchmark: what it asks of a model, and how its answers become figures.
 
 A `Task` holds the requests of one benchmark in one convention, and turns their log-likelihoods into
-`Estimate`s through an `evaluate.Metric`. Rows that cannot be scored are named, never dropped.
+`Estimate`s. Rows that cannot be scored are named, never dropped.
 """
 
 import copy
