@@ -31,7 +31,8 @@ def certify(arguments: Namespace, device: Any) -> tuple["Table", dict[str, dict[
 
     from gpt2repro.commands.scored_model import load_for_scoring, score_all
     from gpt2repro.evaluation.core import open_core, read_bundle
-    from gpt2repro.evaluation.tables import Difference, Table, notes, plain
+    from gpt2repro.evaluation.row_scores import Difference
+    from gpt2repro.evaluation.tables import Table, notes, plain
     from gpt2repro.system import ranks
 
     read_bundle(arguments.core_dir)  # before gigabytes of weights

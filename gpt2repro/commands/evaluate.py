@@ -296,12 +296,15 @@ def _report(
     published: dict[str, tuple[float, str]],
     controls: list[dict[str, list["TaskResult"]]],
 ) -> None:
-    from gpt2repro.evaluation.row_scores import row_scores, write_row_scores
-    from gpt2repro.evaluation.tables import Table, differences, figures, notes, of_tasks, plain
+    from gpt2repro.evaluation.row_scores import differences, scored, write_row_scores
+    from gpt2repro.evaluation.tables import Table, figures, notes, of_tasks, plain
 
-    names = [loaded.name for loaded in models]
-    values = [figures(results) for results in columns]
-    table = Table(names, values, differences(*columns) if len(columns) == 2 else {}, published)
+    both = [
+        scored(loaded.name, results, _asked_by(arguments, loaded.max_length))
+        for loaded, results in zip(models, columns, strict=True)
+    ]
+    names, values = [each.model for each in both], [each.estimates for each in both]
+    table = Table(names, values, differences(*both) if len(both) == 2 else {}, published)
     print(printable(table.as_text()))
     content = table.as_json()
     of_models = [content, content.get("baseline", {})]
@@ -314,8 +317,7 @@ def _report(
         model["controls"] = {kind: plain(each) for kind, each in beside.items()}
     _write(arguments, table, content)
     if arguments.rows:
-        settings = _asked_by(arguments, models[0].max_length)
-        write_row_scores(Path(arguments.rows), row_scores(names[0], columns[0], settings))
+        write_row_scores(Path(arguments.rows), both[0])
 
 
 def _asked_by(arguments: Namespace, max_length: int) -> dict[str, Any]:
@@ -335,7 +337,7 @@ def _compare(arguments: Namespace) -> int:
 
     both = [read_row_scores(Path(file)) for file in arguments.compare]
     difference = compared(*both)
-    values = [{name: each.estimates[name] for name in difference} for each in both]
+    values = [{name: each.figures[name].estimate for name in difference} for each in both]
     table = Table([each.model for each in both], values, difference)
     print(printable(table.as_text()))
     _write(arguments, table, table.as_json())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2repro.evaluation.estimates import Estimate
+from gpt2repro.evaluation.row_scores import Difference
 from gpt2repro.evaluation.scoring import TaskResult
 
 NUM_NAMED_ROWS = 5  # of the skipped, on the screen; all are in the JSON
@@ -13,34 +14,6 @@ NUM_NAMED_ROWS = 5  # of the skipped, on the screen; all are in the JSON
 
 def figures(results: list[TaskResult]) -> dict[str, Estimate]:
     return {name: value for result in results for name, value in result.estimates.items()}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Model minus baseline. Paired where both scored the same examples: then the examples'
-    common difficulty cancels, and the standard error is that of the mean of differences."""
-
-    value: float
-    stderr: float
-    paired: bool
-
-
-def difference(ours: Estimate, theirs: Estimate, *, paired: bool) -> Difference:
-    """`paired`: of the same rows, if it is of as many: a task may leave some out of a figure."""
-    paired = paired and len(ours.influence) == len(theirs.influence)
-    stderr = (ours - theirs).stderr if paired else math.hypot(ours.stderr, theirs.stderr)
-    return Difference(ours.value - theirs.value, stderr, paired)
-
-
-def differences(ours: list[TaskResult], theirs: list[TaskResult]) -> dict[str, Difference]:
-    """For each figure that both models have."""
-    found = {}
-    for one, other in zip(ours, theirs, strict=True):
-        paired = one.task.identity() == other.task.identity()
-        for name, estimate in one.estimates.items():
-            if name in other.estimates:
-                found[name] = difference(estimate, other.estimates[name], paired=paired)
-    return found
 
 
 @dataclass(frozen=True)
