@@ -74,9 +74,7 @@ def main(argv: list[str]) -> int:
             controls.append(score_controls(loaded, tasks, arguments.batch_size))
         loaded.model.to("cpu")
     if state.is_main_process:
-        context = arguments.sequence_length or min(loaded.max_length for loaded in models)
-        published = _published_for(arguments, context)
-        _report(arguments, models, columns, published, controls)
+        _report(arguments, models, columns, controls)
     return 0
 
 
@@ -140,7 +138,6 @@ def _add_groups(parser: OneLineParser) -> None:
     val.add_argument("--document", choices=("file", "line"), help="of local .txt and .md files")
     val.add_argument("--num_validation_units", type=int, help="default: 100 for FineWeb-Edu")
     val.add_argument("--validation_tokens", type=int, default=10_485_760)
-    val.add_argument("--sequence_length", type=int, help="default: the context of both models")
 
 
 def _check_use(arguments: Namespace, parser: OneLineParser) -> None:
@@ -208,9 +205,6 @@ def _tasks_of_models(models: list["Loaded"], arguments: Namespace) -> list[list[
 
     corpus = _open_corpus(arguments) if "val" in arguments.tasks else None
     shortest = min(loaded.max_length for loaded in models)
-    sequence_length = arguments.sequence_length or shortest
-    if sequence_length > shortest:
-        raise UserError(f"--sequence_length: a model has {shortest} positions only")
     if (arguments.stride or 0) > shortest:
         raise UserError(f"--stride: a model has {shortest} positions only")
     named = [name for name in arguments.tasks if name != "val"]
@@ -228,14 +222,13 @@ def _tasks_of_models(models: list["Loaded"], arguments: Namespace) -> list[list[
             stride=arguments.stride,
         )
         if corpus is not None:
-            val = _validation(corpus, loaded, sequence_length, arguments)
-            tasks.insert(0, benchmarks.checked(val))
+            tasks.insert(0, _validation(corpus, loaded.tokenizer, shortest, arguments))
         found.append(tasks)
     return found
 
 
 def _validation(
-    corpus: "Corpus", loaded: "Loaded", sequence_length: int, arguments: Namespace
+    corpus: "Corpus", tokenizer: Any, sequence_length: int, arguments: Namespace
 ) -> "Task":
     from gpt2repro.data.encoder import BulkEncoder
     from gpt2repro.data.held_out import validation_set
@@ -243,15 +236,13 @@ def _validation(
 
     held_out = validation_set(
         corpus,
-        BulkEncoder(loaded.tokenizer),
+        BulkEncoder(tokenizer),
         sequence_length=sequence_length,
         num_units=arguments.num_validation_units,
         max_tokens=arguments.validation_tokens,
     )
-    return Validation(
-        held_out.rows[: arguments.limit],
-        bytes_per_token=held_out.num_bytes / held_out.num_tokens,
-    )
+    rate = held_out.num_bytes / held_out.num_tokens
+    return Validation(held_out.rows[: arguments.limit], bytes_per_token=rate)
 
 
 def _open_corpus(arguments: Namespace) -> "Corpus":
@@ -293,7 +284,6 @@ def _report(
     arguments: Namespace,
     models: list["Loaded"],
     columns: list[list["TaskResult"]],
-    published: dict[str, tuple[float, str]],
     controls: list[dict[str, list["TaskResult"]]],
 ) -> None:
     from gpt2repro.evaluation.row_scores import differences, scored, write_row_scores
@@ -304,6 +294,7 @@ def _report(
         for loaded, results in zip(models, columns, strict=True)
     ]
     names, values = [each.model for each in both], [each.estimates for each in both]
+    published = _published_for(arguments, min(loaded.max_length for loaded in models))
     table = Table(names, values, differences(*both) if len(both) == 2 else {}, published)
     print(printable(table.as_text()))
     content = table.as_json()

@@ -84,7 +84,7 @@ def test_rows_of_other_texts_or_in_another_context_are_not_taken_for_the_same(
     for name, text in (("one", "a man stands on the hill. "), ("two", "she sings in the street! ")):
         lines = [json.dumps({"text": text * 40})] * 4
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        given = ["--model", str(files / "ours"), "--tasks", "val", "--sequence_length", "32"]
+        given = ["--model", str(files / "ours"), "--tasks", "val", "--max_length", "32"]
         given += ["--dataset_name", str(tmp_path / f"{name}.jsonl"), "--num_validation_units", "1"]
         given += ["--limit", "9", "--rows", str(tmp_path / f"{name}.parquet"), "--device", "cpu"]
         assert evaluate.main(given) == 0
