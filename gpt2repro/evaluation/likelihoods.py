@@ -34,10 +34,11 @@ class Request:
 
     ids: Sequence[int] | np.ndarray
     num_scored: int
+    is_cut: bool = False  # it has lost tokens on its left already
 
     def is_truncated(self, max_length: int) -> bool:
         """Whether the context loses tokens on its left in a model of `max_length` positions."""
-        return len(self.ids) > max_length + 1  # the last token is predicted, never fed
+        return self.is_cut or len(self.ids) > max_length + 1  # the last is never fed
 
 
 @dataclass(frozen=True)

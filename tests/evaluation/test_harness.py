@@ -508,7 +508,7 @@ def test_a_row_may_have_questions_of_several_kinds(tmp_path):
     harness.construct_requests = construct_both
     harness.process_results = lambda doc, answers: {"acc": len(answers[2]) + answers[0][0]}
     task = LmEvalTask(harness, tiny_tokenizer(), max_length=64)
-    assert [each.num_requests for each in task.examples] == [[1, 1, 0]] * 3
+    assert (len(task.requests), len(task.prompts)) == (6, 3)
     found = score_task(random_gpt2(), task, batch_size=4).estimates["both/acc"]
     nats = loglikelihoods(random_gpt2(), task.requests, max_length=64, batch_size=4)
     written = continuations(random_gpt2(), task.prompts, batch_size=4)

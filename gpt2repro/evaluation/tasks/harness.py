@@ -32,11 +32,10 @@ OF_OURS = Path(__file__).parent  # task files for what the harness has not
 
 @dataclass(frozen=True)
 class Example:
-    """A row's questions, the harness' `Instance`s, and how many requests each has become."""
+    """A row's questions, the harness' `Instance`s."""
 
     row: int | str
     instances: list[Any]
-    num_requests: list[int]
 
 
 class LmEvalTask(Task):
@@ -65,8 +64,7 @@ class LmEvalTask(Task):
             self.note = f"; stride {self._stride}"
         super().__init__(_documents(task, limit), tokenizer, max_length=max_length)
         self._unasked = self.skipped
-        own = zip(self.rows, self.examples, self.slices, strict=True)
-        self.examples = [_counted(row, each, self.requests[at]) for row, each, at in own]
+        self.examples = [*map(Example, self.rows, self.examples)]
         for example in self.examples:
             for instance in example.instances:
                 if instance.request_type == "generate_until":
@@ -157,20 +155,18 @@ class LmEvalGroup(TaskGroup):
 
     def means(self, found: Sequence[dict[str, Estimate]]) -> dict[str, Estimate]:
         figures = {name: figure for each in found for name, figure in each.items()}
-        leaves = [part for part in self.parts() if not part.members]
-        names = [
-            name.removeprefix(leaf.prefix)
-            for leaf in leaves
-            for name in figures
-            if name.startswith(leaf.prefix)
-        ]
+        leaves = [part.prefix for part in self.parts() if not part.members]
+        by_name: dict[str, list[Estimate]] = {}
+        for prefix in leaves:
+            for name in figures:
+                if name.startswith(prefix):
+                    by_name.setdefault(name.removeprefix(prefix), []).append(figures[name])
         means: dict[str, Estimate] = {}
         for rule in self._means:
-            for name in dict.fromkeys(names):
+            for name, parts in by_name.items():
                 metric, _, filtered = name.partition(",")
                 wanted = rule.filter_list is None or (filtered or "none") in rule.filter_list
                 if metric == rule.metric and wanted:
-                    parts = [figures[x.prefix + name] for x in leaves if x.prefix + name in figures]
                     sizes = [len(part.influence) if rule.weight_by_size else 1 for part in parts]
                     means[name] = weighted(parts, [size / sum(sizes) for size in sizes])
         return means
@@ -195,13 +191,6 @@ def _documents(task: Any, limit: int | None) -> Iterator[list[Any] | MalformedRo
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0]
-
-
-def _counted(row: int | str, instances: list[Any], requests: Sequence[Request]) -> Example:
-    """A whole text, which is the only question of its row, has become all of its requests."""
-    numbers = {"loglikelihood": 1, "generate_until": 0}
-    kinds = [instance.request_type for instance in instances]
-    return Example(row, instances, [numbers.get(kind, len(requests)) for kind in kinds])
 
 
 def _figures_of(task: Any, example: Example) -> dict[str, Any]:
@@ -240,9 +229,11 @@ def _is_over(tokenizer: Any, end: list[int], stops: tuple[str, ...], new: list[i
 
 def _answer(example: Example, scores: Scores, texts: Iterator[str]) -> None:
     """Put what the model said where the harness looks for it."""
-    begin = 0
-    for instance, count in zip(example.instances, example.num_requests, strict=True):
+    begin, of_kind = 0, {"loglikelihood": 1, "generate_until": 0}
+    for instance in example.instances:
         answer: Any
+        # A whole text, which is the only question of its row, has become all of its requests.
+        count = of_kind.get(instance.request_type, len(scores.log_likelihood))
         if instance.request_type == "generate_until":
             answer = next(texts)
             for stop in _how_to_write(instance.args[1])[1]:
