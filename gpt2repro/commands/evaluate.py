@@ -345,7 +345,7 @@ def _write(arguments: Namespace, table: "Table", content: dict[str, Any]) -> Non
             from gpt2repro.plots.benchmarks import benchmark_dots
             from gpt2repro.plots.style import save
 
-            save(benchmark_dots(table.names, table.values, table.published), output)
+            save(benchmark_dots(table), output)
             continue
         text = table.as_markdown() if output.suffix == ".md" else json.dumps(content, indent=2)
         with atomic.naming(output):

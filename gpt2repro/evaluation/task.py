@@ -121,7 +121,7 @@ class Task:
 
     def parse(self, row: Any) -> Any:
         """An example; raises MalformedRow with the reason where there is none."""
-        raise NotImplementedError
+        return row
 
     def arrange(self, parsed: dict[int, Any]) -> dict[int, Any]:
         """The examples by their rows' numbers, in the order in which they are asked."""

@@ -25,9 +25,6 @@ class Validation(Task):
     def identity(self) -> Any:
         return len(self.rows), self._crc32  # another tokenizer cuts the text elsewhere
 
-    def parse(self, row: Any) -> np.ndarray:
-        return row
-
     def encode(self, tokenizer, examples: list[np.ndarray]) -> list[list[Request]]:
         return [[Request(row, len(row) - 1)] for row in examples]
 
