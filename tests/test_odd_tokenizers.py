@@ -74,6 +74,11 @@ def test_an_end_that_is_spelled_out_stays():
     assert ids_to_continue(odd("around"), ["the </s>"]) == [[BEGIN, 3, END]]
 
 
+def test_a_beginning_that_is_spelled_out_is_not_doubled():
+    assert ids_to_continue(odd("around"), ["<s> the", "<s>"]) == [[BEGIN, 3], [BEGIN]]
+    assert ids_to_continue(odd("begin"), ["<s> <s> the"]) == [[BEGIN, BEGIN, 3]]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_scored_is_the_continuation(kind):
     begin, _, _, before = KINDS[kind]

@@ -22,18 +22,30 @@ if TYPE_CHECKING:
     from gpt2repro.commands.scored_model import Loaded
     from gpt2repro.data.corpus import Corpus
     from gpt2repro.evaluation.scoring import TaskResult
+    from gpt2repro.evaluation.tables import Table
     from gpt2repro.evaluation.task import Task
 
 PICTURES = (".svg", ".png")
+ENDINGS = (".json", ".md", *PICTURES)  # of --output
+# What is said beside the two uses that score no --model; nothing else means anything there.
+BESIDE = {
+    "compare": ("output",),
+    "certify": (
+        *("models", "core_dir", "autocast", "dtype", "device", "tokenizer"),
+        *("trust_remote_code", "batch_size", "output"),
+    ),
+}
 
 
 def main(argv: list[str]) -> int:
     """Evaluate, print the table, write the files. Several processes share the work."""
     arguments = _parse(argv)
-    for file in [*(arguments.output or []), *filter(None, [arguments.rows])]:
+    for file in arguments.output:
         make_room(Path(file))
+    if arguments.rows:
+        make_room(Path(arguments.rows), "--rows")
     if arguments.compare:
-        return _compare(*map(Path, arguments.compare))
+        return _compare(arguments)
     import torch
     from accelerate import PartialState
 
@@ -45,10 +57,10 @@ def main(argv: list[str]) -> int:
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     device = find_device(arguments.device) if arguments.device else state.device
     if arguments.certify:
-        status, found = certification.certify(arguments, device)
+        table, content = certification.certify(arguments, device)
         if state.is_main_process:
-            _write_json({"certification": found}, arguments)
-        return status
+            _write(arguments, table, {"certification": content})
+        return 0 if all(each["certified"] for each in content.values()) else 1
     # All of it is opened before any of it runs: a mistake shows now, not after the first model.
     if any(map(is_core, arguments.tasks)):
         read_bundle(arguments.core_dir)
@@ -62,9 +74,7 @@ def main(argv: list[str]) -> int:
             controls.append(score_controls(loaded, tasks, arguments.batch_size))
         loaded.model.to("cpu")
     if state.is_main_process:
-        context = arguments.sequence_length or min(loaded.max_length for loaded in models)
-        published = _published_for(arguments, context)
-        _report(arguments, models, columns, published, controls)
+        _report(arguments, models, columns, controls)
     return 0
 
 
@@ -91,12 +101,13 @@ def _parse(argv: list[str]) -> Namespace:
     add("--trust_remote_code", action="store_true", help=about)
     add("--hellaswag_file", type=named, help="JSON lines for hellaswag_completion, not the Hub's")
     about = "files to write: .json everything, .md the table, .svg or .png a picture"
-    add("--output", type=named, nargs="+", help=about)
+    add("--output", type=named, nargs="+", default=(), help=about)
     add("--rows", type=named, help="write what each row added to the model's figures (parquet)")
     about = "compare two files of --rows; no model is needed"
     add("--compare", type=named, nargs=2, metavar="FILE", help=about)
     _add_groups(parser)
     arguments = parser.parse_args(argv)
+    _check_use(arguments, parser)
     if arguments.dataset_name == parser.get_default("dataset_name"):
         arguments.dataset_config = arguments.dataset_config or "sample-10BT"
         if arguments.num_validation_units is None:
@@ -127,10 +138,26 @@ def _add_groups(parser: OneLineParser) -> None:
     val.add_argument("--document", choices=("file", "line"), help="of local .txt and .md files")
     val.add_argument("--num_validation_units", type=int, help="default: 100 for FineWeb-Edu")
     val.add_argument("--validation_tokens", type=int, default=10_485_760)
-    val.add_argument("--sequence_length", type=int, help="default: the context of both models")
+
+
+def _check_use(arguments: Namespace, parser: OneLineParser) -> None:
+    """That what is given belongs to one of the three uses: --certify, --compare, or neither."""
+    given = {n: value for n, value in vars(arguments).items() if value != parser.get_default(n)}
+    for use, beside in BESIDE.items():
+        if use in given:
+            if stray := [name for name in given if name not in (use, *beside)]:
+                options = ", ".join(f"--{name}" for name in beside)
+                raise UserError(f"--{stray[0]}: --{use} goes with {options} only")
+            return
+    for name in ("models", "autocast"):
+        if name in given:
+            raise UserError(f"--{name} goes with --certify only")
 
 
 def _check(arguments: Namespace) -> None:
+    for file in arguments.output:
+        if Path(file).suffix not in ENDINGS:
+            raise UserError(f"--output {file}: ends in none of {', '.join(ENDINGS)}")
     if arguments.compare:
         return
     for name, value in vars(arguments).items():
@@ -138,14 +165,11 @@ def _check(arguments: Namespace) -> None:
         if counts and value < (0 if name == "num_fewshot" else 1):
             raise UserError(f"--{name} {value}: must be at least {int(name != 'num_fewshot')}")
     if arguments.certify:
-        from gpt2repro.commands.certification import check_alone
+        from gpt2repro.commands.certification import check_models
 
-        return check_alone(arguments)
+        return check_models(arguments)
     if arguments.model is None:
         raise UserError("--model: which one is to be scored?")
-    for name in ("models", "autocast"):
-        if getattr(arguments, name):
-            raise UserError(f"--{name} goes with --certify only")
     arguments.tasks = _names_of_tasks(arguments)
     if arguments.tasks_dir and not Path(arguments.tasks_dir).is_dir():
         raise UserError(f"--tasks_dir {arguments.tasks_dir}: no such directory")
@@ -181,9 +205,6 @@ def _tasks_of_models(models: list["Loaded"], arguments: Namespace) -> list[list[
 
     corpus = _open_corpus(arguments) if "val" in arguments.tasks else None
     shortest = min(loaded.max_length for loaded in models)
-    sequence_length = arguments.sequence_length or shortest
-    if sequence_length > shortest:
-        raise UserError(f"--sequence_length: a model has {shortest} positions only")
     if (arguments.stride or 0) > shortest:
         raise UserError(f"--stride: a model has {shortest} positions only")
     named = [name for name in arguments.tasks if name != "val"]
@@ -201,14 +222,13 @@ def _tasks_of_models(models: list["Loaded"], arguments: Namespace) -> list[list[
             stride=arguments.stride,
         )
         if corpus is not None:
-            val = _validation(corpus, loaded, sequence_length, arguments)
-            tasks.insert(0, benchmarks.checked(val))
+            tasks.insert(0, _validation(corpus, loaded.tokenizer, shortest, arguments))
         found.append(tasks)
     return found
 
 
 def _validation(
-    corpus: "Corpus", loaded: "Loaded", sequence_length: int, arguments: Namespace
+    corpus: "Corpus", tokenizer: Any, sequence_length: int, arguments: Namespace
 ) -> "Task":
     from gpt2repro.data.encoder import BulkEncoder
     from gpt2repro.data.held_out import validation_set
@@ -216,15 +236,13 @@ def _validation(
 
     held_out = validation_set(
         corpus,
-        BulkEncoder(loaded.tokenizer),
+        BulkEncoder(tokenizer),
         sequence_length=sequence_length,
         num_units=arguments.num_validation_units,
         max_tokens=arguments.validation_tokens,
     )
-    return Validation(
-        held_out.rows[: arguments.limit],
-        bytes_per_token=held_out.num_bytes / held_out.num_tokens,
-    )
+    rate = held_out.num_bytes / held_out.num_tokens
+    return Validation(held_out.rows[: arguments.limit], bytes_per_token=rate)
 
 
 def _open_corpus(arguments: Namespace) -> "Corpus":
@@ -266,36 +284,31 @@ def _report(
     arguments: Namespace,
     models: list["Loaded"],
     columns: list[list["TaskResult"]],
-    published: dict[str, tuple[float, str]],
     controls: list[dict[str, list["TaskResult"]]],
 ) -> None:
-    from gpt2repro.evaluation.row_scores import row_scores, write_row_scores
-    from gpt2repro.evaluation.tables import as_markdown, as_text, differences, figures, notes, table
+    from gpt2repro.evaluation.row_scores import differences, scored, write_row_scores
+    from gpt2repro.evaluation.tables import Table, figures, notes, of_tasks, plain
 
-    names = [loaded.name for loaded in models]
-    values = [figures(results) for results in columns]
-    difference = differences(*columns) if len(columns) == 2 else {}
-    shown = table(names, values, difference, published)
-    print(printable(as_text(*shown)))
-    for name, results in zip(names, columns, strict=True):
+    both = [
+        scored(loaded.name, results, _asked_by(arguments, loaded.max_length))
+        for loaded, results in zip(models, columns, strict=True)
+    ]
+    names, values = [each.model for each in both], [each.estimates for each in both]
+    published = _published_for(arguments, min(loaded.max_length for loaded in models))
+    table = Table(names, values, differences(*both) if len(both) == 2 else {}, published)
+    print(printable(table.as_text()))
+    content = table.as_json()
+    of_models = [content, content.get("baseline", {})]
+    for model, name, results in zip(of_models, names, columns, strict=False):
         print(printable("\n".join(notes(name, results))), file=sys.stderr)
-    for name, found, of_name in zip(names, values, controls, strict=False):
-        beside = [found, *(figures(each) for each in of_name.values())]
-        print(printable("\n" + as_text(*table([name, *of_name], beside))))
-    for output in map(Path, arguments.output or []):
-        if output.suffix == ".md":
-            with atomic.naming(output):
-                output.write_text(as_markdown(*shown) + "\n", encoding="utf-8")
-        elif output.suffix in PICTURES:
-            from gpt2repro.plots.benchmarks import benchmark_dots
-            from gpt2repro.plots.style import save
-
-            save(benchmark_dots(names, values, published), output)
-        else:
-            _write_json(_content(names, columns, difference, published, controls), arguments)
+        model["tasks"] = of_tasks(results)
+    for model, name, found, results_of in zip(of_models, names, values, controls, strict=False):
+        beside = {kind: figures(results) for kind, results in results_of.items()}
+        print(printable("\n" + Table([name, *beside], [found, *beside.values()]).as_text()))
+        model["controls"] = {kind: plain(each) for kind, each in beside.items()}
+    _write(arguments, table, content)
     if arguments.rows:
-        settings = _asked_by(arguments, models[0].max_length)
-        write_row_scores(Path(arguments.rows), row_scores(names[0], columns[0], settings))
+        write_row_scores(Path(arguments.rows), both[0])
 
 
 def _asked_by(arguments: Namespace, max_length: int) -> dict[str, Any]:
@@ -309,44 +322,31 @@ def _asked_by(arguments: Namespace, max_length: int) -> dict[str, Any]:
     }
 
 
-def _content(names, columns, difference, published, controls) -> dict[str, Any]:
-    """What the JSON file holds of it."""
-    from gpt2repro.evaluation.tables import number, plain, report
+def _compare(arguments: Namespace) -> int:
+    from gpt2repro.evaluation.row_scores import compared, read_row_scores
+    from gpt2repro.evaluation.tables import Table
 
-    reports = [report(name, results) for name, results in zip(names, columns, strict=True)]
-    for each, of_kind in zip(reports, controls, strict=False):
-        each["controls"] = {kind: plain(results) for kind, results in of_kind.items()}
-    content = reports[0]
-    if len(columns) == 2:
-        content["baseline"] = reports[1]
-        content["difference"] = {
-            key: {"value": number(d.value), "stderr": number(d.stderr), "paired": d.paired}
-            for key, d in difference.items()
-        }
-    content["published_not_computed"] = {
-        key: {"value": value, "source": source}
-        for key, (value, source) in published.items()
-        if key in content["results"]
-    }
-    return content
+    both = [read_row_scores(Path(file)) for file in arguments.compare]
+    difference = compared(*both)
+    values = [{name: each.figures[name].estimate for name in difference} for each in both]
+    table = Table([each.model for each in both], values, difference)
+    print(printable(table.as_text()))
+    _write(arguments, table, table.as_json())
+    return 0
 
 
-def _write_json(content: dict[str, Any], arguments: Namespace) -> None:
+def _write(arguments: Namespace, table: "Table", content: dict[str, Any]) -> None:
+    """`--output`, by their endings: all there is, the table, or a picture of it."""
     from gpt2repro.system import machine
 
     content |= {"settings": vars(arguments), "environment": machine.describe(arguments.device)}
-    for output in map(Path, arguments.output or []):
-        if output.suffix not in (".md", *PICTURES):
-            with atomic.naming(output):
-                output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for output in map(Path, arguments.output):
+        if output.suffix in PICTURES:
+            from gpt2repro.plots.benchmarks import benchmark_dots
+            from gpt2repro.plots.style import save
 
-
-def _compare(ours: Path, theirs: Path) -> int:
-    from gpt2repro.evaluation.row_scores import compared, read_row_scores
-    from gpt2repro.evaluation.tables import as_text, table
-
-    both = read_row_scores(ours), read_row_scores(theirs)
-    difference = compared(*both)
-    values = [{name: each.estimates[name] for name in difference} for each in both]
-    print(printable(as_text(*table([each.model for each in both], values, difference))))
-    return 0
+            save(benchmark_dots(table), output)
+            continue
+        text = table.as_markdown() if output.suffix == ".md" else json.dumps(content, indent=2)
+        with atomic.naming(output):
+            output.write_text(f"{text}\n", encoding="utf-8")

@@ -72,8 +72,8 @@ def path(text: str) -> Path:
     return Path(named(text))
 
 
-def make_room(output: Path | None) -> None:
-    """Find out before the work whether the file of `--output` can be written.
+def make_room(output: Path | None, option: str = "--output") -> None:
+    """Find out before the work whether the file of an option can be written.
 
     Raises:
         UserError: it cannot.
@@ -84,7 +84,7 @@ def make_room(output: Path | None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.open("a", encoding="utf-8").close()
     except OSError as error:
-        raise UserError(f"--output {output}: {error}") from error
+        raise UserError(f"{option} {output}: {error}") from error
 
 
 def find_device(name: str | None) -> "torch.device":

@@ -153,7 +153,8 @@ def in_a_line(what: str | Callable[[], str]) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())
+        chain = (error, error.__cause__) if error.__cause__ else (error,)
+        reason = " ".join(": ".join(f"{type(each).__name__} {each}" for each in chain).split())
         said = what if isinstance(what, str) else what()
         raise UserError(f"{said}: {reason[:300]}") from error
 

@@ -42,8 +42,8 @@ def num_ids(tokenizer: Any) -> int:
 def ids_to_continue(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Each text as a model is given it to go on from: never empty, and never ended.
 
-    What the tokenizer puts before a text stays; what it puts after it, as T5's does, goes. An empty
-    text is `begin_id`. Lone surrogates become U+FFFD.
+    What the tokenizer puts before a text stays, unless the text has it; what it puts after it, as
+    T5's does, goes. An empty text is `begin_id`. Lone surrogates become U+FFFD.
     """
     encoded = tokenizer(
         [well_formed(text) for text in texts], return_special_tokens_mask=True, verbose=False
@@ -51,7 +51,8 @@ def ids_to_continue(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     rows = []
     for ids, added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
         end = max((at + 1 for at, special in enumerate(added) if not special), default=0)
-        rows.append(ids[:end] or [begin_id(tokenizer)])
+        doubled = int(added[:1] == [1] and ids[:1] == ids[1:2])
+        rows.append(ids[doubled:end] or [begin_id(tokenizer)])
     return rows
 
 

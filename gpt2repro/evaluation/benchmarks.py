@@ -66,7 +66,8 @@ def open_tasks(
         of_the_harness: what `open_lm_eval_tasks` takes besides.
 
     Raises:
-        UserError: a name is unknown, rows cannot be read, or none of a benchmark can be scored.
+        UserError: a name is unknown, rows cannot be read, none of a benchmark can be scored, or one
+            is within another.
     """
     check_names(names, option)
     opened: dict[str, list[Task]] = {}
@@ -75,10 +76,16 @@ def open_tasks(
         opened[name] = [open_core(core_dir, name, tokenizer, **how)]
     if HellaSwagCompletion.name in names:
         rows = read_rows(hellaswag_file)[:limit]
-        task = HellaSwagCompletion(rows, tokenizer, max_length=max_length)
-        opened[task.name] = [checked(task)]
+        completion = HellaSwagCompletion(rows, tokenizer, max_length=max_length)
+        opened[completion.name] = [checked(completion)]
     if theirs := [name for name in dict.fromkeys(names) if name not in opened]:
         from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks
 
         opened |= open_lm_eval_tasks(theirs, tokenizer, **how, **of_the_harness)
-    return [task for name in dict.fromkeys(names) for task in opened[name]]
+    tasks = {task.name: task for name in dict.fromkeys(names) for task in opened[name]}
+    named_by = {name: name for name in tasks}
+    for name, task in tasks.items():
+        for part in task.parts():
+            if (other := named_by.setdefault(part.name, name)) != name:
+                raise UserError(f"{option}: both {name} and {other} score {part.name}; name one")
+    return [*tasks.values()]

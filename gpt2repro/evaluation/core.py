@@ -134,15 +134,6 @@ def open_core(
 # --- One task -------------------------------------------------------------------------------------
 
 
-class _Cut(Request):
-    """A request that has lost tokens on its left already."""
-
-    __slots__ = ()
-
-    def is_truncated(self, max_length: int) -> bool:
-        return True
-
-
 class CoreTask(Task):
     """One task of CORE; its rows are the lines of its file, in the order in which they are asked.
 
@@ -235,8 +226,7 @@ class CoreTask(Task):
             # As nanochat cuts: to as many tokens as there are positions, the last included.
             kept = max(self.max_length, number + 1)
             if number or self.rules.kind == CONTINUE:
-                kind = _Cut if len(ids) > kept else Request
-                requests.append(kind(ids[-kept:], number))
+                requests.append(Request(ids[-kept:], number, len(ids) > kept))
         return requests
 
     def score(self, scores: Scores) -> dict[str, Estimate]:

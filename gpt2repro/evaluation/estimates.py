@@ -1,9 +1,7 @@
-"""Figures with standard errors, computed by metrics in the manner of the `evaluate` library."""
+"""Figures with standard errors, and one of them as a metric of the `evaluate` library."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import evaluate
 import numpy as np
@@ -70,24 +68,38 @@ def weighted(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimat
     return Estimate(value, np.concatenate(influences))
 
 
-class Metric(evaluate.Metric):
-    """An `evaluate.Metric` that is built directly, so that nothing is fetched.
+def choices(
+    predictions: Sequence[ArrayLike], lengths: Sequence[ArrayLike], references: Sequence[int]
+) -> dict[str, Estimate]:
+    """`acc` and `acc_norm`, as `MultipleChoiceAccuracy` has them, with their errors."""
+    rows = list(zip(predictions, lengths, references, strict=True))
+    norm = [np.argmax(np.divide(scores, length)) == label for scores, length, label in rows]
+    return {
+        "acc": mean([np.argmax(scores) == label for scores, _, label in rows]),
+        "acc_norm": mean(norm),
+    }
 
-    `compute(...)` gives `{name: value, name_stderr: standard error}`, and with `estimates=True`
-    `{name: Estimate}`. Across processes (`num_process`, `process_id`, `experiment_id`, as evaluate
+
+class MultipleChoiceAccuracy(evaluate.Metric):
+    """How often the most likely choice is the right one; the first of equals is taken.
+
+    predictions: log-likelihood of each choice, nats. lengths: of each choice, in the unit that
+    `acc_norm` divides by (`acc` does not). references: index of the right choice.
+
+    `compute(...)` gives `{name: value, name_stderr: standard error}`. It is built directly, so that
+    nothing is fetched. Across processes (`num_process`, `process_id`, `experiment_id`, as evaluate
     has it) the first process computes over the examples of all and the others get None.
     """
-
-    inputs: Features
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._experiment_id, self._round = self.experiment_id, 0
 
     def _info(self) -> evaluate.MetricInfo:
-        doc = self.__class__.__doc__ or ""
+        doc, numbers = self.__class__.__doc__ or "", SequenceOf(Value("float64"))
+        inputs = {"predictions": numbers, "lengths": numbers, "references": Value("int64")}
         return evaluate.MetricInfo(
-            description=doc, citation="", inputs_description=doc, features=self.inputs
+            description=doc, citation="", inputs_description=doc, features=Features(inputs)
         )
 
     def _init_writer(self, timeout: float = 1) -> None:
@@ -98,67 +110,7 @@ class Metric(evaluate.Metric):
         self._round += 1
         super()._init_writer(timeout)
 
-    def _compute(self, *, estimates: bool = False, **inputs) -> dict[str, Any]:
-        found = self._estimate(*(inputs[name] for name in self.inputs))
-        if estimates:
-            return found
+    def _compute(self, **inputs) -> dict[str, float]:
+        found = choices(**inputs)
         values = {name: estimate.value for name, estimate in found.items()}
         return values | {f"{name}_stderr": estimate.stderr for name, estimate in found.items()}
-
-    def _estimate(self, *columns: Any) -> dict[str, Estimate]:
-        """Figures of `inputs`, in their order, each a list over the examples."""
-        raise NotImplementedError
-
-
-class MultipleChoiceAccuracy(Metric):
-    """How often the most likely choice is the right one; the first of equals is taken.
-
-    predictions: log-likelihood of each choice, nats. lengths: of each choice, in the unit that
-    `acc_norm` divides by (`acc` does not). references: index of the right choice.
-    """
-
-    inputs = Features(
-        {
-            "predictions": SequenceOf(Value("float64")),
-            "lengths": SequenceOf(Value("float64")),
-            "references": Value("int64"),
-        }
-    )
-
-    def _estimate(self, *columns: Any) -> dict[str, Estimate]:
-        predictions, lengths, references = columns
-        rows = list(zip(predictions, lengths, references, strict=True))
-        norm = [np.argmax(np.divide(scores, length)) == label for scores, length, label in rows]
-        return {
-            "acc": mean([np.argmax(scores) == label for scores, _, label in rows]),
-            "acc_norm": mean(norm),
-        }
-
-
-class CorpusPerplexity(Metric):
-    """Loss per token, perplexity per token and per word, and bits per byte, of a whole corpus.
-
-    predictions: log-likelihood of each document or row, nats. num_tokens, num_words, num_bytes: of
-    each; they may be fractional, and zero words or bytes leave the figure out. Sums are divided
-    once. Standard errors take documents as independent.
-    """
-
-    inputs = Features(
-        {
-            "predictions": Value("float64"),
-            "num_tokens": Value("float64"),
-            "num_words": Value("float64"),
-            "num_bytes": Value("float64"),
-        }
-    )
-
-    def _estimate(self, *columns: Any) -> dict[str, Estimate]:
-        predictions, num_tokens, num_words, num_bytes = columns
-        nats = -np.asarray(predictions)
-        loss = ratio(nats, num_tokens)
-        found = {"loss": loss, "token_perplexity": loss.exp()}
-        if any(num_words):
-            found["word_perplexity"] = ratio(nats, num_words).exp()
-        if any(num_bytes):
-            found["bits_per_byte"] = ratio(nats, num_bytes) * (1 / math.log(2))
-        return found

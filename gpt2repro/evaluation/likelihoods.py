@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from gpt2repro.data.token_ids import begin_id as prefix_token
-from gpt2repro.data.token_ids import ids_to_continue
+from gpt2repro.data.token_ids import ids_to_continue, well_formed
 
 NUM_SHAPES = 6  # lengths a compiled model is asked for; dynamo gives up at 8 recompilations
 POSITIONS_AT_ONCE = 1024  # positions turned to float32 together: 1024 x 50257 x 4 bytes = 206 MB
@@ -34,10 +34,11 @@ class Request:
 
     ids: Sequence[int] | np.ndarray
     num_scored: int
+    is_cut: bool = False  # it has lost tokens on its left already
 
     def is_truncated(self, max_length: int) -> bool:
         """Whether the context loses tokens on its left in a model of `max_length` positions."""
-        return len(self.ids) > max_length + 1  # the last token is predicted, never fed
+        return self.is_cut or len(self.ids) > max_length + 1  # the last is never fed
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def encode_pairs(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
         if context:
             requests.append(Request(ids, max(0, len(ids) - len(head))))
             continue
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(well_formed(text), add_special_tokens=False, verbose=False)["input_ids"]
         starts_itself = ids[:1] == [prefix_token(tokenizer)]
         ids = ids if starts_itself else [prefix_token(tokenizer), *ids]
         requests.append(Request(ids, len(ids) - 1))

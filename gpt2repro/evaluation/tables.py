@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2repro.evaluation.estimates import Estimate
+from gpt2repro.evaluation.row_scores import Difference
 from gpt2repro.evaluation.scoring import TaskResult
 
 NUM_NAMED_ROWS = 5  # of the skipped, on the screen; all are in the JSON
@@ -17,71 +17,62 @@ def figures(results: list[TaskResult]) -> dict[str, Estimate]:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Model minus baseline. Paired where both scored the same examples: then the examples'
-    common difficulty cancels, and the standard error is that of the mean of differences."""
+class Table:
+    """Figures, a column for each model; their difference; what others published of them."""
 
-    value: float
-    stderr: float
-    paired: bool
+    names: Sequence[str]
+    values: Sequence[Mapping[str, Estimate]]
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+    published: Mapping[str, tuple[float, str]] = field(default_factory=dict)  # value, source
 
+    def cells(self) -> list[list[str]]:
+        """The first row is the header."""
+        rows = [["", *self.names]]
+        rows += [[key, *(_cell(v.get(key)) for v in self.values)] for key in self.values[0]]
+        if self.differences:
+            rows[0].append("difference")
+            for row in rows[1:]:
+                row.append(_signed_cell(self.differences.get(row[0])))
+        if shown := self._published():
+            rows[0].append("published, not computed")
+            for row in rows[1:]:
+                row.append(f"{shown[row[0]][0]:g}" if row[0] in shown else "")
+        return rows
 
-def difference(ours: Estimate, theirs: Estimate, *, paired: bool) -> Difference:
-    """`paired`: of the same rows, if it is of as many: a task may leave some out of a figure."""
-    paired = paired and len(ours.influence) == len(theirs.influence)
-    stderr = (ours - theirs).stderr if paired else math.hypot(ours.stderr, theirs.stderr)
-    return Difference(ours.value - theirs.value, stderr, paired)
+    def _published(self) -> dict[str, tuple[float, str]]:
+        return {key: each for key, each in self.published.items() if key in self.values[0]}
 
+    def _sources(self) -> list[str]:
+        sources = {source for _, source in self._published().values()}
+        return [f"published by: {source}" for source in sorted(sources)]
 
-def differences(ours: list[TaskResult], theirs: list[TaskResult]) -> dict[str, Difference]:
-    """For each figure that both models have."""
-    found = {}
-    for one, other in zip(ours, theirs, strict=True):
-        paired = one.task.identity() == other.task.identity()
-        for name, estimate in one.estimates.items():
-            if name in other.estimates:
-                found[name] = difference(estimate, other.estimates[name], paired=paired)
-    return found
+    def as_text(self) -> str:
+        rows = self.cells()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, *self._sources()])
 
+    def as_markdown(self) -> str:
+        cells = [[cell.replace("|", "/") for cell in row] for row in self.cells()]
+        cells.insert(1, ["---"] * len(cells[0]))
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        return "\n".join([*lines, *(f"\n{source}" for source in self._sources())])
 
-def table(
-    names: Sequence[str],
-    values: Sequence[Mapping[str, Estimate]],
-    difference: Mapping[str, Difference] = MappingProxyType({}),
-    published: Mapping[str, tuple[float, str]] = MappingProxyType({}),
-) -> tuple[list[list[str]], list[str]]:
-    """The figures as rows of cells, the first the header, and the sources of what is published.
-
-    A column for each model, then the difference, then the published.
-    """
-    rows = [["", *names]]
-    rows += [[key, *(_cell(v.get(key)) for v in values)] for key in values[0]]
-    if difference:
-        rows[0].append("difference")
-        for row in rows[1:]:
-            row.append(_signed_cell(difference.get(row[0])))
-    shown = {key: source for key, (_, source) in published.items() if key in values[0]}
-    if shown:
-        rows[0].append("published, not computed")
-        for row in rows[1:]:
-            row.append(f"{published[row[0]][0]:g}" if row[0] in shown else "")
-    return rows, [f"published by: {source}" for source in sorted({*shown.values()})]
-
-
-def as_text(rows: list[list[str]], sources: list[str]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, *sources])
-
-
-def as_markdown(rows: list[list[str]], sources: list[str]) -> str:
-    cells = [[cell.replace("|", "/") for cell in row] for row in rows]
-    cells.insert(1, ["---"] * len(rows[0]))
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([*lines, *(f"\n{source}" for source in sources)])
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the second model is the baseline."""
+        columns = zip(self.names, self.values, strict=True)
+        content, *others = [{"model": name, "results": plain(found)} for name, found in columns]
+        for baseline in others:
+            content["baseline"] = baseline
+            content["difference"] = plain(self.differences)
+        content["published_not_computed"] = {
+            key: {"value": value, "source": source}
+            for key, (value, source) in self._published().items()
+        }
+        return content
 
 
 def _cell(estimate: Estimate | None) -> str:
@@ -123,30 +114,27 @@ def number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def plain(results: list[TaskResult]) -> dict[str, dict[str, float | None]]:
-    """The figures, for JSON."""
+def plain(found: Mapping[str, Estimate | Difference]) -> dict[str, dict[str, Any]]:
+    """Figures or differences, for JSON."""
     return {
-        key: {"value": number(e.value), "stderr": number(e.stderr)}
-        for key, e in figures(results).items()
+        key: {"value": number(each.value), "stderr": number(each.stderr)}
+        | ({"paired": each.paired} if isinstance(each, Difference) else {})
+        for key, each in found.items()
     }
 
 
-def report(name: str, results: list[TaskResult]) -> dict[str, Any]:
-    """One model's part of the JSON file."""
+def of_tasks(results: list[TaskResult]) -> dict[str, Any]:
+    """What a reader must know of each task, for JSON."""
     return {
-        "model": name,
-        "results": plain(results),
-        "tasks": {
-            result.task.name: {
-                "dataset": result.task.dataset and result.task.dataset._asdict(),
-                "figures": [*result.estimates],
-                "num_rows": result.task.num_rows,
-                "num_scored": len(result.task.rows),
-                "skipped": result.task.skipped,
-                "truncated": result.task.truncated,
-                "padding_waste": result.padding_waste,
-                "seconds": result.seconds,
-            }
-            for result in results
-        },
+        result.task.name: {
+            "dataset": result.task.dataset and result.task.dataset._asdict(),
+            "figures": [*result.estimates],
+            "num_rows": result.task.num_rows,
+            "num_scored": len(result.task.rows),
+            "skipped": result.task.skipped,
+            "truncated": result.task.truncated,
+            "padding_waste": result.padding_waste,
+            "seconds": result.seconds,
+        }
+        for result in results
     }

@@ -1,12 +1,12 @@
 """A benchmark: what it asks of a model, and how its answers become figures.
 
 A `Task` holds the requests of one benchmark in one convention, and turns their log-likelihoods into
-`Estimate`s through an `evaluate.Metric`. Rows that cannot be scored are named, never dropped.
+`Estimate`s. Rows that cannot be scored are named, never dropped.
 """
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,7 @@ class Task:
     asked: str  # what one request stands for, in messages
     dataset: OnHub | None = None
     note = ""  # what else a reader of the figures must know
+    members: Sequence["Task"] = ()  # of a group
 
     def __init__(self, rows: Iterable[Any], tokenizer, *, max_length: int) -> None:
         self.max_length = max_length
@@ -96,6 +97,12 @@ class Task:
     def num_rows(self) -> int:
         return len(self.rows) + len(self.skipped)
 
+    def parts(self) -> Iterator["Task"]:
+        """The members and theirs."""
+        for each in self.members:
+            yield each
+            yield from each.parts()
+
     def identity(self) -> Any:
         """Equal for two tasks whose figures are about the same examples, one by one."""
         return self.rows
@@ -114,7 +121,7 @@ class Task:
 
     def parse(self, row: Any) -> Any:
         """An example; raises MalformedRow with the reason where there is none."""
-        raise NotImplementedError
+        return row
 
     def arrange(self, parsed: dict[int, Any]) -> dict[int, Any]:
         """The examples by their rows' numbers, in the order in which they are asked."""

@@ -1,12 +1,12 @@
 """Benchmarks with error bars: of models side by side as dots, of runs as they train as curves."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from gpt2repro.evaluation.estimates import Estimate
 from gpt2repro.plots import curves
 from gpt2repro.plots.curves import Metrics
 from gpt2repro.plots.style import (
@@ -20,6 +20,9 @@ from gpt2repro.plots.style import (
     short_number,
 )
 
+if TYPE_CHECKING:
+    from gpt2repro.evaluation.tables import Table
+
 INTERVAL = 1.96  # standard errors on each side: 95 %, were they normal
 INCHES_PER_ROW = 0.34
 MOST_PANELS = 12  # of a picture of curves
@@ -31,21 +34,15 @@ PANELS = {
 }
 
 
-def benchmark_dots(
-    names: Sequence[str],
-    values: Sequence[Mapping[str, Estimate]],
-    published: Mapping[str, tuple[float, str]],
-) -> Figure:
-    """A row for each figure of all models, a panel for each kind; others are left to the table.
-
-    names, values: of the models, ours first. published: (value, source) by figure.
-    """
+def benchmark_dots(table: "Table") -> Figure:
+    """A row for each figure of all models, a panel for each kind; others are left to the table."""
+    names, values, published = table.names, table.values, table.published
     common = [key for key in values[0] if all(key in found for found in values)]
     panels = {axis: _of_kind(common, words) for axis, words in PANELS.items()}
     panels = {axis: keys for axis, keys in panels.items() if keys} or {"value": common}
     sizes = [len(keys) for keys in panels.values()]
     figure, axes = new_figure(
-        _finding(names, values, panels),
+        _finding(table, panels),
         height=1.6 + sum(sizes) * INCHES_PER_ROW + 0.6 * len(sizes),
         rows=len(panels),
         gridspec_kw={"height_ratios": [size + 0.8 for size in sizes]},
@@ -87,12 +84,8 @@ def _of_kind(names: Sequence[str], words: Sequence[str]) -> list[str]:
     return [name for name, metric in metrics.items() if any(f"_{w}_" in metric for w in words)]
 
 
-def _finding(
-    names: Sequence[str],
-    values: Sequence[Mapping[str, Estimate]],
-    panels: Mapping[str, Sequence[str]],
-) -> str:
-    right = panels.get("share right", [])
+def _finding(table: "Table", panels: Mapping[str, Sequence[str]]) -> str:
+    names, values, right = table.names, table.values, panels.get("share right", [])
     if len(values) < 2 or not right:
         return f"{names[0]} on {sum(map(len, panels.values()))} figures"
     ahead = sum(values[0][key].value > values[1][key].value for key in right)

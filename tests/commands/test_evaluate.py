@@ -87,7 +87,7 @@ def test_held_out_text(model, tmp_path):
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     arguments = ["--model", model, "--tasks", "val", "--dataset-name", str(corpus)]
     num_units = str(open_corpus(corpus).num_units)
-    arguments += ["--num-validation-units", num_units, "--sequence-length=64"]
+    arguments += ["--num-validation-units", num_units, "--max-length=64"]
     found = evaluated(tmp_path, *arguments)
     loss = found["results"]["val/loss"]["value"]
     ids = tiny_tokenizer()(texts)["input_ids"]

@@ -121,7 +121,15 @@ def test_certify_tells_of_each_of_the_four_whether_it_is_the_published_one(
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == some
     assert lines[0].endswith(": within 0.003") and lines[1].endswith(": NOT within 0.003")
-    assert evaluated(tmp_path, *options, "--models", some[0])["certification"][some[0]]["certified"]
+    table = tmp_path / "table.md"
+    files = [str(table), str(tmp_path / "table.svg")]
+    given = [*options, "--models", some[0], "--device", "cpu", "--output", *files]
+    assert run("gpt2repro evaluate", evaluate.main, given) == 0
+    value = found[names[0]]["value"]
+    line = table.read_text().splitlines()[2].split(" | ")
+    assert line[0] == f"| {some[0]}/core" and line[1].startswith(f"{value:.4f} ± ")
+    assert line[2].startswith("-0.0029") and line[3] == f"{value + 0.0029:g} |"
+    assert "<svg" in Path(files[1]).read_text()
 
 
 @pytest.mark.parametrize("options", [[], ["--autocast"]])
@@ -155,6 +163,15 @@ def test_certify_may_round_as_the_published_figures_did(
         (["--certify", "--limit", "5"], "--limit: --certify"),
         (["--certify", "--tasks", "val"], "--tasks: --certify"),
         (["--certify", "--controls"], "--controls: --certify"),
+        (["--certify", "--max_length", "64"], "--max_length: --certify"),
+        (["--certify", "--core_dir", "x", "--rows", "y"], "--rows: --certify goes with --models, "),
+        (["--compare", "x", "y", "--limit", "5"], "--limit: --compare goes with --output only"),
+        (["--model", "x", "--compare", "x", "y"], "--model: --compare"),
+        (["--compare", "x", "y", "--certify"], "--certify: --compare"),
+        (["--model", "x", "--output", "a.md", "b.txt"], "b.txt: ends in none of .json, .md, .svg,"),
+        (["--certify", "--output", "a"], "--output a: ends in none of .json"),
+        (["--compare", "x", "y", "--output", "a.jsn"], "--output a.jsn: ends in none of .json"),
+        (["--model", "x", "--rows", "/dev/null/x.parquet"], "--rows /dev/null/x.parquet"),
         (["--certify", "--models", "distilgpt2"], "published are gpt2, gpt2-medium"),
     ],
 )

@@ -45,6 +45,12 @@ def test_rows_compare_as_the_models_do(files, capsys):
     apart = capsys.readouterr().out.splitlines()
     assert [line.split() for line in apart] == [line.split() for line in together]
     assert len(apart) > 10 and "unpaired" not in "".join(apart)
+    outputs = [files / f"compared.{kind}" for kind in ("json", "md", "svg")]
+    assert evaluate.main(["--compare", *both, "--output", *map(str, outputs)]) == 0
+    found, markdown = json.loads(outputs[0].read_text()), outputs[1].read_text().splitlines()
+    assert found["results"].keys() == found["difference"].keys() and found["difference"]["core"]
+    assert found["baseline"]["model"] == str(files / "theirs")
+    assert len(markdown) == len(apart) + 1 and "<svg" in outputs[2].read_text()
     table = pq.read_table(both[0]).to_pylist()
     of_figure = [line for line in table if line["figure"] == "hellaswag/completion_acc"]
     assert [line["row"] for line in of_figure] == [str(n) for n in range(1, 11)]
@@ -78,7 +84,7 @@ def test_rows_of_other_texts_or_in_another_context_are_not_taken_for_the_same(
     for name, text in (("one", "a man stands on the hill. "), ("two", "she sings in the street! ")):
         lines = [json.dumps({"text": text * 40})] * 4
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        given = ["--model", str(files / "ours"), "--tasks", "val", "--sequence_length", "32"]
+        given = ["--model", str(files / "ours"), "--tasks", "val", "--max_length", "32"]
         given += ["--dataset_name", str(tmp_path / f"{name}.jsonl"), "--num_validation_units", "1"]
         given += ["--limit", "9", "--rows", str(tmp_path / f"{name}.parquet"), "--device", "cpu"]
         assert evaluate.main(given) == 0

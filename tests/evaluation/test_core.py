@@ -11,6 +11,7 @@ from tiny_core import ROWS, TASKS, rows_of, write_bundle
 from tiny_language_models import KnowsByHeart, random_gpt2, tiny_tokenizer, uniform_gpt2
 
 from gpt2repro import UserError
+from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.core import open_core
 from gpt2repro.evaluation.likelihoods import loglikelihoods
 from gpt2repro.evaluation.scoring import score_tasks
@@ -365,3 +366,10 @@ def test_too_few_rows_for_the_examples_and_names_that_are_no_tasks(tmp_path, bun
     (few / "eval_data/some/words.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"core/words: none of its 1 rows .* row 1: no 'context'"):
         open_core(str(few), "core/words", tiny_tokenizer(), max_length=64)
+
+
+def test_a_task_beside_all_of_them_is_refused(bundle):
+    """Its rows would be scored twice, under the same names."""
+    names = ["core/schema", "core"]
+    with pytest.raises(UserError, match="--tasks: both core and core/schema score core/schema"):
+        open_tasks(names, tokenizer_with("<|bos|>"), max_length=512, core_dir=str(bundle))

@@ -2,14 +2,21 @@
 
 import json
 import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, uniform_gpt2
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from gpt2repro import UserError
+from gpt2repro.data.token_ids import num_ids
 from gpt2repro.evaluation.benchmarks import open_tasks
-from gpt2repro.evaluation.likelihoods import loglikelihoods
+from gpt2repro.evaluation.likelihoods import encode_pairs, loglikelihoods
 from gpt2repro.evaluation.scoring import score_task, score_tasks
 from gpt2repro.evaluation.tasks.harness import LmEvalTask, open_lm_eval_tasks
 from gpt2repro.evaluation.writing import Prompt, continuations
@@ -121,37 +128,81 @@ def tasks_dir(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module", params=[512, 128])
+def tokenizer_of(kind: str):
+    """GPT-2's, whose end begins a text too; one that has no begin; one that puts its own before."""
+    tokenizer = tiny_tokenizer()
+    if kind == "gpt2":
+        return tokenizer
+    backend, special = tokenizer.backend_tokenizer, {"eos_token": tokenizer.eos_token}
+    if kind == "begins":
+        backend.add_special_tokens(["<s>"])
+        begin = [("<s>", backend.token_to_id("<s>"))]
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=begin)
+        special["bos_token"] = "<s>"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+class Judged(NamedTuple):
+    """A model, what its requests are made with, and what the harness says of it."""
+
+    model: Any
+    tokenizer: Any
+    max_length: int
+    found: dict[str, Any]
+
+
+OTHERS = [pytest.param((kind, 512), marks=pytest.mark.sweep) for kind in ("beginless", "begins")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("gpt2", 512), ("gpt2", 128), ("beginless", 128), ("begins", 128), *OTHERS],
+    ids=lambda param: "-".join(map(str, param)),
+)
 def theirs(request, tasks_dir):
-    """A model, its context, and what the harness says of it."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    model = random_gpt2(3, positions=request.param, n_embd=32)
+    kind, positions = request.param
+    tokenizer = tokenizer_of(kind)
+    model = random_gpt2(3, positions=positions, n_embd=32, vocab_size=num_ids(tokenizer))
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4, device="cpu"),
+        model=HFLM(pretrained=model, tokenizer=tokenizer_of(kind), batch_size=4, device="cpu"),
         tasks=[f"ours_{name}" for name in TASKS],
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
         bootstrap_iters=2,  # 0 is no standard errors, not even of means
     )
-    return model, request.param, found
+    return Judged(model, tokenizer, positions, found)
 
 
-def opened(tasks_dir, *names, max_length=512, **options):
-    found = open_lm_eval_tasks(
-        names, tiny_tokenizer(), max_length=max_length, tasks_dir=str(tasks_dir), **options
-    )
+def opened(tasks_dir, *names, tokenizer=None, max_length=512, **options):
+    options |= {"max_length": max_length, "tasks_dir": str(tasks_dir)}
+    found = open_lm_eval_tasks(names, tokenizer or tiny_tokenizer(), **options)
     return [task for each in found.values() for task in each]
 
 
+def on_ranks(world_size: int, score: Callable[..., Any]) -> Any:
+    """What rank 0 says, given what each rank has added to every sum."""
+    if world_size == 1:
+        return score()
+    parts: list[list[torch.Tensor]] = []
+    for rank in range(world_size):
+        parts.append([])
+        score(rank=rank, world_size=world_size, reduce=lambda t: parts[-1].append(t) or t)
+    sums = iter([sum(of_ranks) for of_ranks in zip(*parts, strict=True)])
+    return score(rank=0, world_size=world_size, reduce=lambda _: next(sums))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", TASKS)
-def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name):
-    model, positions, found = theirs
-    [task] = opened(tasks_dir, f"ours_{name}", max_length=positions)
+def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name, world_size):
+    model, tokenizer, positions, found = theirs
+    [task] = opened(tasks_dir, f"ours_{name}", tokenizer=tokenizer, max_length=positions)
     assert not task.skipped and len(task.rows) == 14
     if positions == 128 and name in ("choice", "few_shot", "last_word", "writing"):
         assert task.truncated, "some contexts are cut"
-    estimates = score_task(model, task, batch_size=8).estimates
+    score = partial(score_task, model, task, batch_size=8)
+    estimates = on_ranks(world_size, score).estimates
     samples = sorted(found["samples"][f"ours_{name}"], key=lambda sample: sample["doc_id"])
     for example, sample in zip(task.examples, samples, strict=True):
         ordered = sorted(example.instances, key=lambda instance: instance.idx)
@@ -159,9 +210,10 @@ def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name):
             if isinstance(answer, str):
                 assert instance.resps == [answer]
                 continue
-            ours = np.atleast_1d(instance.resps[0])
+            ours, answer = np.atleast_1d(instance.resps[0]), np.atleast_1d(answer)
             # The harness sums float32 log-probabilities in float32 and pads otherwise.
-            np.testing.assert_allclose(ours, np.atleast_1d(answer), rtol=1e-5)
+            np.testing.assert_allclose(ours, answer, rtol=1e-5)
+            assert list(ours[1:]) == list(answer[1:]), "greedy or not"
     results = found["results"][f"ours_{name}"]
     figures = {key.removesuffix(",none"): value for key, value in results.items() if "," in key}
     figures = {key: value for key, value in figures.items() if "_stderr" not in key}
@@ -176,24 +228,17 @@ def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name):
 
 
 def test_rows_are_right_and_wrong_or_equality_would_mean_little(theirs):
-    _, _, found = theirs
-    assert all(0 < found["results"][f"ours_{n}"]["acc,none"] < 1 for n in ("choice", "few_shot"))
+    results = theirs.found["results"]
+    assert all(0 < results[f"ours_{n}"]["acc,none"] < 1 for n in ("choice", "few_shot"))
 
 
 def test_the_same_on_two_ranks_and_in_one_pass(theirs, tasks_dir):
-    model, positions, found = theirs
+    model, tokenizer, positions, found = theirs
     names = ("ours_choice", "ours_whole_texts", "ours_writing")
-    tasks = opened(tasks_dir, *names, max_length=positions)
-    alone = score_tasks(model, tasks, batch_size=4)
-    parts = []
-    for rank in range(2):
-        how = {"rank": rank, "world_size": 2, "reduce": lambda t: parts[-1].append(t) or t}
-        parts.append([])
-        score_tasks(model, tasks, batch_size=4, **how)
-    shared = iter([one + other for one, other in zip(*parts, strict=True)])
-    how = {"rank": 0, "world_size": 2, "reduce": lambda _: next(shared)}
-    again = score_tasks(model, tasks, batch_size=4, **how)
-    assert again == pytest.approx(alone, abs=0, rel=0, nan_ok=True)
+    tasks = opened(tasks_dir, *names, tokenizer=tokenizer, max_length=positions)
+    score = partial(score_tasks, model, tasks, batch_size=4)
+    alone = score()
+    assert on_ranks(2, score) == pytest.approx(alone, abs=0, rel=0, nan_ok=True)
     assert alone["ours_choice/acc"] == found["results"]["ours_choice"]["acc,none"]
 
 
@@ -208,13 +253,54 @@ def test_groups_limits_and_few_shot_numbers(tasks_dir):
     assert three.requests[0].num_scored == none.requests[0].num_scored
 
 
-def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, monkeypatch):
+def test_each_is_scored_once(tasks_dir):
+    """The same by two names is one; where another holds it, figures would have the same names."""
+    how = {"max_length": 512, "tasks_dir": str(tasks_dir), "limit": 2, "option": "eval_tasks"}
+    both = open_tasks(["ours_group", "ours_choice", "ours_choice"], tiny_tokenizer(), **how)
+    assert [task.name for task in both] == ["ours_choice", "ours_last_word"]
+    for names, said in (
+        (["ours_choice", "ours_means"], "ours_means and ours_choice score ours_choice; name one"),
+        (["ours_means", "ours_inner"], "ours_means and ours_inner score ours_inner; name one"),
+    ):
+        with pytest.raises(UserError, match=f"^eval_tasks: both {said}"):
+            open_tasks(names, tiny_tokenizer(), **how)
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A directory that stands for the harness' own tasks, which take seconds to be read."""
     from lm_eval.tasks import TaskManager
 
-    def only_ours(include_path, include_defaults):  # reading all that it ships takes seconds
-        return TaskManager(include_path=include_path, include_defaults=False)
+    def manager(include_path, include_defaults):
+        more = [str(directory)] if include_defaults else []
+        return TaskManager(include_path=[*more, *include_path], include_defaults=False)
 
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
+    (directory := tmp_path / "shipped").mkdir()
+    return directory
+
+
+def test_a_group_may_hold_tasks_of_the_harness(shipped, tmp_path):
+    """By name, with changes, within another group; a task may also be defined in the group."""
+    (ours := tmp_path / "ours").mkdir()
+    row = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
+    for directory, name in ((ours, "mine"), (shipped, "plain"), (shipped, "changed")):
+        write_task(directory, name, [row] * 3)
+    inline = json.loads((ours / "mine.yaml").read_text()) | {"task": "inline"}
+    changed = {"task": "changed", "target_delimiter": " and "}
+    for name, members in (("in", ["plain", changed]), ("out", ["in", inline, "mine"])):
+        rules = {"group": name, "task": members, "aggregate_metric_list": [{"metric": "acc"}]}
+        (ours / f"{name}.yaml").write_text(json.dumps(rules))
+    [group] = opened(ours, "out")
+    names = {each.name: len(each.rows) for each in group.parts()}
+    assert names == {"in": 6, "plain": 3, "changed": 3, "out::inline": 3, "mine": 3}
+    changed = next(each for each in group.parts() if each.name == "changed")
+    assert changed.requests[0].num_scored > group.requests[0].num_scored
+    [alone] = opened(ours, "mine")
+    assert len(alone.rows) == 3
+
+
+def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, shipped):
     with pytest.raises(UserError, match="lm-evaluation-harness has no task ours_nothing"):
         opened(tasks_dir, "ours_nothing")
     with pytest.raises(UserError, match=r"lm-evaluation-harness has no task ours_\*"):
@@ -237,8 +323,8 @@ def test_means_of_groups_are_those_of_the_harness(theirs, tasks_dir):
     """By rows and by tasks, with a group within a group."""
     from lm_eval.tasks import TaskManager
 
-    model, positions, found = theirs
-    [task] = opened(tasks_dir, "ours_means", max_length=positions)
+    model, tokenizer, positions, found = theirs
+    [task] = opened(tasks_dir, "ours_means", tokenizer=tokenizer, max_length=positions)
     estimates = score_task(model, task, batch_size=8).estimates
     manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
     group = manager.load(["ours_means"])["groups"]["ours_means"]
@@ -288,6 +374,8 @@ def test_a_stride_gives_whole_texts_more_context(tasks_dir):
 
 
 def test_rows_that_cannot_be_scored_are_named(tmp_path):
+    rules = {"group": "all_odd", "task": ["odd"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "all.yaml").write_text(json.dumps(rules))
     good = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
     rows = [good, good | {"choices": ["", "sits"]}, good, good | {"answer": 5}]
     write_task(tmp_path, "odd", rows, target_delimiter="", process_results="COUNT")
@@ -303,14 +391,55 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path):
         assert task.rows == [1, 3] and list(task.skipped) == [2, 4]
         assert found["odd/acc"].influence.shape == (2,)
     assert task.skipped[4] == "IndexError: list index out of range"
-    rules = {"group": "all_odd", "task": ["odd"], "aggregate_metric_list": [{"metric": "acc"}]}
-    (tmp_path / "all.yaml").write_text(json.dumps(rules))
     [group] = opened(tmp_path, "all_odd")
     assert group.num_rows == 4 and len(group.rows) == 3
     assert score_task(random_gpt2(), group, batch_size=4).estimates.keys() == {
         *("all_odd/acc", "odd/acc", "odd/gold_bits_per_byte")
     }
     assert group.rows == ["odd 1", "odd 3"] and [*group.skipped] == ["odd 2", "odd 4"]
+
+
+BY_FIELDS = {"doc_to_text": "question", "doc_to_target": "answer", "doc_to_choice": "choices"}
+WRITES = {"output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{choices[0]}}"}
+WRITES |= {"generation_kwargs": {"until": ["."], "max_gen_toks": 4}, **metrics("exact_match")}
+
+
+@pytest.mark.parametrize(
+    ("how", "skipped"),
+    [
+        (BY_FIELDS, {2: "Context is not a string", 3: "iterable", 4: "no request", 5: "NoneType"}),
+        (WRITES, {3: "None has no element 0", 4: "list object has no element 0"}),
+    ],
+)
+def test_a_row_that_makes_no_request_is_named(tmp_path, how, skipped):
+    """Whatever the harness or a template of its stumbles over; also behind a byte order mark."""
+    good = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
+    odd = [{"question": None}, {"choices": None}, {"choices": []}, {"answer": None}]
+    write_task(tmp_path, "odd", [good, *(good | each for each in odd)], **how)
+    file = tmp_path / "odd.jsonl"
+    file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
+    [task] = opened(tmp_path, "odd")
+    score_task(random_gpt2(), task, batch_size=4)
+    assert [*task.skipped] == [*skipped] and task.num_rows == 5
+    assert all(part in task.skipped[row] for row, part in skipped.items())
+
+
+def test_data_that_cannot_be_read_are_named_in_one_line(tmp_path, capfd):
+    """Also those of a group's member; and a first row on which the harness tries its templates."""
+    good = {"question": "a man", "choices": ["runs", "sits"], "answer": 0}
+    for name, other in (("half", {"question": "\ud800"}), ("empty", {"choices": ["", ""]})):
+        write_task(tmp_path, name, [good | other, good])
+        rules = {"group": f"all_{name}", "task": [name]}
+        (tmp_path / f"all_{name}.yaml").write_text(json.dumps(rules))
+    for name, said in (("all_half", "surrogate pair"), ("all_empty", "index out of range")):
+        with pytest.raises(UserError, match=f"^--tasks: .*opened from .*{name[4:]}.jsonl.*{said}"):
+            opened(tmp_path, name)
+    assert "rror" not in capfd.readouterr().err
+
+
+def test_half_a_surrogate_pair_of_a_task_of_code_is_replaced():
+    ours, theirs = encode_pairs(tiny_tokenizer(), [("", "a \ud800"), ("", "a \ufffd\ufffd\ufffd")])
+    assert ours == theirs
 
 
 def test_what_was_written_stays_with_its_row(tmp_path):
@@ -339,6 +468,16 @@ def test_what_was_written_stays_with_its_row(tmp_path):
     assert [question for question, _ in seen[0]] == [*"abcd"]
 
 
+def test_a_text_is_over_where_the_harness_ends_it(tasks_dir):
+    """At an end, the stop of the task, or enough: a begin in it is no end."""
+    tokenizer = tokenizer_of("begins")
+    [task] = opened(tasks_dir, "ours_writing", tokenizer=tokenizer, limit=1)
+    [prompt] = task.prompts
+    [q] = tokenizer.encode("q", add_special_tokens=False)
+    ids = {"begin": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "stop": q}
+    assert [name for name, id in ids.items() if prompt.is_over([9, id])] == ["end", "stop"]
+
+
 def test_what_follows_an_end_that_the_model_names_is_no_text():
     """Else a row's text would depend on how long its neighbours in a batch are."""
     model = random_gpt2()
@@ -358,15 +497,18 @@ def test_a_row_may_have_questions_of_several_kinds(tmp_path):
     rows = [{"question": f"{n} a man", "choices": ["runs", "sits"], "answer": 0} for n in range(3)]
     write_task(tmp_path, "both", rows)
     [choices] = opened(tmp_path, "both")
-    harness = choices._task
-    for n in range(3):
+    harness, construct = choices._task, choices._task.construct_requests
+
+    def construct_both(doc, ctx, metadata):
         asked = ("a man", {"until": ["."], "max_gen_toks": 4})
-        extra = {"doc": rows[n], "arguments": asked, "idx": 2, "metadata": ("both", n, 1)}
-        harness._instances.append(Instance(request_type="generate_until", **extra))
-    harness.build_all_requests = lambda limit: None
+        extra = {"doc": doc, "arguments": asked, "idx": 2, "metadata": metadata}
+        written = Instance(request_type="generate_until", **extra)
+        return [*construct(doc, ctx, metadata=metadata), written]
+
+    harness.construct_requests = construct_both
     harness.process_results = lambda doc, answers: {"acc": len(answers[2]) + answers[0][0]}
     task = LmEvalTask(harness, tiny_tokenizer(), max_length=64)
-    assert [each.num_requests for each in task.examples] == [[1, 1, 0]] * 3
+    assert (len(task.requests), len(task.prompts)) == (6, 3)
     found = score_task(random_gpt2(), task, batch_size=4).estimates["both/acc"]
     nats = loglikelihoods(random_gpt2(), task.requests, max_length=64, batch_size=4)
     written = continuations(random_gpt2(), task.prompts, batch_size=4)
@@ -393,9 +535,9 @@ def test_what_asks_for_more_than_there_is_room_is_named(tmp_path):
     write = {"output_type": "generate_until", "doc_to_choice": None, **metrics("exact_match")}
     write |= {"generation_kwargs": {"until": ["."]}}
     write_task(tmp_path, "long", rows, **write)
-    with pytest.raises(UserError, match="row 1: asks for 256 new tokens of a model of 64 positi"):
-        open_tasks(["long"], tiny_tokenizer(), max_length=64, tasks_dir=str(tmp_path))
     write["generation_kwargs"] |= {"do_sample": True}
     write_task(tmp_path, "sampling", rows, **write)
+    with pytest.raises(UserError, match="row 1: asks for 256 new tokens of a model of 64 positi"):
+        open_tasks(["long"], tiny_tokenizer(), max_length=64, tasks_dir=str(tmp_path))
     with pytest.raises(UserError, match="--tasks: sampling samples what it writes"):
         opened(tmp_path, "sampling")

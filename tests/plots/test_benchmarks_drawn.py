@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2repro.evaluation.estimates import Estimate, mean
+from gpt2repro.evaluation.tables import Table
 from gpt2repro.plots.benchmarks import INTERVAL, benchmark_dots, draw_benchmarks
 from gpt2repro.records.metrics import scored
 
@@ -40,7 +41,7 @@ def test_a_figure_that_one_model_lacks_or_of_another_kind_is_no_dot():
     right = mean(np.array([1, 0, 1], float))
     ours = {"a/acc": right, "a/brier_score": right, "a/gold_bits_per_byte": right}
     theirs = {"a/acc": right, "a/brier_score": right}
-    (ax,) = benchmark_dots(["a", "b"], [ours, theirs], {}).axes
+    (ax,) = benchmark_dots(Table(["a", "b"], [ours, theirs])).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a/acc"]
 
 
@@ -48,7 +49,7 @@ def test_dots_have_a_panel_for_each_kind_and_an_interval():
     right = mean(np.array([1, 0, 0, 1, 1], float))
     ours = {"piqa/acc": right, "wikitext/word_perplexity": Estimate(40.0, np.arange(4.0))}
     theirs = {"piqa/acc": mean(np.zeros(5)), "wikitext/word_perplexity": ours["piqa/acc"] * 50}
-    figure = benchmark_dots(["a", "b"], [ours, theirs], {"piqa/acc": (0.5, "x")})
+    figure = benchmark_dots(Table(["a", "b"], [ours, theirs], {}, {"piqa/acc": (0.5, "x")}))
     shares, perplexities = figure.axes
     assert [label.get_text() for label in shares.get_yticklabels()] == ["piqa/acc"]
     assert perplexities.get_xscale() == "log"

@@ -83,8 +83,8 @@ def test_every_name_of_a_file_may_be_in_the_home_and_must_be_possible(verb, monk
             knob = option.partition("=")[0]
             assert re.search(rf"--{knob}\b", said), said
         if option not in ("recipe", "exp_name"):  # which is no path, and there is none
-            parsed, said = parse(verb, [*needed.split(), f"--{option}=~/x"])
-            assert "/home/me/x" in repr(parsed) and "~" not in repr(parsed), said
+            parsed, said = parse(verb, [*needed.split(), f"--{option}=~/x.json"])
+            assert "/home/me/x.json" in repr(parsed) and "~" not in repr(parsed), said
 
 
 def test_the_first_word_of_plots_is_such_a_name_too(monkeypatch):

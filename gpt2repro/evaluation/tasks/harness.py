@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,11 +32,10 @@ OF_OURS = Path(__file__).parent  # task files for what the harness has not
 
 @dataclass(frozen=True)
 class Example:
-    """A row's questions, the harness' `Instance`s, and how many requests each has become."""
+    """A row's questions, the harness' `Instance`s."""
 
     row: int | str
     instances: list[Any]
-    num_requests: list[int]
 
 
 class LmEvalTask(Task):
@@ -61,23 +60,19 @@ class LmEvalTask(Task):
         path = task.config.dataset_path or ""
         if "/" in path and not Path(path).exists():
             self.dataset = OnHub(path, task.task_name)
-        with _quietly():
-            task.build_all_requests(limit=limit)
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             self.note = f"; stride {self._stride}"
-        documents: dict[int, list[Any]] = {}
-        for instance in task.instances:
-            documents.setdefault(instance.doc_id, []).append(instance)
-        super().__init__([*documents.values()], tokenizer, max_length=max_length)
+        super().__init__(_documents(task, limit), tokenizer, max_length=max_length)
         self._unasked = self.skipped
-        own = zip(self.rows, self.examples, self.slices, strict=True)
-        self.examples = [_counted(row, each, self.requests[at]) for row, each, at in own]
+        self.examples = [*map(Example, self.rows, self.examples)]
         for example in self.examples:
             for instance in example.instances:
                 if instance.request_type == "generate_until":
                     self._prompt(example.row, instance.args)
 
-    def parse(self, row: list[Any]) -> list[Any]:
+    def parse(self, row: list[Any] | MalformedRow) -> list[Any]:
+        if isinstance(row, MalformedRow):
+            raise row
         for instance in row:
             if instance.request_type == "generate_until":
                 num_new = _how_to_write(instance.args[1])[0]
@@ -107,7 +102,8 @@ class LmEvalTask(Task):
         room = self.max_length - num_new
         if len(ids) > room:
             self.truncated.append(row)
-        is_over = partial(_is_over, self._tokenizer, frozenset(end_ids(self._tokenizer)), stops)
+        end = end_ids(self._tokenizer)[:1]  # as the harness: what begins a text ends none
+        is_over = partial(_is_over, self._tokenizer, end, stops)
         self.prompts.append(Prompt(ids[-room:], num_new, is_over))
 
     def score(self, scores: Scores) -> dict[str, Estimate]:
@@ -144,7 +140,7 @@ class LmEvalTask(Task):
             try:
                 counted.append((example, _figures_of(self._task, example)))
             except Exception as error:  # a task's own code, on a row that it did not foresee
-                failed[example.row] = f"{type(error).__name__}: {error}".split("\n")[0]
+                failed[example.row] = _reason(error)
         self.rows, self.skipped = [each.row for each, _ in counted], self._unasked | failed
         checked(self)
         return counted
@@ -159,35 +155,42 @@ class LmEvalGroup(TaskGroup):
 
     def means(self, found: Sequence[dict[str, Estimate]]) -> dict[str, Estimate]:
         figures = {name: figure for each in found for name, figure in each.items()}
-        leaves = _leaves(self)
-        names = [
-            name.removeprefix(leaf.prefix)
-            for leaf in leaves
-            for name in figures
-            if name.startswith(leaf.prefix)
-        ]
+        leaves = [part.prefix for part in self.parts() if not part.members]
+        by_name: dict[str, list[Estimate]] = {}
+        for prefix in leaves:
+            for name in figures:
+                if name.startswith(prefix):
+                    by_name.setdefault(name.removeprefix(prefix), []).append(figures[name])
         means: dict[str, Estimate] = {}
         for rule in self._means:
-            for name in dict.fromkeys(names):
+            for name, parts in by_name.items():
                 metric, _, filtered = name.partition(",")
                 wanted = rule.filter_list is None or (filtered or "none") in rule.filter_list
                 if metric == rule.metric and wanted:
-                    parts = [figures[x.prefix + name] for x in leaves if x.prefix + name in figures]
                     sizes = [len(part.influence) if rule.weight_by_size else 1 for part in parts]
                     means[name] = weighted(parts, [size / sum(sizes) for size in sizes])
         return means
 
 
-def _leaves(task: Task) -> list[Task]:
-    members = task.members if isinstance(task, TaskGroup) else []
-    return [leaf for each in members for leaf in _leaves(each)] or [task]
+def _documents(task: Any, limit: int | None) -> Iterator[list[Any] | MalformedRow]:
+    """What the harness asks of each document, or why that is nothing."""
+    for number, doc in task.doc_iterator(limit=limit):
+        metadata = (task.task_name, number, task.config.repeats)
+        shots = {"num_fewshot": task.config.num_fewshot or 0}
+        try:
+            if prefix := task.doc_to_prefix(doc):
+                shots["gen_prefix"] = prefix
+            context = task.fewshot_context(doc, **shots)
+            found = task.construct_requests(doc=doc, ctx=context, metadata=metadata)
+        except Exception as error:  # a task's own code, on a row that it did not foresee
+            yield MalformedRow(_reason(error))
+            continue
+        instances = found if isinstance(found, list) else [found]
+        yield instances or MalformedRow("it makes no request")
 
 
-def _counted(row: int | str, instances: list[Any], requests: Sequence[Request]) -> Example:
-    """A whole text, which is the only question of its row, has become all of its requests."""
-    numbers = {"loglikelihood": 1, "generate_until": 0}
-    kinds = [instance.request_type for instance in instances]
-    return Example(row, instances, [numbers.get(kind, len(requests)) for kind in kinds])
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def _figures_of(task: Any, example: Example) -> dict[str, Any]:
@@ -206,7 +209,7 @@ def _rolling(tokenizer: Any, text: str, max_length: int, stride: int) -> list[Re
     """A whole text in windows of which every token is predicted once, as the harness cuts it."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    [ids] = ids_to_continue(tokenizer, [text]) if text else [[]]
     how = {"max_seq_len": max_length, "context_len": max_length - stride + 1}
     cut = map(make_disjoint_window, get_rolling_token_windows(ids, begin_id(tokenizer), **how))
     return [Request([*context, *predicted], len(predicted)) for context, predicted in cut]
@@ -220,15 +223,17 @@ def _how_to_write(how: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
     return normal["max_gen_toks"], tuple(filter(None, normal["until"]))
 
 
-def _is_over(tokenizer: Any, ends: frozenset[int], stops: tuple[str, ...], new: list[int]) -> bool:
-    return new[-1] in ends or (bool(stops) and any(map(tokenizer.decode(new).__contains__, stops)))
+def _is_over(tokenizer: Any, end: list[int], stops: tuple[str, ...], new: list[int]) -> bool:
+    return new[-1:] == end or (bool(stops) and any(map(tokenizer.decode(new).__contains__, stops)))
 
 
 def _answer(example: Example, scores: Scores, texts: Iterator[str]) -> None:
     """Put what the model said where the harness looks for it."""
-    begin = 0
-    for instance, count in zip(example.instances, example.num_requests, strict=True):
+    begin, of_kind = 0, {"loglikelihood": 1, "generate_until": 0}
+    for instance in example.instances:
         answer: Any
+        # A whole text, which is the only question of its row, has become all of its requests.
+        count = of_kind.get(instance.request_type, len(scores.log_likelihood))
         if instance.request_type == "generate_until":
             answer = next(texts)
             for stop in _how_to_write(instance.args[1])[1]:
@@ -307,12 +312,13 @@ def open_lm_eval_tasks(
             how.get("do_sample") or float(how.get("temperature") or 0) > 0
         ):
             raise UserError(f"{option}: {each.task_name} samples what it writes; `lm_eval` does it")
-        task = LmEvalTask(each, tokenizer, max_length=max_length, limit=limit, stride=stride)
-        return [checked(task)]
+        how = {"max_length": max_length, "limit": limit, "stride": stride}
+        with in_a_line(f"{option}: {_of_data(each, vars(each.config))}"):
+            return [checked(LmEvalTask(each, tokenizer, **how))]
 
     found: dict[str, list[Task]] = {}
     for name in names:
-        with _quietly(), in_a_line(f"{option}: {name} cannot be opened"):
+        with _opening(option), in_a_line(f"{option}: {name} cannot be opened"):
             loaded = manager.load([name])
             group = loaded["groups"].get(name)
             each_of = [group] if group else loaded["tasks"].values()
@@ -323,14 +329,27 @@ def open_lm_eval_tasks(
 def _manager_of(names: Sequence[str], tasks_dir: str | None, option: str) -> Any:
     """What knows all `names`: the user's own files, or else the harness' thousands too."""
     for with_theirs in (False, True):
-        with _quietly(), in_a_line(f"{option}_dir"):
+        with in_a_line(f"{option}_dir"):
             manager = _manager(tasks_dir, with_theirs)
-        unknown = [name for name in names if name not in manager.task_index]
-        if not unknown:
-            return manager
+            if manager.task_index.keys() >= _within(names, manager.task_index):
+                return manager
+    unknown = [name for name in names if name not in manager.task_index]
+    if not unknown:  # a member that is defined where it is named
+        return manager
     near = difflib.get_close_matches(unknown[0], [*manager.all_tasks, "hellaswag_completion"], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"{option}: lm-evaluation-harness has no task {', '.join(unknown)}{hint}")
+
+
+def _within(names: Sequence[str], index: Mapping[str, Any]) -> set[str]:
+    """These, and whatever the groups among them are said to hold."""
+    found = set(names)
+    for name in names:
+        members = (index[name].cfg or {}).get("task") if name in index else None
+        if isinstance(members, list):
+            held = [m if isinstance(m, str) else m.get("group", m.get("task")) for m in members]
+            found |= _within(held, index)
+    return found
 
 
 @lru_cache(2)
@@ -343,15 +362,31 @@ def _manager(tasks_dir: str | None, with_theirs: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _quietly():
-    """Without the harness' own lines and bars, of which there is one a task."""
-    import lm_eval.api.task as harness
+def _opening(option: str) -> Iterator[None]:
+    """Where tasks are made: what fails names the task and its data, in a line of its own."""
+    from lm_eval.api.task import ConfigurableTask
 
-    level, bar = logging.getLogger("lm_eval").level, harness.tqdm
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    harness.tqdm = lambda items, **_: items
+    make = ConfigurableTask.__init__
+
+    def made(self: Any, *args: Any, config: Any = None, **options: Any) -> None:
+        with in_a_line(f"{option}: {_of_data(self, config or {})}"):
+            make(self, *args, config=config, **options)
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    ConfigurableTask.__init__ = made
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.getLogger("lm_eval").setLevel(level)
-        harness.tqdm = bar
+        ConfigurableTask.__init__ = make
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _of_data(task: Any, config: Mapping[str, Any]) -> str:
+    """The beginning of a message; `config` may not have become the task's own yet."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    data = files or config.get("dataset_path") or task.DATASET_PATH
+    return f"{config.get('task') or type(task).__name__} cannot be opened from {data}"

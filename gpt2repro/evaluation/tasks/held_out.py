@@ -1,11 +1,12 @@
 """Text that the training data keep out of training."""
 
+import math
 import zlib
 from typing import Any
 
 import numpy as np
 
-from gpt2repro.evaluation.estimates import CorpusPerplexity, Estimate
+from gpt2repro.evaluation.estimates import Estimate, mean
 from gpt2repro.evaluation.likelihoods import Request, Scores
 from gpt2repro.evaluation.task import Task
 
@@ -24,18 +25,12 @@ class Validation(Task):
     def identity(self) -> Any:
         return len(self.rows), self._crc32  # another tokenizer cuts the text elsewhere
 
-    def parse(self, row: Any) -> np.ndarray:
-        return row
-
     def encode(self, tokenizer, examples: list[np.ndarray]) -> list[list[Request]]:
         return [[Request(row, len(row) - 1)] for row in examples]
 
     def score(self, scores: Scores) -> dict[str, Estimate]:
-        num_tokens = np.full(len(self.requests), self.max_length, dtype=np.float64)
-        return CorpusPerplexity(keep_in_memory=True).compute(
-            predictions=scores.log_likelihood,
-            num_tokens=num_tokens,
-            num_words=np.zeros_like(num_tokens),
-            num_bytes=num_tokens * self.bytes_per_token,
-            estimates=True,
-        )
+        loss = mean(-scores.log_likelihood) * (1 / self.max_length)
+        found = {"loss": loss, "token_perplexity": loss.exp()}
+        if self.bytes_per_token:
+            found["bits_per_byte"] = loss * (1 / math.log(2) / self.bytes_per_token)
+        return found

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from gpt2repro import UserError
-from gpt2repro.evaluation.estimates import Estimate, MultipleChoiceAccuracy
+from gpt2repro.evaluation.estimates import Estimate, choices
 from gpt2repro.evaluation.likelihoods import Request, Scores
 from gpt2repro.evaluation.task import MalformedRow, OnHub, Row, Task, read_jsonl, text_of
 from gpt2repro.system.patience import patiently
@@ -59,11 +59,10 @@ class HellaSwagCompletion(Task):
         ]
 
     def score(self, scores: Scores) -> dict[str, Estimate]:
-        return MultipleChoiceAccuracy(keep_in_memory=True).compute(
-            predictions=[scores.log_likelihood[at] for at in self.slices],
-            lengths=[[request.num_scored for request in self.requests[at]] for at in self.slices],
-            references=[example.label for example in self.examples],
-            estimates=True,
+        return choices(
+            [scores.log_likelihood[at] for at in self.slices],
+            [[request.num_scored for request in self.requests[at]] for at in self.slices],
+            [example.label for example in self.examples],
         )
 
 
