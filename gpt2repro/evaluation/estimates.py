@@ -1,7 +1,10 @@
-"""Figures with standard errors, and one of them as a metric of the `evaluate` library."""
+"""Figures with standard errors, and two of them as metrics of the `evaluate` library."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -80,26 +83,43 @@ def choices(
     }
 
 
-class MultipleChoiceAccuracy(evaluate.Metric):
-    """How often the most likely choice is the right one; the first of equals is taken.
+def perplexity(
+    predictions: ArrayLike, num_tokens: ArrayLike, num_words: ArrayLike, num_bytes: ArrayLike
+) -> dict[str, Estimate]:
+    """`loss`, perplexities and `bits_per_byte`, as `CorpusPerplexity` has them, with errors."""
+    nats = -np.asarray(predictions)
+    loss = ratio(nats, num_tokens)
+    found = {"loss": loss, "token_perplexity": loss.exp()}
+    if np.any(num_words):
+        found["word_perplexity"] = ratio(nats, num_words).exp()
+    if np.any(num_bytes):
+        found["bits_per_byte"] = ratio(nats, num_bytes) * (1 / math.log(2))
+    return found
 
-    predictions: log-likelihood of each choice, nats. lengths: of each choice, in the unit that
-    `acc_norm` divides by (`acc` does not). references: index of the right choice.
 
-    `compute(...)` gives `{name: value, name_stderr: standard error}`. It is built directly, so that
-    nothing is fetched. Across processes (`num_process`, `process_id`, `experiment_id`, as evaluate
-    has it) the first process computes over the examples of all and the others get None.
+# --- As metrics of `evaluate` ---------------------------------------------------------------------
+
+
+class Metric(evaluate.Metric):
+    """An `evaluate.Metric` that is built directly, so that nothing is fetched.
+
+    `compute(...)` gives `{name: value, name_stderr: standard error}`. Across processes
+    (`num_process`, `process_id`, `experiment_id`, as evaluate has it) the first process computes
+    over the examples of all and the others get None.
     """
+
+    inputs: Mapping[str, Any]
+    figures: Callable[..., dict[str, Estimate]]
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._experiment_id, self._round = self.experiment_id, 0
 
     def _info(self) -> evaluate.MetricInfo:
-        doc, numbers = self.__class__.__doc__ or "", SequenceOf(Value("float64"))
-        inputs = {"predictions": numbers, "lengths": numbers, "references": Value("int64")}
+        doc = self.__class__.__doc__ or ""
+        features = Features(self.inputs)
         return evaluate.MetricInfo(
-            description=doc, citation="", inputs_description=doc, features=Features(inputs)
+            description=doc, citation="", inputs_description=doc, features=features
         )
 
     def _init_writer(self, timeout: float = 1) -> None:
@@ -111,6 +131,36 @@ class MultipleChoiceAccuracy(evaluate.Metric):
         super()._init_writer(timeout)
 
     def _compute(self, **inputs) -> dict[str, float]:
-        found = choices(**inputs)
+        found = type(self).figures(**inputs)
         values = {name: estimate.value for name, estimate in found.items()}
         return values | {f"{name}_stderr": estimate.stderr for name, estimate in found.items()}
+
+
+class MultipleChoiceAccuracy(Metric):
+    """How often the most likely choice is the right one; the first of equals is taken.
+
+    predictions: log-likelihood of each choice, nats. lengths: of each choice, in the unit that
+    `acc_norm` divides by (`acc` does not). references: index of the right choice.
+    """
+
+    inputs = MappingProxyType(
+        {
+            **dict.fromkeys(("predictions", "lengths"), SequenceOf(Value("float64"))),
+            "references": Value("int64"),
+        }
+    )
+    figures = staticmethod(choices)
+
+
+class CorpusPerplexity(Metric):
+    """Loss per token, perplexity per token and per word, and bits per byte, of a whole corpus.
+
+    predictions: log-likelihood of each document or row, nats. num_tokens, num_words, num_bytes: of
+    each; they may be fractional, and zero words or bytes leave the figure out. Sums are divided
+    once. Standard errors take documents as independent.
+    """
+
+    inputs = MappingProxyType(
+        dict.fromkeys(("predictions", "num_tokens", "num_words", "num_bytes"), Value("float64"))
+    )
+    figures = staticmethod(perplexity)

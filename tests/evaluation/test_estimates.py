@@ -6,7 +6,13 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from gpt2repro.evaluation.estimates import Estimate, MultipleChoiceAccuracy, mean, ratio
+from gpt2repro.evaluation.estimates import (
+    CorpusPerplexity,
+    Estimate,
+    MultipleChoiceAccuracy,
+    mean,
+    ratio,
+)
 
 
 def test_mean_and_difference():
@@ -59,6 +65,28 @@ def test_a_tie_goes_to_the_first_even_when_the_last_is_right():
     assert found["acc"] == found["acc_norm"] == 0.5
 
 
+def test_a_corpus_by_hand():
+    found = CorpusPerplexity(keep_in_memory=True).compute(
+        predictions=[-math.log(2) * 6, -math.log(2) * 2],
+        num_tokens=[3, 1],
+        num_words=[1, 1],
+        num_bytes=[12, 4],
+    )
+    assert found["loss"] == pytest.approx(2 * math.log(2))
+    assert found["token_perplexity"] == pytest.approx(4)
+    assert found["word_perplexity"] == pytest.approx(16)  # 8 bits over 2 words
+    assert found["bits_per_byte"] == pytest.approx(0.5)
+    assert found["loss_stderr"] == pytest.approx(0, abs=1e-12)
+    assert found["word_perplexity_stderr"] > 0
+
+
+def test_words_and_bytes_may_be_unknown():
+    found = CorpusPerplexity(keep_in_memory=True).compute(
+        predictions=[-1.0], num_tokens=[1], num_words=[0], num_bytes=[0]
+    )
+    assert set(found) == {"loss", "token_perplexity", "loss_stderr", "token_perplexity_stderr"}
+
+
 def _one_process(rank: int, cache_dir: str, queue) -> None:
     metric = MultipleChoiceAccuracy(
         num_process=2, process_id=rank, experiment_id="test", cache_dir=cache_dir
@@ -73,7 +101,7 @@ def _one_process(rank: int, cache_dir: str, queue) -> None:
 
 
 def test_two_processes_and_several_rounds(tmp_path):
-    """evaluate's own bookkeeping times out or mixes rounds here; see `_init_writer`."""
+    """evaluate's own bookkeeping times out or mixes rounds here; see `Metric._init_writer`."""
     spawn = multiprocessing.get_context("spawn")
     queue = spawn.Queue()
     processes = [

@@ -1,12 +1,11 @@
 """Text that the training data keep out of training."""
 
-import math
 import zlib
 from typing import Any
 
 import numpy as np
 
-from gpt2repro.evaluation.estimates import Estimate, mean
+from gpt2repro.evaluation.estimates import Estimate, perplexity
 from gpt2repro.evaluation.likelihoods import Request, Scores
 from gpt2repro.evaluation.task import Task
 
@@ -29,8 +28,6 @@ class Validation(Task):
         return [[Request(row, len(row) - 1)] for row in examples]
 
     def score(self, scores: Scores) -> dict[str, Estimate]:
-        loss = mean(-scores.log_likelihood) * (1 / self.max_length)
-        found = {"loss": loss, "token_perplexity": loss.exp()}
-        if self.bytes_per_token:
-            found["bits_per_byte"] = loss * (1 / math.log(2) / self.bytes_per_token)
-        return found
+        num_tokens = np.full(len(self.requests), float(self.max_length))
+        num_bytes = num_tokens * self.bytes_per_token
+        return perplexity(scores.log_likelihood, num_tokens, 0, num_bytes)
