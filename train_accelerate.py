@@ -62,7 +62,8 @@ def train(run: "Run") -> int:
             run.save(step + 1)
 
     figures = monitor.observe(recipe.num_steps)
-    if run.stop.agreed:
+    run.save(recipe.num_steps)  # again, if the disk did not take it
+    if run.stop.agreed or run.failure is not None:
         return leave(run, recipe.num_steps)
     monitor.report_end(figures)
     return 0
@@ -74,6 +75,8 @@ def leave(run: "Run", step: int) -> int:
     if failure is None or step > run.checkpoints.first_step:
         run.save(step)
         run.wait_for_checkpoint()
+        if run.failure is not None and run.checkpoints.saved_step != step:
+            raise run.failure  # the disk does not take it
         run.monitor.draw_loss_curve()
         if run.accelerator.is_main_process:
             run.monitor.progress.close()

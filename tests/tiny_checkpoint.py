@@ -27,5 +27,5 @@ def save_now(
     directory: Path, step: int, model: Any, optimizer: Any, keep_last: int = 1, **state: Any
 ) -> Path:
     """The checkpoint of any model, written at once; every rank calls."""
-    snapshot = checkpoints.snapshot(step=step, model=model, optimizer=optimizer, state=state)
+    snapshot = checkpoints.take_snapshot(step=step, model=model, optimizer=optimizer, state=state)
     return ranks.on_rank_0(lambda: checkpoints.write(directory, snapshot, keep_last=keep_last))

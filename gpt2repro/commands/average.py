@@ -7,6 +7,7 @@ They are read one after the other, and added up in float64.
 
 import shlex
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
@@ -25,8 +26,12 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     from gpt2repro.publishing.card import model_card
     from gpt2repro.publishing.export import export
+    from gpt2repro.records.saved_models import locate
     from gpt2repro.system import machine
 
+    places = {Path(locate(name, "MODEL")).resolve() for name in options.models}
+    if options.output.resolve() in places:
+        raise UserError(f"--output {options.output} is one of the models; give another directory")
     model, tokenizer = _average(options.models, options.decay, options.tokenizer)
     which = "mean" if options.decay is None else f"moving average, of decay {options.decay},"
     card = model_card(

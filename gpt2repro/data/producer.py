@@ -19,9 +19,9 @@ NUM_STEPS_AHEAD = 4
 
 @dataclass(frozen=True)
 class StepRows:
-    """One process's share of one optimizer step.
+    """One process's share of a batch, or of the batches of a step.
 
-    tokens: (rows_per_step / world_size, T+1) int64, lane after lane.
+    tokens: (rows, T+1) int64, of each batch lane after lane.
     digest: `rows_digest` of these rows; add up the processes' mod 2**64 for the step's.
     lanes: {lane: its state after this step}, of this process's lanes.
     """

@@ -14,6 +14,7 @@ still is. Parameters are stored whole and by name: any number of processes, shar
 them back. No file is a pickle. Rank 0 alone touches the disk.
 """
 
+import contextlib
 import copy
 import json
 import shutil
@@ -61,7 +62,7 @@ class Snapshot:
     state: dict[str, Any]
 
 
-def snapshot(
+def take_snapshot(
     *, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
 ) -> Snapshot:
     """Copy the state of training before `step`; every rank calls.
@@ -105,7 +106,6 @@ def write(
         save_file(snapshot.optimizer, scratch / integrity.OPTIMIZER)
         (scratch / integrity.STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
         commit(scratch, path)
-        _prune(directory, keep_last, keep_permanent)
     except (OSError, SafetensorError) as error:
         for left in directory.glob(".step_*.partial"):
             shutil.rmtree(left, ignore_errors=True)
@@ -113,6 +113,8 @@ def write(
             f"checkpoint {path} could not be written ({error}); earlier ones are untouched. "
             "Free space, keep fewer (keep_last, keep_every), or set output_dir to another disk"
         ) from None
+    with contextlib.suppress(OSError):  # it is there all the same
+        _prune(directory, keep_last, keep_permanent)
     return path
 
 
@@ -134,12 +136,20 @@ def _host_copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     for name, tensor in named:
         full = whole(tensor.detach())  # all ranks take part; none but the first keeps it
         if rank() == 0:
-            # Pinned memory takes copies as fast as the bus is; torch keeps it for the next time.
-            place = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
-            copies[name] = place.copy_(full, non_blocking=True)
+            copies[name] = _host_place(full).copy_(full, non_blocking=full.is_cuda)
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
     return copies
+
+
+def _host_place(tensor: Tensor) -> Tensor:
+    """Pinned for what is on a GPU: copied as fast as the bus is. torch keeps it for the next time.
+
+    Where the system has none to pin, ordinary memory does.
+    """
+    with contextlib.suppress(RuntimeError):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def commit(scratch: Path, path: Path) -> None:
@@ -211,7 +221,7 @@ def find_latest(directory: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """The JSON that `save` was given, with `step`, of a checkpoint that `find_latest` has found."""
+    """What `take_snapshot` was given, with `step`, of a checkpoint that `find_latest` has found."""
     return json.loads((path / integrity.STATE).read_bytes())
 
 

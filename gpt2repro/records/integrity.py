@@ -45,7 +45,7 @@ class Marker(RootModel):
 
 
 class SavedState(BaseModel):
-    """What of state.json a run relies on; a caller of `save` may keep more in it."""
+    """What of state.json a run relies on; a caller of `take_snapshot` may keep more in it."""
 
     model_config = ConfigDict(strict=True)
 

@@ -33,7 +33,6 @@ def finish(run: Run) -> int:
         UserError: the export failed a check. The last checkpoint stands, and the same command tries
             again.
     """
-    run.wait_for_checkpoint()
     models = {run.directory.final: checkpoints.model_tensors(run.learner.model)}
     if ranks.any_rank(run.monitor.average_is_better):
         with averaged(run.learner.model, run.learner.optimizer):

@@ -111,7 +111,8 @@ class Monitor:
             f"{recipe.sequence_length:,} tokens of context",
             "data": "; ".join(map(self._share_of_data, recipe.all_datasets, self.inputs.sources)),
             "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
-            f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens",
+            f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens"
+            + "".join(f"; {n} such from step {at:,}" for at, n in recipe.batch_multiples),
             "optimizer": f"{recipe.optimizer}, {count_of(recipe.num_steps, 'step')}, "
             f"{in_short(recipe.tokens_before(recipe.num_steps))} tokens in all",
             "engine": f"{processes}{engine.get(accelerator.distributed_type, ', DDP')}, "
@@ -286,8 +287,8 @@ class Monitor:
     def _tell(self, report: "Report") -> None:
         """The step's line in metrics.jsonl and the tracker, the progress bar and the loss curve."""
         step, figures, result = report.step, report.figures, report.launched.result()
-        step_tokens = self.recipe.batches.of(step) * self.recipe.batch_tokens
-        self._throughput.add(step_tokens, 0.0, 0.0)  # now they are trained on
+        batches, batch_tokens = self.recipe.batches, self.recipe.batch_tokens
+        self._throughput.add(batches.of(step) * batch_tokens, 0.0, 0.0)  # now they are trained on
         z_score = self._spikes.z_score(result.loss) if result.finite else 0.0
         if z_score > SPIKE_Z:
             figures = figures | {"loss_z_score": z_score}
@@ -296,9 +297,12 @@ class Monitor:
                 "its recent mean"
             )
         rate = self._throughput.tokens_per_second
-        seconds = step_tokens / rate if rate else 0.0
-        self.progress.update(loss=result.loss, tokens_per_second=rate, seconds=seconds)
-        self._compare_with_validation(seconds)
+        seconds = batch_tokens / rate if rate else 0.0
+        left = batches.before(self.recipe.num_steps) - batches.before(step + 1)
+        self.progress.update(
+            loss=result.loss, tokens_per_second=rate, seconds=seconds, batches_left=left
+        )
+        self._compare_with_validation(seconds * batches.of(step))
         if figures or due(self.recipe.log_every, step):
             record: dict[str, Any] = {"step": step, "tokens": self.recipe.tokens_before(step + 1)}
             record |= {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}

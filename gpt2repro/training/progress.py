@@ -22,8 +22,7 @@ class Progress:
     def __init__(self, *, first_step: int, num_steps: int, enabled: bool) -> None:
         self._enabled = enabled
         self._watched = sys.stderr.isatty()  # else it is a log file, which wants few lines
-        self._seconds = 0.0  # of a step, averaged
-        self._left = num_steps - first_step
+        self._seconds = 0.0  # of a batch, averaged
         self._bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -33,12 +32,13 @@ class Progress:
             mininterval=0.5 if self._watched else 60.0,
         )
 
-    def update(self, *, loss: float, tokens_per_second: float, seconds: float) -> None:
-        """Another step, of so many seconds, is done."""
-        self._left -= 1
+    def update(
+        self, *, loss: float, tokens_per_second: float, seconds: float, batches_left: int
+    ) -> None:
+        """Another step is done, whose batches took so many seconds each."""
         before = self._seconds or seconds
         self._seconds = MEMORY * before + (1 - MEMORY) * seconds
-        left = tqdm.format_interval(self._left * self._seconds)
+        left = tqdm.format_interval(batches_left * self._seconds)
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s, {left} left", refresh=False
         )

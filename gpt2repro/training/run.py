@@ -68,7 +68,7 @@ class Run:
         it is writing.
         """
         if error is None:
-            self.checkpoints.wait()
+            self.wait_for_checkpoint()
         self.checkpoints.close()
         if error is not None and ranks.world_size() == 1:
             with suppress(Exception):  # what is told may say why
@@ -82,7 +82,9 @@ class Run:
 
     def next_rows(self, step: int) -> StepRows | None:
         """This rank's rows of `step`; None if a stop was agreed on, or any rank failed."""
-        batches = []
+        batches: list[StepRows] = []
+        if self.failure is not None:
+            return None
         try:
             for _ in range(self.recipe.batches.of(step)):
                 batch = next_rows(self.inputs.stream, self.stop.poll, self._check)
@@ -119,16 +121,15 @@ class Run:
     def save(self, step: int) -> None:
         """A checkpoint of the state before `step`, once, after all that led to it is told.
 
-        It is written beside the steps that follow.
+        It is written beside the steps that follow. If the one before could not be, this one makes
+        up for it, and the run ends with its `failure`.
         """
-        if self.failure is not None:
-            with suppress(UserError):  # one that could not be written is made up for by this one
-                self.wait_for_checkpoint()
+        with self.monitor.saving():
+            self.wait_for_checkpoint()
         if step == self.checkpoints.saved_step:
             return
         self.monitor.catch_up()
         with self.monitor.saving():
-            self.wait_for_checkpoint()
             self.directory.restore(self.recipe.as_yaml())
             at_its_end = step == stable_until(self.recipe)
             self.checkpoints.save(step, self.learner, self._state(step), stable=at_its_end)
@@ -136,9 +137,14 @@ class Run:
             ranks.wait_at_most(LOOP_WAIT_SECONDS)
 
     def wait_for_checkpoint(self) -> None:
-        """Until the last one is on the disk; raises what kept it from getting there."""
-        ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
-        self.checkpoints.wait()
+        """Until the last one is on the disk; what kept it from getting there is a `failure`."""
+        if self.checkpoints.in_flight:
+            ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
+            try:
+                self.checkpoints.wait()
+            except UserError as error:
+                self.failure = self.failure or error
+                self.monitor.progress.note(str(error))
 
     def _state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides tensors; gathers the lanes of all ranks."""

@@ -27,6 +27,12 @@ from gpt2repro.records.metrics import read_metrics
 from gpt2repro.records.run_directory import RunDirectory, Start, saved_recipe
 from gpt2repro.system import atomic
 
+# Fields on which no figure depends, whatever they are when a run goes on.
+MEAN_NOTHING = {
+    *("micro_batch_size", "num_reader_threads", "token_cache_dir", "unit_digests_dir"),
+    *("save_every", "keep_last", "keep_every", "keep_steps"),
+    *("push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_state"),
+}
 # Where the run of a tracker says which step would be its next.
 NEXT_STEP = {"wandb": "step", "trackio": "_next_step"}
 
@@ -47,6 +53,7 @@ class TrackerRun(BaseModel):
     report_to: str
     id: str  # by which wandb finds it
     name: str  # by which trackio does
+    exp_name: str  # whose run it is
     is_new: bool = True  # until it was told what was before
 
 
@@ -96,6 +103,8 @@ class Tracker:
             for each in self.trackers:
                 next_step = getattr(each.tracker, NEXT_STEP.get(each.name, ""), 0)
                 self.told = next_step - 1 if next_step else self.told
+                if each.name == "trackio":  # gives another where one of this name is there
+                    self.run.name = each.tracker.name
             for line in history:
                 self._tell(line)
             self.run.is_new = False
@@ -152,14 +161,16 @@ def find_tracker(recipe: ResolvedRecipe, directory: RunDirectory, start: Start) 
         told_more, then = True, start.recipe  # perhaps, on the machine that it comes from
         with suppress(ValueError):
             known = TrackerRun.model_validate(start.state.get("tracker"))
-    if known and known.report_to == kind:
+    if known and known.report_to == kind and known.exp_name == name:
         if kind == "tensorboard" or known.is_new:
             return Tracker(known, -1 if known.is_new else first_step - 1)
         goes_back = checkpoints.newer(directory.checkpoints, first_step)
-        if not (told_more and (goes_back or differences(recipe, then))):
+        others = {field for field, _, _ in differences(recipe, then)} - MEAN_NOTHING
+        if not (told_more and (goes_back or others)):
             return Tracker(known, max(told, first_step - 1))
         name += f"-from-{first_step:08d}"
-    return Tracker(TrackerRun(report_to=kind, id=uuid.uuid4().hex[:12], name=name), -1)
+    run_id, exp_name = uuid.uuid4().hex[:12], str(recipe.exp_name)
+    return Tracker(TrackerRun(report_to=kind, id=run_id, name=name, exp_name=exp_name), -1)
 
 
 def _shown(text: str, tracker: str) -> Any:

@@ -80,6 +80,12 @@ def test_what_is_of_another_kind_is_refused(tmp_path):
     assert not output.exists()
 
 
+def test_a_model_is_not_replaced_by_its_average(tmp_path):
+    models = [save(tmp_path / "run", step) for step in (1, 2)]
+    with pytest.raises(UserError, match=r"--output .*step_00000001 is one of the models"):
+        average.main([*models, "--output", models[0]])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -27,7 +27,7 @@ def test_a_spike_is_measured_against_recent_losses():
 def test_only_the_main_process_shows_progress(capsys):
     for enabled in (False, True):
         progress = Progress(first_step=2, num_steps=4, enabled=enabled)
-        progress.update(loss=1.5, tokens_per_second=1000.0, seconds=90.0)
+        progress.update(loss=1.5, tokens_per_second=1000.0, seconds=90.0, batches_left=1)
         progress.note("something happened")
         progress.close()
         shown = capsys.readouterr()

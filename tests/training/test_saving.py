@@ -1,11 +1,14 @@
 """Checkpoints are written beside the training: one at a time, each as it was at its step."""
 
 import errno
+import os
+import signal
 import threading
 
 import pytest
 from tiny_run import assert_same_tensors, metrics, tensors, train, write_inputs
 
+import train_accelerate
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, integrity
 from gpt2repro.training import finish
@@ -115,8 +118,7 @@ def test_one_that_cannot_be_written_ends_the_run(recipe, waiting, tmp_path, monk
         report(self, step, *rest)
         told.append(step)
         if step == 2:
-            with pytest.raises(UserError):
-                written.result(LONG)
+            assert written.result(LONG).problem
 
     submit, written = Checkpoints.save, None
 
@@ -140,4 +142,75 @@ def test_one_that_cannot_be_written_ends_the_run(recipe, waiting, tmp_path, monk
         assert chain.begin.step == 1 and len(chain.digests) == 2
         assert chain.previous == checkpoints.record_of(first).sha256
     assert train(recipe, tmp_path, "--keep_steps", "[1, 2]") == 0
+    assert metrics(tmp_path) == metrics(waiting)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_stop_makes_up_for_one_that_could_not_be_written(
+    recipe, waiting, tmp_path, monkeypatch, step, capsys
+):
+    """Of this very step, or of an earlier one; the scheduler comes back."""
+    commit, report, stopped, tries = checkpoints.commit, Monitor.report, threading.Event(), []
+
+    def full_at_first(scratch, path):
+        tries.append(path.name)
+        if len(tries) == 1:
+            assert stopped.wait(LONG)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(scratch, path)
+
+    def told(self, at, *rest):
+        report(self, at, *rest)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stopped.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "commit", full_at_first)
+        patch.setattr(Monitor, "report", told)
+        assert train(recipe, tmp_path) == train_accelerate.EXIT_PREEMPTED
+    assert "step_00000004 could not be written" in " ".join(capsys.readouterr().out.split())
+    assert tries == ["step_00000004", f"step_{step + 1:08d}"]
+    assert integrity.find_problem(tmp_path / "checkpoints" / tries[1]) is None
+    assert train(recipe, tmp_path) == 0
+    assert metrics(tmp_path) == metrics(waiting)
+
+
+def test_one_that_is_due_makes_up_for_the_one_before(recipe, tmp_path, monkeypatch):
+    """A disk so slow that the training meets the failure there; then the run ends."""
+    commit, wait, awaited = checkpoints.commit, Checkpoints.wait, threading.Event()
+
+    def full_at_first(scratch, path):
+        if path.name == "step_00000004":
+            assert awaited.wait(LONG)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(scratch, path)
+
+    def waited(self):
+        if self.saved_step == 4:
+            awaited.set()
+        wait(self)
+
+    monkeypatch.setattr(checkpoints, "commit", full_at_first)
+    monkeypatch.setattr(Checkpoints, "wait", waited)
+    with pytest.raises(UserError, match="step_00000004 could not be written"):
+        train(recipe, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000008"]
+
+
+def test_the_last_one_is_tried_again(recipe, waiting, tmp_path, monkeypatch):
+    commit, tries = checkpoints.commit, []
+
+    def full_at_first(scratch, path):
+        tries.append(path.name)
+        if tries.count("step_00000012") == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(scratch, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "commit", full_at_first)
+        with pytest.raises(UserError, match="step_00000012 could not be written"):
+            train(recipe, tmp_path)
+    assert_same_tensors(tensors(tmp_path, 12), tensors(waiting, 12))
+    assert train(recipe, tmp_path) == 0
     assert metrics(tmp_path) == metrics(waiting)

@@ -118,7 +118,9 @@ def test_a_run_that_is_killed_goes_on_or_moves_is_told_once(recipe, tmp_path, se
     saved = json.loads((checkpoint / "state.json").read_text())["tracker"]
     assert (
         saved
-        == TrackerRun(report_to="wandb", id=tracker_id, name="tiny", is_new=False).model_dump()
+        == TrackerRun(
+            report_to="wandb", id=tracker_id, name="tiny", exp_name="tiny", is_new=False
+        ).model_dump()
     )
     assert saved == json.loads((run / "tracker.json").read_text())
     assert train(recipe, run, *short) == 0
@@ -157,7 +159,7 @@ def test_a_tracker_that_fails_ends_no_run(recipe, tmp_path, service, capsys):
 # --- Which run ------------------------------------------------------------------------------------
 
 WANDB, TRACKIO, BOARD = (
-    TrackerRun(report_to=kind, id="1", name="tiny", is_new=False)
+    TrackerRun(report_to=kind, id="1", name="tiny", exp_name="tiny", is_new=False)
     for kind in ("wandb", "trackio", "tensorboard")
 )
 
@@ -196,6 +198,9 @@ def test_in_its_directory(place):
     assert found(place, at(7), max_lr=0.1) == ("same", "tiny", 6)  # nothing comes again
     assert found(place, at(6), max_lr=0.1) == ("same", "tiny", 6)  # told before its update
     assert found(place, at(4), max_lr=0.1) == ("new", "tiny-from-00000004", -1)
+    # On another number of processes, say: the same figures.
+    assert found(place, at(4), micro_batch_size=8, keep_last=7) == ("same", "tiny", 6)
+    assert found(place, at(6), exp_name="other") == ("new", "other", -1)
     assert found(place, at(2)) == ("new", "tiny-from-00000002", -1)
     assert found(place, at(0)) == ("new", "tiny-from-00000000", -1)
     place.tracker.write_text(WANDB.model_copy(update={"is_new": True}).model_dump_json())
@@ -351,7 +356,7 @@ def test_figures_of_tasks_and_texts_arrive(kind, tmp_path):
     line = {"step": 3, **told, "rows_digest": "00ff", "mfu": None, "sample": "# <1> of\n\n *x*"}
     reset_accelerate()
     accelerator = Accelerator(cpu=True, log_with=kind, project_dir=tmp_path / "run")
-    tracker = Tracker(TrackerRun(report_to=kind, id="1", name="tiny"), -1)
+    tracker = Tracker(TrackerRun(report_to=kind, id="1", name="tiny", exp_name="tiny"), -1)
     tracker.log_in(tiny(report_to=kind), accelerator, tmp_path / "tracker.json", [line])
     assert tracker.tell(line) == ""
     assert tracker.tell({"step": 4, "loss": 2.25}) == ""
@@ -365,3 +370,18 @@ def test_figures_of_tasks_and_texts_arrive(kind, tmp_path):
         "    # <1> of\n    \n     *x*" if kind == "tensorboard" else "# &lt;1&gt; of\n\n *x*</pre>"
     )
     assert page in lines[0]["sample"]
+
+
+@pytest.mark.parametrize("kind", ["trackio"], indirect=True)
+def test_trackio_takes_a_second_run_of_one_name_for_another(kind, recipe, tmp_path):
+    """And what goes on is the second one, not the one that was begun under the name."""
+    told = ("--report_to", kind, "--keep_last", "9", "--eval_every", "0", "--num_steps")
+    assert train(recipe, tmp_path / "first", *told, "8") == 0
+    for length in ("2", "4"):
+        assert train(recipe, tmp_path / "second", *told, length) == 0
+    storage = import_module("trackio.sqlite_storage").SQLiteStorage
+    steps = [
+        [line["step"] for line in storage.get_logs("gpt2repro", each.name, run_id=each.id)]
+        for each in import_module("trackio").Api().runs("gpt2repro")
+    ]
+    assert sorted(steps) == [[*range(5)], [*range(9)]]

@@ -18,8 +18,8 @@ def keep_average(optimizer: Optimizer, decay: float) -> None:
 
         a <- decay a + (1 - decay) w
 
-    It begins as what w is after the first update, and has w's shape, dtype, device and sharding. An
-    update that `found_inf` skips leaves both alone, which the device decides by itself.
+    It begins as what w is when the first one is done, and has w's shape, dtype, device and
+    sharding. An update that `found_inf` skips leaves both alone; the device decides that by itself.
     """
 
     @torch.no_grad()
