@@ -225,7 +225,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--resume {inputs}/a_run/checkpoints/step_00000004 --num_steps 3": ("num_steps 3", "4"),
     "--resume never --output_dir {inputs}/a_run": ("--resume never", "exp_name"),
     # what a run shows and publishes
-    "--report_to tensorboard": ("report_to tensorboard", "pip install tensorboard"),
+    "--report_to trackio": ("report_to trackio", "pip install trackio"),
     f"{SCORED} --hellaswag_file {{inputs}}/nowhere.jsonl": ("hellaswag_file",),
     f"{SCORED} --hellaswag_file {{inputs}}/words.jsonl": ("hellaswag", "row 1"),
     SCORED: ("hellaswag_file",),
