@@ -129,6 +129,7 @@ class Run:
         if step == self.checkpoints.saved_step:
             return
         self.monitor.catch_up()
+        ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # the disk of rank 0 may be slow
         with self.monitor.saving():
             self.directory.restore(self.recipe.as_yaml())
             at_its_end = step == stable_until(self.recipe)
@@ -139,7 +140,7 @@ class Run:
     def wait_for_checkpoint(self) -> None:
         """Until the last one is on the disk; what kept it from getting there is a `failure`."""
         if self.checkpoints.in_flight:
-            ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # rank 0 writes it, the disk may be slow
+            ranks.wait_at_most(LONGEST_WAIT_SECONDS)
             try:
                 self.checkpoints.wait()
             except UserError as error:

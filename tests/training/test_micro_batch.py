@@ -173,7 +173,7 @@ class Training:
         self.has_gradients = False
 
     def largest_micro_batch(self, monkeypatch) -> int:
-        recipe = SimpleNamespace(rows_per_step=ROWS, sequence_length=1024)
+        recipe = SimpleNamespace(rows_per_step=ROWS, sequence_length=1024, ema_decay=0.0)
         self.on.install(monkeypatch)
         monkeypatch.setattr(torch, "zeros", lambda shape, **kwargs: range(shape[0]))
         return learner._largest_micro_batch(recipe, self, self)
@@ -280,7 +280,8 @@ def search_of(monkeypatch, accelerator, model) -> SimpleNamespace:
         return 1
 
     monkeypatch.setattr(learner, "largest_that_fits", largest_that_fits)
-    recipe = SimpleNamespace(rows_per_step=4 * accelerator.num_processes, sequence_length=32)
+    rows = 4 * accelerator.num_processes
+    recipe = SimpleNamespace(rows_per_step=rows, sequence_length=32, ema_decay=0.0)
     learner._largest_micro_batch(recipe, accelerator, model)
     assert asked.candidates == [1, 2, 4]
     return asked
