@@ -6,6 +6,11 @@
         --dataset_name python-docs --dataset_config null --num_lanes 2 --batch_tokens 2048 \
         --micro_batch_size 2 --mixed_precision bf16 --compile true
 
+    python benchmarks/loop.py --output benchmarks/results/loop_124m_saving.json \
+        --recipe gpt2 --rounds 1 --steps 1 --launches 0 --saves 10 -- \
+        --dataset_name python-docs --dataset_config null --num_lanes 1 --batch_tokens 128 \
+        --micro_batch_size 1 --sequence_length 128 --mixed_precision no --compile false
+
 Steps of the script's own loop and of a bare one take turns within one run: two processes of the
 same loop differ by a percent, which is what this is about. The bare loop has its rows in memory and
 does nothing but forward, backward, clipping and the update. The script's steps also stream and
