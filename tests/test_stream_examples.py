@@ -43,6 +43,7 @@ def torchrun(num_processes: int, script: Path, *options: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.sweep
 def test_trainer_goes_on_at_the_next_row_under_two_processes(texts, tmp_path, monkeypatch):
     options = [*texts, "--num_layers", "1", "--max_steps", "4", "--save_steps", "2", "--output"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -595,6 +595,7 @@ def test_freed_memory_is_kept_once_a_step_has_compiled(recipe, tmp_path, monkeyp
     assert happened == 2 * of_a_run
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(
     compare_versions("accelerate", "<", "1.13"),
     reason="its processes find each other without a GPU",

@@ -80,6 +80,7 @@ def test_compiled_bf16_is_one_process_to_rounding_and_never_gives_up_compiling(
     assert (run / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.sweep
 def test_float32_resumes_from_any_step_and_under_one_process(recipe, alone, tmp_path):
     run = tmp_path / "run"
     options = (*MANY_BLOCKS, *STEPS[2:], "--num_steps", "3")
