@@ -13,7 +13,15 @@ import torch
 import yaml
 from accelerate.utils import compare_versions
 from tiny_language_models import HELLASWAG
-from tiny_run import assert_same_tensors, digests, metrics, tensors, train, write_inputs
+from tiny_run import (
+    assert_same_tensors,
+    digests,
+    metrics,
+    tensors,
+    train,
+    without_export,
+    write_inputs,
+)
 
 import train_accelerate
 from gpt2repro import UserError
@@ -50,8 +58,7 @@ def no_export(request, monkeypatch):
 @pytest.fixture(scope="module")
 def uninterrupted(recipe, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("uninterrupted") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "finish", lambda run: 0)
+    with without_export():
         assert train(recipe, directory) == 0
     return directory
 
@@ -59,8 +66,7 @@ def uninterrupted(recipe, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def by_muon(recipe, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("by_muon") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "finish", lambda run: 0)
+    with without_export():
         assert train(recipe, directory, *MUON) == 0
     return directory
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
@@ -70,6 +71,16 @@ def as_if_in_its_own_process() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         reset_accelerate()
+
+
+@contextmanager
+def without_export() -> Iterator[None]:
+    """Runs end with their last step: the export takes seconds, and has tests of its own."""
+    from gpt2repro.training import finish
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "finish", lambda run: 0)
+        yield
 
 
 def reset_accelerate() -> None:

@@ -5,12 +5,11 @@ import re
 
 import pytest
 from tiny_corpus import documents
-from tiny_run import digests, train, write_inputs
+from tiny_run import digests, train, without_export, write_inputs
 from tiny_shards import write_bin
 
 from gpt2repro import UserError
 from gpt2repro.commands.rows import main
-from gpt2repro.training import finish
 
 TEXTS = documents(240, max_words=40)
 
@@ -19,8 +18,7 @@ TEXTS = documents(240, max_words=40)
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     recipe = write_inputs(directory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "finish", lambda run: 0)
+    with without_export():
         assert train(recipe, directory / "tiny") == 0
     return directory
 

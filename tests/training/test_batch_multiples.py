@@ -2,13 +2,20 @@
 
 import pytest
 import torch
-from tiny_run import assert_same_tensors, digests, metrics, tensors, train, write_inputs
+from tiny_run import (
+    assert_same_tensors,
+    digests,
+    metrics,
+    tensors,
+    train,
+    without_export,
+    write_inputs,
+)
 
 from gpt2repro import UserError
 from gpt2repro.commands import rows
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records import checkpoints, saved_models
-from gpt2repro.training import finish
 
 GROWING = ("--batch_multiples", "[[2, 2], [5, 3]]", "--eval_every", "0", "--keep_last", "9")
 BATCHES = [1, 1, 2, 2, 2, 3, 3, 3]  # of each step
@@ -21,8 +28,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_export():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "finish", lambda run: 0)
+    with without_export():
         yield
 
 

@@ -6,12 +6,11 @@ import signal
 import threading
 
 import pytest
-from tiny_run import assert_same_tensors, metrics, tensors, train, write_inputs
+from tiny_run import assert_same_tensors, metrics, tensors, train, without_export, write_inputs
 
 import train_accelerate
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, integrity
-from gpt2repro.training import finish
 from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.saving import Checkpoints
 
@@ -25,8 +24,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_export():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "finish", lambda run: 0)
+    with without_export():
         yield
 
 
