@@ -16,7 +16,8 @@ Rules
    losses after N steps, over at least 8 seeds, rounded up to a thousandth.
 4. A side's result is the fewest steps, in fortieths of N, at which the same bound of its own mean
    lies at or below the target. Each length is a run of its own with its whole schedule. They are
-   found by bisection; every length that was tried stays in the table, also one that failed.
+   found by bisection; every length that was tried stays in the table, also one that failed. Where
+   the mean of its first four seeds is above the target, a length has failed without the others.
 
 Every run is a file of its own, written when it is done. What is killed goes on from its last
 checkpoint, or is told to (SIGTERM) when the minutes are over. A file has the whole recipe and the
@@ -52,13 +53,13 @@ from gpt2repro.system.command_line import run
 from gpt2repro.training.run import open_run
 from train_accelerate import EXIT_PREEMPTED, train
 
-TUNING_SEED, LEAST_SEEDS = 0, 8
+TUNING_SEED, FIRST_SEEDS, LEAST_SEEDS = 0, 4, 8
 FRACTIONS = [n / 40 for n in range(8, 41)]  # of AdamW's steps
 TUNED_AT = 0.5  # of them
 WARMUP = 1 / 15
 REFINED = 1 / 3  # of the points
-# Student's t, 95 % to one side, by degrees of freedom from 1; beyond, the last is a little too wide
 SHAPE = ("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "batch_tokens")
+# Student's t, 95 % to one side, by degrees of freedom from 1; beyond, the last is a little too wide
 T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771)
 
 
@@ -274,7 +275,8 @@ def run_scale(options: Namespace) -> None:
         directory = options.output / options.scale / "rows" / f"{side}-{steps}"
         seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds)
         jobs = [(job(side, point, steps, n, options), directory / f"{n}.json") for n in seeds]
-        return start_all(jobs, options)
+        first = start_all(jobs[:FIRST_SEEDS], options)
+        return first if statistics.mean(first) > target else start_all(jobs, options)
 
     for side in dict.fromkeys(["adamw", *options.sides]):
         best = tune(side, options)
