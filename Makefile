@@ -38,7 +38,7 @@ properties: $(VENV)/.installed-test
 # Mutation testing (setup.cfg, [mutmut]): small faults planted one at a time, 3300 of them, and those
 # that no quick test notices listed at the end. No part of CI: at one to three seconds a fault, as
 # measured on a core of two that were busy, it takes one to three hours (an estimate). A second run
-# goes on from the first. `mutmut show NAME` shows a fault; MUTANTS='gpt2repro.data.order.*' narrows.
+# goes on from the first. `mutmut show NAME` shows a fault; MUTANTS='gpt2repro.data.rows.order.*' narrows.
 mutants: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable ".[mutants]"
 	mkdir -p mutants

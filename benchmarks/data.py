@@ -38,13 +38,13 @@ from fake_hub import FakeHub
 
 from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.data import demo_corpus
-from gpt2repro.data.corpus import Corpus
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.mixture import Source
+from gpt2repro.data.corpora.corpus import Corpus
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.packing import rows_digest
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.rows.packing import rows_digest
+from gpt2repro.data.rows.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.system import machine
 from gpt2repro.system.command_line import run
 

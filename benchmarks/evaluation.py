@@ -27,8 +27,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.data.bpe import train_bpe
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.evaluation.likelihoods import Batch, Request, loglikelihoods, plan_batches
 from gpt2repro.evaluation.task import read_jsonl
 from gpt2repro.evaluation.tasks.hellaswag import HellaSwagCompletion

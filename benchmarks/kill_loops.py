@@ -31,8 +31,8 @@ import pyarrow.parquet as pq
 import torch
 from kill_resume import ROOT, write_inputs
 
-from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.system import machine
 
 LOOPS = {"stream_loop": ["--num_steps"], "stream_trainer": ["--num_layers", "1", "--max_steps"]}

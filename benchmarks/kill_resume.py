@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.records import checkpoints, integrity
 from gpt2repro.records.metrics import TIMINGS, read_metrics
 from gpt2repro.system import machine

@@ -35,7 +35,7 @@ NAME, COMMIT = "benchmark/large", "1" * 40
 ROW_GROUPS, DOCUMENTS_PER_GROUP, OTHER_COLUMNS = 580, 4, 7
 NUM_PROCESSES, NUM_LANES = 8, 64
 ONE_OF_MANY = {"num_lanes": 1024, "world_size": 256}
-IMPORTED = ["gpt2repro.data.opening", "gpt2repro.data.stream", "datasets.load", "torch"]
+IMPORTED = ["gpt2repro.data.opening", "gpt2repro.data.rows.stream", "datasets.load", "torch"]
 PARQUET = r"/resolve/.*\.parquet$"
 
 
@@ -78,10 +78,10 @@ def resident_mb() -> float:
 
 def first_rows(place: dict[str, int], cache: str, together: Any, results: Any) -> None:
     """One process of a launch, from its imports to the rows of its first step."""
-    from gpt2repro.data.mixture import Source
     from gpt2repro.data.opening import open_corpus
-    from gpt2repro.data.order import LaneState, Position
-    from gpt2repro.data.stream import TokenStream
+    from gpt2repro.data.rows.mixture import Source
+    from gpt2repro.data.rows.order import LaneState, Position
+    from gpt2repro.data.rows.stream import TokenStream
 
     os.environ["XDG_CACHE_HOME"] = cache
     imported = resident_mb()

@@ -8,7 +8,7 @@ The order of the units is the stream's own, `Plan`, for a dataset small enough t
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from gpt2repro.data.order import Plan
+from gpt2repro.data.rows.order import Plan
 
 NUM_UNITS, NUM_VALIDATION_UNITS, NUM_LANES, SEED = 14, 2, 4, 1337
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # of Okabe and Ito, for colour-blind eyes

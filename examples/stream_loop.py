@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2repro.data import ExactStream
-from gpt2repro.data.token_ids import begin_id, num_ids
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.token_ids import begin_id, num_ids
 
 
 def parse() -> argparse.Namespace:

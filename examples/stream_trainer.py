@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from gpt2repro.data import ExactStream
-from gpt2repro.data.token_ids import begin_id, num_ids
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.token_ids import begin_id, num_ids
 
 
 class StreamTrainer(Trainer):

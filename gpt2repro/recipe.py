@@ -36,7 +36,7 @@ from pydantic import (
 
 from gpt2repro import UserError
 from gpt2repro.data.dataset import Dataset, Place, Text, held_out_of, split_at_commas
-from gpt2repro.data.lanes import Batches, check_lanes, divisors
+from gpt2repro.data.rows.lanes import Batches, check_lanes, divisors
 from gpt2repro.system.command_line import place, underscored
 
 DEFAULT_RECIPE = "gpt2"

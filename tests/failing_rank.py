@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 import train_accelerate
 from gpt2repro import UserError
-from gpt2repro.data.producer import StepRows
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.rows.producer import StepRows
+from gpt2repro.data.rows.stream import TokenStream
 from gpt2repro.system import command_line
 from gpt2repro.training import finish, run
 

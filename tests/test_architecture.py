@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"configuration_gpt2repro", "modeling_gpt2repro"}
+# The rooms within a room may import what lies below them and nothing else of that room.
+ROOMS_OF_DATA = ["tokens", "corpora", "rows"]
 # What each room may import besides itself and `gpt2repro`, which is the version and `UserError`.
 MAY_IMPORT: dict[str, set[str]] = {
     "system": set(),
@@ -91,6 +93,14 @@ def test_there_are_no_circles_and_few_levels():
     assert max(floors(rooms).values()) <= 9
 
 
+@pytest.mark.parametrize("floor", range(len(ROOMS_OF_DATA)))
+def test_data_goes_from_texts_to_rows(floor):
+    below = tuple(f"gpt2repro.data.{room}." for room in ROOMS_OF_DATA[: floor + 1])
+    for name in [name for name in FILES if name.startswith(below[-1])]:
+        within = {other for other in ARROWS[name] if room_of(other) == "data"}
+        assert all(other.startswith(below) for other in within), (name, within)
+
+
 def users_of(package: str) -> set[str]:
     return {
         room_of(name)
@@ -102,7 +112,7 @@ def users_of(package: str) -> set[str]:
 def test_what_belongs_to_one_room_stays_there():
     assert users_of("argparse") == {"commands"}
     assert users_of("matplotlib") == {"plots"}
-    light = {"data.dataset", "data.lanes", "system.command_line"}  # no torch behind them
+    light = {"data.dataset", "data.rows.lanes", "system.command_line"}  # no torch behind them
     assert ARROWS["gpt2repro.recipe"] <= {f"gpt2repro.{name}" for name in light}
     assert {room_of(n) for n in ARROWS if "gpt2repro.recipe" in ARROWS[n]} <= {
         "training",

@@ -28,7 +28,7 @@ from transformers import BertConfig, BertModel
 
 import train_accelerate
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.publishing import upload
 from gpt2repro.records import run_directory
 from gpt2repro.system import command_line, patience

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gpt2repro.commands import evaluate, generate, plots
 from gpt2repro.commands import export as export_verb
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.token_ids import begin_id, end_ids, ids_to_continue, num_ids
+from gpt2repro.data.tokens.encoder import BulkEncoder
+from gpt2repro.data.tokens.token_ids import begin_id, end_ids, ids_to_continue, num_ids
 from gpt2repro.evaluation.likelihoods import encode_pairs
 from gpt2repro.publishing import export, verification
 from gpt2repro.publishing.agreement import next_tokens

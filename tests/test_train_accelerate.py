@@ -25,8 +25,8 @@ from tiny_run import (
 
 import train_accelerate
 from gpt2repro import UserError
-from gpt2repro.data import producer
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.rows import producer
+from gpt2repro.data.rows.stream import TokenStream
 from gpt2repro.records import checkpoints, incidents, integrity
 from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.speed import cpu_memory

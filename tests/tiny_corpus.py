@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.corpora.corpus import Corpus
 from gpt2repro.data.opening import open_corpus
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "was", "which", "on", "that", "by", "with"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.tokens.bpe import train_bpe
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TEXTS = ["This function returns the first of its arguments. It's true 100%.\n\n    and more " * 20]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.tokens.bpe import train_bpe
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HELLASWAG, LAMBADA = FIXTURES / "hellaswag.jsonl", FIXTURES / "lambada.jsonl"

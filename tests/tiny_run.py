@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny_corpus import documents, parquet_bytes
 
 import train_accelerate
-from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.records.metrics import TIMINGS
 from gpt2repro.system.signals import SIGNALS
 

@@ -4,8 +4,8 @@ import json
 
 from tiny_corpus import ByteEncoder, MemoryCorpus, documents, in_units
 
-from gpt2repro.data.mixture import Source
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.rows.stream import TokenStream
 
 TEXTS = documents(300)
 

@@ -20,7 +20,7 @@ from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
     from gpt2repro.commands.scored_model import Loaded
-    from gpt2repro.data.corpus import Corpus
+    from gpt2repro.data.corpora.corpus import Corpus
     from gpt2repro.evaluation.scoring import TaskResult
     from gpt2repro.evaluation.tables import Table
     from gpt2repro.evaluation.task import Task
@@ -230,8 +230,8 @@ def _tasks_of_models(models: list["Loaded"], arguments: Namespace) -> list[list[
 def _validation(
     corpus: "Corpus", tokenizer: Any, sequence_length: int, arguments: Namespace
 ) -> "Task":
-    from gpt2repro.data.encoder import BulkEncoder
-    from gpt2repro.data.held_out import validation_set
+    from gpt2repro.data.rows.held_out import validation_set
+    from gpt2repro.data.tokens.encoder import BulkEncoder
     from gpt2repro.evaluation.tasks.held_out import Validation
 
     held_out = validation_set(

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     import torch
     from transformers import LogitsProcessor, TextStreamer
 
-    from gpt2repro.data.token_ids import end_ids
+    from gpt2repro.data.tokens.token_ids import end_ids
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
     from gpt2repro.speed import attention, lm_head
 
@@ -134,7 +134,7 @@ def _encode(tokenizer, prompt: str, device: "torch.device") -> dict[str, "torch.
     """The prompt's ids (1, T)."""
     import torch
 
-    from gpt2repro.data.token_ids import ids_to_continue
+    from gpt2repro.data.tokens.token_ids import ids_to_continue
 
     input_ids = torch.tensor(ids_to_continue(tokenizer, [prompt]), device=device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}

@@ -150,7 +150,7 @@ def _draw_insides(
     """Everything that a model shows while it reads `prompt`: pictures, and a table of tokens."""
     import torch
 
-    from gpt2repro.data.token_ids import ids_to_continue
+    from gpt2repro.data.tokens.token_ids import ids_to_continue
     from gpt2repro.plots import parameters
     from gpt2repro.plots.gallery import Reading, model_pictures
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm

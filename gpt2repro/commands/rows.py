@@ -22,9 +22,9 @@ from gpt2repro.commands.parser import path, recipe_parser
 from gpt2repro.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from gpt2repro.data.producer import StepRows
-    from gpt2repro.data.stream import TokenStream
-    from gpt2repro.data.tracing import Place, TracedRow
+    from gpt2repro.data.rows.producer import StepRows
+    from gpt2repro.data.rows.stream import TokenStream
+    from gpt2repro.data.rows.tracing import Place, TracedRow
 
 MOST_FOUND = 1000  # documents that --find looks out for
 
@@ -83,7 +83,7 @@ class Reader:
 
     def __init__(self, recipe: Recipe, *, is_decided: bool) -> None:
         """`is_decided`: the recipe is a run's, and says how many units are held out."""
-        from gpt2repro.data.encoder import BulkEncoder
+        from gpt2repro.data.tokens.encoder import BulkEncoder
         from gpt2repro.training import inputs
 
         self.tokenizer = inputs.open_tokenizer(recipe)
@@ -114,7 +114,7 @@ class Reader:
 
     def take(self) -> "StepRows":
         """The next step's."""
-        from gpt2repro.data.producer import joined
+        from gpt2repro.data.rows.producer import joined
 
         return joined([next(self.stream) for _ in range(self._batches.of(self.step))])
 
@@ -128,9 +128,9 @@ class Reader:
 
     def rows(self, only: int | None) -> Iterator[str]:
         """The next step's rows, each checked against what the stream gives."""
-        from gpt2repro.data.packing import rows_digest
-        from gpt2repro.data.producer import joined
-        from gpt2repro.data.tracing import trace
+        from gpt2repro.data.rows.packing import rows_digest
+        from gpt2repro.data.rows.producer import joined
+        from gpt2repro.data.rows.tracing import trace
 
         step, given = self.step, []
         traced: list[TracedRow] = []
@@ -161,7 +161,7 @@ class Reader:
             yield self.tokenizer.decode(part.tokens[int(part.first_token == 0) :])
 
     def seen(self) -> dict[str, Any]:
-        from gpt2repro.data.tracing import consumed
+        from gpt2repro.data.rows.tracing import consumed
 
         read = consumed(self.stream, self.stream.lanes)
         return {"step": self.step, "identity": self.stream.identity, "read": read}
@@ -178,7 +178,7 @@ def _digest(text: str) -> str:
 
 def _places(reader: Reader, wanted: str) -> "dict[Place, int]":
     """The documents that --find means, with how many their units have."""
-    from gpt2repro.data.tracing import Place, find_documents
+    from gpt2repro.data.rows.tracing import Place, find_documents
 
     if re.fullmatch(r"(\d+:)?\d+:\d+", wanted):
         *source, unit, document = map(int, wanted.split(":"))
@@ -207,7 +207,7 @@ def _places(reader: Reader, wanted: str) -> "dict[Place, int]":
 
 def _print_sightings(reader: Reader, wanted: str, until: int) -> int:
     """Which of the steps before `until` saw the documents."""
-    from gpt2repro.data.tracing import Sightings
+    from gpt2repro.data.rows.tracing import Sightings
 
     places = _places(reader, wanted)
     names = {place: _name(*place, len(reader.sources)) for place in places}

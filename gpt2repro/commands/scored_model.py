@@ -96,7 +96,7 @@ def score_controls(
     loaded: Loaded, tasks: list["Task"], batch_size: int
 ) -> dict[str, list["TaskResult"]]:
     """By kind, the tasks that have something to control; the others are named."""
-    from gpt2repro.data.token_ids import begin_id
+    from gpt2repro.data.tokens.token_ids import begin_id
     from gpt2repro.evaluation.controls import KINDS, control
     from gpt2repro.system import ranks
 

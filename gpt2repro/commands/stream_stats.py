@@ -18,7 +18,7 @@ from gpt2repro.recipe import Recipe, load_recipe
 from gpt2repro.system import atomic
 
 if TYPE_CHECKING:
-    from gpt2repro.data.stream import TokenStream
+    from gpt2repro.data.rows.stream import TokenStream
 
 Stats = dict[str, Any]  # figures by name; None where the dataset does not tell without being read
 
@@ -55,8 +55,8 @@ def _measure(
     recipe: Recipe, num_processes: int, seconds: float, tokens_per_second: float | None
 ) -> Stats:
     """Open what the recipe names and stream it as process 0 of `num_processes` for `seconds`."""
-    from gpt2repro.data import size
-    from gpt2repro.data.encoder import BulkEncoder
+    from gpt2repro.data.corpora import size
+    from gpt2repro.data.tokens.encoder import BulkEncoder
     from gpt2repro.training import inputs
 
     encoder = BulkEncoder(inputs.open_tokenizer(recipe))

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     recipe, options = _parse(argv)
     lock = options.output / ".lock"
     make_room(lock)
-    from gpt2repro.data.content import one_at_a_time
+    from gpt2repro.data.corpora.content import one_at_a_time
 
     with one_at_a_time(lock):
         _tokenize(recipe, options)
@@ -47,7 +47,7 @@ def _parse(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
 
 def _tokenize(recipe: Recipe, options: argparse.Namespace) -> None:
     from gpt2repro.data import tokenize
-    from gpt2repro.data.encoder import BulkEncoder
+    from gpt2repro.data.tokens.encoder import BulkEncoder
     from gpt2repro.system import machine
     from gpt2repro.training import inputs
     from gpt2repro.training.progress import phase

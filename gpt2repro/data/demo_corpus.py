@@ -18,8 +18,8 @@ from pathlib import Path
 from sysconfig import get_path
 
 from gpt2repro import UserError
-from gpt2repro.data.bpe import train_bpe
-from gpt2repro.data.content import cache_directory
+from gpt2repro.data.corpora.content import cache_directory
+from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.system import atomic
 
 NAME = "python-docs"  # what a recipe's dataset_name and tokenizer_name call it

@@ -17,11 +17,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gpt2repro import UserError
 from gpt2repro.data.dataset import held_out_of, named
-from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.opening import open_sources
-from gpt2repro.data.order import LaneState
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.rows.order import LaneState
+from gpt2repro.data.rows.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 MOST_LANES = 64  # by default; as many processes, at most, can share the stream
 

@@ -14,10 +14,9 @@ from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
-from gpt2repro.data.content import content_hashes
-from gpt2repro.data.corpus import Corpus, Found, digest, in_a_line
-from gpt2repro.data.dataset import Dataset
-from gpt2repro.data.local_files import (
+from gpt2repro.data.corpora.content import content_hashes
+from gpt2repro.data.corpora.corpus import Corpus, Found, digest, in_a_line
+from gpt2repro.data.corpora.local_files import (
     FORMAT_OF_SUFFIX,
     LOCAL,
     TOKEN_SUFFIXES,
@@ -26,10 +25,11 @@ from gpt2repro.data.local_files import (
     files_of,
     find_local,
 )
-from gpt2repro.data.mixture import THE_DATASET, Source
-from gpt2repro.data.other_formats import open_prepared, open_streamed
-from gpt2repro.data.parquet import open_parquet
-from gpt2repro.data.shards import open_shards
+from gpt2repro.data.corpora.other_formats import open_prepared, open_streamed
+from gpt2repro.data.corpora.parquet import open_parquet
+from gpt2repro.data.corpora.shards import open_shards
+from gpt2repro.data.dataset import Dataset
+from gpt2repro.data.rows.mixture import THE_DATASET, Source
 from gpt2repro.system import patience
 from gpt2repro.system.hub import is_hub_id
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from gpt2repro import UserError
-from gpt2repro.data.content import content_hashes
-from gpt2repro.data.corpus import Corpus
-from gpt2repro.data.documents import units_in_order
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.local_files import TOKEN_SUFFIXES
-from gpt2repro.data.manifest import NAME, Manifest, Place, WrittenShard, read_manifest
-from gpt2repro.data.shards import HEADER, MAGIC, VERSION, TokenShards
-from gpt2repro.data.stream import FIELD_OF
-from gpt2repro.data.units import TextUnit, TokenUnit, UnitReader
+from gpt2repro.data.corpora.content import content_hashes
+from gpt2repro.data.corpora.corpus import Corpus
+from gpt2repro.data.corpora.local_files import TOKEN_SUFFIXES
+from gpt2repro.data.corpora.manifest import NAME, Manifest, Place, WrittenShard, read_manifest
+from gpt2repro.data.corpora.shards import HEADER, MAGIC, VERSION, TokenShards
+from gpt2repro.data.rows.documents import units_in_order
+from gpt2repro.data.rows.stream import FIELD_OF
+from gpt2repro.data.rows.units import TextUnit, TokenUnit, UnitReader
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.system import atomic
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import yaml
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import in_a_line
-from gpt2repro.data.token_ids import begin_id
+from gpt2repro.data.corpora.corpus import in_a_line
+from gpt2repro.data.tokens.token_ids import begin_id
 from gpt2repro.evaluation.estimates import Estimate, mean, weighted
 from gpt2repro.evaluation.likelihoods import Request, Scores
 from gpt2repro.evaluation.task import MalformedRow, Task, TaskGroup, checked, read_jsonl, text_of

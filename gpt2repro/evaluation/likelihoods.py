@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from gpt2repro.data.token_ids import begin_id as prefix_token
-from gpt2repro.data.token_ids import ids_to_continue, well_formed
+from gpt2repro.data.tokens.token_ids import begin_id as prefix_token
+from gpt2repro.data.tokens.token_ids import ids_to_continue, well_formed
 
 NUM_SHAPES = 6  # lengths a compiled model is asked for; dynamo gives up at 8 recompilations
 POSITIONS_AT_ONCE = 1024  # positions turned to float32 together: 1024 x 50257 x 4 bytes = 206 MB

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import digest, in_a_line
+from gpt2repro.data.corpora.corpus import digest, in_a_line
 from gpt2repro.evaluation.estimates import Estimate
 from gpt2repro.evaluation.scoring import TaskResult
 from gpt2repro.evaluation.task import Task

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from gpt2repro import UserError
-from gpt2repro.data.token_ids import ids_to_continue
+from gpt2repro.data.tokens.token_ids import ids_to_continue
 from gpt2repro.publishing.verification import same_bits
 
 # fp32 rounding is relative: 1e-5 of the largest logit, and the 1e-4 that a small model's logits

@@ -25,7 +25,7 @@ from transformers import (
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
-from gpt2repro.data.token_ids import end_ids
+from gpt2repro.data.tokens.token_ids import end_ids
 from gpt2repro.publishing.card import completed, model_card, with_provenance
 from gpt2repro.publishing.contents import (
     CLASSES,

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
-from gpt2repro.data.token_ids import end_ids, num_ids
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.token_ids import end_ids, num_ids
 from gpt2repro.publishing.contents import (
     CLASSES,
     INDEX,

@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gpt2repro import UserError
-from gpt2repro.data.lanes import Batches
+from gpt2repro.data.rows.lanes import Batches
 from gpt2repro.records import integrity
 from gpt2repro.records.provenance import Chain, Point, Record
 from gpt2repro.system import atomic

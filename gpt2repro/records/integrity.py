@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, m
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt2repro.data.stream import SavedStream
+from gpt2repro.data.rows.stream import SavedStream
 from gpt2repro.records.incidents import MAX_IN_A_ROW
 from gpt2repro.records.provenance import Chain
 from gpt2repro.system import atomic

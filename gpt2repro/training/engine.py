@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro import UserError
-from gpt2repro.data.lanes import check_lanes
+from gpt2repro.data.rows.lanes import check_lanes
 from gpt2repro.recipe import Recipe
 from gpt2repro.speed import cpu_memory
 from gpt2repro.system import ranks

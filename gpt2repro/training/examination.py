@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from gpt2repro import UserError
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.lanes import check_lanes, divisors
-from gpt2repro.data.mixture import Source
+from gpt2repro.data.rows.lanes import check_lanes, divisors
+from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.speed.attention import kernel_taken

@@ -14,17 +14,17 @@ from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
-from gpt2repro.data.corpus import Corpus
+from gpt2repro.data.corpora.corpus import Corpus
+from gpt2repro.data.corpora.local_files import FORMAT_OF_SUFFIX
+from gpt2repro.data.corpora.size import tokens_per_byte, units_to_hold_out
 from gpt2repro.data.dataset import Dataset
-from gpt2repro.data.documents import count_epoch_tokens
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.held_out import ValidationSet, together_held_out, validation_set
-from gpt2repro.data.local_files import FORMAT_OF_SUFFIX
-from gpt2repro.data.mixture import Source
 from gpt2repro.data.opening import about, is_local, open_sources
-from gpt2repro.data.size import tokens_per_byte, units_to_hold_out
-from gpt2repro.data.stream import TokenStream, flat
+from gpt2repro.data.rows.documents import count_epoch_tokens
+from gpt2repro.data.rows.held_out import ValidationSet, together_held_out, validation_set
+from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.rows.stream import TokenStream, flat
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.task import Task
 from gpt2repro.recipe import Recipe

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
-from gpt2repro.data.lanes import divisors
-from gpt2repro.data.token_ids import begin_id, end_ids, num_ids
+from gpt2repro.data.rows.lanes import divisors
+from gpt2repro.data.tokens.token_ids import begin_id, end_ids, num_ids
 from gpt2repro.recipe import Recipe, accumulation_steps
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import Start

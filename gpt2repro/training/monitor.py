@@ -15,11 +15,11 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from gpt2repro.data.corpora.size import estimate_tokens, in_words
 from gpt2repro.data.dataset import Dataset
-from gpt2repro.data.mixture import Source
-from gpt2repro.data.producer import StepRows
-from gpt2repro.data.size import estimate_tokens, in_words
-from gpt2repro.data.token_ids import begin_id, ids_to_continue
+from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.rows.producer import StepRows
+from gpt2repro.data.tokens.token_ids import begin_id, ids_to_continue
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.evaluation.scoring import score_tasks
 from gpt2repro.evaluation.validation import validation_loss

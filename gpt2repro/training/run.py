@@ -9,8 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from gpt2repro import UserError
-from gpt2repro.data.order import LaneState
-from gpt2repro.data.producer import StepRows, joined
+from gpt2repro.data.rows.order import LaneState
+from gpt2repro.data.rows.producer import StepRows, joined
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.publishing import background
 from gpt2repro.publishing.background import BackgroundPush

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt2repro.data.producer import StepRows
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.rows.producer import StepRows
+from gpt2repro.data.rows.stream import TokenStream
 from gpt2repro.system import ranks
 from gpt2repro.training.learner import Learner
 

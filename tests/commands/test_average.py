@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from gpt2repro import UserError
 from gpt2repro.commands import average
-from gpt2repro.data.bpe import train_bpe
+from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.publishing import verification
 
 

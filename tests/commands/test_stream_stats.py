@@ -7,8 +7,8 @@ from tiny_corpus import documents, parquet_bytes
 
 from gpt2repro import UserError
 from gpt2repro.commands.stream_stats import main
-from gpt2repro.data.bpe import train_bpe
-from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.tokens.bpe import train_bpe
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 
 @pytest.fixture

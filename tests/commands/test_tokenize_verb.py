@@ -7,11 +7,11 @@ from tiny_corpus import documents, write_parquet
 
 from gpt2repro import UserError
 from gpt2repro.commands.tokenize import main
-from gpt2repro.data import shards
-from gpt2repro.data.bpe import train_bpe
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.held_out import validation_set
-from gpt2repro.data.manifest import read_manifest
+from gpt2repro.data.corpora import shards
+from gpt2repro.data.corpora.manifest import read_manifest
+from gpt2repro.data.rows.held_out import validation_set
+from gpt2repro.data.tokens.bpe import train_bpe
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.recipe import load_recipe
 from gpt2repro.training import inputs
 

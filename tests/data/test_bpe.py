@@ -5,9 +5,9 @@ from tiny_corpus import documents
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
-from gpt2repro.data.bpe import train_bpe
-from gpt2repro.data.encoder import PROBE_TEXT, BulkEncoder
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.bpe import train_bpe
+from gpt2repro.data.tokens.encoder import PROBE_TEXT, BulkEncoder
 
 TEXTS = [*documents(200), PROBE_TEXT, "naïve 中文 😀 don't WE'LL 123 4567 \n\n\t x"] * 2
 

@@ -8,9 +8,9 @@ import pytest
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
-from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.system import atomic
 
 FINEWEB_EDU_COLUMNS = [

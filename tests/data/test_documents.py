@@ -3,7 +3,7 @@
 from tiny_corpus import ByteEncoder
 from tiny_streams import TEXTS, corpus
 
-from gpt2repro.data.documents import count_epoch_tokens
+from gpt2repro.data.rows.documents import count_epoch_tokens
 
 
 def test_count_epoch_tokens_adds_up_over_processes():

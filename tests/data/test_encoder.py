@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt2repro import UserError
-from gpt2repro.data.bpe import train_bpe
-from gpt2repro.data.encoder import PROBE_TEXT, BulkEncoder
+from gpt2repro.data.tokens.bpe import train_bpe
+from gpt2repro.data.tokens.encoder import PROBE_TEXT, BulkEncoder
 
 TEXTS = [*documents(200), PROBE_TEXT, "naïve 中文 😀 don't WE'LL 123 4567 \n\n\t x"] * 2
 

@@ -16,10 +16,11 @@ from tiny_streams import stream_of
 from torch.utils.data import DataLoader, IterableDataset
 
 from gpt2repro import UserError
-from gpt2repro.data import ExactStream, shards
-from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data import ExactStream
+from gpt2repro.data.corpora import shards
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 ROWS, T = 24, 32
 Batches = Iterable[dict[str, torch.Tensor]]

@@ -9,9 +9,9 @@ import pytest
 from tiny_corpus import Bytes, documents
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import large_strings
-from gpt2repro.data.footers import CODECS, Column, footer_of_chunk
-from gpt2repro.data.parquet import ParquetCorpus
+from gpt2repro.data.corpora.corpus import large_strings
+from gpt2repro.data.corpora.footers import CODECS, Column, footer_of_chunk
+from gpt2repro.data.corpora.parquet import ParquetCorpus
 
 TEXTS = ["", "a\0b", "naïve 中文 😀", *documents(30), *["again and again"] * 9]
 DICTIONARY = pa.dictionary(pa.int32(), pa.string())

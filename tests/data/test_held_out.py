@@ -5,7 +5,7 @@ from tiny_corpus import ByteEncoder, MemoryCorpus
 from tiny_streams import TEXTS, corpus
 
 from gpt2repro import UserError
-from gpt2repro.data.held_out import validation_set
+from gpt2repro.data.rows.held_out import validation_set
 
 
 def test_validation_set_is_the_first_units_in_order():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt2repro.data.lanes import Batches
+from gpt2repro.data.rows.lanes import Batches
 
 
 @pytest.mark.parametrize("multiples", [[], [[1, 2]], [[3, 2], [5, 4], [9, 1]], [[2, 7], [3, 3]]])

@@ -8,9 +8,9 @@ from tiny_corpus import ByteEncoder, MemoryCorpus, documents, in_units
 from tiny_streams import OPTIONS, run
 
 from gpt2repro import UserError
-from gpt2repro.data.mixture import Mixture, Source
-from gpt2repro.data.order import LaneState, Position
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.rows.mixture import Mixture, Source
+from gpt2repro.data.rows.order import LaneState, Position
+from gpt2repro.data.rows.stream import TokenStream
 
 WEIGHTS = (Fraction(6, 10), Fraction(3, 10), Fraction(1, 10))
 LETTERS = "abc"

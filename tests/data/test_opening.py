@@ -22,10 +22,11 @@ from tiny_corpus import (
 from tiny_streams import stream_of
 
 from gpt2repro import UserError
-from gpt2repro.data import content, opening, other_formats, parquet
-from gpt2repro.data.corpus import Found
+from gpt2repro.data import opening
+from gpt2repro.data.corpora import content, other_formats, parquet
+from gpt2repro.data.corpora.corpus import Found
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.units import UnitReader
+from gpt2repro.data.rows.units import UnitReader
 
 TEXTS = documents(95)
 OPTIONS = {"sequence_length": 16, "rows_per_step": 4, "num_lanes": 2, "num_validation_units": 1}

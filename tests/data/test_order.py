@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_streams import run, streams
 
-from gpt2repro.data.order import Piece, permutation
+from gpt2repro.data.rows.order import Piece, permutation
 
 
 def test_permutations_are_fixed_for_ever():

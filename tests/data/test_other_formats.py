@@ -27,7 +27,7 @@ from tiny_corpus import (
 )
 
 from gpt2repro import UserError
-from gpt2repro.data import other_formats
+from gpt2repro.data.corpora import other_formats
 from gpt2repro.data.opening import open_corpus
 
 ROOT = Path(__file__).parents[2]

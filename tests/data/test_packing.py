@@ -9,10 +9,10 @@ import pytest
 from tiny_corpus import ByteEncoder, MemoryCorpus, in_units, read_back
 from tiny_streams import OPTIONS, TEXTS, corpus, run, streams
 
-from gpt2repro.data.held_out import validation_set
-from gpt2repro.data.order import Plan, Position
-from gpt2repro.data.packing import LaneDocuments
-from gpt2repro.data.units import UnitReader
+from gpt2repro.data.rows.held_out import validation_set
+from gpt2repro.data.rows.order import Plan, Position
+from gpt2repro.data.rows.packing import LaneDocuments
+from gpt2repro.data.rows.units import UnitReader
 
 
 @pytest.mark.parametrize("documents_per_unit", [10, 60, 148])

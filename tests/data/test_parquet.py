@@ -20,7 +20,7 @@ from tiny_corpus import (
 )
 
 from gpt2repro import UserError
-from gpt2repro.data import parquet
+from gpt2repro.data.corpora import parquet
 from gpt2repro.data.opening import open_corpus
 
 TEXTS = documents(95)

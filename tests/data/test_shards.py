@@ -10,11 +10,11 @@ from tiny_shards import Loader, tokens_of, write_bin
 from tiny_streams import run
 
 from gpt2repro import UserError
-from gpt2repro.data import shards
-from gpt2repro.data.held_out import validation_set
-from gpt2repro.data.mixture import Source
+from gpt2repro.data.corpora import shards
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.stream import TokenStream
+from gpt2repro.data.rows.held_out import validation_set
+from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.rows.stream import TokenStream
 
 TEXTS = documents(400, max_words=30)
 T = 8

@@ -3,9 +3,14 @@
 import pytest
 from tiny_corpus import ByteEncoder, MemoryCorpus, documents, in_units, write_parquet
 
-from gpt2repro.data import size
+from gpt2repro.data.corpora import size
+from gpt2repro.data.corpora.size import (
+    estimate_tokens,
+    in_words,
+    tokens_per_byte,
+    units_to_hold_out,
+)
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.size import estimate_tokens, in_words, tokens_per_byte, units_to_hold_out
 
 
 class Sized(MemoryCorpus):

@@ -13,9 +13,9 @@ from tiny_corpus import ByteEncoder, MemoryCorpus, in_units, read_back
 from tiny_streams import OPTIONS, TEXTS, corpus, run, stream_of, streams
 
 from gpt2repro import UserError
-from gpt2repro.data.lanes import check_lanes
-from gpt2repro.data.order import permutation
-from gpt2repro.data.packing import rows_digest
+from gpt2repro.data.rows.lanes import check_lanes
+from gpt2repro.data.rows.order import permutation
+from gpt2repro.data.rows.packing import rows_digest
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

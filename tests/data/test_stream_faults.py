@@ -19,7 +19,7 @@ from tiny_corpus import ByteEncoder, documents, parquet_bytes, refusal
 from tiny_streams import stream_of
 
 from gpt2repro import UserError
-from gpt2repro.data import corpus, parquet
+from gpt2repro.data.corpora import corpus, parquet
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.system import patience
 

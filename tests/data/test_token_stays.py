@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from gpt2repro.data.parquet import HubSource
+from gpt2repro.data.corpora.parquet import HubSource
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from tiny_shards import tokens_of, write_bin
 from tiny_streams import run, stream_of
 
 from gpt2repro import UserError
-from gpt2repro.data import shards
-from gpt2repro.data.held_out import validation_set
-from gpt2repro.data.manifest import read_manifest
+from gpt2repro.data.corpora import shards
+from gpt2repro.data.corpora.manifest import read_manifest
 from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.rows.held_out import validation_set
 from gpt2repro.data.tokenize import begin, write_shards
 
 TEXTS = [*documents(200, max_words=20), "", "<200> é", "", *documents(40, seed=1), ""]

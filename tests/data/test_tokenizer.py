@@ -9,9 +9,9 @@ from tiny_corpus import documents
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
-from gpt2repro.data.bpe import train_bpe
-from gpt2repro.data.encoder import BulkEncoder
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.bpe import train_bpe
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.system import patience
 
 

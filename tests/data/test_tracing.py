@@ -6,9 +6,9 @@ import pytest
 from tiny_corpus import ByteEncoder, MemoryCorpus, documents, in_units
 from tiny_streams import OPTIONS
 
-from gpt2repro.data.mixture import Source
-from gpt2repro.data.stream import TokenStream
-from gpt2repro.data.tracing import Place, Sightings, consumed, trace
+from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.rows.stream import TokenStream
+from gpt2repro.data.rows.tracing import Place, Sightings, consumed, trace
 
 MIXED = {name: value for name, value in OPTIONS.items() if name != "num_validation_units"}
 SIZES = (240, 90)

@@ -9,7 +9,7 @@ from tiny_streams import OPTIONS, MemoryCorpus, run, stream_of
 
 from gpt2repro import UserError
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.unit_digests import UnitDigests, digest_of
+from gpt2repro.data.rows.unit_digests import UnitDigests, digest_of
 
 TEXTS = documents(120)
 

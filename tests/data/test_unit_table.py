@@ -10,11 +10,11 @@ import pytest
 from fake_hub import FakeHub
 from tiny_corpus import documents, joined, parquet_bytes
 
-from gpt2repro.data import unit_table
-from gpt2repro.data.corpus import digest
-from gpt2repro.data.footers import Column
+from gpt2repro.data.corpora import unit_table
+from gpt2repro.data.corpora.corpus import digest
+from gpt2repro.data.corpora.footers import Column
+from gpt2repro.data.corpora.unit_table import PLACE, UNIT, UnitTable, kept
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.data.unit_table import PLACE, UNIT, UnitTable, kept
 
 NAME, PARQUET = "someone/texts", r"\.parquet$"
 TEXTS = documents(120)

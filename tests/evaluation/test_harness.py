@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from gpt2repro import UserError
-from gpt2repro.data.token_ids import num_ids
+from gpt2repro.data.tokens.token_ids import num_ids
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.likelihoods import encode_pairs, loglikelihoods
 from gpt2repro.evaluation.scoring import score_task, score_tasks

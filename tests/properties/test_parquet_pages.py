@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_corpus import Bytes, documents, read_all
 
 from gpt2repro import UserError
-from gpt2repro.data.parquet import ParquetCorpus
+from gpt2repro.data.corpora.parquet import ParquetCorpus
 
 TEXTS = documents(60, max_words=30)
 UNITS = [TEXTS[begin : begin + 10] for begin in range(0, 60, 10)]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tiny_corpus import read_all
 
 from gpt2repro import UserError
-from gpt2repro.data import other_formats
+from gpt2repro.data.corpora import other_formats
 from gpt2repro.data.opening import open_corpus
 
 DOCUMENTS_PER_UNIT = 3  # as small as the examples

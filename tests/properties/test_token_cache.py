@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_corpus import ByteEncoder, MemoryCorpus
 
-from gpt2repro.data.units import TokenUnit, UnitReader
+from gpt2repro.data.rows.units import TokenUnit, UnitReader
 
 TEXTS = st.lists(st.one_of(st.none(), st.text(max_size=30)), min_size=1, max_size=6)
 

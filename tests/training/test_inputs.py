@@ -12,8 +12,8 @@ from tiny_corpus import documents
 from tiny_run import digests, train, write_inputs
 
 from gpt2repro import UserError
-from gpt2repro.data.bpe import train_bpe
-from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.tokens.bpe import train_bpe
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.run_directory import Start
 from gpt2repro.records.saved_models import find_tokenizer

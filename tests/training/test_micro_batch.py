@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gpt2repro import UserError
-from gpt2repro.data.lanes import divisors
+from gpt2repro.data.rows.lanes import divisors
 from gpt2repro.training import learner, micro_batch
 from gpt2repro.training.micro_batch import HEADROOM, largest_that_fits
 

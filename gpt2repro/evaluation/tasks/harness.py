@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import in_a_line
-from gpt2repro.data.token_ids import begin_id, end_ids, ids_to_continue
+from gpt2repro.data.corpora.corpus import in_a_line
+from gpt2repro.data.tokens.token_ids import begin_id, end_ids, ids_to_continue
 from gpt2repro.evaluation.estimates import Estimate, mean, ratio, weighted
 from gpt2repro.evaluation.likelihoods import Request, Scores, encode_pairs
 from gpt2repro.evaluation.task import MalformedRow, OnHub, Task, TaskGroup, checked

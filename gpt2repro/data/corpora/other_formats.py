@@ -28,10 +28,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
-from gpt2repro.data.content import content_hashes, one_at_a_time
-from gpt2repro.data.corpus import Corpus, Found, check_text_column, digest, in_a_line
-from gpt2repro.data.local_files import LOCAL, suffixes_of
-from gpt2repro.data.parquet import LocalSource, ParquetCorpus
+from gpt2repro.data.corpora.content import content_hashes, one_at_a_time
+from gpt2repro.data.corpora.corpus import Corpus, Found, check_text_column, digest, in_a_line
+from gpt2repro.data.corpora.local_files import LOCAL, suffixes_of
+from gpt2repro.data.corpora.parquet import LocalSource, ParquetCorpus
 from gpt2repro.system import atomic
 from gpt2repro.system.patience import patiently
 

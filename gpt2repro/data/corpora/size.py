@@ -6,8 +6,8 @@ dataset tells its sizes only by being read, nothing is known (None).
 
 from itertools import accumulate
 
-from gpt2repro.data.corpus import Corpus
-from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.corpora.corpus import Corpus
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.system.text import count_of, in_short
 
 SAMPLE_CHARACTERS = 10**6  # to encode: tenths of a second

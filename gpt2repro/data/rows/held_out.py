@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus
-from gpt2repro.data.documents import documents_in_order
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.units import UnitReader
+from gpt2repro.data.corpora.corpus import Corpus
+from gpt2repro.data.rows.documents import documents_in_order
+from gpt2repro.data.rows.units import UnitReader
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 TOKENS_WORTH_READING_AHEAD = 2**20  # about a unit of FineWeb-Edu
 

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus, as_bytes
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.unit_digests import UnitDigests
+from gpt2repro.data.corpora.corpus import Corpus, as_bytes
+from gpt2repro.data.rows.unit_digests import UnitDigests
+from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.system import atomic
 from gpt2repro.system.threads import DaemonPool
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpt2repro.data.mixture import Lane
-from gpt2repro.data.order import LaneState
-from gpt2repro.data.packing import rows_digest
-from gpt2repro.data.units import UnitReader
+from gpt2repro.data.rows.mixture import Lane
+from gpt2repro.data.rows.order import LaneState
+from gpt2repro.data.rows.packing import rows_digest
+from gpt2repro.data.rows.units import UnitReader
 from gpt2repro.system.threads import PoolClosed
 
 NUM_STEPS_AHEAD = 4

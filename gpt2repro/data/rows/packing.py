@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2repro import UserError
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.order import Piece, Plan, Position
-from gpt2repro.data.units import DOCUMENTS_PER_ENCODE, TextUnit, TokenUnit, UnitReader
+from gpt2repro.data.rows.order import Piece, Plan, Position
+from gpt2repro.data.rows.units import DOCUMENTS_PER_ENCODE, TextUnit, TokenUnit, UnitReader
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 MAX_EMPTY_EPOCHS = 100
 

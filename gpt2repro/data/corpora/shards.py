@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus, Found, TokenArrays, digest
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.local_files import TOKENS
-from gpt2repro.data.manifest import read_manifest
-from gpt2repro.data.parquet import Source, sources_of
+from gpt2repro.data.corpora.corpus import Corpus, Found, TokenArrays, digest
+from gpt2repro.data.corpora.local_files import TOKENS
+from gpt2repro.data.corpora.manifest import read_manifest
+from gpt2repro.data.corpora.parquet import Source, sources_of
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 MAGIC, VERSION = 20240520, 1
 HEADER = np.dtype("<i4"), 256

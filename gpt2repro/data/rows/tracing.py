@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2repro import UserError
-from gpt2repro.data.file_order import FileOrder
-from gpt2repro.data.mixture import Lane
-from gpt2repro.data.order import LaneState, Plan, Position
-from gpt2repro.data.packing import LaneDocuments, LaneRows, Segment
-from gpt2repro.data.stream import TokenStream
-from gpt2repro.data.units import UnitReader
+from gpt2repro.data.rows.file_order import FileOrder
+from gpt2repro.data.rows.mixture import Lane
+from gpt2repro.data.rows.order import LaneState, Plan, Position
+from gpt2repro.data.rows.packing import LaneDocuments, LaneRows, Segment
+from gpt2repro.data.rows.stream import TokenStream
+from gpt2repro.data.rows.units import UnitReader
 
 
 class Stretch(NamedTuple):

@@ -29,15 +29,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gpt2repro import UserError
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.file_order import FileOrder, FileRows
-from gpt2repro.data.lanes import check_lanes
-from gpt2repro.data.mixture import Ended, Lane, Mixture, Rows, Source
-from gpt2repro.data.order import LaneState, Plan, Position
-from gpt2repro.data.packing import LaneDocuments, LaneRows
-from gpt2repro.data.producer import Producer, StepRows
-from gpt2repro.data.shards import TokenShards, check_encoder
-from gpt2repro.data.units import UnitReader
+from gpt2repro.data.corpora.shards import TokenShards, check_encoder
+from gpt2repro.data.rows.file_order import FileOrder, FileRows
+from gpt2repro.data.rows.lanes import check_lanes
+from gpt2repro.data.rows.mixture import Ended, Lane, Mixture, Rows, Source
+from gpt2repro.data.rows.order import LaneState, Plan, Position
+from gpt2repro.data.rows.packing import LaneDocuments, LaneRows
+from gpt2repro.data.rows.producer import Producer, StepRows
+from gpt2repro.data.rows.units import UnitReader
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 STATE_VERSION = 2
 ORDERS = ("shuffled", "file", "build-nanogpt")

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from gpt2repro.data.corpus import Corpus
-from gpt2repro.data.order import LaneState, Position, permutation
+from gpt2repro.data.corpora.corpus import Corpus
+from gpt2repro.data.rows.order import LaneState, Position, permutation
 
 # Multiples of the golden ratio's fraction spread evenly over [0, 1) however many are taken.
 GOLDEN = 0x9E3779B9

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import in_a_line
+from gpt2repro.data.corpora.corpus import in_a_line
 
 logger = logging.getLogger(__name__)
 

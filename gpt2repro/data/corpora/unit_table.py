@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2repro.data.content import cache_directory, one_at_a_time
-from gpt2repro.data.corpus import digest
-from gpt2repro.data.footers import Column
+from gpt2repro.data.corpora.content import cache_directory, one_at_a_time
+from gpt2repro.data.corpora.corpus import digest
+from gpt2repro.data.corpora.footers import Column
 from gpt2repro.system import atomic
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import Corpus, digest
+from gpt2repro.data.corpora.corpus import Corpus, digest
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gpt2repro.data.bpe import END_OF_TEXT, byte_of_symbol
-from gpt2repro.data.token_ids import begin_id, num_ids, well_formed
+from gpt2repro.data.tokens.bpe import END_OF_TEXT, byte_of_symbol
+from gpt2repro.data.tokens.token_ids import begin_id, num_ids, well_formed
 
 # Radford et al. 2019's pre-tokenizer in tiktoken's possessive spelling, which never backtracks into
 # a run of letters: the same pieces, faster.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.data.corpus import Corpus
-from gpt2repro.data.encoder import BulkEncoder
-from gpt2repro.data.units import DOCUMENTS_PER_ENCODE, TextUnit, TokenUnit, UnitReader
+from gpt2repro.data.corpora.corpus import Corpus
+from gpt2repro.data.rows.units import DOCUMENTS_PER_ENCODE, TextUnit, TokenUnit, UnitReader
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 
 def units_in_order(

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2repro import UserError
-from gpt2repro.data.order import Position
-from gpt2repro.data.shards import TokenShards, check_ids
+from gpt2repro.data.corpora.shards import TokenShards, check_ids
+from gpt2repro.data.rows.order import Position
 
 BLOCK_TOKENS = 2**19  # of a shard, read at once for all lanes
 

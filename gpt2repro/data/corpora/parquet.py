@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
-from gpt2repro.data.corpus import (
+from gpt2repro.data.corpora.corpus import (
     Corpus,
     Found,
     check_text_column,
@@ -28,8 +28,8 @@ from gpt2repro.data.corpus import (
     in_a_line,
     large_strings,
 )
-from gpt2repro.data.footers import CODECS, Column, footer_of_chunk
-from gpt2repro.data.unit_table import UNIT, UnitTable, kept
+from gpt2repro.data.corpora.footers import CODECS, Column, footer_of_chunk
+from gpt2repro.data.corpora.unit_table import UNIT, UnitTable, kept
 from gpt2repro.system import patience
 from gpt2repro.system.threads import DaemonPool
 

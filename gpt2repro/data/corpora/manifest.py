@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gpt2repro.data.corpus import in_a_line
+from gpt2repro.data.corpora.corpus import in_a_line
 from gpt2repro.system import atomic
 
 NAME = "manifest.json"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt2repro.data.corpus import in_a_line
+from gpt2repro.data.corpora.corpus import in_a_line
 from gpt2repro.system import atomic
 from gpt2repro.system.threads import DaemonPool
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpt2repro import UserError
-from gpt2repro.data.encoder import BulkEncoder
+from gpt2repro.data.tokens.encoder import BulkEncoder
 
 TokenArrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
