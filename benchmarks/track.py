@@ -18,6 +18,8 @@ Rules
    lies at or below the target. Each length is a run of its own with its whole schedule. They are
    found by bisection; every length that was tried stays in the table, also one that failed. Where
    the mean of its first four seeds is above the target, a length has failed without the others.
+5. What is only tried (`--tried`) has no search: one change to the first side, with its knobs and at
+   its fewest steps. Its row says by how much the loss differs on the same seeds.
 
 Every run is a file of its own, written when it is done. What is killed goes on from its last
 checkpoint, or is told to (SIGTERM) when the minutes are over. A file has the whole recipe and the
@@ -40,12 +42,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
+from matplotlib.figure import Figure
 from pairing import table, write_json
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.plots.curves import smooth
+from gpt2repro.plots.style import PALETTE, legend, new_figure, reference_line, save
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import atomic, machine, ranks
@@ -105,6 +111,11 @@ MUONS: dict[str, dict[str, Any]] = {
     "muon-factored": {"embedding_second_moment": "factored"},
     "muon-heads": {"muon_heads": True},
     "normuon": {"muon_normalize": True},
+    "muon-momentum": {"muon_momentum_warmup_steps": 50},
+    "muon-bare-embedding": {"embedding_weight_decay": 0.0},
+    "muon-slow-embedding": {"embedding_lr_scale": 0.5},
+    "muon-fast-embedding": {"embedding_lr_scale": 2.0},
+    "muon-fast-vectors": {"vector_lr_scale": 3.0},
     "all": {**POWERCOOL, "muon_normalize": True, "cautious_weight_decay": True},
 }
 SIDES: dict[str, tuple[dict[str, Any], Knobs]] = {
@@ -268,7 +279,7 @@ def target_of(losses: list[float]) -> float:
 
 
 def run_scale(options: Namespace) -> None:
-    """All of it: AdamW's tuning and target, then of every side its tuning and its fewest steps."""
+    """All of it: AdamW's tuning and target; of every side its tuning, then its fewest steps."""
     num_steps, target = SCALES[options.scale].num_steps, math.inf
 
     def race(side: str, point: dict[str, float], steps: int) -> list[float]:
@@ -278,15 +289,18 @@ def run_scale(options: Namespace) -> None:
         first = start_all(jobs[:FIRST_SEEDS], options)
         return first if statistics.mean(first) > target else start_all(jobs, options)
 
+    lengths = [round(each * num_steps) for each in FRACTIONS]
     for side in dict.fromkeys(["adamw", *options.sides]):
         best = tune(side, options)
         if side == "adamw":
             target = target_of(race(side, best, num_steps))
-        else:
-            lengths = [round(each * num_steps) for each in FRACTIONS]
-            bisect.bisect_left(
-                lengths, True, key=lambda n: upper_bound(race(side, best, n)) <= target
-            )
+            continue
+        at = bisect.bisect_left(
+            lengths, True, key=lambda n: upper_bound(race(side, best, n)) <= target
+        )
+        if side == options.sides[0]:
+            for changed in options.tried:
+                race(changed, best, lengths[min(at, len(lengths) - 1)])
     summarize(options)
 
 
@@ -305,7 +319,7 @@ def summarize(options: Namespace) -> None:
     if not (adamw := runs.get(("rows", "adamw", num_steps))):
         raise UserError(f"{directory} has no AdamW to compare with yet")
     target = target_of([*map(loss_of, adamw)])
-    rows, tried = [], {}
+    rows, tried, tuned = [], {}, {side for kind, side, _ in runs if kind == "tuning"}
     for (kind, side, steps), records in sorted(runs.items(), key=lambda each: each[0]):
         losses = [*map(loss_of, records)]
         if kind == "tuning":
@@ -319,24 +333,60 @@ def summarize(options: Namespace) -> None:
         rows.append(
             {
                 "side": side,
+                "tuned": side in tuned,
                 "steps": steps,
                 "of_adamws_steps": steps / num_steps,
                 "losses": [each["val_loss"] for each in records],
                 "mean": None if bound == math.inf else statistics.mean(losses),
                 "upper_bound": None if bound == math.inf else bound,
                 "counts": len(losses) >= LEAST_SEEDS and bound <= target,
+                "against_muon": difference(records, runs.get(("rows", "muon", steps), [])),
                 "seconds_of_adamws": seconds(records) / seconds(adamw),
             }
         )
-    print(table(list(rows[0]), [[shown(value) for value in row.values()] for row in rows]))
+    print(table(list(rows[0]), [[shown(*cell) for cell in row.items()] for row in rows]))
     print(f"target {target:.3f}; seconds of a step, as busy as the machine was, in AdamW's")
     report = {"target": target, "rows": rows, "tried": tried}
     write_json(str(directory.with_suffix(".summary.json")), report)
+    fewest = {row["side"]: row["steps"] for row in reversed(rows) if row["counts"] and row["tuned"]}
+    shown_runs = {side: runs["rows", side, steps] for side, steps in fewest.items()}
+    save(draw(shown_runs, target), directory.with_suffix(".svg"))
 
 
-def shown(value: Any) -> str:
-    if isinstance(value, list):
+def difference(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float] | None:
+    """The mean by which our loss is above the others' on the same seeds, and its standard error."""
+    theirs = {each["recipe"]["seed"]: loss_of(each) for each in others}
+    pairs = [(loss_of(each), theirs.get(each["recipe"]["seed"], math.inf)) for each in ours]
+    found = [one - other for one, other in pairs if one < math.inf > other]
+    if ours is others or len(found) < 2:
+        return None
+    return [statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5]
+
+
+def draw(sides: dict[str, list[dict[str, Any]]], target: float) -> Figure:
+    """Training loss against tokens: mean over seeds, the band of all of them, and the target."""
+    figure, axes = new_figure("Tokens to the same validation loss, on a stock GPT-2")
+    ax = axes[0, 0]
+    for color, (side, records) in zip(PALETTE, sides.items(), strict=False):
+        losses = np.array([smooth(np.array(each["losses"])) for each in records])
+        tokens = np.arange(1, losses.shape[1] + 1) * records[0]["recipe"]["batch_tokens"]
+        label = f"{side}, {len(tokens)} steps, {len(records)} seeds"
+        ax.plot(tokens, losses.mean(0), color=color, label=label)
+        ax.fill_between(tokens, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
+        ends = [loss_of(each) for each in records]
+        ax.plot([tokens[-1]] * len(ends), ends, "o", color=color, markersize=3)
+    reference_line(ax, target, f"target {target:.3f}")
+    ax.set(xlabel="training tokens", ylabel="loss (nats per token); dots: validation")
+    ax.set_ylim(top=target + 2.5)
+    legend(ax)
+    return figure
+
+
+def shown(name: str, value: Any) -> str:
+    if name == "losses":
         return f"{len(value)} seeds"
+    if isinstance(value, list):
+        return "{:+.4f} ± {:.4f}".format(*value)
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -388,6 +438,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         its.add_argument("--output", type=Path, default=Path("benchmarks/results/track"))
     its = verbs.choices["run"]
     its.add_argument("--sides", nargs="+", choices=SIDES, default=["muon", "normuon", "all"])
+    its.add_argument("--tried", nargs="+", choices=SIDES, default=[])
     its.add_argument("--seeds", type=int, default=LEAST_SEEDS)
     its.add_argument("--dataset_name", help="where the text of the scale is")
     its.add_argument("--minutes", type=float, default=math.inf, help="then save and end")

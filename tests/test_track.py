@@ -47,6 +47,7 @@ def by_formula(track, monkeypatch):
             pace = 2 if fields["optimizer"] == "muon" else 1
             loss = 4 + 300 / (pace * fields["num_steps"]) + 0.001 * (fields["seed"] % 2)
             loss += 0.1 * math.log(fields["max_lr"] / 2e-3) ** 2
+            loss += 0.02 * (fields["embedding_second_moment"] == "row")
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(record(fields, loss if loss < 5.2 else math.inf)))
         return json.loads(output.read_text())
@@ -71,6 +72,7 @@ def test_points_are_spread_evenly_and_then_around_the_best(track):
 
 def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, capsys):
     arguments = ["run", "a", "--output", str(tmp_path), "--sides", "muon", "--jobs", "2"]
+    arguments += ["--tried", "muon-fast-vectors", "muon-row"]
     assert track.main(arguments) == 0
     tuned = {p.parent.name for p in by_formula if "tuning" in p.parts}
     assert tuned == {"adamw", "muon"} and sum("tuning" in p.parts for p in by_formula) == 2 * 24
@@ -85,8 +87,13 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
     adamw = rows["adamw", 300]
     assert adamw["counts"] and adamw["mean"] < adamw["upper_bound"] <= report["target"]
     counted = [row["steps"] for row in rows.values() if row["side"] == "muon" and row["counts"]]
-    failed = [row["steps"] for row in rows.values() if not row["counts"]]
+    failed = [row["steps"] for row in rows.values() if row["tuned"] and not row["counts"]]
     assert min(counted) == pytest.approx(150, abs=8) and max(failed) < min(counted)
+    changed = {row["side"]: row["against_muon"] for row in report["rows"] if not row["tuned"]}
+    assert changed.keys() == {"muon-fast-vectors", "muon-row"}
+    assert changed["muon-row"] == pytest.approx([0.02, 0])
+    assert changed["muon-fast-vectors"] == pytest.approx([0, 0])
+    assert (tmp_path / "a.svg").stat().st_size > 0
     for row in rows.values():  # what has failed by its first seeds is given up
         first = [math.inf if loss is None else loss for loss in row["losses"][:4]]
         given_up = statistics.mean(first) > report["target"]
