@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 
 from gpt2repro import UserError
@@ -121,11 +122,15 @@ class Examination:
             return WARNING, "not built without a tokenizer"
         self.model = build_model(self.recipe, self.tokenizer)
         num_parameters = self.model.num_parameters()
-        state = _state_bytes(num_parameters, self.recipe) + 4 * num_parameters
-        return OK, (
-            f"{num_parameters:,} parameters; {state / 2**30:.2f} GiB of weights, gradients and "
-            "optimizer, and activations on top"
+        state = _state_bytes(num_parameters, self.recipe)
+        text = (
+            f"{num_parameters:,} parameters; {(state + 4 * num_parameters) / 2**30:.2f} GiB of "
+            "weights, gradients and optimizer, and activations on top; "
+            f"{state / 2**30:.2f} GiB of main memory while a checkpoint is written"
         )
+        if state > (free := psutil.virtual_memory().available):
+            return WARNING, f"{text}, but {free / 2**30:.2f} GiB are free"
+        return OK, text
 
     def _attention(self) -> Finding:
         """The kernel that torch takes is asked for: it depends on card, types and versions."""

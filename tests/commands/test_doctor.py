@@ -1,9 +1,11 @@
 """The doctor: a line for each check, a field for each failure, and nothing written."""
 
 import shutil
+from argparse import Namespace
 from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_language_models import HELLASWAG
 from tiny_run import write_inputs
@@ -92,6 +94,17 @@ def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch):
     status, said = examine(capsys, recipe)
     assert status == 1 and said["disk"][0] == FAILURE
     assert "keep_last" in said["disk"][1] and "output_dir" in said["disk"][1]
+
+
+def test_a_checkpoint_needs_main_memory(recipe, monkeypatch):
+    exam = Examination(load_recipe(["--recipe", str(recipe), "--ema_decay", "0.9"]), 1, None)
+    exam._tokenizer()
+    memory = Namespace(available=36_096 * 16, total=2**40)  # weights, average, two moments
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert exam._model()[0] == OK
+    memory.available -= 1
+    verdict, text = exam._model()
+    assert verdict == WARNING and "main memory while a checkpoint is written, but" in text
 
 
 def test_permanent_checkpoints_are_counted(recipe, monkeypatch):
