@@ -52,9 +52,11 @@ def tokens_of_a_step(metrics: Metrics) -> float:
     return float(np.median(tokens / (step + 1))) if len(step) else 0.0
 
 
-def validations(metrics: Metrics, x_key: str) -> tuple[np.ndarray, np.ndarray]:
+def validations(
+    metrics: Metrics, x_key: str, key: str = "val_loss"
+) -> tuple[np.ndarray, np.ndarray]:
     """Validation losses at what was trained on *before* them: the first one at nothing."""
-    step, loss = series(comparable(metrics), "val_loss", "step")
+    step, loss = series(comparable(metrics), key, "step")
     return before(step, metrics, x_key), loss
 
 
@@ -148,7 +150,11 @@ def draw_losses(
                 markersize=5,
                 label=label,
             )
-        curves += [(x, loss), (x_val, val)]
+        x_mean, of_mean = validations(metrics, x_key, "val_loss_ema")
+        if len(x_mean):
+            label = f"{of}validation of the average weights, {of_mean[-1]:.3f}"
+            ax.plot(x_mean, of_mean, color=color, linewidth=1.2, linestyle="--", label=label)
+        curves += [(x, loss), (x_val, val), (x_mean, of_mean)]
     _mark_resumes(ax, runs, resumed_at)
     if baseline:
         label, value = baseline

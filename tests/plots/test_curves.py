@@ -141,6 +141,19 @@ def test_validation_stands_at_the_tokens_that_were_seen_before_it():
     assert line.get_linestyle() == "-" and line.get_marker() == "o"
 
 
+def test_the_average_of_the_weights_has_a_curve_of_its_own():
+    metrics = [
+        line | ({"val_loss_ema": line["val_loss"] - 0.1} if "val_loss" in line else {})
+        for line in run_metrics()
+    ]
+    (ax, *_) = curves.draw_losses({"": metrics}).axes
+    (line,) = [line for line in ax.get_lines() if "average weights" in str(line.get_label())]
+    x, loss = curves.validations(metrics, "tokens")
+    assert line.get_xdata().tolist() == x.tolist()
+    assert line.get_ydata() == pytest.approx(loss - 0.1)
+    assert str(line.get_label()).endswith(f"{loss[-1] - 0.1:.3f}")
+
+
 def test_resumes_are_marked():
     (ax, *_) = curves.draw_losses({"": run_metrics()}, resumed_at=[12, 30]).axes
     marks = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
