@@ -9,8 +9,9 @@ Rules
    is held out. Every run trains by `train_accelerate.train`, on the rows that its seed gives; its
    file has their digest at every step, and a summary refuses runs of a seed that had other rows.
 2. A side is an optimizer with three knobs. Each side gets the same search with the same number of
-   points, all listed: two thirds spread evenly over the logarithms of the knobs' ranges, the rest
-   over ranges a quarter as wide around the best of those. The tuning seed, 0, is not counted.
+   points, all listed: two thirds spread evenly over the logarithms of the knobs' ranges, then twice
+   a sixth over ranges a quarter as wide around the best so far, which may leave the first ranges.
+   The tuning seed, 0, is not counted.
    AdamW is tuned at N steps, every other side at half of them.
 3. The target is the upper 95 % bound (Student's t, one side) of the mean of AdamW's validation
    losses after N steps, over at least 8 seeds, rounded up to a thousandth.
@@ -63,7 +64,7 @@ TUNING_SEED, FIRST_SEEDS, LEAST_SEEDS = 0, 4, 8
 FRACTIONS = [n / 40 for n in range(8, 41)]  # of AdamW's steps
 TUNED_AT = 0.5  # of them
 WARMUP = 1 / 15
-REFINED = 1 / 3  # of the points
+REFINED = (1 / 6, 1 / 6)  # of the points
 SHAPE = ("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "batch_tokens")
 # Student's t, 95 % to one side, by degrees of freedom from 1; beyond, the last is a little too wide
 T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771)
@@ -248,19 +249,20 @@ def tune(side: str, options: Namespace) -> dict[str, float]:
     """The best of the side's points."""
     scale, knobs = SCALES[options.scale], SIDES[side][1]
     steps = round(scale.num_steps * (1 if side == "adamw" else TUNED_AT))
-    num_refined = round(REFINED * scale.num_points)
     directory = options.output / options.scale / "tuning" / side
+    refined = [round(share * scale.num_points) for share in REFINED]
+    points, begin = spread_evenly(knobs, scale.num_points - sum(refined)), 1
 
-    def losses() -> list[float]:
+    def best() -> dict[str, float]:
         jobs = [job(side, point, steps, TUNING_SEED, options) for point in points]
-        return start_all([(it, directory / f"{n:02}.json") for n, it in enumerate(jobs)], options)
+        jobs = [(it, directory / f"{n:02}.json") for n, it in enumerate(jobs)]
+        losses = start_all(jobs, options)
+        return points[losses.index(min(losses))]
 
-    points = spread_evenly(knobs, scale.num_points - num_refined)
-    found = losses()
-    best = points[found.index(min(found))]
-    points += spread_evenly(around(best, knobs), num_refined, first=1)
-    found = losses()
-    return points[found.index(min(found))]
+    for count in refined:
+        points += spread_evenly(around(best(), knobs), count, begin)
+        begin += count
+    return best()
 
 
 # --- The race -------------------------------------------------------------------------------------
