@@ -66,7 +66,7 @@ def test_validation_tokens_are_kept_where_the_training_ones_are(tmp_path):
     first, again = corpus(), corpus()
     rows = validation_set(first, ByteEncoder(), **how).rows
     assert (validation_set(again, ByteEncoder(), **how).rows == rows).all()
-    assert (first.reads, again.reads) == ([0, 1], [])
+    assert (sorted(first.reads), again.reads) == ([0, 1], [])  # by two threads
 
 
 @pytest.mark.parametrize(
