@@ -65,7 +65,10 @@ FRACTIONS = [n / 40 for n in range(8, 41)]  # of AdamW's steps
 TUNED_AT = 0.5  # of them
 WARMUP = 1 / 15
 REFINED = (1 / 6, 1 / 6)  # of the points
-SHAPE = ("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "batch_tokens")
+SHAPE = (
+    *("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "batch_tokens"),
+    "mixed_precision",
+)
 # Student's t, 95 % to one side, by degrees of freedom from 1; beyond, the last is a little too wide
 T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771)
 
@@ -80,7 +83,7 @@ QUIET = {"eval_every": 0, "sample_every": 0, "min_lr": 0.0, "resume": "auto"}
 SCALES = {
     # 3 x 192 on the prose that Python carries, with the demo's own BPE
     "a": Scale(300, 24, {"recipe": "demo", "micro_batch_size": 16, **QUIET}),
-    # 10.6 M parameters, 16 M tokens of books by the demo's BPE
+    # 10.6 M parameters, 16 M tokens of books by the demo's BPE, on a GPU: in bf16, at once
     "b": Scale(
         976,
         12,
@@ -88,7 +91,8 @@ SCALES = {
             "recipe": "demo",
             "dataset_name": "../shared/data/books",
             **{"n_layer": 12, "n_head": 4, "n_embd": 256, "sequence_length": 512},
-            **{"batch_tokens": 16384, "micro_batch_size": 8, "validation_tokens": 262144},
+            **{"batch_tokens": 16384, "micro_batch_size": 32, "validation_tokens": 262144},
+            "mixed_precision": "bf16",
             **QUIET,
         },
     ),
