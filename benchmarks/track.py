@@ -11,7 +11,8 @@ Rules
 2. A side is an optimizer with three knobs. Each side gets the same search with the same number of
    points, all listed: two thirds spread evenly over the logarithms of the knobs' ranges, then twice
    a sixth over ranges a quarter as wide around the best so far, which may leave the first ranges.
-   The tuning seed, 0, is not counted.
+   A best point outside the first ranges is told: they were too narrow. The tuning seed, 0, is not
+   counted.
    AdamW is tuned at N steps, every other side at half of them.
 3. The target is the upper 95 % bound (Student's t, one side) of the mean of AdamW's validation
    losses after N steps, over at least 8 seeds, rounded up to a thousandth.
@@ -19,8 +20,8 @@ Rules
    lies at or below the target. Each length is a run of its own with its whole schedule. They are
    found by bisection; every length that was tried stays in the table, also one that failed. Where
    the mean of its first four seeds is above the target, a length has failed without the others.
-5. What is only tried (`--tried`) has no search: one change to the first side, with its knobs and at
-   its fewest steps. Its row says by how much the loss differs on the same seeds.
+5. What is only tried (`--tried`) has no search: one change to plain AdamW or Muon, with its knobs
+   and at its fewest steps. Its row says by how much the loss differs on the same seeds.
 
 Every run is a file of its own, written when it is done. What is killed goes on from its last
 checkpoint, or is told to (SIGTERM) when the minutes are over. A file has the whole recipe and the
@@ -67,7 +68,7 @@ WARMUP = 1 / 15
 REFINED = (1 / 6, 1 / 6)  # of the points
 SHAPE = (
     *("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "batch_tokens"),
-    "mixed_precision",
+    *("mixed_precision", "validation_tokens"),
 )
 # Student's t, 95 % to one side, by degrees of freedom from 1; beyond, the last is a little too wide
 T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771)
@@ -101,9 +102,10 @@ SCALES = {
 }
 
 Knobs = dict[str, tuple[float, float]]
-OF_MUON: Knobs = {"muon_lr": (5e-3, 0.1), "max_lr": (1e-3, 3e-2), "muon_weight_decay": (1e-2, 1.0)}
+OF_MUON: Knobs = {"muon_lr": (5e-3, 0.1), "max_lr": (1e-3, 0.1), "muon_weight_decay": (1e-2, 1.0)}
+# A first search of `a`, with scales of 0.3 to 10, ended at 12 and still fell: it is not counted.
 OF_ADAMW: Knobs = {
-    **{"max_lr": (3e-4, 1e-2), "embedding_lr_scale": (0.3, 10.0), "weight_decay": (1e-2, 1.0)}
+    **{"max_lr": (1e-4, 1e-2), "embedding_lr_scale": (1.0, 100.0), "weight_decay": (1e-2, 1.0)}
 }
 POWERCOOL = {"schedule": "power", "cooldown_fraction": 0.5, "matrix_cooldown_fraction": 0.8}
 MUONS: dict[str, dict[str, Any]] = {
@@ -123,9 +125,16 @@ MUONS: dict[str, dict[str, Any]] = {
     "muon-fast-vectors": {"vector_lr_scale": 3.0},
     "all": {**POWERCOOL, "muon_normalize": True, "cautious_weight_decay": True},
 }
+ADAMWS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw-linear": {"schedule": "linear"},
+    "adamw-power": {"schedule": "power", "cooldown_fraction": 0.5},
+    "adamw-cautious": {"cautious_weight_decay": True},
+    "adamw-row": {"embedding_second_moment": "row"},
+    "adamw-fast-vectors": {"vector_lr_scale": 3.0},
+}
 SIDES: dict[str, tuple[dict[str, Any], Knobs]] = {
-    "adamw": ({"optimizer": "adamw"}, OF_ADAMW),
-    "adamw-linear": ({"optimizer": "adamw", "schedule": "linear"}, OF_ADAMW),
+    **{name: ({"optimizer": "adamw", **more}, OF_ADAMW) for name, more in ADAMWS.items()},
     **{name: ({"optimizer": "muon", **more}, OF_MUON) for name, more in MUONS.items()},
 }
 
@@ -168,15 +177,19 @@ def start_one(fields: dict[str, Any], output: Path, options: Namespace) -> dict[
 
     Raises:
         TimeIsOver: before it was done; it has been told to save.
-        UserError: it failed.
+        UserError: it failed, or the record is of another run.
     """
-    work = options.output / "work" / "-".join(output.with_suffix("").parts[-3:])
-    if not output.exists():
+    work = options.output / "work" / "-".join(output.with_suffix("").parts[-4:])
+    if output.exists():
+        check_same(fields, read(output)["recipe"], output)
+    else:
         if (left := options.deadline - time.monotonic()) <= 0:
             raise TimeIsOver
         for directory in (work, output.parent):
             directory.mkdir(parents=True, exist_ok=True)
         recipe_file = work / "recipe.yaml"
+        if recipe_file.exists():
+            check_same(fields, yaml.safe_load(recipe_file.read_text(encoding="utf-8")), work)
         recipe_file.write_text(yaml.safe_dump(fields), encoding="utf-8")
         words = map(str, ("one", recipe_file, work / "run", output))
         # The second says that it has a launcher, with which it saves and ends.
@@ -199,11 +212,21 @@ def start_one(fields: dict[str, Any], output: Path, options: Namespace) -> dict[
     return read(output)
 
 
+def check_same(fields: dict[str, Any], known: dict[str, Any], where: Path) -> None:
+    for name in (fields.keys() & known.keys()) - {"output_dir"}:
+        if fields[name] != known[name]:
+            now = f"it has {name} {known[name]}, and is to have {fields[name]}"
+            raise UserError(f"{where} is of another run: {now}; move it away")
+
+
 def start_all(jobs: list[tuple[dict[str, Any], Path]], options: Namespace) -> list[float]:
     """The jobs' validation losses, infinite where one diverged."""
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = [pool.submit(start_one, *each, options) for each in jobs]
-        return [loss_of(future.result()) for future in futures]
+        try:
+            return [loss_of(future.result()) for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure; else nothing is left
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -269,6 +292,11 @@ def tune(side: str, options: Namespace) -> dict[str, float]:
     return best()
 
 
+def plain(side: str) -> str:
+    """The side that another is a change to."""
+    return SIDES[side][0]["optimizer"]
+
+
 # --- The race -------------------------------------------------------------------------------------
 
 
@@ -281,6 +309,8 @@ def upper_bound(losses: list[float]) -> float:
 
 
 def target_of(losses: list[float]) -> float:
+    if upper_bound(losses) == math.inf:
+        raise UserError(f"AdamW sets no target: of {len(losses)} seeds, none may diverge")
     return math.ceil(upper_bound(losses) * 1000) / 1000
 
 
@@ -297,16 +327,17 @@ def run_scale(options: Namespace) -> None:
 
     lengths = [round(each * num_steps) for each in FRACTIONS]
     for side in dict.fromkeys(["adamw", *options.sides]):
-        best = tune(side, options)
+        best, fewest = tune(side, options), num_steps
         if side == "adamw":
             target = target_of(race(side, best, num_steps))
-            continue
-        at = bisect.bisect_left(
-            lengths, True, key=lambda n: upper_bound(race(side, best, n)) <= target
-        )
-        if side == options.sides[0]:
-            for changed in options.tried:
-                race(changed, best, lengths[min(at, len(lengths) - 1)])
+        else:
+            at = bisect.bisect_left(
+                lengths, True, key=lambda n: upper_bound(race(side, best, n)) <= target
+            )
+            fewest = lengths[min(at, len(lengths) - 1)]
+        for changed in options.tried:
+            if plain(changed) == side:
+                race(changed, best, fewest)
     summarize(options)
 
 
@@ -334,6 +365,7 @@ def summarize(options: Namespace) -> None:
                 {name: each["recipe"][name] for name in knobs} | {"val_loss": each["val_loss"]}
                 for each in records
             ]
+            tell_edges(side, min(records, key=loss_of)["recipe"])
             continue
         bound = upper_bound(losses)
         rows.append(
@@ -346,7 +378,7 @@ def summarize(options: Namespace) -> None:
                 "mean": None if bound == math.inf else statistics.mean(losses),
                 "upper_bound": None if bound == math.inf else bound,
                 "counts": len(losses) >= LEAST_SEEDS and bound <= target,
-                "against_muon": difference(records, runs.get(("rows", "muon", steps), [])),
+                "against_plain": difference(records, runs.get(("rows", plain(side), steps), [])),
                 "seconds_of_adamws": seconds(records) / seconds(adamw),
             }
         )
@@ -360,11 +392,14 @@ def summarize(options: Namespace) -> None:
 
 
 def difference(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float] | None:
-    """The mean by which our loss is above the others' on the same seeds, and its standard error."""
+    """The mean by which our loss is above the others' on the same seeds, and its standard error.
+
+    None where a run diverged: the others would look better than the whole.
+    """
     theirs = {each["recipe"]["seed"]: loss_of(each) for each in others}
-    pairs = [(loss_of(each), theirs.get(each["recipe"]["seed"], math.inf)) for each in ours]
-    found = [one - other for one, other in pairs if one < math.inf > other]
-    if ours is others or len(found) < 2:
+    pairs = [(loss_of(each), theirs.get(each["recipe"]["seed"])) for each in ours]
+    found = [one - other for one, other in pairs if other is not None]
+    if ours is others or len(found) < 2 or not all(map(math.isfinite, found)):
         return None
     return [statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5]
 
@@ -386,6 +421,12 @@ def draw(sides: dict[str, list[dict[str, Any]]], target: float) -> Figure:
     ax.set_ylim(top=target + 2.5)
     legend(ax)
     return figure
+
+
+def tell_edges(side: str, best: dict[str, Any]) -> None:
+    for name, (low, high) in SIDES[side][1].items():
+        if not low <= best[name] <= high:
+            print(f"{side}: the best {name}, {best[name]}, is outside {low} to {high}")
 
 
 def shown(name: str, value: Any) -> str:
