@@ -51,11 +51,13 @@ class AdamW(Optimizer):
 
     def __init__(self, params: Iterable, **defaults: Any) -> None:
         self.found_inf: Tensor | None = None
+        self._is_finite: Tensor | None = None  # on the device: whether this step counts
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         assert closure is None, "closures are not supported"
+        self._is_finite = None if self.found_inf is None else self.found_inf == 0
         for group in self.param_groups:
             self._step_of(group)
 
@@ -66,7 +68,7 @@ class AdamW(Optimizer):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
-            if group["cautious"]:
+            if group["cautious"] and group["weight_decay"]:
                 mean = state["exp_avg"].lerp(parameter.grad, 1 - group["betas"][0])
                 self._decay(parameter, mean, group)
         if group["second_moment"] != "element":
@@ -111,7 +113,7 @@ class AdamW(Optimizer):
             moment = moment * columns / moment.mean().clamp(min=1e-30)
         state["step"] += 1.0 if self.found_inf is None else 1 - self.found_inf
         root = (moment / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
-        scale = (1 / root / (1 - beta1 ** state["step"])).expand(parameter.shape)
+        scale = 1 / root / (1 - beta1 ** state["step"])
         scale = self._unless_skipped(scale, torch.zeros_like(scale))
         parameter.sub_(state["exp_avg"] * like(parameter, scale), alpha=group["lr"])
 
@@ -130,13 +132,12 @@ class AdamW(Optimizer):
         keep: Any = 1 - rate
         if group["cautious"]:  # by signs: a product of values may be lost to underflow
             keep = 1 - rate * (update.sign() * parameter >= 0)
-        if self.found_inf is not None:
-            keep = keep if group["cautious"] else self.found_inf.new_full((), keep)
-            keep = keep.where(self.found_inf == 0, 1.0)
+        if self._is_finite is not None:
+            keep = torch.where(self._is_finite, keep, 1.0)
         parameter.mul_(keep)
 
     def _unless_skipped(self, new: Tensor, old: Tensor) -> Tensor:
-        return new if self.found_inf is None else new.where(self.found_inf == 0, old)
+        return new if self._is_finite is None else new.where(self._is_finite, old)
 
 
 def like(parameter: Tensor, update: Tensor) -> Tensor:

@@ -82,13 +82,14 @@ class MuonAdamW(AdamW):
         for parameters in by_shape.values():
             ahead = [ranks.whole(self._look_ahead(p, group)) for p in parameters]
             stacked = torch.cat([a.T.unflatten(0, (maps, -1)) for a in ahead])
-            updates = ranks.share(self._orthogonalize, stacked)
+            updates = ranks.share(self._orthogonalize, stacked).to(stacked.dtype)
+            if not group["normalized"]:
+                updates = self._unless_skipped(updates, torch.zeros_like(updates))
             # A tall map has more outputs than directions to fill them from: keep their size.
             rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
             for parameter, update in zip(parameters, updates.split(maps), strict=True):
                 if group["normalized"]:
                     update = self._normalize(update, parameter, group)
-                update = self._unless_skipped(update, torch.zeros_like(update))
                 own = like(parameter, update.flatten(0, 1).T)
                 self._decay(parameter, own, group)
                 parameter.sub_(own, alpha=group["lr"] * rows_per_column**0.5)
@@ -110,7 +111,8 @@ class MuonAdamW(AdamW):
         moment = self._mean("row_sq", parameter, squares, group["betas"][1])
         rows = update / (moment.view(len(update), -1, 1).sqrt() + group["eps"])
         sizes = [each.norm(dim=(1, 2), keepdim=True) for each in (update, rows)]
-        return rows * (sizes[0] / sizes[1].clamp(min=1e-30))
+        update = rows * (sizes[0] / sizes[1].clamp(min=1e-30))
+        return self._unless_skipped(update, torch.zeros_like(update))
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, to need 5 steps only
@@ -121,7 +123,8 @@ def orthogonalize(maps: Tensor) -> Tensor:
 
     X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X leaves U and V alone and sends every singular value s in
     (0, 1] to a s + b s³ + c s⁵. Five times, and all but the smallest lie between 0.7 and 1.2, which
-    serves as well as exactly 1. GPUs multiply in bfloat16, whose rounding is smaller than that.
+    serves as well as exactly 1. GPUs multiply in bfloat16, whose rounding is smaller than that, and
+    the result stays in it: ranks have less to send.
     """
     a, b, c = NEWTON_SCHULZ
     tall = maps.shape[1] > maps.shape[2]
@@ -131,4 +134,4 @@ def orthogonalize(maps: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(maps.dtype)
+    return x.mT if tall else x
