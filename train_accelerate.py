@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 def train(run: "Run") -> int:
     """The loop over optimizer steps; returns the exit status, 0 when all steps are done."""
     recipe, monitor = run.recipe, run.monitor
-    if recipe.keeps(run.checkpoints.first_step):
+    if run.saves_before(run.checkpoints.first_step):
         run.save(run.checkpoints.first_step)
     for step in range(run.checkpoints.first_step, recipe.num_steps):
         figures = monitor.observe(step)  # validation, benchmarks, a sample: what is due

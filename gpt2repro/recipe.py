@@ -240,7 +240,7 @@ class Recipe(BaseModel):
     muon_heads: Switch = knob("orthogonalize each head's query, key and value map on its own")
     muon_weight_decay: Number = knob("decoupled decay of the matrices under muon", ge=0, le=1000)
     ema_decay: Number = knob(
-        "of a moving average of the weights, exported too if better; 0: none", ge=0, le=0.999999
+        "of a moving average of the weights, exported too if better; 0: none", ge=0, le=0.9999
     )
     max_grad_norm: Number = knob("gradients are clipped to this global L2 norm", gt=0, le=1e30)
 

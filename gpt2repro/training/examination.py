@@ -30,6 +30,7 @@ from gpt2repro.training.inputs import (
 )
 from gpt2repro.training.learner import build_model
 from gpt2repro.training.micro_batch import largest_that_fits
+from gpt2repro.training.schedule import endless_warmup
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -251,7 +252,10 @@ class Examination:
         if self.price is not None:
             money = f", {hours * self.num_processes * self.price:,.2f} at {self.price:g} an hour"
             money += f" and {self.device.type}"
-        return OK, f"about {spoken} for {in_short(tokens)} tokens{money} (an estimate)"
+        text = f"about {spoken} for {in_short(tokens)} tokens{money} (an estimate)"
+        if note := endless_warmup(self.recipe):
+            return WARNING, f"{text}. {note}"
+        return OK, text
 
 
 def _state_bytes(num_parameters: int, recipe: Recipe) -> float:

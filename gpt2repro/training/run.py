@@ -34,7 +34,7 @@ from gpt2repro.training.inputs import Inputs, counted_steps, from_anywhere, open
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor, due
 from gpt2repro.training.saving import Checkpoints
-from gpt2repro.training.schedule import jump, set_rates, stable_until
+from gpt2repro.training.schedule import endless_warmup, jump, set_rates, stable_until
 from gpt2repro.training.step import LaunchedStep, next_rows, train_step
 from gpt2repro.training.tracker import find_tracker
 
@@ -112,11 +112,14 @@ class Run:
                 ranks.wait_at_most(LOOP_WAIT_SECONDS)
         return result
 
+    def saves_before(self, step: int) -> bool:
+        """Whether a checkpoint of `step` is kept: for good, or as the end of the stable phase."""
+        return self.recipe.keeps(step) or step == stable_until(self.recipe)
+
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due when `step` is done; the last one always is."""
-        done, recipe = step + 1, self.recipe
-        due_now = due(recipe.save_every, done) or recipe.keeps(done)
-        return done in (recipe.num_steps, stable_until(recipe)) or due_now
+        done, is_due = step + 1, due(self.recipe.save_every, step + 1)
+        return done == self.recipe.num_steps or is_due or self.saves_before(done)
 
     def save(self, step: int) -> None:
         """A checkpoint of the state before `step`, once, after all that led to it is told.
@@ -259,14 +262,17 @@ def _claim(
     newest = directory.taken_in(start.path)
     own = [place.resolve() for place in (directory.checkpoints, directory.stable)]
     is_own = newest is not None and newest.resolve().parent in own
-    if start.path and (rise := jump(resolved, as_saved(recipe, start.recipe), start.step)):
-        start = replace(start, note=f"{start.note} {rise}")
+    remarks = [start.note, endless_warmup(resolved)]
+    if start.path:
+        remarks.append(jump(resolved, as_saved(recipe, start.recipe), start.step))
+    start = replace(start, note=" ".join(filter(None, remarks)))
     # May ask for a login: signals end the process.
     ranks.on_rank_0(
         lambda: tracker.log_in(resolved, learner.accelerator, directory.tracker, history)
     )
     stop = StopRequest(ranks.any_rank)
-    becomes_permanent = recipe.keeps(start.step) and not start.state.get("permanent")
+    becomes_kept = recipe.keeps(start.step) and not start.state.get("permanent")
+    becomes_kept = becomes_kept or start.step == stable_until(resolved)
     return Run(
         recipe=resolved,
         directory=directory,
@@ -278,7 +284,7 @@ def _claim(
             recipe=resolved,
             newest=newest,
             first_step=start.step,
-            saved_step=start.step if start.path and not becomes_permanent else -1,
+            saved_step=start.step if start.path and not becomes_kept else -1,
             chain=ranks.on_rank_0(lambda: checkpoints.chain_after(newest, is_own=is_own)),
             push=_open_push(resolved, directory, start, inputs, learner, launch),
         ),

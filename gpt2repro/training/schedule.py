@@ -115,10 +115,28 @@ def set_rates(optimizer: Optimizer, recipe: Recipe, step: int) -> float:
 
 def jump(recipe: Recipe, before: Recipe, step: int) -> str:
     """In words, that the rate of a run that was made longer rises at `step`, where it resumes."""
-    then, now = recipe_lr(before, step - 1), recipe_lr(recipe, step)
-    if recipe.num_steps == before.num_steps or step < recipe.warmup_steps or now <= JUMP * then:
+    if recipe.num_steps == before.num_steps or step < recipe.warmup_steps:
+        return ""
+    of_matrices = recipe.matrix_lr_scale
+    if recipe.optimizer == "muon":
+        of_matrices = recipe.muon_lr / recipe.max_lr
+    for what, scale in (("", 1.0), (" of the matrices", of_matrices)):
+        then = scale * recipe_lr(before, step - 1, of_matrices=bool(what))
+        now = scale * recipe_lr(recipe, step, of_matrices=bool(what))
+        if now > JUMP * then:
+            return (
+                f"The learning rate{what} rises from {then:.2g} to {now:.2g} here: so "
+                f"{recipe.schedule} has it for {recipe.num_steps} steps. "
+                "By wsd, and from before its cooldown, it would not."
+            )
+    return ""
+
+
+def endless_warmup(recipe: Recipe) -> str:
+    """In words, that a run ends before its warm-up does."""
+    if recipe.num_steps is None or recipe.num_steps > recipe.warmup_steps:
         return ""
     return (
-        f"The learning rate rises from {then:.2g} to {now:.2g} here: so {recipe.schedule} has it "
-        f"for {recipe.num_steps} steps. By wsd, and from before its cooldown, it would not."
+        f"The warm-up of {recipe.warmup_steps} steps does not end within the run's "
+        f"{recipe.num_steps}: lower warmup_steps, or the rate only rises."
     )

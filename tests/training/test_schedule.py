@@ -11,7 +11,7 @@ from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.training import finish
 from gpt2repro.training import run as run_module
-from gpt2repro.training.schedule import lr_at, momentum_at, stable_until
+from gpt2repro.training.schedule import endless_warmup, jump, lr_at, momentum_at, stable_until
 
 
 def test_warm_up_then_half_a_cosine():
@@ -78,6 +78,25 @@ def test_where_a_stable_phase_ends():
 
 # --- A longer run ---------------------------------------------------------------------------------
 
+
+def test_what_a_user_should_know_of_a_schedule():
+    power = ["--schedule", "power", "--cooldown_fraction", "0.2", "--warmup_steps", "5"]
+    power += ["--matrix_cooldown_fraction", "0.8", "--num_steps"]
+    short, longer = (load_recipe([*power, num_steps]) for num_steps in ("100", "300"))
+    assert jump(longer, short, 15) == "" == jump(short, short, 90)
+    # 6e-5 + 5.4e-4 (41 / 80)^1.2, and with Muon's rate of 0.02
+    assert "rate of the matrices rises from 0.0003 to 0.0006 here" in jump(longer, short, 60)
+    muon = {"optimizer": "muon", "muon_lr": 0.02}
+    shorter, now = (each.model_copy(update=muon) for each in (short, longer))
+    assert "rate of the matrices rises from 0.01 to 0.02 here" in jump(now, shorter, 60)
+    assert jump(longer, short, 95).startswith("The learning rate rises from")
+    assert endless_warmup(short) == ""
+    within = load_recipe(["--warmup_steps", "100", "--num_steps", "100"])
+    assert "100 steps does not end within the run's 100: lower warmup_steps" in endless_warmup(
+        within
+    )
+
+
 WSD = ("--schedule", "wsd", "--cooldown_fraction", "0.5", "--keep_last", "1", "--save_every", "0")
 
 
@@ -116,6 +135,18 @@ def test_a_longer_run_goes_on_from_before_the_cooldown(recipe, tmp_path, capsys)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
     assert [p.name for p in (parts / "checkpoints" / "stable").iterdir()] == ["step_00000006"]
     assert (parts / "checkpoints" / "superseded" / "step_00000008").is_dir()
+
+
+def test_a_cooldown_may_begin_where_the_run_resumes(recipe, tmp_path, capsys):
+    """A branch off a stable phase is itself made longer later."""
+    stable = ("--schedule", "wsd", "--cooldown_fraction", "0", "--keep_last", "1")
+    assert train(recipe, tmp_path, *stable, "--num_steps", "2") == 0
+    assert train(recipe, tmp_path, *WSD, "--num_steps", "4") == 0
+    assert [p.name for p in (tmp_path / "checkpoints" / "stable").iterdir()] == ["step_00000002"]
+    capsys.readouterr()
+    assert train(recipe, tmp_path, *WSD, "--num_steps", "6") == 0
+    shown = capsys.readouterr().out
+    assert "going on from step 2, before its cooldown" in shown and "rises" not in shown
 
 
 def test_its_permanent_checkpoints_are_those_of_a_run_that_was_so_long(recipe, tmp_path):
