@@ -25,7 +25,8 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 
 def make(optimizer: str = "adamw", **overrides):
     torch.manual_seed(0)
-    settings = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50, "n_positions": 8}
+    # Odd, so that two ranks have shards of unequal sizes.
+    settings = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 51, "n_positions": 9}
     settings |= {"bos_token_id": 0, "eos_token_id": 0, **overrides}
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**settings))
     return model, build_optimizer(
