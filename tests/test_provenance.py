@@ -19,16 +19,18 @@ import pytest
 import torch
 from fake_hub import Fault
 from fake_hub_uploads import UploadHub
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny_export import WITHOUT_THE_PACKAGE
 from tiny_run import assert_same_tensors, metrics, tensors, train, write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.commands import verify
-from gpt2repro.publishing import verification
+from gpt2repro.publishing import background, verification
 from gpt2repro.publishing.card import with_provenance
-from gpt2repro.records import checkpoints
+from gpt2repro.records import checkpoints, hub_checkpoints
 from gpt2repro.records.provenance import BRANCH, Point, Record
+from gpt2repro.system.patience import patiently
 from gpt2repro.training import finish
 from gpt2repro.training.monitor import Monitor
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -379,6 +381,26 @@ def test_a_run_goes_on_from_the_hub_in_an_empty_directory(recipe, run, hub, tmp_
     assert_same_tensors(tensors(tmp_path / "run", 6), tensors(path, 6))
     assert chain(hub) == before and check(capsys)[0] == 0
     assert not (tmp_path / "run" / ".hub").exists()
+
+
+def test_no_answer_is_not_the_answer_that_there_is_no_record(run, hub, tmp_path):
+    """Main is the newest, step 4; 503s, more than the Hub's client sits out, hide its record."""
+    refs = hub.repositories["models", "me/run"].refs
+    refs["main"] = refs.pop("step00000004")
+    newer = checkpoints.record_of(run[0] / "checkpoints" / "step_00000002")
+    how = background.Checkpoints(None, "gpt2repro", with_state=True, tell=None)
+    push = background.BackgroundPush("me/run", checkpoints=how, going_on_from=4)
+    for look in (
+        lambda: hub_checkpoints.fetch("hub:me/run", tmp_path).name == "step_00000004",
+        lambda: patiently(lambda: push._what_lacks("step00000002", newer), "") == (False, False),
+    ):
+        shutil.rmtree(Path(constants.HF_HUB_CACHE), ignore_errors=True)
+        outage = Fault("status:503", path="resolve/.*/provenance.json", method="HEAD", times=20)
+        hub.faults.append(outage)
+        assert look()
+        hub.faults.remove(outage)
+        assert outage.num_hits > 6
+    assert push.finish(30) == []
 
 
 def test_what_cannot_be_gone_on_from_is_one_line(recipe, hub, tmp_path):

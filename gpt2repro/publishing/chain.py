@@ -11,18 +11,16 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
-from pydantic import ValidationError
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import provenance_table
 from gpt2repro.records import provenance
+from gpt2repro.records.hub_checkpoints import read_record
 from gpt2repro.records.provenance import Point, Record, branch_of
-from gpt2repro.system.hub import has_owner, is_content, read_tree
+from gpt2repro.system.hub import has_owner, read_file, read_tree
 from gpt2repro.system.patience import patiently
 
 MAIN = "main"
@@ -109,23 +107,12 @@ def read_branches(repo_id: str, revision: str | None = None) -> dict[str, Publis
 
 def _read(repo_id: str, name: str, commit: str) -> Published:
     tree = patiently(lambda: read_tree(repo_id, commit), f"list the files of {name}")
-
-    def read(file: str) -> bytes:
-        if file not in tree:
-            return b""
-        content = Path(hf_hub_download(repo_id, file, revision=commit)).read_bytes()
-        if not is_content(tree[file], content):
-            raise UserError(f"{file} of {name} came otherwise than the Hub lists it; ask again")
-        return content
-
-    card, content = (
-        patiently(partial(read, file), f"read {file} of {name}")
-        for file in ("README.md", provenance.FILE)
+    card = patiently(
+        lambda: read_file(repo_id, "README.md", commit, tree), f"read the card of {name}"
     )
-    try:
-        record = Record.model_validate_json(content)
-    except ValidationError:
-        record = None
+    record, content = patiently(
+        lambda: read_record(repo_id, commit, tree), f"read {provenance.FILE} of {name}"
+    )
     return Published(name, tree, card.decode("utf-8", "replace"), content, record)
 
 

@@ -5,22 +5,19 @@ safetensors or JSON, and checked on arrival: against what the Hub says it has, a
 checkpoint by its own marker.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import GitRefInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from pydantic import ValidationError
 
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, integrity, provenance
 from gpt2repro.system import atomic
-from gpt2repro.system.hub import has_owner, is_content, read_tree
+from gpt2repro.system.hub import has_owner, is_content, read_file, read_tree
 from gpt2repro.system.patience import patiently
 
 PREFIX = "hub:"
@@ -43,13 +40,15 @@ def has_state(tree: Collection[str]) -> bool:
     return f"{STATE_FOLDER}/{integrity.MARKER}" in tree
 
 
-def read_record(repo_id: str, revision: str) -> provenance.Record | None:
-    """The `provenance.json` of a revision; None where there is none that can be read."""
+def read_record(
+    repo_id: str, revision: str, tree: Mapping[str, RepoFile]
+) -> tuple[provenance.Record | None, bytes]:
+    """The `provenance.json` of a revision, and its bytes; None where there is none to be read."""
+    content = read_file(repo_id, provenance.FILE, revision, tree)
     try:
-        path = hf_hub_download(repo_id, provenance.FILE, revision=revision)
-        return provenance.Record.model_validate_json(Path(path).read_bytes())
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, ValueError):
-        return None
+        return provenance.Record.model_validate_json(content), content
+    except ValidationError:
+        return None, content
 
 
 def fetch(name: str, place: Path) -> Path:
@@ -87,7 +86,7 @@ def _find(repo_id: str, revision: str) -> tuple[str, dict[str, RepoFile]]:
         return commit, read_tree(repo_id, commit)
     main, newest = str(HfApi().model_info(repo_id).sha), -1
     found = main, read_tree(repo_id, main)
-    if has_state(found[1]) and (record := read_record(repo_id, main)):
+    if has_state(found[1]) and (record := read_record(repo_id, *found)[0]):
         newest = record.step
     for step, branch in reversed(step_branches(repo_id).items()):
         tree = read_tree(repo_id, branch.target_commit) if step > newest else {}

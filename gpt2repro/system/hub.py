@@ -1,11 +1,15 @@
 """What a name on the Hub looks like, and what the Hub says of the files behind it."""
 
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
+
+from gpt2repro import UserError
 
 
 def is_hub_id(name: str) -> bool:
@@ -38,3 +42,22 @@ def is_content(entry: RepoFile | None, content: bytes) -> bool:
     if entry.lfs is not None:
         return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
     return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def read_file(repo_id: str, path: str, revision: str, tree: Mapping[str, RepoFile]) -> bytes:
+    """A small file of a revision that consists of `tree`; b"" if that has none of this name.
+
+    The tree says so, and no failed download: without an answer that raises EntryNotFoundError, too.
+
+    Raises:
+        UserError: what comes is not what the tree lists.
+    """
+    if path not in tree:
+        return b""
+    for again in (False, True):  # a damaged cache is not asked twice
+        content = Path(
+            hf_hub_download(repo_id, path, revision=revision, force_download=again)
+        ).read_bytes()
+        if is_content(tree[path], content):
+            return content
+    raise UserError(f"{path} of {repo_id} came otherwise than the Hub lists it; ask again")
