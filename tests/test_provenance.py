@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -228,6 +229,36 @@ def lose_the_newest(hub, refs):
     del refs["step00000004"]
 
 
+def edit_config(hub, pattern: bytes, text: bytes) -> None:
+    """Of step 2; its sums are written anew, so that only the other branches tell."""
+    files = hub.files("me/run", "step00000002")
+    config, num_changes = re.subn(pattern, text, files["config.json"])
+    ours, other = (hashlib.sha256(each).hexdigest() for each in (files["config.json"], config))
+    sums = files["SHA256SUMS"].replace(ours.encode(), other.encode())
+    assert num_changes == 1 and sums != files["SHA256SUMS"]
+    edit(hub, "step00000002", config__json=config, SHA256SUMS=sums)
+
+
+def another_config(hub, refs):
+    edit_config(hub, b'"n_head": ', b'"n_head": 1')
+
+
+def code(hub, refs):
+    edit(hub, "main", modeling_gpt2repro__py=b"import os; os.system('x')")
+
+
+def no_tokenizer(hub, refs):
+    edit(hub, "step00000001", tokenizer__json=None)
+
+
+def no_sums(hub, refs):
+    edit(hub, "step00000001", SHA256SUMS=None)
+
+
+def one_more_file(hub, refs):
+    edit(hub, "main", chat_template__jinja=b"{{ messages }}", LICENSE=b"which may be added")
+
+
 def put_back_main(hub, refs):
     edit(
         hub,
@@ -251,6 +282,11 @@ TAMPERINGS = [
     (lose, {"step00000002": "is missing: step00000004 names it"}),
     (lose_the_first, {"step00000000": "is missing: step00000001 names it"}),
     (lose_the_newest, {"step00000004": "is missing: main names it"}),
+    (another_config, {"step00000002": "its config.json is not that of step00000000"}),
+    (code, {"main": "its modeling_gpt2repro.py is not the file that its SHA256SUMS lists"}),
+    (no_tokenizer, {"step00000001": "its tokenizer.json is not the file that its SHA256SUMS"}),
+    (no_sums, {"step00000001": "lacks its SHA256SUMS"}),
+    (one_more_file, {"main": "holds chat_template.jinja, which its SHA256SUMS does not list"}),
     (put_back_main, {"main": "its model.safetensors is not the file"}),
 ]
 
@@ -266,6 +302,29 @@ def test_what_was_tampered_with_is_named(hub, capsys, tamper, found):
         assert any(line.startswith(problem) for line in said[name]), said
     wrong = [name for name, lines in said.items() if not lines[0].startswith("right")]
     assert wrong == [*found], said
+
+
+def test_one_branch_is_compared_with_the_one_before(hub, capsys):
+    another_config(hub, {})
+    for one, before in (("step00000002", "step00000001"), ("step00000004", "step00000002")):
+        problem = f"its config.json is not that of {before}"  # of two, who knows which is right
+        assert check(capsys, "--revision", one) == (1, {one: [problem]})
+
+
+def test_what_was_proved_is_said(hub, capsys, monkeypatch):
+    """And that somebody's model code is not this version's, which alike branches may all have."""
+    assert verify.main(["me/run"]) == 0
+    said = capsys.readouterr().out
+    assert "Configuration, tokenizer\nand code, which no record names," in said
+    assert "read it before it runs" not in said
+    edit(hub, "main", modeling_gpt2repro__py=b"import os; os.system('x')")
+    verify.main(["me/run"])
+    assert "The model's code is not this version's: read it before" in capsys.readouterr().out
+
+
+def test_another_version_of_transformers_may_have_gone_on(hub, capsys):
+    edit_config(hub, b'transformers_version": "', b'transformers_version": "4.')
+    assert check(capsys)[0] == 0
 
 
 # --- On the way there -----------------------------------------------------------------------------

@@ -4,10 +4,10 @@
     gpt2repro verify me/run --revision step00000512
     gpt2repro verify me/run --data [--FIELD VALUE ...]
 
-Every branch is looked at on the Hub: its name, the SHA-256 of its weights, its card, that no two
-hold the same weights, and that each leads to the one before. --data also reads the rows again that
-the card's recipe gives; fields replace the recipe's, such as the place of a dataset that is a
-directory (the repository goes first).
+Every branch is looked at on the Hub: its name, the SHA-256 of its files, its card, that no two hold
+the same weights, all the same configuration, tokenizer and code, and that each leads to the one
+before. --data also reads the rows again that the card's recipe gives; fields replace the recipe's,
+such as the place of a dataset that is a directory (the repository goes first).
 """
 
 import argparse
@@ -24,6 +24,10 @@ from gpt2repro.recipe import Recipe, load_recipe, parse_arguments
 
 if TYPE_CHECKING:
     from gpt2repro.publishing.chain import Problems, Published
+
+PROVED = """\
+Weights, rows and cards are those of the records, which name each other. Configuration, tokenizer
+and code, which no record names, are those of SHA256SUMS, and alike where one code trained."""
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +49,9 @@ def main(argv: list[str]) -> int:
             said = f"step {record.step:,}, {record.tokens:,} tokens, weights {weights} ..."
             print(f"{name:<14} right: {said}")
     wrong = sum(map(bool, problems.values()))
-    print(f"\n{wrong} of them wrong." if wrong else "\nAll is as the run made it.")
+    print(f"\n{wrong} of them wrong." if wrong else f"\n{PROVED}")
+    if any(branch.has_foreign_code for branch in branches.values()):
+        print("The model's code is not this version's: read it before it runs.")
     return 1 if wrong else 0
 
 

@@ -184,7 +184,7 @@ class BackgroundPush:
         """Whether the branch, and `main`, are still to be made this checkpoint."""
         assert self._how is not None
         there = is_published(self._repo_id, branch, record, with_state=self._how.with_state)
-        main, _ = read_record(self._repo_id, "main", read_tree(self._repo_id, "main"))
+        main = read_record(self._repo_id, "main", read_tree(self._repo_id, "main"))
         is_newer = main is not None and record.step < main.step <= self._newest
         return not there, main != record and not is_newer
 

@@ -1,14 +1,15 @@
 """Whether a published chain of checkpoints is what a run made, by what the Hub says of it alone.
 
-Every branch is asked for its record, its card and the hashes of its files. The records name each
-other by their SHA-256, from the newest back to the first, so one that was changed, left out or put
-in is not the one that is named. (Who may write to the repository can write all of it anew: against
-that helps the hash of the newest record, kept elsewhere, or to recompute the rows.)
+Every branch is asked for the hashes of its files, and for those that are small. The records name
+each other by their SHA-256, from the newest back to the first, so one that was changed, left out or
+put in is not the one that is named. No record names configuration, tokenizer and code: these are
+compared with `SHA256SUMS`, and among branches. (Who may write to the repository can write all of it
+anew: against that helps the hash of the newest record, kept elsewhere, or to recompute the rows.)
 """
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ from huggingface_hub.hf_api import RepoFile
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import provenance_table
+from gpt2repro.publishing.contents import SHIPPED_CODE, SUMS, listed, unlisted
 from gpt2repro.records import provenance
-from gpt2repro.records.hub_checkpoints import read_record
+from gpt2repro.records.hub_checkpoints import STATE_FOLDER
 from gpt2repro.records.provenance import Point, Record, branch_of
 from gpt2repro.system.hub import has_owner, read_file, read_tree
 from gpt2repro.system.patience import patiently
@@ -26,9 +28,14 @@ from gpt2repro.system.patience import patiently
 MAIN = "main"
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 
+# What another launch may say differently in a configuration.
+OF_A_LAUNCH = rb'\n *"transformers_version": "[^"]*",?'
+NOTHING = rb"(?!)"
+
 LIKE_OURS = re.compile(r"step[-_]?\d")  # also what only looks like the name of a checkpoint
 
 Problems = defaultdict[str, list[str]]  # in words, by the branch's name
+Blobs = dict[str, bytes]  # by git's hash
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,17 @@ class Published:
 
     name: str
     tree: Mapping[str, RepoFile]
-    card: str
-    content: bytes  # of provenance.json
+    sums: Mapping[str, str]  # what its SHA256SUMS says
+    files: Mapping[str, bytes]  # the card, and those of `sums` that git has itself
     record: Record | None
 
     @property
+    def card(self) -> str:
+        return self.files.get("README.md", b"").decode("utf-8", "replace")
+
+    @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
+        return hashlib.sha256(self.files.get(provenance.FILE, b"")).hexdigest()
 
     @property
     def is_itself(self) -> bool:
@@ -56,11 +67,26 @@ class Published:
         found = sorted(name for name in self.tree if WEIGHTS.fullmatch(name))
         return {name: lfs.sha256 if (lfs := self.tree[name].lfs) else None for name in found}
 
+    @property
+    def has_foreign_code(self) -> bool:
+        """Whether a code file is not this package's."""
+        return any(
+            self.files.get(name, content) != content
+            for name, content in ((name, path.read_bytes()) for name, path in SHIPPED_CODE.items())
+        )
+
+    def found(self, name: str, without: bytes = NOTHING) -> str | None:
+        """SHA-256 of a file of `sums` as it is, or of what it says `without` a pattern."""
+        if name in self.files:
+            return hashlib.sha256(re.sub(without, b"", self.files[name])).hexdigest()
+        return lfs.sha256 if name in self.tree and (lfs := self.tree[name].lfs) else None
+
     def problems(self) -> Iterator[str]:
         """What is wrong with it whatever the others are."""
         record = self.record
         if record is None:
-            yield f"its {provenance.FILE} cannot be read" if self.content else "holds no checkpoint"
+            there = provenance.FILE in self.tree
+            yield f"its {provenance.FILE} cannot be read" if there else "holds no checkpoint"
             return
         if record.branch not in (None, branch_of(record.step)) or (
             self.name != MAIN and record.branch != self.name
@@ -69,11 +95,23 @@ class Published:
         for name in sorted({*self.weights, *record.weights}):
             if self.weights.get(name) != record.weights.get(name):
                 yield f"its {name} is not the file that its {provenance.FILE} names"
+        yield from self._other_files()
         ends = record.begin.step + len(record.digests)
         if (ends, record.digest_of_rows()) != (record.step, record.rows_digest):
             yield "its digest of rows does not follow from those of its steps"
         if provenance_table(record) not in self.card:
             yield f"its card says otherwise than its {provenance.FILE}"
+
+    def _other_files(self) -> Iterator[str]:
+        if not self.sums:
+            yield f"lacks its {SUMS}"
+            return
+        for name, sha256 in self.sums.items():
+            if self.found(name) != sha256:
+                yield f"its {name} is not the file that its {SUMS} lists"
+        for name in unlisted(self.tree, self.sums):
+            if not name.startswith(f"{STATE_FOLDER}/"):
+                yield f"holds {name}, which its {SUMS} does not list"
 
 
 def read_branches(repo_id: str, revision: str | None = None) -> dict[str, Published]:
@@ -92,28 +130,36 @@ def read_branches(repo_id: str, revision: str | None = None) -> dict[str, Publis
     named = {each.name: each.target_commit for each in refs.branches if LIKE_OURS.match(each.name)}
     commits = dict(sorted(named.items())) | {MAIN: main}
     if revision is None:
-        return {name: _read(repo_id, name, commit) for name, commit in commits.items()}
+        known: Blobs = {}
+        return {name: _read(repo_id, name, commit, known) for name, commit in commits.items()}
     if revision not in commits:
         raise UserError(
             f"--revision {revision}: no such branch; {repo_id} has {', '.join(commits)}"
         )
-    one = _read(repo_id, revision, commits[revision])
+    one = _read(repo_id, revision, commits[revision], {})
     before = branch_of(one.record.begin.step) if one.record else ""
     if one.record and one.record.branch and one.name == MAIN:
         before = one.record.branch
-    found = {before: _read(repo_id, before, commits[before])} if before in commits else {}
+    found = {before: _read(repo_id, before, commits[before], {})} if before in commits else {}
     return found | {revision: one}
 
 
-def _read(repo_id: str, name: str, commit: str) -> Published:
+def _read(repo_id: str, name: str, commit: str, known: Blobs) -> Published:
+    """A branch; its files are read unless they are `known`, of another that has the same."""
     tree = patiently(lambda: read_tree(repo_id, commit), f"list the files of {name}")
-    card = patiently(
-        lambda: read_file(repo_id, "README.md", commit, tree), f"read the card of {name}"
-    )
-    record, content = patiently(
-        lambda: read_record(repo_id, commit, tree), f"read {provenance.FILE} of {name}"
-    )
-    return Published(name, tree, card.decode("utf-8", "replace"), content, record)
+
+    def read(file: str) -> bytes:
+        blob = tree[file].blob_id
+        if blob not in known:
+            known[blob] = patiently(
+                lambda: read_file(repo_id, file, commit, tree), f"read {file} of {name}"
+            )
+        return known[blob]
+
+    files = {file: read(file) for file in ("README.md", provenance.FILE, SUMS) if file in tree}
+    sums = listed(files.get(SUMS, b"").decode("utf-8", "replace"))
+    files |= {file: read(file) for file in sums if file in tree and not tree[file].lfs}
+    return Published(name, tree, sums, files, provenance.parsed(files.get(provenance.FILE, b"")))
 
 
 def find_problems(branches: Mapping[str, Published], *, whole: bool = True) -> Problems:
@@ -126,6 +172,9 @@ def find_problems(branches: Mapping[str, Published], *, whole: bool = True) -> P
     checked = [*branches.values()][0 if whole else -1 :]
     for branch in checked:
         problems[branch.name] += branch.problems()
+    for name, problem in _unlike(branches):
+        if name in [branch.name for branch in checked]:
+            problems[name].append(problem)
     reached = _follow(branches, checked[-1], problems, whole=whole)
     if whole:
         for name in branches.keys() - reached - {MAIN}:
@@ -136,6 +185,25 @@ def find_problems(branches: Mapping[str, Published], *, whole: bool = True) -> P
             if branches[name].weights and seen.setdefault(weights, name) != name:
                 problems[name].append(f"holds the same weights as {seen[weights]}")
     return problems
+
+
+def _unlike(branches: Mapping[str, Published]) -> Iterator[tuple[str, str]]:
+    """What beside the weights is not as on most branches of the same code, by branch."""
+    of_code: dict[str | None, list[Published]] = defaultdict(list)
+    for branch in branches.values():
+        if branch.record and branch.sums:
+            of_code[branch.record.commit].append(branch)
+    for alike in of_code.values():
+        names = {name for branch in alike for name in branch.sums}
+        for name in sorted(names - {provenance.FILE} - {n for b in alike for n in b.weights}):
+            found = {branch.name: branch.found(name, OF_A_LAUNCH) for branch in alike}
+            [(usual, _)] = Counter(found.values()).most_common(1)
+            like = next(each for each in found if found[each] == usual)
+            yield from (
+                (each, f"its {name} is not that of {like}")
+                for each in found
+                if found[each] != usual
+            )
 
 
 def _before(published: Published) -> tuple[str, str] | None:

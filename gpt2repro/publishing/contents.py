@@ -7,7 +7,7 @@ whoever changed a file can write it anew.
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,21 @@ def write_sums(directory: Path) -> None:
     (directory / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
+def listed(sums: str) -> dict[str, str]:
+    """SHA-256 by file name, as the text of `SHA256SUMS` has them."""
+    parts = (line.partition("  ") for line in sums.splitlines())
+    return {name: digest for digest, _, name in parts}
+
+
+def unlisted(names: Iterable[str], sums: Mapping[str, str]) -> list[str]:
+    """What would be loaded, for all that one knows, and was not exported."""
+    return [
+        name
+        for name in sorted(names)
+        if name not in (SUMS, *sums) and not EDITABLE.fullmatch(name) and not is_litter(name)
+    ]
+
+
 def _listed(directory: Path) -> dict[str, str]:
     """SHA-256 by file name, as the directory's sums have them.
 
@@ -158,10 +173,9 @@ def _listed(directory: Path) -> dict[str, str]:
         UserError: the file is none of ours.
     """
     try:
-        lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
+        return listed((directory / SUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / SUMS} cannot be read: {error}") from None
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def not_exported(directory: Path) -> str | None:

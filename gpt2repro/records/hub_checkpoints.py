@@ -12,7 +12,6 @@ from pathlib import Path
 from huggingface_hub import GitRefInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from pydantic import ValidationError
 
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, integrity, provenance
@@ -42,13 +41,9 @@ def has_state(tree: Collection[str]) -> bool:
 
 def read_record(
     repo_id: str, revision: str, tree: Mapping[str, RepoFile]
-) -> tuple[provenance.Record | None, bytes]:
-    """The `provenance.json` of a revision, and its bytes; None where there is none to be read."""
-    content = read_file(repo_id, provenance.FILE, revision, tree)
-    try:
-        return provenance.Record.model_validate_json(content), content
-    except ValidationError:
-        return None, content
+) -> provenance.Record | None:
+    """The `provenance.json` of a revision; None where there is none that can be read."""
+    return provenance.parsed(read_file(repo_id, provenance.FILE, revision, tree))
 
 
 def fetch(name: str, place: Path) -> Path:
@@ -86,7 +81,7 @@ def _find(repo_id: str, revision: str) -> tuple[str, dict[str, RepoFile]]:
         return commit, read_tree(repo_id, commit)
     main, newest = str(HfApi().model_info(repo_id).sha), -1
     found = main, read_tree(repo_id, main)
-    if has_state(found[1]) and (record := read_record(repo_id, *found)[0]):
+    if has_state(found[1]) and (record := read_record(repo_id, *found)):
         newest = record.step
     for step, branch in reversed(step_branches(repo_id).items()):
         tree = read_tree(repo_id, branch.target_commit) if step > newest else {}

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FILE = "provenance.json"
 BRANCH = re.compile(r"step(\d{8})")
@@ -78,6 +78,14 @@ class Record(BaseModel):
         for step, rows_digest in enumerate(self.digests, self.begin.step):
             digest = with_step(digest, step, rows_digest)
         return digest
+
+
+def parsed(content: bytes) -> Record | None:
+    """The record that a file holds; None if that is none."""
+    try:
+        return Record.model_validate_json(content)
+    except ValidationError:
+        return None
 
 
 class Chain(BaseModel):
