@@ -221,6 +221,11 @@ class UploadHandler(Handler):
             operation = json.loads(line)
             value = operation["value"]
             if operation["key"] == "header":
+                if (
+                    value.get("parentCommit", repository.refs[revision])
+                    != repository.refs[revision]
+                ):
+                    raise Refused(412, "PreconditionFailed")
                 self.hub.messages.append(value["summary"])
             elif operation["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])

@@ -21,8 +21,8 @@ sys.meta_path.insert(0, Absent())
 VERIFIED = verification.Verification("gpt2repro", "float32", 1, 1, True, 1, 1, 0.0, 1, "5")
 
 
-def export_unverified(output: Path) -> Path:
+def export_unverified(output: Path, **options) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-        export.export(tiny_model(), tiny_tokenizer(), output)
+        export.export(tiny_model(), tiny_tokenizer(), output, **options)
     return output

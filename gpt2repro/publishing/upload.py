@@ -4,8 +4,9 @@ An interrupted upload is taken up by running it again: the Hub says which whole 
 (a large model is several), and nothing is visible there before the one commit at the end.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -25,7 +26,7 @@ from gpt2repro.publishing.card import published, with_loading
 from gpt2repro.publishing.contents import check_contents, is_litter, read_json
 from gpt2repro.records import integrity
 from gpt2repro.system.hub import has_owner, is_content, read_tree
-from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, patiently
+from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, Overtaken, patiently
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # A checkpoint's files that nobody loads a model from.
@@ -153,15 +154,19 @@ def upload(
         additions = [CommitOperationAdd(path.name, _published(path, repo_id)) for path in files]
         additions += [CommitOperationAdd(name, str(path)) for name, path in beside.items()]
         names = {addition.path_in_repo for addition in additions}
-        there = api.list_repo_files(repo_id, revision=revision)
+        head = str(api.model_info(repo_id, revision=revision).sha)
+        there = read_tree(repo_id, head)
         stale = [name for name in there if STALE.fullmatch(name) and name not in names]
-        commit = api.create_commit(
-            repo_id,
-            [*additions, *map(CommitOperationDelete, stale)],
-            commit_message=message,
-            revision=revision,
-        )
-        _check_arrived(read_tree(repo_id, revision), additions, f"{repo_id} ({revision or 'main'})")
+        with _unless_overtaken():
+            commit = api.create_commit(
+                repo_id,
+                [*additions, *map(CommitOperationDelete, stale)],
+                commit_message=message,
+                revision=revision,
+                parent_commit=head,
+            )
+        tree = read_tree(repo_id, commit.oid)
+        _check_arrived(tree, additions, f"{repo_id} ({revision or 'main'})")
         return commit.oid
 
     patiently(
@@ -171,6 +176,17 @@ def upload(
     )
     at = f"/tree/{revision}" if revision else ""
     return f"{constants.ENDPOINT}/{repo_id}{at}"
+
+
+@contextlib.contextmanager
+def _unless_overtaken() -> Iterator[None]:
+    """The Hub refuses a commit that does not follow the newest: then all is looked at again."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code in (409, 412):
+            raise Overtaken("others commit there at the same time") from error
+        raise
 
 
 def _check_arrived(

@@ -58,6 +58,14 @@ Result = TypeVar("Result")
 class PassingFault(Exception):
     """An answer that is wrong in a way that another attempt mends: short body, ignored range."""
 
+    attempts: int | None = None  # as of a `Diagnosis`
+
+
+class Overtaken(PassingFault):
+    """Somebody else's change came first."""
+
+    attempts = FEW_ATTEMPTS
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -131,7 +139,7 @@ def _diagnose_one(error: BaseException) -> Diagnosis | None:
     if _is_a(error, "OfflineModeIsEnabled", "huggingface_hub"):
         return Diagnosis(f"{reason} (HF_HUB_OFFLINE is set)", 0)
     if isinstance(error, PassingFault):
-        return Diagnosis(str(error), None)
+        return Diagnosis(str(error), error.attempts)
     response = getattr(error, "response", None)
     if response is not None and hasattr(response, "status_code"):
         return _diagnose_status(response, reason)

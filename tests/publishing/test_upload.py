@@ -8,11 +8,13 @@ import pytest
 import torch
 from fake_hub import Fault
 from fake_hub_uploads import UploadHub
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from tiny_export import export_unverified
 
 from gpt2repro import UserError
 from gpt2repro.publishing import upload
+from gpt2repro.system.patience import FEW_ATTEMPTS
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +70,58 @@ def test_asking_for_rights_makes_nothing(hub):
     assert upload.check_hub_rights("me/there") is True
     with pytest.raises(UserError, match=r"no right to write there.*'somebody'"):
         upload.check_hub_rights("somebody/new")
+
+
+# --- Others commit at the same time ---------------------------------------------------------------
+
+
+def between(monkeypatch, method: str, others) -> None:
+    """Let `others()` do what they do before the next call of a method of the Hub's client."""
+    real, waiting = getattr(HfApi, method), [others]
+
+    def late(self, *args, **kwargs):
+        if waiting:
+            waiting.pop()()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, method, late)
+
+
+def test_two_pushes_at_once_do_not_leave_two_models(hub, exported, tmp_path, monkeypatch):
+    """Files that came after the listing belong to no model that this push leaves there."""
+    sharded = export_unverified(tmp_path / "sharded", max_shard_size="50KB")
+    between(
+        monkeypatch,
+        "create_commit",
+        lambda: upload.upload(sharded, "me/name", message="theirs"),
+    )
+    upload.upload(exported, "me/name", message="ours")
+    assert hub.messages == ["theirs", "ours"]
+    weights = [
+        name for name in hub.files("me/name") if name.startswith("model") and ".py" not in name
+    ]
+    assert weights == ["model.safetensors"]
+
+
+def test_what_others_commit_afterwards_is_no_fault_of_this_push(hub, exported, monkeypatch):
+    def edit():
+        if "ours" in hub.messages:
+            hub.repositories["models", "me/name"].commit({"README.md": b"theirs"})
+        else:
+            between(monkeypatch, "list_repo_tree", edit)
+
+    edit()
+    upload.upload(exported, "me/name", message="ours")
+    assert hub.files("me/name") == {"README.md": b"theirs"}
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_commit_that_comes_too_late_is_made_again(hub, exported, status):
+    fault = Fault(f"status:{status}", path="/commit/", method="POST", times=2)
+    hub.faults.append(fault)
+    upload.upload(exported, "me/name", message="ours")
+    assert hub.messages == ["ours"]
+    fault.times = float("inf")
+    with pytest.raises(UserError, match=r"^cannot push to me/other: others commit there at the"):
+        upload.upload(exported, "me/other", message="ours")
+    assert fault.num_hits == 2 + FEW_ATTEMPTS
