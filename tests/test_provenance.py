@@ -29,6 +29,7 @@ from gpt2repro import UserError
 from gpt2repro.commands import verify
 from gpt2repro.publishing import background, verification
 from gpt2repro.publishing.card import with_provenance
+from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints, hub_checkpoints
 from gpt2repro.records.provenance import BRANCH, Point, Record
 from gpt2repro.system.patience import patiently
@@ -129,6 +130,19 @@ def test_the_rows_are_those_that_the_recipe_gives(recipe, hub, capsys):
     status, said = check(capsys, "--data", *here, "--seed", "7")
     assert status == 1
     assert said["step00000004"] == ["was not trained on what the recipe gives at step 2"]
+
+
+def test_a_large_model_is_on_main_what_it_is_on_its_branch(recipe, tmp_path, capsys, monkeypatch):
+    """The last step is permanent, and the export would make several files of the weights."""
+    monkeypatch.setitem(export.__kwdefaults__, "max_shard_size", "40KB")
+    monkeypatch.setattr(finish, "MAX_SHARD_SIZE", "40KB")
+    fields = ["--num_steps", "2", "--save_every", "1", *FIELDS[4:]]
+    with UploadHub() as hub:
+        hub.use_as_me(monkeypatch)
+        assert train(recipe, tmp_path / "run", *fields) == 0
+        assert check(capsys)[0] == 0
+        files = hub.files("me/run")
+        assert files["provenance.json"] == hub.files("me/run", "step00000002")["provenance.json"]
 
 
 # --- Tampered with --------------------------------------------------------------------------------

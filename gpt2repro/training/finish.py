@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpt2repro.publishing.export import export
+from gpt2repro.publishing.export import MAX_SHARD_SIZE, export
 from gpt2repro.records import checkpoints
 from gpt2repro.records.integrity import is_whole
 from gpt2repro.records.metrics import comparable, read_metrics
@@ -75,6 +75,8 @@ def _publish(run: Run, models: dict[Path, dict[str, torch.Tensor]]) -> bool:
                 card=card,
                 figures=[curve],
                 record=None if place == average else record,  # no checkpoint of the chain
+                # As on its branch: the same record, and no weights that have to be sent again.
+                max_shard_size=sys.maxsize if record and record.branch else MAX_SHARD_SIZE,
             )
     if average not in models:
         atomic.remove(average)  # of a shorter run
