@@ -318,6 +318,21 @@ def test_what_was_tampered_with_is_named(hub, capsys, tamper, found):
     assert wrong == [*found], said
 
 
+@pytest.mark.parametrize("field", ["branch", "weights", "commit"])
+def test_a_hostile_record_does_nothing_to_a_terminal(hub, capsys, field):
+    """A file's name may: that is spelled out."""
+    escape = "\x1b[2J\x1b]0;owned\x07"
+    record = json.loads(hub.files("me/run")["provenance.json"])
+    record[field] = {f"{escape}.safetensors": "0" * 64} if field == "weights" else escape
+    edit(hub, "main", provenance__json=json.dumps(record).encode(), **{escape: b""})
+    refs = hub.repositories["models", "me/run"].refs
+    refs[f"step1{escape}"] = refs["main"]
+    assert verify.main(["me/run"]) == 1
+    said = capsys.readouterr().out
+    assert "its provenance.json cannot be read" in said
+    assert "\x1b" not in said and "\x07" not in said and "step1\\x1b" in said
+
+
 def test_one_branch_is_compared_with_the_one_before(hub, capsys):
     another_config(hub, {})
     for one, before in (("step00000002", "step00000001"), ("step00000004", "step00000002")):

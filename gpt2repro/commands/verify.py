@@ -21,6 +21,7 @@ import yaml
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.recipe import Recipe, load_recipe, parse_arguments
+from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
     from gpt2repro.publishing.chain import Problems, Published
@@ -43,11 +44,11 @@ def main(argv: list[str]) -> int:
     for name in sorted({*asked, *problems}, key=lambda name: (name == "main", name)):
         record = branches[name].record if name in branches else None
         for problem in problems[name]:
-            print(f"{name:<14} {problem}")
+            print(printable(f"{name:<14} {problem}"))
         if record and not problems[name]:
             weights = ", ".join(sha256[:16] for sha256 in record.weights.values())
             said = f"step {record.step:,}, {record.tokens:,} tokens, weights {weights} ..."
-            print(f"{name:<14} right: {said}")
+            print(printable(f"{name:<14} right: {said}"))
     wrong = sum(map(bool, problems.values()))
     print(f"\n{wrong} of them wrong." if wrong else f"\n{PROVED}")
     if any(branch.has_foreign_code for branch in branches.values()):

@@ -18,6 +18,10 @@ BRANCH = re.compile(r"step(\d{8})")
 NO_ROWS = "0" * 64  # the cumulative digest before the first row
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Others' records are read and shown: no field holds any text.
+Branch = Annotated[str, Field(pattern=r"^step[0-9]{8}$")]
+WeightFile = Annotated[str, Field(pattern=r"^[a-z0-9_-]+\.safetensors$")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-z-]+$")]
 RowsDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
@@ -55,14 +59,14 @@ class Record(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    branch: str | None
+    branch: Branch | None
     step: int = Field(ge=0)
     tokens: int = Field(ge=0)
-    weights: dict[str, Sha256]
+    weights: dict[WeightFile, Sha256]
     rows_digest: Sha256
     begin: Point
     digests: list[RowsDigest]
-    commit: str | None
+    commit: Commit | None
     previous: Sha256 | None
 
     def content(self) -> bytes:
