@@ -15,6 +15,7 @@ import configuration_gpt2repro
 import modeling_gpt2repro
 from gpt2repro import UserError
 from gpt2repro.system.atomic import sha256
+from gpt2repro.system.hub import refuse_pointers
 
 SUMS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks it anywhere
 SHIPPED_CODE = {
@@ -26,13 +27,13 @@ SHIPPED_CODE = {
 CLASSES = {"gpt2repro": "GPT2ReproForCausalLM", "gpt2": "GPT2LMHeadModel"}
 INDEX = "model.safetensors.index.json"
 
-ALLOWED = re.compile(
+EDITABLE = re.compile(r"README\.md|LICENSE|\.gitattributes|[\w-]+\.png")  # not in SHA256SUMS
+EXPORTED = re.compile(  # besides, and the code
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(generation_)?config\.json|tokenizer(_config)?\.json|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt"
-    r"|SHA256SUMS|provenance\.json|README\.md|LICENSE|\.gitattributes|[\w-]+\.png"
+    r"|SHA256SUMS|provenance\.json"
 )
-EDITABLE = re.compile(r"README\.md|LICENSE|\.gitattributes|[\w-]+\.png")  # not in SHA256SUMS
 # What systems and tools leave anywhere: it is not published, and no reason to refuse the rest.
 LITTER = re.compile(r"\.(?!gitattributes$).*|__pycache__|Thumbs\.db|desktop\.ini|.*\.log")
 # Of it, what may go when an export is replaced: nobody wrote it, and it comes again.
@@ -78,7 +79,8 @@ def check_contents(
         if is_litter(name) or name in ignored:
             continue
         refuse_link(path)
-        known = ALLOWED.fullmatch(name) or (native and name in SHIPPED_CODE)
+        known = any(each.fullmatch(name) for each in (EXPORTED, EDITABLE))
+        known |= native and name in SHIPPED_CODE
         if not (path.is_dir() or (path.is_file() and known)):
             raise UserError(f"{directory} holds {name}, which does not belong in an export")
     if (changed := changed_code(directory)) and not allow_code:
@@ -200,10 +202,21 @@ def not_exported(directory: Path) -> str | None:
 
 
 def check_sums(directory: Path) -> None:
-    """Refuse a file that is not the one that was exported; a directory without sums passes."""
+    """Refuse a file that is not the one that was exported, or that was not.
+
+    Raises:
+        UserError: naming it; `SHA256SUMS` itself, if that is not there.
+    """
     if not (directory / SUMS).is_file():
-        return
-    for name, digest in _listed(directory).items():
+        raise UserError(f"{directory} lacks {SUMS}, which every export has; export the model again")
+    refuse_pointers(directory)
+    sums = _listed(directory)
+    for name in unlisted((path.name for path in directory.iterdir()), sums):
+        raise UserError(
+            f"{directory}: {name} was added after the export ({SUMS} does not list it); remove it, "
+            "or export the model again"
+        )
+    for name, digest in sums.items():
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks {name}, which its {SUMS} lists; export it again")
         if sha256(directory / name) != digest:

@@ -23,7 +23,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import published, with_loading
-from gpt2repro.publishing.contents import check_contents, is_litter, read_json
+from gpt2repro.publishing.contents import EXPORTED, check_contents, is_litter, read_json
 from gpt2repro.records import integrity
 from gpt2repro.system.hub import has_owner, is_content, read_tree
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, Overtaken, patiently
@@ -31,10 +31,11 @@ from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, Overtaken, patientl
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # A checkpoint's files that nobody loads a model from.
 NOT_PUBLISHED = {integrity.OPTIMIZER, integrity.STATE, integrity.MARKER}
-# Left over from an earlier push in another form or number of shards, they would be loaded instead.
+# Left over from an earlier push (of another form, tokenizer or number of shards), they would be
+# loaded instead or as well.
 STALE = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    r"|(modeling|configuration)_gpt2repro\.py|provenance\.json|training_state/.+"
+    rf"{EXPORTED.pattern}|(modeling|configuration)_gpt2repro\.py|training_state/.+"
+    r"|(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 
 Result = TypeVar("Result")

@@ -12,7 +12,7 @@ from gpt2repro import UserError
 from gpt2repro.data.tokenizer import holds_tokenizer, load_tokenizer
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import saved_recipe
-from gpt2repro.system.hub import is_hub_id
+from gpt2repro.system.hub import is_hub_id, refuse_pointers
 from gpt2repro.system.patience import patiently
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -57,6 +57,7 @@ def load_causal_lm(
         UserError: not there, not reachable, not a GPT-2, or its tensors are not all there.
     """
     where = locate(name, option)
+    refuse_pointers(Path(where))
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # one bar for every file that is opened
     logging.set_verbosity_error()  # warnings about tensors, which are errors below

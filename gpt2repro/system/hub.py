@@ -11,6 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from gpt2repro import UserError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is spelled like a repository of the Hub: `owner/name`, or `gpt2` of old."""
@@ -61,3 +63,15 @@ def read_file(repo_id: str, path: str, revision: str, tree: Mapping[str, RepoFil
         if is_content(tree[path], content):
             return content
     raise UserError(f"{path} of {repo_id} came otherwise than the Hub lists it; ask again")
+
+
+def refuse_pointers(directory: Path) -> None:
+    """Where git cloned a repository without git-lfs, a text lies in the place of a large file.
+
+    Raises:
+        UserError: naming it, and what fetches the file.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")

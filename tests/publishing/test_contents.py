@@ -14,6 +14,7 @@ from gpt2repro import UserError
 from gpt2repro.commands import export as export_verb
 from gpt2repro.commands import push
 from gpt2repro.publishing import background, contents, export, upload, verification
+from gpt2repro.records import saved_models
 from gpt2repro.system import machine, processes
 
 
@@ -152,6 +153,30 @@ def test_a_fork_is_published_when_asked_for_with_a_warning(copy, monkeypatch, ca
     assert push.main([*words, "--allow-code"]) == 0
     assert sent["allow_code"] is True
     assert "warning: modeling_gpt2repro.py in" in capsys.readouterr().err
+
+
+# --- As it was exported ---------------------------------------------------------------------------
+
+
+def test_what_was_not_exported_is_named(copy, nothing_runs):
+    for name in ("chat_template.jinja", "special_tokens_map.json", "vocab.json"):
+        (copy / name).write_text("{}")
+        with pytest.raises(UserError, match=f"{name} was added after the export.*remove it, or"):
+            verification.verify(copy)
+        (copy / name).unlink()
+    (copy / "LICENSE").write_text("added by hand, as pictures and the card may be")
+    contents.check_sums(copy)
+    (copy / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="lacks SHA256SUMS, which every export has; export the mod"):
+        verification.verify(copy)
+
+
+def test_a_clone_without_git_lfs_says_what_to_do(copy):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    (copy / "model.safetensors").write_text(pointer)
+    for look in (verification.verify, lambda where: saved_models.load_causal_lm(str(where))):
+        with pytest.raises(UserError, match=r"a git-lfs pointer, not the file: run `git lfs pull`"):
+            look(copy)
 
 
 # --- Links ----------------------------------------------------------------------------------------
