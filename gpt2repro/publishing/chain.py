@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import provenance_table
-from gpt2repro.publishing.contents import SHIPPED_CODE, SUMS, listed, unlisted
+from gpt2repro.publishing.contents import SUMS, listed, unlisted
 from gpt2repro.records import provenance
 from gpt2repro.records.hub_checkpoints import STATE_FOLDER
 from gpt2repro.records.provenance import Point, Record, branch_of
@@ -50,7 +50,8 @@ class Published:
 
     @property
     def card(self) -> str:
-        return self.files.get("README.md", b"").decode("utf-8", "replace")
+        text = self.files.get("README.md", b"").decode("utf-8", "replace")
+        return text.replace("\r\n", "\n")  # some editors' line ends
 
     @property
     def sha256(self) -> str:
@@ -66,14 +67,6 @@ class Published:
         """SHA-256 by name, as the Hub has it, of the files that a model is loaded from."""
         found = sorted(name for name in self.tree if WEIGHTS.fullmatch(name))
         return {name: lfs.sha256 if (lfs := self.tree[name].lfs) else None for name in found}
-
-    @property
-    def has_foreign_code(self) -> bool:
-        """Whether a code file is not this package's."""
-        return any(
-            self.files.get(name, content) != content
-            for name, content in ((name, path.read_bytes()) for name, path in SHIPPED_CODE.items())
-        )
 
     def found(self, name: str, without: bytes = NOTHING) -> str | None:
         """SHA-256 of a file of `sums` as it is, or of what it says `without` a pattern."""
@@ -173,7 +166,7 @@ def find_problems(branches: Mapping[str, Published], *, whole: bool = True) -> P
     for branch in checked:
         problems[branch.name] += branch.problems()
     for name, problem in _unlike(branches):
-        if name in [branch.name for branch in checked]:
+        if whole or name == checked[-1].name:
             problems[name].append(problem)
     reached = _follow(branches, checked[-1], problems, whole=whole)
     if whole:
@@ -199,11 +192,8 @@ def _unlike(branches: Mapping[str, Published]) -> Iterator[tuple[str, str]]:
             found = {branch.name: branch.found(name, OF_A_LAUNCH) for branch in alike}
             [(usual, _)] = Counter(found.values()).most_common(1)
             like = next(each for each in found if found[each] == usual)
-            yield from (
-                (each, f"its {name} is not that of {like}")
-                for each in found
-                if found[each] != usual
-            )
+            others = [each for each in found if found[each] != usual]
+            yield from ((each, f"its {name} is not that of {like}") for each in others)
 
 
 def _before(published: Published) -> tuple[str, str] | None:

@@ -4,9 +4,8 @@ An interrupted upload is taken up by running it again: the Hub says which whole 
 (a large model is several), and nothing is visible there before the one commit at the end.
 """
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -26,7 +25,12 @@ from gpt2repro.publishing.card import published, with_loading
 from gpt2repro.publishing.contents import EXPORTED, check_contents, is_litter, read_json
 from gpt2repro.records import integrity
 from gpt2repro.system.hub import has_owner, is_content, read_tree
-from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, Overtaken, patiently
+from gpt2repro.system.patience import (
+    FEW_ATTEMPTS,
+    GIVE_UP_AFTER_SECONDS,
+    PassingFault,
+    patiently,
+)
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # A checkpoint's files that nobody loads a model from.
@@ -114,6 +118,8 @@ def _explained(call: Callable[[], Result], repo_id: str) -> Result:
             ) from error
         if status in (403, 404):
             raise _no_right(repo_id) from error
+        if status in (409, 412):  # the commit does not follow the newest: all is looked at again
+            raise PassingFault("others commit there at the same time", FEW_ATTEMPTS) from error
         raise
 
 
@@ -158,14 +164,13 @@ def upload(
         head = str(api.model_info(repo_id, revision=revision).sha)
         there = read_tree(repo_id, head)
         stale = [name for name in there if STALE.fullmatch(name) and name not in names]
-        with _unless_overtaken():
-            commit = api.create_commit(
-                repo_id,
-                [*additions, *map(CommitOperationDelete, stale)],
-                commit_message=message,
-                revision=revision,
-                parent_commit=head,
-            )
+        commit = api.create_commit(
+            repo_id,
+            [*additions, *map(CommitOperationDelete, stale)],
+            commit_message=message,
+            revision=revision,
+            parent_commit=head,
+        )
         tree = read_tree(repo_id, commit.oid)
         _check_arrived(tree, additions, f"{repo_id} ({revision or 'main'})")
         return commit.oid
@@ -177,17 +182,6 @@ def upload(
     )
     at = f"/tree/{revision}" if revision else ""
     return f"{constants.ENDPOINT}/{repo_id}{at}"
-
-
-@contextlib.contextmanager
-def _unless_overtaken() -> Iterator[None]:
-    """The Hub refuses a commit that does not follow the newest: then all is looked at again."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        if error.response.status_code in (409, 412):
-            raise Overtaken("others commit there at the same time") from error
-        raise
 
 
 def _check_arrived(

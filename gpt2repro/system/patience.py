@@ -58,13 +58,9 @@ Result = TypeVar("Result")
 class PassingFault(Exception):
     """An answer that is wrong in a way that another attempt mends: short body, ignored range."""
 
-    attempts: int | None = None  # as of a `Diagnosis`
-
-
-class Overtaken(PassingFault):
-    """Somebody else's change came first."""
-
-    attempts = FEW_ATTEMPTS
+    def __init__(self, reason: str, attempts: int | None = None) -> None:
+        super().__init__(reason)
+        self.attempts = attempts  # as of a `Diagnosis`
 
 
 @dataclass(frozen=True)
