@@ -4,6 +4,8 @@ An interrupted upload is taken up by running it again: the Hub says which whole 
 (a large model is several), and nothing is visible there before the one commit at the end.
 """
 
+import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,13 +26,8 @@ from gpt2repro import UserError
 from gpt2repro.publishing.card import published, with_loading
 from gpt2repro.publishing.contents import EXPORTED, check_contents, is_litter, read_json
 from gpt2repro.records import integrity
-from gpt2repro.system.hub import has_owner, is_content, read_tree
-from gpt2repro.system.patience import (
-    FEW_ATTEMPTS,
-    GIVE_UP_AFTER_SECONDS,
-    PassingFault,
-    patiently,
-)
+from gpt2repro.system.hub import has_owner, is_content, read_file, read_tree
+from gpt2repro.system.patience import FEW_ATTEMPTS, GIVE_UP_AFTER_SECONDS, PassingFault, patiently
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # A checkpoint's files that nobody loads a model from.
@@ -41,6 +38,9 @@ STALE = re.compile(
     rf"{EXPORTED.pattern}|(modeling|configuration)_gpt2repro\.py|training_state/.+"
     r"|(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
+SEAL = re.compile(r"<!-- pushed as \w+ -->\n")
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -163,6 +163,9 @@ def upload(
         names = {addition.path_in_repo for addition in additions}
         head = str(api.model_info(repo_id, revision=revision).sha)
         there = read_tree(repo_id, head)
+        if "README.md" in there and _is_edited(read_file(repo_id, "README.md", head, there)):
+            said = "%s: the card was edited on the Hub; it is replaced, and stays in its commit %s"
+            logger.warning(said, repo_id, head)
         stale = [name for name in there if STALE.fullmatch(name) and name not in names]
         commit = api.create_commit(
             repo_id,
@@ -220,4 +223,14 @@ def _published(path: Path, repo_id: str) -> str | bytes:
     if path.name != "README.md":
         return str(path)
     form = read_json(path.with_name("config.json"))["model_type"]
-    return published(with_loading(path.read_text(encoding="utf-8"), repo_id, form)).encode()
+    return _sealed(published(with_loading(path.read_text(encoding="utf-8"), repo_id, form)))
+
+
+def _sealed(card: str) -> bytes:
+    """`card` with its SHA-256 as a comment, by which the next push sees that nobody edited it."""
+    text = SEAL.sub("", card).encode()
+    return text + f"<!-- pushed as {hashlib.sha256(text).hexdigest()} -->\n".encode()
+
+
+def _is_edited(card: bytes) -> bool:
+    return _sealed(card.decode("utf-8", "replace")) != card

@@ -11,8 +11,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from gpt2repro import UserError
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is spelled like a repository of the Hub: `owner/name`, or `gpt2` of old."""
@@ -73,5 +71,5 @@ def refuse_pointers(directory: Path) -> None:
     """
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            if file.read(24) == b"version https://git-lfs.":
                 raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")

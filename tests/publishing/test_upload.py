@@ -115,6 +115,20 @@ def test_what_others_commit_afterwards_is_no_fault_of_this_push(hub, exported, m
     assert hub.files("me/name") == {"README.md": b"theirs"}
 
 
+def test_a_card_that_was_edited_on_the_hub_is_not_replaced_without_a_word(hub, exported, caplog):
+    upload.upload(exported, "me/name", message="ours")
+    (exported / "README.md").write_text("# another, of a later step\n")
+    upload.upload(exported, "me/name", message="ours")
+    assert caplog.messages == []
+    repository = hub.repositories["models", "me/name"]
+    card = hub.files("me/name")["README.md"].replace(b"later", b"later (see my paper)")
+    edited = repository.commit(hub.files("me/name") | {"README.md": card})
+    upload.upload(exported, "me/name", message="ours")
+    assert caplog.messages == [
+        f"me/name: the card was edited on the Hub; it is replaced, and stays in its commit {edited}"
+    ]
+
+
 @pytest.mark.parametrize("status", [409, 412])
 def test_a_commit_that_comes_too_late_is_made_again(hub, exported, status):
     fault = Fault(f"status:{status}", path="/commit/", method="POST", times=2)
