@@ -160,6 +160,10 @@ def _check_tensors(directory: Path, model: PreTrainedModel) -> tuple[set[str], i
                         )
                     if not same_bits(stored, live.to(stored.dtype)):
                         raise UserError(f"{path}: {name} is not the live model's")
+                    # Few positions and tokens are probed: the rest of a tensor shows here alone.
+                    if not stored.isfinite().all():
+                        wider = f": {stored.dtype} is too narrow" if live.isfinite().all() else ""
+                        raise UserError(f"{path}: {name} holds NaN or infinity{wider}")
                     dtypes.add(str(stored.dtype).removeprefix("torch."))
                     num_parameters += stored.numel()
         except (OSError, SafetensorError) as error:

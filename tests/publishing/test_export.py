@@ -284,6 +284,23 @@ def test_other_tensors_are_refused(copy):
     refused(spoiled, "transformer.ln_f.bias is not the live model's")
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (float("nan"), None, r"wpe\.weight holds NaN or infinity"),
+        (-float("inf"), torch.bfloat16, r"wpe\.weight holds NaN or infinity"),
+        (1e7, torch.float16, r"NaN or infinity: torch\.float16 is too narrow"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_where_no_probe_looks(tmp_path, value, dtype, said):
+    model = tiny_model(n_positions=128)
+    with torch.no_grad():
+        model.transformer.wpe.weight[100:] = value
+    with pytest.raises(UserError, match=said):
+        export.export(model, tiny_tokenizer(), tmp_path / "final", dtype=dtype)
+    assert not (tmp_path / "final").exists()
+
+
 def test_pickles_and_stray_files_are_refused(copy):
     for name in ("pytorch_model.bin", "optimizer.safetensors", "evil.py", "data.pkl", "sub/x.pt"):
         path = copy / name
