@@ -1,6 +1,7 @@
 """An export of the tiny model, its fresh process left out (test_export.py); and a stranger's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_gpt2 import tiny_model, tiny_tokenizer
@@ -21,8 +22,8 @@ sys.meta_path.insert(0, Absent())
 VERIFIED = verification.Verification("gpt2repro", "float32", 1, 1, True, 1, 1, 0.0, 1, "5")
 
 
-def export_unverified(output: Path, **options) -> Path:
+def export_unverified(output: Path, **how: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-        export.export(tiny_model(), tiny_tokenizer(), output, **options)
+        export.export(tiny_model(), tiny_tokenizer(), output, **how)
     return output

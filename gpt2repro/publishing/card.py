@@ -141,11 +141,15 @@ def completed(card: str, *, where: str, format: str, verification: Sequence[str]
     return _with_section(with_loading(card, where, format), VERIFICATION, found)
 
 
-def with_loading(card: str, where: str, format: str) -> str:
-    """`card` with examples that load the model from `where`: Hub id or path."""
+def with_loading(card: str, where: str, format: str, revision: str | None = None) -> str:
+    """`card` with examples that load the model from `where`: Hub id or path; `revision` of it."""
     template = Template(HOW_TO_LOAD.read_text(encoding="utf-8"))
-    quoted = json.dumps(where, ensure_ascii=False)
-    command = f"gpt2repro export --model {shlex.quote(where)} --format gpt2 --output OUT"
+    quoted, model, download = json.dumps(where, ensure_ascii=False), shlex.quote(where), ""
+    if revision is not None:  # `--model` means the main branch
+        quoted += f", revision={json.dumps(revision, ensure_ascii=False)}"
+        download = f"hf download {model} --revision {shlex.quote(revision)} --local-dir DIR && "
+        model = "DIR"
+    command = f"{download}gpt2repro export --model {model} --format gpt2 --output OUT"
     examples = template.render(
         quoted=quoted,
         command=_code(command),

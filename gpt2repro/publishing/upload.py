@@ -158,7 +158,7 @@ def upload(
             first = api.list_repo_commits(repo_id)[-1].commit_id
             api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
         files = to_publish(directory, allow_code=allow_code)
-        additions = [CommitOperationAdd(path.name, _published(path, repo_id)) for path in files]
+        additions = [CommitOperationAdd(p.name, _published(p, repo_id, revision)) for p in files]
         additions += [CommitOperationAdd(name, str(path)) for name, path in beside.items()]
         names = {addition.path_in_repo for addition in additions}
         head = str(api.model_info(repo_id, revision=revision).sha)
@@ -218,12 +218,13 @@ def to_publish(directory: Path, *, allow_code: bool = False) -> list[Path]:
     ]
 
 
-def _published(path: Path, repo_id: str) -> str | bytes:
-    """The file's path, or the card's text with `repo_id` in its examples."""
+def _published(path: Path, repo_id: str, revision: str | None) -> str | bytes:
+    """The file's path, or the card's text with `repo_id` at `revision` in its examples."""
     if path.name != "README.md":
         return str(path)
     form = read_json(path.with_name("config.json"))["model_type"]
-    return _sealed(published(with_loading(path.read_text(encoding="utf-8"), repo_id, form)))
+    card = with_loading(path.read_text(encoding="utf-8"), repo_id, form, revision)
+    return _sealed(published(card))
 
 
 def _sealed(card: str) -> bytes:

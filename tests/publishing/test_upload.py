@@ -16,6 +16,8 @@ from gpt2repro import UserError
 from gpt2repro.publishing import upload
 from gpt2repro.system.patience import FEW_ATTEMPTS
 
+BRANCHES = ("main", "step00000002", "stock")
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
@@ -139,3 +141,20 @@ def test_a_commit_that_comes_too_late_is_made_again(hub, exported, status):
     with pytest.raises(UserError, match=r"^cannot push to me/other: others commit there at the"):
         upload.upload(exported, "me/other", message="ours")
     assert fault.num_hits == 2 + FEW_ATTEMPTS
+
+
+def test_the_card_of_a_branch_loads_that_branch(hub, exported, tmp_path):
+    """Its example is run: the stock form lies beside another model, which needs remote code."""
+    stock = export_unverified(tmp_path / "stock", format="gpt2")
+    for directory, revision in ((exported, None), (exported, "step00000002"), (stock, "stock")):
+        upload.upload(directory, "me/name", message="m", revision=revision)
+    cards = {each: hub.files("me/name", each)["README.md"].decode() for each in BRANCHES}
+    assert "revision" not in cards["main"]
+    code = cards["stock"].split("```python\n")[1].split("```")[0]
+    found: dict = {}
+    exec(code.replace("40", "8"), found)  # it has 32 positions
+    assert type(found["generate"].model).__name__ == "GPT2LMHeadModel"
+    assert '"me/name", revision="step00000002", trust_remote_code=True' in cards["step00000002"]
+    download = "`hf download me/name --revision step00000002 --local-dir DIR && gpt2repro export"
+    assert f"{download} --model DIR " in cards["step00000002"]
+    assert "`gpt2repro export --model me/name " in cards["main"]
