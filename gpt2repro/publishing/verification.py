@@ -9,6 +9,7 @@ answers.
 import contextlib
 import copy
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -235,15 +236,18 @@ def _compare_in_fresh_process(
 def run_fresh_process(scratch: Path) -> dict:
     """Another working directory, an empty module cache, no network, no GPU and no tokens.
 
-    The code that it runs may be a fork's: `allow_code` of `verify`.
+    PYTHONPATH stays: on many a cluster torch and transformers are found there. So may we be, whom
+    the process blocks by name wherever we are. The code that it runs may be a fork's: `allow_code`
+    of `verify`.
     """
+    places = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     environment = processes.environment(
         CUDA_VISIBLE_DEVICES="",
         HF_HUB_OFFLINE="1",
         HF_MODULES_CACHE=str(scratch / "modules"),
+        PYTHONPATH=os.pathsep.join(str(Path(place).absolute()) for place in places),
         TOKENIZERS_PARALLELISM="false",
     )
-    environment.pop("PYTHONPATH", None)
     script = Path(__file__).with_name("fresh_process.py")
     process = subprocess.run(
         [sys.executable, "-P", str(script), str(scratch)],

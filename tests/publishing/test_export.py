@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from gpt2repro import UserError
 from gpt2repro.publishing import contents, export, fresh_process, verification
 
+ROOT = Path(__file__).parent.parent.parent
 NATIVE_FILES = {
     "README.md",
     "SHA256SUMS",
@@ -222,7 +223,19 @@ def test_a_failed_check_keeps_the_export_out(exported, tmp_path, monkeypatch, sp
     assert {path.name for path in tmp_path.iterdir()} == {"final", "final.rejected"}
 
 
-def test_a_fork_that_needs_our_package_is_refused(copy):
+def test_packages_may_be_found_by_pythonpath_alone(exported, tmp_path, monkeypatch):
+    """As clusters provide them: this Python has none of its own, and a path may be relative."""
+    places = ["packages", ROOT, ""]
+    monkeypatch.setattr(sys, "executable", sys._base_executable)  # type: ignore[attr-defined]
+    monkeypatch.setenv("PYTHONPATH", ":".join(map(str, places)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "packages").symlink_to(Path(torch.__file__).parent.parent)
+    (tmp_path / "json.py").write_text("raise SystemExit('not the one')")  # no place is not here
+    verification.verify(exported[0] / "gpt2", tiny_model(), tiny_tokenizer())
+
+
+def test_a_fork_that_needs_our_package_is_refused(copy, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     path = copy / "modeling_gpt2repro.py"
     path.write_text("import gpt2repro\n" + path.read_text())
     contents.write_sums(copy)
