@@ -82,26 +82,22 @@ def export(
     _refuse_to_overwrite(output)
     dtype = dtype or model.dtype
     try:
-        scratch = atomic.partial(output)
-        try:
+        with atomic.own_partial(output) as scratch:
             _write_weights(model, scratch, dtype, max_shard_size)
             for figure in figures:
                 shutil.copy(figure, scratch / figure.name)
             record = _write_rest(model.config, tokenizer, scratch, format, dtype, record)
-        except BaseException:
-            atomic.remove(scratch)
-            raise
+            verification = _verified(scratch, output, model, tokenizer)
+            text = completed(
+                with_provenance(card or model_card(name=output.resolve().name), record),
+                where=str(output),
+                format=format,
+                verification=verification.lines(),
+            )
+            (scratch / "README.md").write_text(printable(text), encoding="utf-8")
+            atomic.move_into_place(scratch, output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written: {error}") from None
-    verification = _verified(scratch, output, model, tokenizer)
-    text = completed(
-        with_provenance(card or model_card(name=output.resolve().name), record),
-        where=str(output),
-        format=format,
-        verification=verification.lines(),
-    )
-    (scratch / "README.md").write_text(printable(text), encoding="utf-8")
-    atomic.move_into_place(scratch, output)
     return verification
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -35,7 +35,7 @@ from gpt2repro.publishing.contents import (
     read_json,
 )
 from gpt2repro.records.saved_models import load_causal_lm
-from gpt2repro.system import processes
+from gpt2repro.system import atomic, processes
 from gpt2repro.system.command_line import say
 
 PROBE_TEXT = "Hello world's  don't\n\n\tx12 ½ naïve 中文 😀 (a+b)^2 == c_d;  end \n"
@@ -224,8 +224,9 @@ def _compare_in_fresh_process(
         "tokenizer": _tokenizer_answers(tokenizer),
     }
     with tempfile.TemporaryDirectory(prefix="gpt2repro-verify-") as scratch:
-        save_file(expected, Path(scratch) / "expected.safetensors")
-        (Path(scratch) / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        with atomic.naming(Path(scratch)):  # it may be full, and another disk than the export's
+            (Path(scratch) / "expected.safetensors").write_bytes(save(expected))
+            (Path(scratch) / "request.json").write_text(json.dumps(request), encoding="utf-8")
         say("Loading it in a fresh process, and comparing ...")
         report = run_fresh_process(Path(scratch))
     if problem := report.get("problem"):
@@ -249,15 +250,18 @@ def run_fresh_process(scratch: Path) -> dict:
         TOKENIZERS_PARALLELISM="false",
     )
     script = Path(__file__).with_name("fresh_process.py")
-    process = subprocess.run(
-        [sys.executable, "-P", str(script), str(scratch)],
-        cwd=scratch,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS_FOR_FRESH_PROCESS,
-    )
+    try:
+        process = subprocess.run(
+            [sys.executable, "-P", str(script), str(scratch)],
+            cwd=scratch,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_FOR_FRESH_PROCESS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"problem": f"it was not loaded and compared in {SECONDS_FOR_FRESH_PROCESS} s"}
     report = scratch / "report.json"
     if report.is_file():
         return json.loads(report.read_text(encoding="utf-8"))

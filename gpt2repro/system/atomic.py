@@ -6,13 +6,17 @@ it names; what must survive a power failure is flushed first (`durable`, fsync(2
 """
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from gpt2repro.system.text import printable
 
 
 @contextlib.contextmanager
@@ -59,6 +63,41 @@ def partial(path: Path) -> Path:
     remove(scratch)
     scratch.mkdir(parents=True)
     return scratch
+
+
+@contextlib.contextmanager
+def own_partial(path: Path) -> Iterator[Path]:
+    """As `partial`, of a name that no other writer of `path` has; gone when the block ends.
+
+    What a killed writer left goes too. Whether one still writes, its lock tells, which the kernel
+    ends with it; where nothing can be locked, such directories are told and stay.
+    """
+    path = path.absolute()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
+        try:
+            with _locked(left):
+                remove(left)
+        except OSError as error:
+            said = f"{left} stays: somebody still writes it, or was killed ({error.strerror})"
+            print(printable(said), file=sys.stderr)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    scratch.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove, scratch)
+        with contextlib.suppress(OSError):
+            stack.enter_context(_locked(scratch))
+        yield scratch
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory. Raises OSError: somebody else does, or there are none."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def move_into_place(scratch: Path, path: Path) -> None:

@@ -423,6 +423,50 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("file", "write", "said"),
+    [
+        ("expected.safetensors", "write_bytes", r"final could not .*gpt2repro-verify-"),
+        ("README.md", "write_text", "final could not be written"),
+    ],
+)
+def test_a_disk_that_is_full_while_verifying_is_named(tmp_path, monkeypatch, file, write, said):
+    """The temporary directory, or the output's disk again: the weights do not stay on it."""
+    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    writes = getattr(Path, write)
+
+    def full(self, *rest, **more):
+        if self.name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writes(self, *rest, **more)
+
+    monkeypatch.setattr(Path, write, full)
+    with pytest.raises(UserError, match=said) as error:
+        export.export(tiny_model(), tiny_tokenizer(), tmp_path / "final")
+    assert "No space left" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fresh_process_that_takes_too_long_is_a_failed_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "SECONDS_FOR_FRESH_PROCESS", 0.01)
+    with pytest.raises(UserError, match=r"in 0.01 s\. It is kept as .*rejected"):
+        export.export(tiny_model(), tiny_tokenizer(), tmp_path / "final")
+
+
+def test_another_export_to_the_same_place_spoils_nothing(tmp_path, monkeypatch):
+    """It begins when the first has been verified."""
+
+    def verify_late(directory, *_):
+        monkeypatch.setattr(export, "verify", lambda *_: VERIFIED)
+        export.export(tiny_model(), tiny_tokenizer(), tmp_path / "final", format="gpt2")
+        return VERIFIED
+
+    monkeypatch.setattr(export, "verify", verify_late)
+    export.export(tiny_model(), tiny_tokenizer(), tmp_path / "final")
+    assert {path.name for path in (tmp_path / "final").iterdir()} == NATIVE_FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
 def test_the_live_model_is_left_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
     model = tiny_model(attn_pdrop=0.5)

@@ -1,5 +1,9 @@
 """Whole or not at all, whoever is interrupted where."""
 
+import errno
+import fcntl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +124,40 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     scratch = atomic.partial(tmp_path / "final")
     (scratch / "half").write_text("")
     assert atomic.partial(tmp_path / "final") == scratch and not names(scratch)
+
+
+def test_two_writers_of_a_directory_do_not_meet(tmp_path, capsys):
+    path = tmp_path / "final"
+    with atomic.own_partial(path) as one:
+        (one / "one").touch()
+        with atomic.own_partial(path) as other:
+            (other / "other").touch()
+            atomic.move_into_place(other, path)
+        assert names(one) == ["one"] and names(path) == ["other"]
+        assert f"{one} stays: somebody still writes it" in capsys.readouterr().err
+        atomic.move_into_place(one, path)
+    assert names(path) == ["one"] and names(tmp_path) == ["final"]
+
+
+def test_what_a_killed_writer_of_its_own_left_is_removed_or_told(tmp_path, capsys, monkeypatch):
+    code = "import os, sys; from pathlib import Path; from gpt2repro.system import atomic\n"
+    code += "with atomic.own_partial(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    path = tmp_path / "final"
+    for _ in range(2):  # the second finds what the first left
+        assert subprocess.run([sys.executable, "-c", code, path]).returncode == -9
+    (left,) = names(tmp_path)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", no_locks)
+        with atomic.own_partial(path) as scratch:
+            assert names(tmp_path) == sorted([left, scratch.name])
+    assert f"{left} stays" in capsys.readouterr().err
+    with atomic.own_partial(path) as scratch:
+        assert names(tmp_path) == [scratch.name] and not names(scratch)
+    assert capsys.readouterr().err == "" and names(tmp_path) == []
 
 
 # --- Power failures -------------------------------------------------------------------------------
