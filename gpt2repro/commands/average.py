@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     """`gpt2repro average MODEL MODEL ... --output OUT`."""
     options = _parse(argv)
     from gpt2repro.publishing.card import model_card
-    from gpt2repro.publishing.export import export
+    from gpt2repro.publishing.export import export, licence_of
     from gpt2repro.records.saved_models import locate
     from gpt2repro.system import machine
 
@@ -34,12 +34,14 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--output {options.output} is one of the models; give another directory")
     model, tokenizer = _average(options.models, options.decay, options.tokenizer)
     which = "mean" if options.decay is None else f"moving average, of decay {options.decay},"
+    licences = {licence_of(name, "MODEL") for name in options.models}
     card = model_card(
         name=options.output.resolve().name,
         num_parameters=model.num_parameters(),
         command=shlex.join(["gpt2repro", "average", *argv]),
         commit=machine.code_commit(),
         averaged=f"the {which} of those of {len(options.models)} models, which the command names",
+        licence=licences.pop() if len(licences) == 1 else None,
     )
     verification = export(model, tokenizer, options.output, format=options.format, card=card)
     print(f"{options.output}: verified")

@@ -19,10 +19,12 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     import torch
 
-    from gpt2repro.publishing.export import MAX_SHARD_SIZE, export
+    from gpt2repro.publishing.card import model_card
+    from gpt2repro.publishing.export import MAX_SHARD_SIZE, export, licence_of
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm, locate
 
     card, figures = _beside(Path(locate(options.model)))
+    name = options.output.resolve().name
     verification = export(
         load_causal_lm(options.model),
         find_tokenizer(options.model, options.tokenizer),
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> int:
         format=options.format,
         dtype=getattr(torch, DTYPES[options.dtype]) if options.dtype else None,
         max_shard_size=options.max_shard_size or MAX_SHARD_SIZE,
-        card=card,
+        card=card or model_card(name=name, licence=licence_of(options.model, "--model")),
         figures=figures,
     )
     print(f"{options.output}: verified")

@@ -82,6 +82,7 @@ def model_card(
     loss_curve: str | None = None,
     published_loss: tuple[str, float] | None = None,
     averaged: str | None = None,
+    licence: str | None = None,
 ) -> str:
     """The whole card, with YAML metadata that the Hub accepts.
 
@@ -95,6 +96,7 @@ def model_card(
         loss_curve: name of the picture beside the card.
         published_loss: whose loss on the same held-out text others published, and the loss.
         averaged: which average the weights are, if they are one; `metrics` then tell of both.
+        licence: where it is known from elsewhere than a recipe.
     """
     known = recipe or {}
     shown = {k: _cell(v) if isinstance(v, str) else v for k, v in known.items()}
@@ -102,7 +104,7 @@ def model_card(
     recipe_yaml = yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True).rstrip()
     environment, validations = environment or {}, _validations(metrics)
     card = ModelCard.from_template(
-        _metadata(name, known, _validations(metrics, "_ema" if averaged else "")),
+        _metadata(name, known, _validations(metrics, "_ema" if averaged else ""), licence),
         template_path=str(CARD),
         name=name,
         num_parameters=num_parameters,
@@ -329,7 +331,14 @@ def _described(dataset: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]]
 # --- Metadata -------------------------------------------------------------------------------------
 
 
-def _metadata(name: str, recipe: Mapping, validations: Sequence[tuple]) -> ModelCardData:
+def own_licence(recipe: Mapping | None) -> str | None:
+    """Of a run's weights; none is made up for what somebody else began, or for what is no run."""
+    return "mit" if recipe and not recipe.get("init_from") else None
+
+
+def _metadata(
+    name: str, recipe: Mapping, validations: Sequence[tuple], licence: str | None
+) -> ModelCardData:
     """What the Hub reads: licence, library, task, data and the validation loss."""
     names, start = [each["name"] for each in _datasets(recipe)], recipe.get("init_from")
     dataset = names[0] if len(names) == 1 else ""
@@ -341,7 +350,7 @@ def _metadata(name: str, recipe: Mapping, validations: Sequence[tuple]) -> Model
         if dataset and value is not None
     ]
     return ModelCardData(
-        license="mit",
+        license=licence or own_licence(recipe),
         language=languages.pop() if len(languages) == 1 else None,
         library_name="transformers",
         pipeline_tag="text-generation",

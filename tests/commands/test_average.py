@@ -1,5 +1,6 @@
 """The verb `average`: numbers by hand, loads as any export, refusals in one line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def test_weights_are_averaged_and_the_card_says_how(tmp_path, capsys, options, s
         torch.testing.assert_close(parameter.double(), sum(terms), rtol=6e-8, atol=1e-12)
     assert AutoTokenizer.from_pretrained(output).get_vocab() == tiny_tokenizer().get_vocab()
     card = (output / "README.md").read_text()
+    assert "license: mit\n" in card  # the run's
     assert said in card and "gpt2repro average " + " ".join(arguments[:3]) in card
 
 
@@ -78,6 +80,17 @@ def test_what_is_of_another_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match=f"MODEL {other} holds no tokenizer; name one with --tok"):
         average.main([first, other, "--output", str(output)])
     assert not output.exists()
+
+
+def test_an_average_has_a_licence_if_all_have_the_same(tmp_path):
+    models = [save(tmp_path / "run", step) for step in (1, 2)]
+    with_card = tmp_path / "theirs"
+    average.main([*models, "--output", str(with_card)])
+    for licence, said in (("mit", ["mit"]), ("cc0-1.0", [])):
+        (with_card / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        average.main([*models, str(with_card), "--output", str(tmp_path / "out")])
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert re.findall(r"^license: (\S+)$", text, re.M) == said
 
 
 def test_a_model_is_not_replaced_by_its_average(tmp_path):

@@ -1,7 +1,10 @@
 """The verb `export`: from a checkpoint, official files, a run; refusals name the option."""
 
+import re
+
 import pytest
 import torch
+from fake_hub import FakeHub
 from safetensors.torch import load_file
 from tiny_checkpoint import save_now
 from tiny_export import VERIFIED
@@ -43,6 +46,40 @@ def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_ve
     publishing.export(model, tiny_tokenizer(), final, card="# Mine\n")
     assert export.main(["--model", str(tmp_path / "run"), "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "README.md").read_text().startswith("# Mine\n")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# Theirs\n", "apache-2.0"),
+        ("# Theirs\n", None),
+        ("---\nlicense: [\n---\n", None),
+        (None, None),
+    ],
+)
+def test_a_licence_is_the_sources_or_none(tmp_path, monkeypatch, no_verification, card, licence):
+    """Of a directory, whose card goes along, and of a Hub id."""
+    directory = save_official(tiny_model(), tmp_path / "theirs")
+    tiny_tokenizer().save_pretrained(directory)
+    if card is not None:
+        (directory / "README.md").write_text(card)
+    with FakeHub() as hub:
+        hub.use_in_process(monkeypatch)
+        hub.add("models", "them/gpt2", {p.name: p.read_bytes() for p in directory.iterdir()})
+        for source in (str(directory), "them/gpt2"):
+            assert export.main(["--model", source, "--output", str(tmp_path / "out")]) == 0
+            text = (tmp_path / "out" / "README.md").read_text()
+            said = re.findall(r"^license: (\w\S+)$", text, re.M)
+            assert said == ([licence] if licence else [])
+
+
+def test_the_licence_of_a_run_is_ours_unless_it_began_with_others_weights(tmp_path):
+    model = tiny_model()
+    step = save_now(tmp_path / "run" / "checkpoints", 3, model, AdamW(model.parameters()))
+    assert publishing.licence_of(str(step), "--model") is None
+    for fields, licence in (("seed: 1\n", "mit"), ("init_from: them/gpt2\n", None)):
+        (tmp_path / "run" / "recipe.yaml").write_text(fields)
+        assert publishing.licence_of(str(step), "--model") == licence
 
 
 @pytest.mark.parametrize(
