@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser, named, path
+from gpt2repro.system.text import printable
 
 AGAIN = "run the same command again: files that have arrived are not sent twice"
 
@@ -34,7 +35,12 @@ def main(argv: list[str]) -> int:
     for line in verify(directory, allow_code=options.allow_code).lines():
         print(f"  {line}")
     if options.evaluation:
-        add_evaluation(directory / "README.md", options.evaluation, options.repo.partition("/")[2])
+        repo_name = options.repo.partition("/")[2]
+        scored = add_evaluation(directory / "README.md", options.evaluation, repo_name)
+        places = [Path(str(scored), final).absolute() for final in ("", "final")]
+        if scored not in (None, options.repo) and directory.absolute() not in places:
+            said = f"gpt2repro push: warning: {options.evaluation} is of {scored}, not {directory}"
+            print(printable(said), file=sys.stderr, flush=True)
     existed = check_hub_rights(options.repo, private=options.private, option="--repo")
     files = to_publish(directory, allow_code=options.allow_code)
     size = sum(path.stat().st_size for path in files) / 1e6

@@ -244,13 +244,18 @@ def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
     return str(parsed)
 
 
-def add_evaluation(card: Path, evaluation: Path, name: str) -> None:
-    """Put what `gpt2repro evaluate --output` wrote into the card on disk of the model `name`.
+def add_evaluation(card: Path, evaluation: Path, name: str) -> str | None:
+    """Put what `evaluate --output` wrote of a model into the card of `name`; returns of which.
 
     Raises:
-        UserError: when `evaluation` is another file.
+        UserError: when `evaluation` is another file, or the card's metadata cannot be read.
     """
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    try:
+        ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{card}: its metadata cannot be read: {reason}") from None
     try:
         results = read_json(evaluation)
         text = with_evaluation(text, {"results": results.pop("results"), **results}, name)
@@ -260,6 +265,7 @@ def add_evaluation(card: Path, evaluation: Path, name: str) -> None:
         ) from None
     with atomic.new_file(card) as scratch:
         scratch.write_text(text, encoding="utf-8")
+    return results.get("model")
 
 
 def _with_section(card: str, title: str, text: str, before: str | None = None) -> str:
@@ -367,7 +373,12 @@ def _is_on_hub(name: str | None) -> bool:
 
 
 def _eval_results(evaluation: Mapping) -> list[EvalResult]:
-    """What was computed for this model on a dataset of the Hub, which the evaluation names."""
+    """What was computed for this model on a dataset of the Hub, which the evaluation names.
+
+    Nothing of a part of its rows: beside others, on the Hub, it would pass for the whole.
+    """
+    if evaluation.get("settings", {}).get("limit"):
+        return []
     datasets = {
         figure: report["dataset"]
         for report in evaluation.get("tasks", {}).values()

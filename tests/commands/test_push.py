@@ -127,7 +127,7 @@ def test_private_and_revision(hub, exported, verified):
         push.main(["--model", str(exported), "--repo", "me/open", "--private"])
 
 
-def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path):
+def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path, capsys):
     dataset = {"name": "Rowan/hellaswag", "title": "HellaSwag"}
     results = {
         "results": {"hellaswag/completion_acc_norm": {"value": 0.25, "stderr": 0.01}},
@@ -145,6 +145,17 @@ def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path):
         assert push.main([*command, str(tmp_path / "results.json")]) == 0
         card = hub.files("me/name")["README.md"].decode()
         assert "0.2500 ± 0.0100" in card and "Rowan/hellaswag" in card
+        assert "warning" not in capsys.readouterr().err
+        for model, warns in (
+            (str(exported), False),
+            (str(exported.parent), False),  # as of a run
+            ("me/name", False),
+            ("someone/else", True),
+        ):
+            (tmp_path / "results.json").write_text(json.dumps(results | {"model": model}))
+            assert push.main([*command, str(tmp_path / "results.json")]) == 0
+            said = f"results.json is of {model}, not {exported}"
+            assert (said in capsys.readouterr().err) == warns
         (tmp_path / "other.json").write_text("{}")
         with pytest.raises(UserError, match=r"--evaluation .*not what `gpt2repro evaluate"):
             push.main([*command, str(tmp_path / "other.json")])

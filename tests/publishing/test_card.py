@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import json
 import re
 import shlex
 
@@ -201,6 +202,8 @@ def test_muon_and_a_start_from_other_weights_are_told():
 def test_a_limited_evaluation_says_so():
     text = evaluated(EVALUATION | {"settings": {"limit": 100}})
     assert "Only the first 100 rows" in text
+    names = {each.metric_name for each in ModelCard(text).data.eval_results}
+    assert names == {"loss", "bits_per_byte"}  # the Hub has no field for that
 
 
 @pytest.mark.parametrize("form", ["gpt2repro", "gpt2"])
@@ -254,6 +257,16 @@ def test_another_file_is_no_evaluation_and_the_card_stays(tmp_path, content):
     with pytest.raises(UserError, match=r"not what `gpt2repro evaluate|cannot be read"):
         add_evaluation(tmp_path / "README.md", tmp_path / "results.json", "gpt2")
     assert (tmp_path / "README.md").read_text() == card()
+
+
+@pytest.mark.parametrize("metadata", ["model-index:\n- name: x", "license: [", "- a"])
+def test_a_card_with_broken_metadata_is_to_blame_itself(tmp_path, metadata):
+    text = f"---\n{metadata}\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "results.json").write_text(json.dumps(EVALUATION))
+    with pytest.raises(UserError, match=r"README.md: its metadata cannot be read: \S+"):
+        add_evaluation(tmp_path / "README.md", tmp_path / "results.json", "gpt2")
+    assert (tmp_path / "README.md").read_text() == text
 
 
 def test_an_evaluation_without_datasets_gives_a_table_only():
