@@ -42,11 +42,11 @@ def main(argv: list[str]) -> int:
 
 
 def _beside(source: Path) -> tuple[str | None, list[Path]]:
-    """Card and pictures of the model's directory, to go with it; links lead who knows where.
+    """Card, and pictures and LICENSE, of the model's directory; links lead who knows where.
 
     The Hub's cache consists of links: a model is read from there, what describes it is left out.
     """
-    card, figures = source / "README.md", sorted(source.glob("*.png"))
+    card, figures = source / "README.md", [*sorted(source.glob("*.png")), source / "LICENSE"]
     if linked := [path for path in (card, *figures) if path.is_symlink()]:
         names = printable(", ".join(path.name for path in linked))
         print(f"gpt2repro export: left out, as symbolic links: {names}", file=sys.stderr)

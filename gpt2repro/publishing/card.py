@@ -65,6 +65,8 @@ ABSOLUTE = re.compile(
     r"(?<=')~?/[^'\n]+(?=')"  # quoted, with spaces perhaps
     r"|(?<![\w:/.<~-])~?(?:/[^\s/\"'`|,<>()\[\]{}]+)+/?"
 )
+# Options of launchers that name machines.
+ADDRESS = re.compile(r"(--(?:main.process.ip|master.addr|rdzv.endpoint)[= ])[^\s\\]+")
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
 
@@ -193,7 +195,8 @@ def published(card: str) -> str:
     for title in ("Training", BENCHMARKS):  # the command line; names of other models
         if span := _span(card, title):
             begin, end = span
-            section = ABSOLUTE.sub(lambda found: _name(found[0]), card[begin:end])
+            section = ADDRESS.sub(r"\1ADDRESS", card[begin:end])
+            section = ABSOLUTE.sub(lambda found: _name(found[0]), section)
             card = card[:begin] + section + card[end:]
     return printable(card)
 
@@ -211,10 +214,11 @@ def _local_paths(recipe_yaml: str) -> set[str]:
             value = fields.get(field)
             values += value if isinstance(value, list) else [value]
     return {
-        value
+        spelled
         for value in values
-        if isinstance(value, str) and "/" in value and not re.match(r"hub:|\w+://", value)
+        if isinstance(value, str) and "/" in value and not re.match(r"hub:|(?!file:)\w+://", value)
         if Path(value).exists() or not is_hub_id(value)
+        for spelled in (value, value.replace("'", "''"))  # as YAML has it within quotes
     }
 
 
@@ -362,7 +366,7 @@ def _metadata(
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"],
         datasets=list(dict.fromkeys(filter(_is_on_hub, names))) or None,
-        base_model=start if _is_on_hub(start) else None,
+        base_model=start if start and is_hub_id(start) and not Path(start).exists() else None,
         model_name=name if results else None,
         eval_results=results or None,
     )

@@ -72,7 +72,7 @@ def export(
         max_shard_size: bytes, or text such as "500MB"; larger models are split into several files.
         card: README.md, whose sections on loading and verification are written here; None writes a
             short one.
-        figures: PNG files to put beside the card; those that do not exist are left out.
+        figures: files to put beside the card, pictures or LICENSE; where there is none, left out.
         record: where the model comes from, whose hashes of weights are those written here.
 
     Raises:
@@ -285,7 +285,8 @@ def _write_tokenizer(
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = n_positions
     tokenizer.init_kwargs.pop("auto_map", None)  # code that was not needed to load it
-    tokenizer.save_pretrained(directory)
+    several = isinstance(tokenizer.chat_template, dict)  # they would be files in a folder
+    tokenizer.save_pretrained(directory, save_jinja_files=not several)
     bpe = tokenizer.backend_tokenizer.model
     if plain_files and type(bpe).__name__ == "BPE":
         bpe.save(str(directory))

@@ -73,8 +73,8 @@ class Verification:
             f"for bit the model's; output layer {head} the token embedding; no pickle",
             f"fp32 logits {equal} to the live model's; {self.num_greedy_tokens} greedy tokens "
             "the same",
-            f"vocabulary {self.vocab_size}, tokenizer {self.num_tokens} tokens, round trip and "
-            "special tokens right",
+            f"vocabulary {self.vocab_size}, tokenizer {self.num_tokens} tokens; it encodes and "
+            "decodes a text as the live one does; special tokens right",
         ]
 
 

@@ -1,6 +1,7 @@
 """Open a GPT-2 by the name a user gives: a run, an export, a checkpoint, a directory, a Hub id."""
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from gpt2repro import UserError
 from gpt2repro.data.tokenizer import holds_tokenizer, load_tokenizer
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import saved_recipe
+from gpt2repro.system import ranks
 from gpt2repro.system.hub import is_hub_id, refuse_pointers
 from gpt2repro.system.patience import patiently
+from gpt2repro.system.text import printable
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 OFFLINE_ADVICE = "; give a local directory, or run where the Hub answers"
@@ -85,6 +88,10 @@ def load_causal_lm(
     model, info = loaded
     if lacking := sorted(info["missing_keys"]):  # transformers would have made them up
         raise UserError(f"{option} {name}: lacks {len(lacking)} tensors, among them {lacking[0]}")
+    if (surplus := sorted(info["unexpected_keys"])) and ranks.rank() == 0:
+        names = ", ".join(surplus[:3]) + (", ..." if len(surplus) > 3 else "")
+        said = f"warning: {option} {name}: no part of a {type(model).__name__}, left out: {names}"
+        print(printable(said), file=sys.stderr, flush=True)
     return model.eval()
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from fake_hub import FakeHub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_now
 from tiny_export import VERIFIED
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
@@ -71,6 +71,19 @@ def test_a_licence_is_the_sources_or_none(tmp_path, monkeypatch, no_verification
             text = (tmp_path / "out" / "README.md").read_text()
             said = re.findall(r"^license: (\w\S+)$", text, re.M)
             assert said == ([licence] if licence else [])
+
+
+def test_what_lies_beside_a_model_goes_along_or_is_told(tmp_path, capsys, no_verification):
+    directory = save_official(tiny_model(), tmp_path / "theirs")
+    tiny_tokenizer().save_pretrained(directory)
+    (directory / "LICENSE").write_text("Theirs.\n")
+    tensors = load_file(directory / "model.safetensors")
+    more = {f"h.{layer}.lora_A.weight": torch.ones(4, 64) for layer in range(4)}
+    save_file(tensors | more, directory / "model.safetensors", metadata={"format": "pt"})
+    assert export.main(["--model", str(directory), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Theirs.\n"
+    said = f"--model {directory}: no part of a GPT2ReproForCausalLM, left out: h.0.lora_A.weight, "
+    assert f"warning: {said}h.1.lora_A.weight, h.2.lora_A.weight, ...\n" in capsys.readouterr().err
 
 
 def test_the_licence_of_a_run_is_ours_unless_it_began_with_others_weights(tmp_path):

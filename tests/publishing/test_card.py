@@ -197,6 +197,8 @@ def test_muon_and_a_start_from_other_weights_are_told():
     assert "started from openai-community/gpt2 |" in text
     assert ModelCard(text).data.base_model == "openai-community/gpt2"
     assert ModelCard(text).data.license is None  # theirs goes on
+    old_name = card(recipe=recipe | {"init_from": "gpt2"})
+    assert ModelCard(old_name).data.base_model == "gpt2"
 
 
 def test_a_limited_evaluation_says_so():
@@ -370,6 +372,25 @@ def test_a_published_card_names_what_lies_here_without_its_path(tmp_path, monkey
     assert again["data_files"] == ["one.parquet", "hf://datasets/a/b/*.parquet", "./*.txt"]
     assert "corpus" in {each.dataset_type for each in ModelCard(shown).data.eval_results}
     assert published(shown) == shown
+
+
+@pytest.mark.parametrize("name", ["/home/me/o'brien: x", "file:///home/me/x", "/home/me/ü #b"])
+def test_a_published_card_has_no_path_however_yaml_spells_it(name):
+    """In the metadata and in the block of the recipe."""
+    recipe = RECIPE | {"dataset_name": name, "dataset_revision": None}
+    command = f"train --dataset_name {shlex.quote(name)}"
+    shown = published(card(recipe=recipe, command=command))
+    assert "/home" not in shown
+    (dataset,) = {each.dataset_type for each in ModelCard(shown).data.eval_results}
+    assert dataset == yaml.safe_load(recipe_of(shown))["dataset_name"] == name.rpartition("/")[2]
+
+
+@pytest.mark.parametrize(
+    "option", ["--main_process_ip ", "--main-process-ip=", "--rdzv-endpoint=", "--master_addr "]
+)
+def test_a_published_card_names_no_machine(option):
+    text = card(command=f"accelerate launch {option}10.1.2.3:29500 train.py --seed 1")
+    assert f"accelerate launch {option}ADDRESS train.py --seed 1\n" in published(text)
 
 
 def test_what_is_no_text_is_spelled_out():

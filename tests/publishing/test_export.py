@@ -112,6 +112,7 @@ def test_verification_says_how_equal_the_logits_are(exported):
         assert each.num_greedy_tokens == 16 and each.tied
         card = (exported[0] / form / "README.md").read_text()
         assert all(line in card for line in each.lines())
+        assert "decodes a text as the live one does" in card  # a text may come back in lower case
     assert "trust_remote_code=True" in (exported[0] / "gpt2repro" / "README.md").read_text()
     assert "trust_remote_code" not in (exported[0] / "gpt2" / "README.md").read_text()
 
@@ -337,6 +338,9 @@ def test_a_chat_template_travels_with_its_tokenizer(tmp_path, monkeypatch):
         [{"role": "user", "content": "Hi"}], tokenize=False
     )
     assert spoken == "user: Hi"
+    tokenizer.chat_template = several = {"default": "a", "tool_use": "b"}
+    export.export(tiny_model(), tokenizer, tmp_path / "several")
+    assert AutoTokenizer.from_pretrained(tmp_path / "several").chat_template == several
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
