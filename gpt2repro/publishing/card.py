@@ -89,13 +89,11 @@ def model_card(
     """The whole card, with YAML metadata that the Hub accepts.
 
     Args:
-        name: of the model, as its title.
+        name, loss_curve: of the model, as its title; of the picture beside the card.
         recipe: every field of the run's recipe, resolved (`dataset_revision` is a commit).
         environment: hardware and versions, as `machine.describe()` gives them.
         metrics: the run's `metrics.jsonl`; throughput, losses and the data ledger come from it.
-        command: the command line that trained the model, its launcher's options included.
-        commit: of the code that trained it.
-        loss_curve: name of the picture beside the card.
+        command, commit: what trained it, its launcher's options included, and of which code.
         published_loss: whose loss on the same held-out text others published, and the loss.
         averaged: which average the weights are, if they are one; `metrics` then tell of both.
         licence: where it is known from elsewhere than a recipe.
