@@ -152,7 +152,7 @@ def train_one(recipe_file: Path, directory: Path, output: Path) -> None:
     with open_run(load_recipe(argv), argv) as opened:
         if train(opened) == EXIT_PREEMPTED:
             return
-        recipe = opened.recipe.model_dump()
+        recipe = opened.recipe.model_dump() | {"output_dir": None}  # of this machine
     if ranks.rank() != 0:
         return
     lines = read_metrics(directory / "metrics.jsonl")
