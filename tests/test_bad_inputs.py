@@ -335,6 +335,7 @@ def test_what_the_hub_does_not_have(options, parts, place, capsys, monkeypatch):
         assert_refused(place, capsys, options.split(), *parts)
 
 
+@pytest.mark.sweep
 def test_a_machine_without_a_network(inputs, tmp_path):
     """For real, with nothing but the defaults: quick, and it names the way out."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}

@@ -53,6 +53,7 @@ save_file({"ids": ids, "logits": model(ids).logits.detach(), "greedy": greedy}, 
 )
 
 
+@pytest.mark.sweep
 def test_push_with_faults_and_reload_by_a_fresh_process(exported, tmp_path):
     """The verb in its own process; 503s, and a connection reset in the middle of the weights."""
     with UploadHub() as hub:

@@ -95,6 +95,7 @@ def test_float32_resumes_from_any_step_and_under_one_process(recipe, alone, tmp_
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.sweep
 def test_ddp_compiles_once_and_computes_what_one_process_does(recipe, alone, tmp_path):
     run = tmp_path / "run"
     options = (*MANY_BLOCKS, *STEPS, "--compile")
