@@ -12,8 +12,7 @@ Rules
    points, all listed: two thirds spread evenly over the logarithms of the knobs' ranges, then twice
    a sixth over ranges a quarter as wide around the best so far, which may leave the first ranges.
    A best point outside the first ranges is told: they were too narrow. The tuning seed, 0, is not
-   counted.
-   AdamW is tuned at N steps, every other side at half of them.
+   counted. AdamW is tuned at N steps, every other side at half of them.
 3. The target is the upper 95 % bound (Student's t, one side) of the mean of AdamW's validation
    losses after N steps, over at least 8 seeds, rounded up to a thousandth.
 4. A side's result is the fewest steps, in fortieths of N, at which the same bound of its own mean
@@ -317,6 +316,11 @@ def target_of(losses: list[float]) -> float:
 def run_scale(options: Namespace) -> None:
     """All of it: AdamW's tuning and target; of every side its tuning, then its fewest steps."""
     num_steps, target = SCALES[options.scale].num_steps, math.inf
+    for changed in options.tried:
+        if plain(changed) not in ("adamw", *options.sides):
+            raise UserError(
+                f"--tried {changed}: add {plain(changed)}, which it changes, to --sides"
+            )
 
     def race(side: str, point: dict[str, float], steps: int) -> list[float]:
         directory = options.output / options.scale / "rows" / f"{side}-{steps}"

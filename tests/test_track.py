@@ -73,6 +73,9 @@ def test_points_are_spread_evenly_and_then_around_the_best(track):
 def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, capsys):
     arguments = ["run", "a", "--output", str(tmp_path), "--sides", "muon", "--jobs", "2"]
     arguments += ["--tried", "muon-fast-vectors", "muon-row"]
+    with pytest.raises(UserError, match="--tried muon-row: add muon, which it changes, to --sides"):
+        track.main(["run", "a", "--output", str(tmp_path), "--sides", "all", "--tried", "muon-row"])
+    assert not by_formula
     assert track.main(arguments) == 0
     tuned = {p.parent.name for p in by_formula if "tuning" in p.parts}
     assert tuned == {"adamw", "muon"} and sum("tuning" in p.parts for p in by_formula) == 2 * 24

@@ -122,18 +122,18 @@ def read_branches(repo_id: str, revision: str | None = None) -> dict[str, Publis
     refs = patiently(lambda: HfApi().list_repo_refs(repo_id), f"list the branches of {repo_id}")
     named = {each.name: each.target_commit for each in refs.branches if LIKE_OURS.match(each.name)}
     commits = dict(sorted(named.items())) | {MAIN: main}
+    known: Blobs = {}
     if revision is None:
-        known: Blobs = {}
         return {name: _read(repo_id, name, commit, known) for name, commit in commits.items()}
     if revision not in commits:
         raise UserError(
             f"--revision {revision}: no such branch; {repo_id} has {', '.join(commits)}"
         )
-    one = _read(repo_id, revision, commits[revision], {})
+    one = _read(repo_id, revision, commits[revision], known)
     before = branch_of(one.record.begin.step) if one.record else ""
     if one.record and one.record.branch and one.name == MAIN:
         before = one.record.branch
-    found = {before: _read(repo_id, before, commits[before], {})} if before in commits else {}
+    found = {before: _read(repo_id, before, commits[before], known)} if before in commits else {}
     return found | {revision: one}
 
 

@@ -271,8 +271,8 @@ def _claim(
         lambda: tracker.log_in(resolved, learner.accelerator, directory.tracker, history)
     )
     stop = StopRequest(ranks.any_rank)
-    becomes_kept = recipe.keeps(start.step) and not start.state.get("permanent")
-    becomes_kept = becomes_kept or start.step == stable_until(resolved)
+    becomes_permanent = recipe.keeps(start.step) and not start.state.get("permanent")
+    becomes_kept = becomes_permanent or start.step == stable_until(resolved)
     return Run(
         recipe=resolved,
         directory=directory,

@@ -5,7 +5,7 @@ import math
 from torch.optim.optimizer import Optimizer
 
 from gpt2repro.recipe import Recipe
-from gpt2repro.training.optim.groups import MATRICES
+from gpt2repro.training.optim.groups import MATRICES, matrix_scale
 
 POWER = 1.2  # of the cooldown: modded-nanogpt, track 3, "PowerCool"
 FIRST_MOMENTUM = 0.85  # Jordan et al. 2024
@@ -117,10 +117,7 @@ def jump(recipe: Recipe, before: Recipe, step: int) -> str:
     """In words, that the rate of a run that was made longer rises at `step`, where it resumes."""
     if recipe.num_steps == before.num_steps or step < recipe.warmup_steps:
         return ""
-    of_matrices = recipe.matrix_lr_scale
-    if recipe.optimizer == "muon":
-        of_matrices = recipe.muon_lr / recipe.max_lr
-    for what, scale in (("", 1.0), (" of the matrices", of_matrices)):
+    for what, scale in (("", 1.0), (" of the matrices", matrix_scale(recipe))):
         then = scale * recipe_lr(before, step - 1, of_matrices=bool(what))
         now = scale * recipe_lr(recipe, step, of_matrices=bool(what))
         if now > JUMP * then:

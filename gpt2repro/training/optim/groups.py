@@ -40,8 +40,13 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return [_group(kind, parameters, recipe) for kind, parameters in groups.items() if parameters]
 
 
+def matrix_scale(recipe: Recipe) -> float:
+    """The rate of the blocks' matrices, times `max_lr`."""
+    return recipe.muon_lr / recipe.max_lr if recipe.optimizer == "muon" else recipe.matrix_lr_scale
+
+
 def _group(kind: str, parameters: list[nn.Parameter], recipe: Recipe) -> dict[str, Any]:
-    scales = dict.fromkeys(MATRICES, recipe.matrix_lr_scale) | {
+    scales = dict.fromkeys(MATRICES, matrix_scale(recipe)) | {
         "embeddings": recipe.embedding_lr_scale,
         "positions": recipe.position_lr_scale,
         "vectors": recipe.vector_lr_scale,
@@ -50,7 +55,6 @@ def _group(kind: str, parameters: list[nn.Parameter], recipe: Recipe) -> dict[st
     if recipe.embedding_weight_decay is not None:
         decays["embeddings"] = recipe.embedding_weight_decay
     if recipe.optimizer == "muon":
-        scales |= dict.fromkeys(MATRICES, recipe.muon_lr / recipe.max_lr)
         decays |= dict.fromkeys(MATRICES, recipe.muon_weight_decay)
     decay = decays.get(kind, recipe.weight_decay)
     return {

@@ -83,8 +83,7 @@ class MuonAdamW(AdamW):
             ahead = [ranks.whole(self._look_ahead(p, group)) for p in parameters]
             stacked = torch.cat([a.T.unflatten(0, (maps, -1)) for a in ahead])
             updates = ranks.share(self._orthogonalize, stacked).to(stacked.dtype)
-            if not group["normalized"]:
-                updates = self._unless_skipped(updates, torch.zeros_like(updates))
+            updates = self._unless_skipped(updates, torch.zeros_like(updates))
             # A tall map has more outputs than directions to fill them from: keep their size.
             rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
             for parameter, update in zip(parameters, updates.split(maps), strict=True):
@@ -111,8 +110,7 @@ class MuonAdamW(AdamW):
         moment = self._mean("row_sq", parameter, squares, group["betas"][1])
         rows = update / (moment.view(len(update), -1, 1).sqrt() + group["eps"])
         sizes = [each.norm(dim=(1, 2), keepdim=True) for each in (update, rows)]
-        update = rows * (sizes[0] / sizes[1].clamp(min=1e-30))
-        return self._unless_skipped(update, torch.zeros_like(update))
+        return rows * (sizes[0] / sizes[1].clamp(min=1e-30))  # of a skipped update it is 0
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, to need 5 steps only
