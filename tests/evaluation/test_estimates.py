@@ -6,13 +6,8 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from gpt2repro.evaluation.estimates import (
-    CorpusPerplexity,
-    Estimate,
-    MultipleChoiceAccuracy,
-    mean,
-    ratio,
-)
+from gpt2repro.evaluation.estimates import Estimate, mean, ratio
+from gpt2repro.evaluation.evaluate_metrics import CorpusPerplexity, MultipleChoiceAccuracy
 
 
 def test_mean_and_difference():

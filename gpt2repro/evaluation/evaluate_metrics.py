@@ -1,0 +1,79 @@
+"""Two of our figures as metrics of the `evaluate` library, for code that speaks its language.
+
+Apart from them, since importing `evaluate` takes a second.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import evaluate
+from datasets import Features, Sequence, Value
+
+from gpt2repro.evaluation.estimates import Estimate, choices, perplexity
+
+
+class Metric(evaluate.Metric):
+    """An `evaluate.Metric` that is built directly, so that nothing is fetched.
+
+    `compute(...)` gives `{name: value, name_stderr: standard error}`. Across processes
+    (`num_process`, `process_id`, `experiment_id`, as evaluate has it) the first process computes
+    over the examples of all and the others get None.
+    """
+
+    inputs: Mapping[str, Any]
+    figures: Callable[..., dict[str, Estimate]]
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._experiment_id, self._round = self.experiment_id, 0
+
+    def _info(self) -> evaluate.MetricInfo:
+        doc = self.__class__.__doc__ or ""
+        features = Features(self.inputs)
+        return evaluate.MetricInfo(
+            description=doc, citation="", inputs_description=doc, features=features
+        )
+
+    def _init_writer(self, timeout: float = 1) -> None:
+        # evaluate's processes meet over lock files that the experiment names. In a second round
+        # under the same name a fast process slips through the locks of the first round and
+        # overwrites what is still being read. A name for each round keeps the rounds apart.
+        self.info.experiment_id = f"{self._experiment_id}-{self._round}"
+        self._round += 1
+        super()._init_writer(timeout)
+
+    def _compute(self, **inputs) -> dict[str, float]:
+        found = type(self).figures(**inputs)
+        values = {name: estimate.value for name, estimate in found.items()}
+        return values | {f"{name}_stderr": estimate.stderr for name, estimate in found.items()}
+
+
+class MultipleChoiceAccuracy(Metric):
+    """How often the most likely choice is the right one; the first of equals is taken.
+
+    predictions: log-likelihood of each choice, nats. lengths: of each choice, in the unit that
+    `acc_norm` divides by (`acc` does not). references: index of the right choice.
+    """
+
+    inputs = MappingProxyType(
+        {
+            **dict.fromkeys(("predictions", "lengths"), Sequence(Value("float64"))),
+            "references": Value("int64"),
+        }
+    )
+    figures = staticmethod(choices)
+
+
+class CorpusPerplexity(Metric):
+    """Loss per token, perplexity per token and per word, and bits per byte, of a whole corpus.
+
+    predictions: log-likelihood of each document or row, nats. num_tokens, num_words, num_bytes: of
+    each; they may be fractional, and zero words or bytes leave the figure out. Sums are divided
+    once. Standard errors take documents as independent.
+    """
+
+    inputs = MappingProxyType(
+        dict.fromkeys(("predictions", "num_tokens", "num_words", "num_bytes"), Value("float64"))
+    )
+    figures = staticmethod(perplexity)
