@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
     """`gpt2repro average MODEL MODEL ... --output OUT`."""
     options = _parse(argv)
     from gpt2repro.publishing.card import model_card
-    from gpt2repro.publishing.export import export, licence_of
+    from gpt2repro.publishing.export import export
+    from gpt2repro.publishing.licence import licence_of
     from gpt2repro.records.saved_models import locate
     from gpt2repro.system import machine
 

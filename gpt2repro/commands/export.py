@@ -20,7 +20,8 @@ def main(argv: list[str]) -> int:
     import torch
 
     from gpt2repro.publishing.card import model_card
-    from gpt2repro.publishing.export import MAX_SHARD_SIZE, export, licence_of
+    from gpt2repro.publishing.export import MAX_SHARD_SIZE, export
+    from gpt2repro.publishing.licence import licence_of
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm, locate
 
     card, figures = _beside(Path(locate(options.model)))

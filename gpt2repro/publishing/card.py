@@ -21,6 +21,7 @@ from jinja2 import Template
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.publishing.contents import read_json
+from gpt2repro.publishing.licence import own_licence
 from gpt2repro.records.metrics import comparable, is_number, scored
 from gpt2repro.records.provenance import Record
 from gpt2repro.system import atomic
@@ -337,11 +338,6 @@ def _described(dataset: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]]
 
 
 # --- Metadata -------------------------------------------------------------------------------------
-
-
-def own_licence(recipe: Mapping | None) -> str | None:
-    """Of a run's weights; none is made up for what somebody else began, or for what is no run."""
-    return "mit" if recipe and not recipe.get("init_from") else None
 
 
 def _metadata(

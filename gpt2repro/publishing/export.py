@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import yaml
-from huggingface_hub import ModelCard, hf_hub_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
@@ -27,7 +26,7 @@ from transformers import (
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.data.tokens.token_ids import end_ids
-from gpt2repro.publishing.card import completed, model_card, own_licence, with_provenance
+from gpt2repro.publishing.card import completed, model_card, with_provenance
 from gpt2repro.publishing.contents import (
     CLASSES,
     INDEX,
@@ -39,11 +38,8 @@ from gpt2repro.publishing.contents import (
 from gpt2repro.publishing.verification import Verification, expected_tensors, verify
 from gpt2repro.records import integrity, provenance
 from gpt2repro.records.provenance import Record
-from gpt2repro.records.run_directory import saved_recipe
-from gpt2repro.records.saved_models import locate
 from gpt2repro.system import atomic
 from gpt2repro.system.atomic import sha256
-from gpt2repro.system.patience import patiently
 from gpt2repro.system.text import printable
 
 MAX_SHARD_SIZE = "5GB"  # a broken upload costs one shard again
@@ -133,25 +129,6 @@ def stage(
         verification=["`model.safetensors` is, byte for byte, the file that training saved"],
     )
     (output / "README.md").write_text(printable(text), encoding="utf-8")
-
-
-def licence_of(name: str, option: str) -> str | None:
-    """That of the model `name` as far as anybody said: its card, or of a checkpoint its recipe."""
-    where = Path(locate(name, option))
-    try:
-        if (where / integrity.MARKER).is_file():
-            return own_licence(saved_recipe(where.resolve().parent.parent))
-        card = where / "README.md"
-        if not where.is_dir():
-            card = patiently(
-                lambda: Path(hf_hub_download(name, "README.md")),
-                f"read the card of {name}",
-                give_up_after_seconds=0,
-                reaches_hub=False,
-            )
-        return ModelCard.load(card).data.license
-    except (UserError, OSError, ValueError, yaml.YAMLError):  # no card, or none that can be read
-        return None
 
 
 def _write_rest(

@@ -15,6 +15,7 @@ from gpt2repro import UserError
 from gpt2repro.commands import export
 from gpt2repro.publishing import contents
 from gpt2repro.publishing import export as publishing
+from gpt2repro.publishing.licence import licence_of
 from gpt2repro.records import saved_models
 
 
@@ -89,10 +90,10 @@ def test_what_lies_beside_a_model_goes_along_or_is_told(tmp_path, capsys, no_ver
 def test_the_licence_of_a_run_is_ours_unless_it_began_with_others_weights(tmp_path):
     model = tiny_model()
     step = save_now(tmp_path / "run" / "checkpoints", 3, model, AdamW(model.parameters()))
-    assert publishing.licence_of(str(step), "--model") is None
+    assert licence_of(str(step), "--model") is None
     for fields, licence in (("seed: 1\n", "mit"), ("init_from: them/gpt2\n", None)):
         (tmp_path / "run" / "recipe.yaml").write_text(fields)
-        assert publishing.licence_of(str(step), "--model") == licence
+        assert licence_of(str(step), "--model") == licence
 
 
 @pytest.mark.parametrize(

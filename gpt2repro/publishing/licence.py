@@ -1,0 +1,37 @@
+"""The licence of published weights: what somebody gave them, or that of our own runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, hf_hub_download
+
+from gpt2repro import UserError
+from gpt2repro.records import integrity
+from gpt2repro.records.run_directory import saved_recipe
+from gpt2repro.records.saved_models import locate
+from gpt2repro.system.patience import patiently
+
+
+def own_licence(recipe: Mapping | None) -> str | None:
+    """Of a run's weights; none is made up for what somebody else began, or for what is no run."""
+    return "mit" if recipe and not recipe.get("init_from") else None
+
+
+def licence_of(name: str, option: str) -> str | None:
+    """That of the model `name` as far as anybody said: its card, or of a checkpoint its recipe."""
+    where = Path(locate(name, option))
+    try:
+        if (where / integrity.MARKER).is_file():
+            return own_licence(saved_recipe(where.resolve().parent.parent))
+        card = where / "README.md"
+        if not where.is_dir():
+            card = patiently(
+                lambda: Path(hf_hub_download(name, "README.md")),
+                f"read the card of {name}",
+                give_up_after_seconds=0,
+                reaches_hub=False,
+            )
+        return ModelCard.load(card).data.license
+    except (UserError, OSError, ValueError, yaml.YAMLError):  # no card, or none that can be read
+        return None
