@@ -90,6 +90,15 @@ class ExactStream(IterableDataset):
         unit_digests_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
+        _check_whole(
+            {
+                "sequence_length": sequence_length,
+                "rows_per_step": rows_per_step,
+                "micro_batch_size": micro_batch_size,
+                "num_lanes": num_lanes,
+                "num_reader_threads": num_reader_threads,
+            }
+        )
         files = [data_files] if isinstance(data_files, str) else data_files
         one = {"config": config, "split": split, "revision": revision, "data_files": files}
         one |= {"name": str(dataset_name), "text_column": text_column, "document": document}
@@ -99,6 +108,8 @@ class ExactStream(IterableDataset):
         )
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(str(tokenizer))
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError("tokenizer: it takes a fast tokenizer, or the name of one")
         self._encoder = BulkEncoder(tokenizer)
         self._rows_per_step, self._micro_batch_size = rows_per_step, micro_batch_size
         self._options: dict[str, Any] = {
@@ -119,6 +130,8 @@ class ExactStream(IterableDataset):
 
     def set_world(self, rank: int, world_size: int) -> None:
         """Deal the lanes out anew. Begins at the beginning: `load_state_dict` goes on."""
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} is not in a world of {world_size}: they count from 0")
         self.close()
         rows = self._rows_per_step // world_size
         size = self._micro_batch_size or rows
@@ -204,6 +217,13 @@ class ExactStream(IterableDataset):
         """End the background threads. Iterating again goes on."""
         if self._stream is not None:
             self._stream.close()
+
+
+def _check_whole(arguments: Mapping[str, int | None]) -> None:
+    """Refuse what counts something and is no whole number above zero; None is the default."""
+    for name, value in arguments.items():
+        if value is not None and not (type(value) is int and value > 0):
+            raise UserError(f"{name}: {value!r} is not allowed; it takes a whole number above 0")
 
 
 def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:

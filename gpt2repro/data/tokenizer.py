@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.system import patience
+from gpt2repro.system.command_line import place
 from gpt2repro.system.hub import is_hub_id
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # any one will do
@@ -30,7 +31,10 @@ def load_tokenizer(
     Raises:
         UserError: it is not there or cannot be read; names `tokenizer_name`.
     """
-    name = str(name_or_directory)
+    try:
+        name = place(str(name_or_directory))
+    except ValueError as error:
+        raise UserError(f"tokenizer_name: {error}") from None
     if demo := demo_corpus.built_in(name):
         name = str(demo / "tokenizer")
     where = f"load the tokenizer {name!r} (tokenizer_name)"

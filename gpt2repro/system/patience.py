@@ -58,9 +58,9 @@ Result = TypeVar("Result")
 class PassingFault(Exception):
     """An answer that is wrong in a way that another attempt mends: short body, ignored range."""
 
-    def __init__(self, reason: str, attempts: int | None = None) -> None:
+    def __init__(self, reason: str, attempts: int | None = None, *, answered: bool = True) -> None:
         super().__init__(reason)
-        self.attempts = attempts  # as of a `Diagnosis`
+        self.attempts, self.answered = attempts, answered  # as of a `Diagnosis`
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _diagnose_one(error: BaseException) -> Diagnosis | None:
     if _is_a(error, "OfflineModeIsEnabled", "huggingface_hub"):
         return Diagnosis(f"{reason} (HF_HUB_OFFLINE is set)", 0)
     if isinstance(error, PassingFault):
-        return Diagnosis(str(error), error.attempts)
+        return Diagnosis(str(error), error.attempts, error.answered)
     response = getattr(error, "response", None)
     if response is not None and hasattr(response, "status_code"):
         return _diagnose_status(response, reason)
@@ -290,7 +290,7 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
     except TimeoutError:
         if future.done():
             raise
-        raise PassingFault(f"no answer within {seconds:.0f} s") from None
+        raise PassingFault(f"no answer within {seconds:.0f} s", answered=False) from None
     finally:
         pool.close(0)
 

@@ -4,8 +4,10 @@ An executor of the standard library joins its threads when the interpreter exits
 an outage of the network would keep a crashed or interrupted process alive for half an hour.
 """
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
@@ -53,7 +55,7 @@ class DaemonPool:
             except InvalidStateError:
                 pass  # closed meanwhile
             except BaseException as error:
-                if not future.done():
+                with contextlib.suppress(InvalidStateError):
                     future.set_exception(error)
             with self._lock:
                 self._pending.discard(future)
@@ -71,6 +73,7 @@ class DaemonPool:
                 continue
         for _ in self._threads:
             self._calls.put(None)
+        until = time.monotonic() + timeout_seconds
         for thread in self._threads:
             if thread is not threading.current_thread():  # garbage is collected anywhere
-                thread.join(timeout_seconds)
+                thread.join(max(0.0, until - time.monotonic()))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt2repro import UserError
-from gpt2repro.data.tokens.bpe import train_bpe
+from gpt2repro.data.tokens.bpe import byte_of_symbol, train_bpe
 from gpt2repro.data.tokens.encoder import PROBE_TEXT, BulkEncoder
 
 TEXTS = [*documents(200), PROBE_TEXT, "naïve 中文 😀 don't WE'LL 123 4567 \n\n\t x"] * 2
@@ -93,6 +93,7 @@ def test_tokenizers_that_only_look_like_gpt2_encode_themselves(theirs):
         {"pre_tokenizer": byte_level | {"use_regex": False}},
         {"pre_tokenizer": {"type": "Digits", "individual_digits": True}},
         {"model": {"merges": [merges[-1], *merges[:-1]]}},
+        {"model": {"ignore_merges": True}},
     ):
         assert not variant(**changes).uses_tiktoken, changes
 
@@ -153,3 +154,63 @@ def test_fingerprints_tell_tokenizers_apart(theirs):
         BulkEncoder(bert_like()).fingerprint,
     }
     assert len(prints) == 4
+
+
+def byte_level(merges: list[tuple[str, str]], **model) -> PreTrainedTokenizerFast:
+    """The 256 bytes and these merges, then `words` that no merge makes, then an end."""
+    words = model.pop("words", ())
+    names = [*byte_of_symbol(), *map("".join, merges), *words, "<|endoftext|>"]
+    vocab = {name: index for index, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, **model))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def test_ids_that_only_another_merge_tells(theirs):
+    """tiktoken would make "ezq" of "e" and "zq", and has no word that no merge makes."""
+    for tokenizer, text in (
+        (byte_level([("z", "q"), ("e", "z"), ("ez", "q")]), "ezq"),
+        (byte_level([], words=["zebra"], ignore_merges=True), "zebra"),
+    ):
+        encoder = BulkEncoder(tokenizer)
+        assert not encoder.uses_tiktoken
+        assert encoder.encode([text])[0].tolist() == plain_ids(tokenizer, text)
+    assert BulkEncoder(byte_level([("z", "q"), ("e", "zq")])).uses_tiktoken
+
+
+def test_dropout_in_a_vocabulary_is_none_here():
+    encoder = BulkEncoder(byte_level([("a", "b"), ("ab", "c")], dropout=0.5))
+    assert [ids.tolist() for ids in encoder.encode(["abc"] * 20)] == [[257]] * 20
+
+
+def unigram(scores: tuple[float, float] = (-1.0, -9.0), **parts) -> PreTrainedTokenizerFast:
+    """Of "ab" the likeliest pieces are itself, or "a" and "b", as `scores` say."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("ab", scores[0]), ("a", scores[1]), ("b", -1.0)]
+    backend = Tokenizer(models.Unigram([*pieces, *((c, -9.0) for c in "</s> ")], unk_id=0))
+    for part, value in parts.items():
+        setattr(backend, part, value)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def test_what_no_probe_shows_is_in_the_fingerprint():
+    https = normalizers.Replace("https://", "")
+    different = (unigram(), unigram((-9.0, -1.0)), unigram(normalizer=https))
+    assert len({BulkEncoder(each).fingerprint for each in different}) == 3
+    assert BulkEncoder(unigram()).fingerprint == BulkEncoder(unigram()).fingerprint
+
+
+def test_an_end_spelled_in_a_text_is_never_the_streams():
+    """To a Unigram model it is a piece like any other."""
+    [ids] = BulkEncoder(unigram()).encode(["ab</s>a"])
+    assert ids.tolist() == [2, 3]
+
+
+def test_bytes_of_ids_without_a_twin():
+    """By the token's symbols: what "é" is made of decodes to no text."""
+    tokenizer = byte_level([("Ã", "©")], words=["zebra"], ignore_merges=True)
+    encoder, text = BulkEncoder(tokenizer), "é ü zebra"
+    assert not encoder.uses_tiktoken
+    [ids] = encoder.encode([text])
+    assert encoder.bytes_of_ids[ids].sum() == len(text.encode())
+    assert encoder.bytes_of_ids[encoder.eot_id] == 0

@@ -210,6 +210,18 @@ def test_the_processes_are_those_of_the_launcher(make, monkeypatch):
         ({"rank": 0, "world_size": 5}, "not divisible by the 5 processes"),
         ({"num_validation_units": 99}, "num_validation_units"),
         ({"tokenizer": "/nowhere"}, "tokenizer"),
+        ({"tokenizer": None}, "tokenizer: it takes a fast tokenizer"),
+        ({"tokenizer": "x" * 300}, "tokenizer_name: too long for a file's name"),
+        ({"rank": 5, "world_size": 2}, "rank 5 is not in a world of 2"),
+        ({"rank": 0, "world_size": 0}, "rank 0 is not in a world of 0"),
+        *(
+            ({name: value}, f"{name}: {value!r} is not allowed; it takes a whole number above 0")
+            for name in (
+                *("sequence_length", "rows_per_step", "micro_batch_size"),
+                *("num_lanes", "num_reader_threads"),
+            )
+            for value in (0, -2, 1.5)
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_argument(make, options, named):

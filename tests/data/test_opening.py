@@ -1,5 +1,6 @@
 """Names of corpora: what counts as one, its identity, and how bad input is refused."""
 
+import gzip
 import json
 import os
 import time
@@ -174,6 +175,29 @@ def test_a_link_is_read_by_its_own_name_or_its_targets(tmp_path):
     write_text(tmp_path / "2024.txt", ["today"])
     (tmp_path / "latest").symlink_to("2024.txt")
     assert joined(open_corpus(tmp_path / "latest")) == ["today"]
+    (tmp_path / "2024.tsv.gz").write_bytes(gzip.compress(b"text\tn\nof a table\t1\n"))
+    (tmp_path / "table").symlink_to("2024.tsv.gz")
+    assert joined(open_corpus(tmp_path / "table")) == ["of a table"]
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path, caplog):
+    write_text(tmp_path / "d" / "0.txt", ["mine"])
+    write_text(tmp_path / "d" / "1.txt", ["yours"])
+    (tmp_path / "d" / "again").symlink_to(".")
+    for patterns in (["1.txt", "*.txt", "0.txt"], "**/*.txt"):
+        texts = joined(open_corpus(tmp_path / "d", data_files=patterns, document="line"))
+        assert texts == (["mine", "yours"] if patterns == "**/*.txt" else ["yours", "mine"])
+        assert "once is read" in caplog.text
+        caplog.clear()
+
+
+def test_files_in_a_file_and_of_a_file_are_none(tmp_path):
+    write_text(tmp_path / "0.txt", ["mine"])
+    assert "no data files" in refusal(tmp_path, data_files="0.txt/nothing.txt")
+    assert "data_files: " in refusal(tmp_path / "0.txt", data_files="*.txt")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "dataset_info.json").write_text("{}")
+    assert "dataset_name: no data files in" in refusal(tmp_path / "only")
 
 
 def test_a_splits_name_above_the_directory_means_nothing(tmp_path):

@@ -237,6 +237,33 @@ def test_several_members_of_a_compressed_file_are_all_read(tmp_path):
         assert joined(open_corpus(tmp_path / f"0.txt{compression}")) == ["one", "two"]
 
 
+@pytest.mark.parametrize("suffix", [".bz2", ".xz", ".gz", ".zst"])
+def test_a_member_that_is_damaged_is_no_end(tmp_path, suffix):
+    """Python's own readers of two of them take it for one: a torn copy would be half a text."""
+    one, two = (COMPRESSED[suffix](text) for text in (b"one\n", b"two\n"))
+    for rest in (b"X" + two[1:], bytes(len(two)), two[:-5]):
+        (tmp_path / f"0.txt{suffix}").write_bytes(one + rest)
+        if suffix == ".gz" and not any(rest):
+            continue  # zeros are padding to gzip
+        assert "no documents can be read from 0.txt" in refusal(tmp_path / f"0.txt{suffix}")
+
+
+def test_what_changes_between_hash_and_copy_is_not_kept(tmp_path, prepared, monkeypatch):
+    """It would stand under the hash of another text, for good."""
+    (tmp_path / "0.txt").write_text("one\n")
+    hashes = other_formats.content_hashes
+
+    def and_then_it_grows(files):
+        found = hashes(files)
+        with (tmp_path / "0.txt").open("a") as file:
+            file.write("two\n")
+        return found
+
+    monkeypatch.setattr(other_formats, "content_hashes", and_then_it_grows)
+    assert "changed while it was read" in refusal(tmp_path / "0.txt")
+    assert not [*prepared.rglob("*.parquet")]
+
+
 def test_long_documents(tmp_path):
     """Longer than what any library reads at a time."""
     texts = ["long " * 10**6, 'quoted "\n, ' * 10**5]
@@ -333,6 +360,7 @@ def test_a_flipped_bit_in_the_copy_is_never_other_text(tmp_path, prepared, monke
             assert joined(open_corpus(tmp_path / "0.jsonl")) == TEXTS
         except UserError as error:
             assert str(copy) in str(error)
+            assert "a copy of 0.jsonl: delete it, and the next start makes it" in str(error)
 
 
 def test_processes_of_a_machine_make_the_copy_once(tmp_path, monkeypatch):

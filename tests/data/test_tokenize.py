@@ -145,8 +145,25 @@ def test_killed_while_it_writes(tmp_path):
     left = content(tmp_path / "killed")
     assert "tokens_train_000001.bin" in left and any(name.startswith(".tokens_") for name in left)
     assert "are not complete: go on with gpt2repro tokenize" in refusal(tmp_path / "killed")
+
     tokenize(tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "at once")
+
+
+@pytest.mark.parametrize("name", ["tokens_val_000000.bin", "tokens_train_000002.bin"])
+def test_a_copy_that_is_not_whole_is_refused(tmp_path, name):
+    """Nothing else would miss the rest of the text, or what is held out."""
+    tokenize(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    assert f"do not agree: {name} is in one of them" in refusal(tmp_path)
+    (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert f"do not agree: {name} is another file" in refusal(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "more.bin").write_bytes(content)
+    assert "do not agree: more.bin is in one of them" in refusal(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    assert open_corpus(tmp_path).num_units
 
 
 class OtherEncoder(ByteEncoder):

@@ -37,7 +37,7 @@ def test_a_later_pass_reads_the_same_text(tmp_path):
     digests, _, state = run(streams(tmp_path, world_size=2), 60)
     assert digests == theirs
     [file] = tmp_path.iterdir()
-    units = {line.split()[0] for line in file.read_text().splitlines()}
+    units = {line.split()[0] for line in file.read_text().split("\n") if line}
     assert units == {*map(str, range(2, 12))}, "all that are trained on"
     size = file.stat().st_size
     run(streams(tmp_path, state=state), 60)
@@ -64,7 +64,7 @@ def test_what_another_process_has_recorded_meanwhile_counts(tmp_path):
     later = UnitDigests(tmp_path, source)
     later.check(3, source.read_arrow(3))
     [file] = tmp_path.iterdir()
-    assert len(file.read_bytes().splitlines()) == 1
+    assert len(file.read_bytes().split()) == 2
 
 
 def test_other_local_files_of_the_same_name_are_another_dataset(tmp_path):
@@ -83,6 +83,16 @@ def test_a_line_that_was_cut_off_makes_no_other_unit(tmp_path):
     file.write_bytes(b"1")
     UnitDigests(tmp_path, source).check(1, source.read_arrow(1))
     assert re.findall(rb"^\d+ ", file.read_bytes(), re.MULTILINE) == [b"1 "]
+
+
+def test_another_process_line_that_was_cut_off_makes_no_other_unit_either(tmp_path):
+    source = MemoryCorpus(in_units(TEXTS, 10))
+    ours = UnitDigests(tmp_path, source)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(b"1")  # its disk was full
+    ours.check(3, source.read_arrow(3))
+    UnitDigests(tmp_path, source).check(9, source.read_arrow(9))
+    assert re.findall(rb"^\d+ ", file.read_bytes(), re.MULTILINE) == [b"3 ", b"9 "]
 
 
 def test_a_damaged_record_is_made_again(tmp_path):

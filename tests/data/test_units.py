@@ -21,6 +21,15 @@ def test_the_cache_serves_the_same_rows_without_reading(tmp_path):
     assert not list(tmp_path.rglob(".*"))  # no partial files
 
 
+def test_a_unit_without_documents_is_kept_too(tmp_path):
+    first, second = (MemoryCorpus([["one two"] * 9, [], ["three"] * 9]) for _ in range(2))
+    options = {"token_cache_dir": tmp_path, "num_lanes": 1, "num_validation_units": 0}
+    ours = run(streams(source=first, **options), 4)[0]
+    assert sorted(set(first.reads)) == [0, 1, 2]
+    assert run(streams(source=second, **options), 4)[0] == ours
+    assert second.reads == []
+
+
 def test_a_corrupt_cache_entry_is_read_again(tmp_path, caplog):
     run(streams(token_cache_dir=tmp_path), 100)
     entries = sorted(tmp_path.rglob("*.tokens"))

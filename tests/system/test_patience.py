@@ -62,6 +62,14 @@ PASSING = [
 ]
 
 
+def test_no_answer_at_all_is_none():
+    """A name server that hangs makes no Hub: on such a machine a run ends in seconds."""
+    with pytest.raises(PassingFault) as silence:
+        patience._within(0.01, lambda: threading.Event().wait(0.3))
+    assert not diagnose(silence.value).answered
+    assert diagnose(PassingFault("asked for 10 bytes, 5 came")).answered
+
+
 @pytest.mark.parametrize("error", PASSING, ids=repr)
 def test_passing_faults_are_tried_again(error):
     assert patiently(failing(*[error] * 3), "read") == "done"

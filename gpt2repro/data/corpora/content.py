@@ -21,7 +21,7 @@ from gpt2repro.system.threads import DaemonPool
 
 logger = logging.getLogger(__name__)
 
-NUM_RECORDS = 10_000  # the newest are kept
+NUM_RECORDS = 10_000  # the newest are kept, and all of a dataset that has more
 NUM_THREADS = 8
 WORTH_A_LINE_BYTES = 2 * 10**9  # a second or two of hashing
 SETTLED_SECONDS = 2  # times are coarse: a younger file could change again and keep them
@@ -66,9 +66,17 @@ def content_hashes(files: list[str]) -> list[str]:
                 found = dict(zip(new.values(), _hash_all(new), strict=True))
                 settled = time.time() - SETTLED_SECONDS
                 keep = {new[file] for file in new if file.stat().st_mtime < settled}
-                _write(records, known | {key: found[key] for key in keep})
+                others = known | {key: found[key] for key in keep}
+                ours = {key: others.pop(key) for key in keys.values() if key in others}
+                _write(records, others | ours, most=max(NUM_RECORDS, len(ours)))
                 known |= found
         return [known[keys[file]] for file in map(Path, files)]
+
+
+def stamps(files: list[str]) -> list[str]:
+    """What tells of each file that it is as it was, without reading it."""
+    with in_a_line("dataset_name"):
+        return [_key(Path(file)) for file in files]
 
 
 def _key(file: Path) -> str:
@@ -104,7 +112,7 @@ def _read(records: Path) -> dict[str, str]:
         return {}
 
 
-def _write(records: Path, known: dict[str, str]) -> None:
-    newest = dict(list(known.items())[-NUM_RECORDS:])
+def _write(records: Path, known: dict[str, str], most: int) -> None:
+    newest = dict(list(known.items())[-most:])
     with contextlib.suppress(OSError), atomic.new_file(records) as scratch:
         scratch.write_text(json.dumps(newest), encoding="utf-8")

@@ -43,15 +43,22 @@ class Files(NamedTuple):
 
 
 def suffixes_of(file: Path) -> tuple[str, str]:
-    """A file's suffixes of format and compression in lower case, "" where it has none."""
+    """A file's suffixes of format and compression in lower case, "" where it has none.
+
+    Those of what it links to, where its own say no format.
+    """
+    here, there = _suffixes(file), _suffixes(file.resolve())
+    return there if here[0] not in FORMAT_OF_SUFFIX and there[0] in FORMAT_OF_SUFFIX else here
+
+
+def _suffixes(file: Path) -> tuple[str, str]:
     *_, before, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
     return (before, last) if last in COMPRESSIONS else (last, "")
 
 
 def format_of(file: Path) -> str | None:
     """What the file's name says, or that of what it links to."""
-    here = FORMAT_OF_SUFFIX.get(suffixes_of(file)[0])
-    return here or FORMAT_OF_SUFFIX.get(suffixes_of(file.resolve())[0])
+    return FORMAT_OF_SUFFIX.get(suffixes_of(file)[0])
 
 
 def find_local(
@@ -66,10 +73,12 @@ def find_local(
     reader = name if name in FORMAT_OF_SUFFIX.values() and not path.exists() else None
     base = (Path() if reader else path).absolute()
     if path.is_file():
+        if data_files:
+            raise UserError(f"data_files: {name} is a file itself: set it to null")
         splits = {"train": [base]}
     elif data_files and (reader or path.is_dir()):
         given = [data_files] if isinstance(data_files, str) else data_files
-        splits = {"train": [file for each in given for file in _meant(each, base)]}
+        splits = {"train": _each_once([file for name in given for file in _meant(name, base)])}
     elif path.is_dir():
         if shards := _only_shards(base):
             _check_split(split, {"train": shards}, name)
@@ -80,6 +89,8 @@ def find_local(
     else:
         return None
     _check_split(split, splits, name)
+    if not splits[split]:
+        raise UserError(f"dataset_name: no data files in {path}")
     if all(file.suffix.lower() in TOKEN_SUFFIXES for file in splits[split]):
         return Files(TOKENS, None, [str(file) for file in splits[split]])
     formats = {reader or format_of(file): file.name for file in splits[split]}
@@ -122,11 +133,20 @@ def _meant(each: str, base: Path) -> list[Path]:
     rest = path.relative_to(there) if there != path else "**"
     pattern = glob.escape(str(there)) + (f"/{rest}" if there.is_dir() else "")
     found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (pathlib's takes hidden ones too)
+    found = [] if there.is_file() and there != path else found  # nothing lies in a file
     files = [file for file in map(Path, sorted(found)) if file.is_file()]
     files = [file for file in files if file == path or file.name not in NOT_DATA]
     if not files:
         raise UserError(f"data_files: no data files in {base}: {each}")
     return files
+
+
+def _each_once(files: list[Path]) -> list[Path]:
+    """The first of each, where patterns overlap or a link leads back to where it lies."""
+    once = list({file.resolve(): file for file in reversed(files)}.values())[::-1]
+    if len(once) < len(files):
+        logger.warning("data_files: names %d files twice; once is read", len(files) - len(once))
+    return once
 
 
 def _splits_of(directory: Path, config: str | None) -> dict[str, list[Path]]:

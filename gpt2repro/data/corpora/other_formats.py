@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2repro import UserError
-from gpt2repro.data.corpora.content import content_hashes, one_at_a_time
+from gpt2repro.data.corpora.content import content_hashes, one_at_a_time, stamps
 from gpt2repro.data.corpora.corpus import Corpus, Found, check_text_column, digest, in_a_line
 from gpt2repro.data.corpora.local_files import LOCAL, suffixes_of
 from gpt2repro.data.corpora.parquet import LocalSource, ParquetCorpus
@@ -41,6 +41,7 @@ DOCUMENTS_PER_UNIT = 1000  # at most, of local formats that have no row groups
 BYTES_PER_UNIT = 4 * 10**6  # of text; the document in which they are reached is the last
 FEWEST_UNITS = 128  # else they are cut smaller, down to a document each
 VERSION = 2  # of how local files are read: another reads them again
+COMPRESSED_BYTES = 2**16  # decompressed at a time
 WORTH_A_LINE_BYTES = 10**9  # of files to be read: twenty seconds and more
 
 Texts = Iterator[str | None]
@@ -50,7 +51,7 @@ def open_prepared(found: Found) -> Corpus | None:
     """Local files that are read from end to end; None for others."""
     if found.builder is not None:
         return None
-    names = [Path(file).name for file in found.files]
+    names, before = [Path(file).name for file in found.files], stamps(found.files)
     content = digest(content_hashes(found.files))
     if found.format == "text":
         document = found.document or ("file" if len(names) > 1 else "line")
@@ -58,7 +59,7 @@ def open_prepared(found: Found) -> Corpus | None:
         found = replace(found, document=document, identity=found.identity | cut)
     how: list[Any] = [VERSION, DOCUMENTS_PER_UNIT, BYTES_PER_UNIT, FEWEST_UNITS]
     how += [found.format, found.text_column, found.document]
-    path = _prepare(found, f"{digest([content, names, how])}.parquet")
+    path = _prepare(found, f"{digest([content, names, how])}.parquet", before)
     corpus = ParquetCorpus([LocalSource(str(path), path, path.stat().st_size)], "text", {})
     in_units = [corpus.num_documents(unit_index) for unit_index in range(corpus.num_units)]
     if not any(in_units):
@@ -77,15 +78,17 @@ def open_streamed(found: Found) -> Corpus:
     if found.format == "csv":
         found.builder.config.keep_default_na = False  # "NA" is a text
     dataset = patiently(
-        lambda: found.builder.as_streaming_dataset(split=found.split), f"open {found.files[0]}"
+        lambda: found.builder.as_streaming_dataset(split=found.split),
+        f"open {found.files[0]}",
+        reaches_hub=found.on_hub,
     )
     names = found.files if found.on_hub else [Path(file).name for file in found.files]
     identity = found.identity | {"files": digest(names)}
     return StreamedCorpus(dataset, found.text_column, identity)
 
 
-def _prepare(found: Found, name: str) -> Path:
-    """The local files as one parquet file, made if it is not there whole."""
+def _prepare(found: Found, name: str, before: list[str]) -> Path:
+    """The local files, which were hashed as of `before`, as one parquet file, made if it lacks."""
     from datasets import config
 
     place = Path(config.HF_DATASETS_CACHE) / "gpt2repro"
@@ -97,7 +100,9 @@ def _prepare(found: Found, name: str) -> Path:
             logger.warning("reading %.0f GB of text into %s, once", num_bytes / 1e9, place)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            _write(found, place / name)
+            for left in atomic.leftovers(place / name):  # under the lock nobody writes it
+                left.unlink()
+            _write(found, place / name, before)
         except OSError as error:
             logger.warning(
                 "HF_DATASETS_CACHE: %s cannot be written (%s): the data are read again by every "
@@ -106,7 +111,7 @@ def _prepare(found: Found, name: str) -> Path:
             )
             place = Path(_scratch().name)
             with in_a_line("HF_DATASETS_CACHE or TMPDIR: no place for a copy of the data"):
-                _write(found, place / name)
+                _write(found, place / name, before)
     return place / name
 
 
@@ -124,11 +129,13 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _write(found: Found, path: Path) -> None:
+def _write(found: Found, path: Path, before: list[str]) -> None:
     files = map(Path, found.files)
     documents = itertools.chain.from_iterable(_documents_of(file, found) for file in files)
     with atomic.new_file(path, durable=True) as scratch:
         _write_units(_in_units(documents, BYTES_PER_UNIT), scratch)
+        if stamps(found.files) != before:  # it would stand under the hash of another text
+            raise UserError(f"dataset_name: a file of {found.name} changed while it was read")
         with pq.ParquetFile(scratch) as whole:
             units = range(whole.num_row_groups)
             if len(units) < min(FEWEST_UNITS, whole.metadata.num_rows):
@@ -171,7 +178,12 @@ class StreamedCorpus(Corpus):
 
     def __init__(self, dataset, text_column: str, identity: dict[str, Any]) -> None:
         where = identity["dataset"]
-        features = patiently(lambda: dataset._resolve_features().features, f"read {where}")
+        self._on_hub = where != LOCAL
+        features = patiently(
+            lambda: dataset._resolve_features().features,
+            f"read {where}",
+            reaches_hub=self._on_hub,
+        )
         check_text_column(features.arrow_schema, text_column, where)
         self._dataset = dataset.select_columns([text_column])
         self._text_column = text_column
@@ -185,16 +197,49 @@ class StreamedCorpus(Corpus):
 
         what = f"read file {unit_index} of {self.identity['dataset']}"
         with in_a_line(f"dataset_name: cannot {what}"):
-            return patiently(read, what)
+            return patiently(read, what, reaches_hub=self._on_hub)
 
 
 # --- Files from end to end ------------------------------------------------------------------------
 
+
+class _Streams(io.RawIOBase):
+    """A file of compressed streams, decompressed to its end.
+
+    By hand: what comes after a whole stream and is none, Python's own readers take for the end.
+    """
+
+    def __init__(self, file: Path, new: Callable[[], Any]) -> None:
+        self._file, self._new, self._stream = file.open("rb"), new, new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = b""
+        while not content:
+            more = b""
+            if self._stream.eof:
+                more = self._stream.unused_data or self._file.read(COMPRESSED_BYTES)
+                if not more:
+                    return 0
+                self._stream = self._new()
+            elif self._stream.needs_input and not (more := self._file.read(COMPRESSED_BYTES)):
+                raise EOFError("it ended before the end-of-stream marker")
+            content = self._stream.decompress(more, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 OPENERS: dict[str, Callable[[Path], Any]] = {
     "": lambda file: file.open("rb"),
     ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".bz2": lambda file: _Streams(file, bz2.BZ2Decompressor),
+    ".xz": lambda file: _Streams(file, lzma.LZMADecompressor),
     ".zst": lambda file: pa.input_stream(str(file), compression="zstd"),
 }
 

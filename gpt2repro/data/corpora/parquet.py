@@ -83,7 +83,7 @@ class LocalSource:
     size: int
 
     def read(self, start: int, length: int) -> bytes:
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:  # buffered: it asks again for what a disk left out
             file.seek(start)
             content = file.read(length)
         if len(content) != length:
@@ -108,6 +108,8 @@ class HubSource:
     content: str = ""
 
     def read(self, start: int, length: int) -> bytes:
+        if not length:
+            return b""  # there is no such range
         return patience.patiently(
             lambda: self._read_once(start, length),
             f"read {length:,} bytes of {self.repository}/{self.name} (dataset_name)",
@@ -245,6 +247,8 @@ class ParquetCorpus(Corpus):
         file, row_group, *place = self._units[unit_index].tolist()
         source, column = self._sources[file], self._columns[file]
         what = f"read row group {row_group} of {source.name}"
+        if self.copy_of:
+            what += f" (a copy of {self.copy_of}: delete it, and the next start makes it again)"
         return _whole(source, lambda: _decode(source, column, place), what)
 
     def where(self, unit_index: int) -> str:

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from gpt2repro import UserError
-from gpt2repro.data.corpora.corpus import Corpus, Found, TokenArrays, digest
-from gpt2repro.data.corpora.local_files import TOKENS
-from gpt2repro.data.corpora.manifest import read_manifest
+from gpt2repro.data.corpora.content import content_hashes
+from gpt2repro.data.corpora.corpus import Corpus, Found, TokenArrays, digest, in_a_line
+from gpt2repro.data.corpora.local_files import TOKEN_SUFFIXES, TOKENS
+from gpt2repro.data.corpora.manifest import NAME, Manifest, read_manifest
 from gpt2repro.data.corpora.parquet import Source, sources_of
 from gpt2repro.data.tokens.encoder import BulkEncoder
 
@@ -49,7 +50,8 @@ class Shard(NamedTuple):
         size, end = self.dtype.itemsize, min(end, self.num_tokens)
         if begin >= end:
             return np.zeros(0, self.dtype)
-        content = self.source.read(self.offset + size * begin, size * (end - begin))
+        with in_a_line("dataset_name"):
+            content = self.source.read(self.offset + size * begin, size * (end - begin))
         return np.frombuffer(content, self.dtype)
 
 
@@ -74,7 +76,23 @@ def _encoded_by(files: list[str]) -> dict[str, str]:
                 )
             if found.setdefault("encoded_by", manifest.tokenizer) != manifest.tokenizer:
                 raise UserError(f"data_files: the shards in {directory} are of another tokenizer")
+            _check_files(directory, manifest)
     return found
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    """Refuse a copy that is not whole: what is not there would be missed nowhere else."""
+    listed = {shard.name: shard.blake2b for shard in manifest.shards}
+    there = [file for file in directory.iterdir() if file.suffix in TOKEN_SUFFIXES]
+    hashes = content_hashes([*map(str, there)])
+    found = {file.name: blake2b for file, blake2b in zip(there, hashes, strict=True)}
+    for name in sorted(listed.keys() | found):
+        if listed.get(name) != found.get(name):
+            what = "is another file" if name in listed and name in found else "is in one of them"
+            raise UserError(
+                f"dataset_name: {directory} and its {NAME} do not agree: {name} {what}; copy the "
+                f"directory again (or remove {NAME}, to train on what is there)"
+            )
 
 
 def check_encoder(corpus: Corpus, encoder: BulkEncoder) -> None:

@@ -76,7 +76,8 @@ class UnitDigests:
             self._read_on()
             if unit_index not in self._known:
                 with self._path.open("ab", buffering=0) as file:
-                    file.write(f"{unit_index} {found}\n".encode())
+                    # The line's end first: another's may have been cut off by a full disk.
+                    file.write(f"\n{unit_index} {found}\n".encode())
                 self._read_on()
         except OSError as error:
             self._writable = False

@@ -171,8 +171,8 @@ class UnitReader:
     def _read(self, unit_index: int) -> TextUnit | TokenUnit:
         if (tokens := self._corpus.read_tokens(unit_index, self._encoder)) is not None:
             return TokenUnit(*tokens)
-        if self._cache and (cached := self._cache.load(unit_index)):
-            return cached
+        if self._cache and (cached := self._cache.load(unit_index)) is not None:
+            return cached  # which may be empty
         documents = self._corpus.read_arrow(unit_index)
         if self._digests:
             self._digests.check(unit_index, documents)

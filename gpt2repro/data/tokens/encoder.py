@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -50,6 +51,8 @@ class BulkEncoder:
         self._fast.no_padding()
         self._fast.no_truncation()
         self._fast.encode_special_tokens = True  # as plain text
+        if getattr(self._fast.model, "dropout", None):
+            self._fast.model.dropout = None  # ids drawn at random are no stream to come back to
         self._tiktoken = _as_tiktoken(self._fast)
         self.fingerprint = self._hash(tokenizer)
 
@@ -63,12 +66,14 @@ class BulkEncoder:
 
         Exact for a byte-level BPE; of others, what the id alone is decoded to.
         """
-        if self._tiktoken is None:
-            texts = self._fast.decode_batch([[id] for id in range(self._num_ids)])
-            return np.array([len(text.encode()) for text in texts])
-        lengths = np.zeros(self._num_ids, np.int64)
-        for token in self._tiktoken.token_byte_values():
-            lengths[self._tiktoken.encode_single_token(token)] = len(token)
+        description = json.loads(self._fast.to_str())
+        texts = self._fast.decode_batch([[id] for id in range(self._num_ids)])
+        lengths = np.array([len(text.encode()) for text in texts])
+        if (description["decoder"] or {}).get("type") == "ByteLevel":
+            added = {token["id"] for token in description["added_tokens"]}
+            for token, id in self._fast.get_vocab(with_added_tokens=False).items():
+                if id not in added:
+                    lengths[id] = len(token)  # a symbol for each byte
         return lengths
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -76,7 +81,9 @@ class BulkEncoder:
         if self._tiktoken is None:
             texts = [well_formed(text) for text in texts]
             encodings = self._fast.encode_batch(texts, add_special_tokens=False)
-            return [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
+            found = [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
+            # To a Unigram model "</s>" in a text is the piece itself: the text goes without it.
+            return [ids[ids != self.eot_id] for ids in found]
         return [self._encode_one(text) for text in texts]
 
     def _encode_one(self, text: str) -> np.ndarray:
@@ -91,22 +98,40 @@ class BulkEncoder:
         return np.asarray(ids, dtype=self.dtype)
 
     def _hash(self, tokenizer: PreTrainedTokenizerFast) -> str:
-        """Vocabulary, merges and behaviour on the probe: independent of any file's spelling."""
-        description = json.loads(self._fast.to_str())["model"]
+        """Vocabulary, merges and behaviour on the probe: independent of any file's spelling.
+
+        Of what is no GPT-2 style BPE no probe would tell all, so its description counts as well.
+        """
+        description = json.loads(self._fast.to_str())
         content = [
             sorted(tokenizer.get_vocab().items()),
-            description.get("merges"),
+            description["model"].get("merges"),
             self._fast.encode(PROBE_TEXT, add_special_tokens=False).ids,
             self.eot_id,
         ]
+        if self._tiktoken is None:
+            parts = ("model", "normalizer", "pre_tokenizer")
+            content += [_said(description[part]) for part in parts]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def _said(description: Any) -> Any:
+    """A part of a tokenizer's description without what is off: a later version names more."""
+    if not isinstance(description, dict):
+        return description
+    return {
+        key: _said(value)
+        for key, value in description.items()
+        if value or type(value) in (int, float)  # of which 0 says something
+    }
 
 
 def _as_tiktoken(fast: Tokenizer) -> tiktoken.Encoding | None:
     """tiktoken's twin of a GPT-2 style byte-level BPE; None if it is no such tokenizer.
 
-    tiktoken merges by the rank of the result, so ids must grow along the list of merges. Whatever
-    this reading of the description misses, ids that differ on the probe text tell.
+    tiktoken merges by the rank of the result, so ids must grow along the list of merges, and a
+    token must come of its own text by these merges, for tiktoken would make it of any others too.
+    Whatever this reading of the description misses, ids that differ on the probe text tell.
     """
     description = json.loads(fast.to_str())
     model, pre = description["model"], description["pre_tokenizer"] or {}
@@ -114,7 +139,7 @@ def _as_tiktoken(fast: Tokenizer) -> tiktoken.Encoding | None:
         model["type"] == "BPE"
         and not any(
             model.get(knob)
-            for knob in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            for knob in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
         )
         and pre.get("type") == "ByteLevel"
         and not pre.get("add_prefix_space")
@@ -134,8 +159,13 @@ def _as_tiktoken(fast: Tokenizer) -> tiktoken.Encoding | None:
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: max(ranks.values()) + 1},
     )
-    same = twin.encode_ordinary(PROBE_TEXT) == fast.encode(PROBE_TEXT, add_special_tokens=False).ids
-    return twin if same else None
+    probes = [PROBE_TEXT, *(text for token in ranks if "\ufffd" not in (text := _text(token)))]
+    theirs = [each.ids for each in fast.encode_batch(probes, add_special_tokens=False)]
+    return twin if [twin.encode_ordinary(text) for text in probes] == theirs else None
+
+
+def _text(token: bytes) -> str:
+    return token.decode("utf-8", "replace")
 
 
 def _ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int] | None:
