@@ -132,6 +132,13 @@ def test_the_rows_are_those_that_the_recipe_gives(recipe, hub, capsys):
     assert said["step00000004"] == ["was not trained on what the recipe gives at step 2"]
 
 
+@pytest.mark.parametrize("block", ["[1]", "7", "", "a: [", "no_such_field: 1"])
+def test_a_card_whose_recipe_is_none_is_one_line(block):
+    with pytest.raises(UserError, match="--data: the card's recipe") as raised:
+        verify._recipe_of(f"# Card\n\n```yaml\n{block}\n```\n", [])
+    assert "\n" not in str(raised.value) and "/tmp" not in str(raised.value)
+
+
 def test_a_large_model_is_on_main_what_it_is_on_its_branch(recipe, tmp_path, capsys, monkeypatch):
     """The last step is permanent, and the export would make several files of the weights."""
     monkeypatch.setitem(export.__kwdefaults__, "max_shard_size", "40KB")

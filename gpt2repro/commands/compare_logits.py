@@ -74,7 +74,7 @@ def _next_tokens(options: Namespace, ours, theirs) -> list[list[tuple[str, float
     from gpt2repro.records.saved_models import find_tokenizer
 
     try:
-        tokenizer = find_tokenizer(options.reference, options.tokenizer)
+        tokenizer = find_tokenizer(options.reference, options.tokenizer, option="--reference")
         return [next_tokens(model, tokenizer, options.prompt) for model in (ours, theirs)]
     except UserError as error:
         print(f"no table of next tokens: {error}")
@@ -126,7 +126,9 @@ def _write_json(options: Namespace, ours, differing, results, tokens, holds: boo
     }
     try:
         options.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(content)
+        plain = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
         with atomic.naming(options.json):
-            options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            options.json.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {options.json}: {error}") from None

@@ -348,5 +348,5 @@ def _write(arguments: Namespace, table: "Table", content: dict[str, Any]) -> Non
             save(benchmark_dots(table), output)
             continue
         text = table.as_markdown() if output.suffix == ".md" else json.dumps(content, indent=2)
-        with atomic.naming(output):
-            output.write_text(f"{text}\n", encoding="utf-8")
+        with atomic.new_file(output) as scratch:
+            scratch.write_text(f"{text}\n", encoding="utf-8")

@@ -51,7 +51,7 @@ def _beside(source: Path) -> tuple[str | None, list[Path]]:
     if linked := [path for path in (card, *figures) if path.is_symlink()]:
         names = printable(", ".join(path.name for path in linked))
         print(f"gpt2repro export: left out, as symbolic links: {names}", file=sys.stderr)
-    text = card.read_text(encoding="utf-8") if card.is_file() and card not in linked else None
+    text = card.read_text("utf-8", "replace") if card.is_file() and card not in linked else None
     return text, [figure for figure in figures if figure not in linked]
 
 

@@ -6,6 +6,7 @@ Every picture is written as PNG and as SVG, and its title says what there is to 
 import argparse
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     source = None if arguments.compare else _model_of(arguments.run_or_model)
     if source:
         insides, neighbours = _draw_insides(
-            source, output, prompt=arguments.prompt, heads=arguments.heads
+            source, output, arguments.tokenizer, prompt=arguments.prompt, heads=arguments.heads
         )
         pictures |= insides
     elif not arguments.compare:
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
         write_page(
             output / "page.html",
             title=" and ".join(record.name for record in records) or arguments.run_or_model,
-            facts=_facts(records[0] if len(records) == 1 else None, arguments.run_or_model),
+            facts=[] if arguments.compare else _facts(records, arguments.run_or_model),
             runs=runs,
             pictures=pictures,
             neighbours=neighbours,
@@ -69,18 +70,19 @@ def _page_writer() -> Any:
     return write_page
 
 
-def _facts(record: Any, name: str) -> list[tuple[str, str]]:
+def _facts(records: list[Any], name: str) -> list[tuple[str, str]]:
     """What the card says of the training: the model's own, or of a run so far."""
     from gpt2repro.publishing.card import facts, model_card, published
     from gpt2repro.recipe import FIELDS
 
     for path in (Path(name) / "final" / "README.md", Path(name) / "README.md"):
         if path.is_file():
-            return facts(published(path.read_text(encoding="utf-8")))
-    if record is None or not FIELDS.keys() <= record.recipe.keys():  # of another version, or edited
-        return []
-    card = model_card(name=record.name, recipe=record.recipe, metrics=record.metrics)
-    return facts(published(card))
+            return facts(published(path.read_text("utf-8", "replace")))
+    for record in records:
+        if FIELDS.keys() <= record.recipe.keys():  # else of another version, or edited
+            card = model_card(name=record.name, recipe=record.recipe, metrics=record.metrics)
+            return facts(published(card))
+    return []
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -90,7 +92,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output", type=named, metavar="DIR", help="default: RUN/plots, else plots/MODEL")
-    parser.add_argument("--prompt", default=PROMPT, help="text that the model reads")
+    add("--tokenizer", type=named, help="Hub id or directory (default: the model's)")
+    parser.add_argument("--prompt", help=f"text that the model reads (default: {PROMPT!r})")
     parser.add_argument(
         "--heads", type=_heads, metavar="L.H,...", help="attention heads drawn large, e.g. 0.3,5.1"
     )
@@ -100,7 +103,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--html", action="store_true", help="also all of it on one page, DIR/page.html"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for option in ("prompt", "heads", "tokenizer"):
+        if arguments.compare and getattr(arguments, option) is not None:
+            raise UserError(f"--{option}: with --compare no model is looked into; leave it out")
+    arguments.prompt = PROMPT if arguments.prompt is None else arguments.prompt
+    return arguments
 
 
 def _heads(text: str) -> Heads:
@@ -120,13 +128,13 @@ def _default_output(arguments: argparse.Namespace, is_run: bool) -> Path:
 
 def _model_of(name: str) -> str | None:
     """Where the model of `name` is: as it is, or a run's newest checkpoint until it is finished."""
-    path = Path(name)
-    if not (path / "metrics.jsonl").is_file() or (path / "final" / "config.json").is_file():
+    if not (Path(name) / "metrics.jsonl").is_file():
         return name
-    from gpt2repro.records import checkpoints
+    from gpt2repro.records.saved_models import locate
 
-    newest, _ = checkpoints.find_latest(path / "checkpoints")
-    return str(newest) if newest else None
+    with suppress(UserError):
+        return locate(name)
+    return None
 
 
 def _write(pictures: Iterable[tuple[str, Any]], output: Path) -> dict[str, Any]:
@@ -145,7 +153,7 @@ def _write(pictures: Iterable[tuple[str, Any]], output: Path) -> dict[str, Any]:
 
 
 def _draw_insides(
-    name: str, output: Path, *, prompt: str, heads: Heads | None
+    name: str, output: Path, tokenizer_name: str | None, *, prompt: str, heads: Heads | None
 ) -> tuple[dict[str, Any], str]:
     """Everything that a model shows while it reads `prompt`: pictures, and a table of tokens."""
     import torch
@@ -156,7 +164,9 @@ def _draw_insides(
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
 
     model = load_causal_lm(name, option="RUN_OR_MODEL", dtype=torch.float32)
-    tokenizer = find_tokenizer(name)
+    if broken := [name for name, each in model.named_parameters() if not each.isfinite().all()]:
+        raise UserError(f"RUN_OR_MODEL: {len(broken)} tensors are not finite, such as {broken[0]}")
+    tokenizer = find_tokenizer(name, tokenizer_name, option="RUN_OR_MODEL")
     ids = torch.tensor(ids_to_continue(tokenizer, [prompt])[0])
     ids = ids[: min(MAX_PROMPT_TOKENS, model.config.n_positions)]
     if len(ids) < 2:

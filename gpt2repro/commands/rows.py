@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2repro import UserError
 from gpt2repro.commands.parser import path, recipe_parser
 from gpt2repro.recipe import Recipe, load_recipe
+from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
     from gpt2repro.data.rows.producer import StepRows
@@ -36,16 +37,16 @@ def main(argv: list[str]) -> int:
     try:
         begin = state["step"] if state is not None else 0
         step = begin if options.step is None else options.step
-        if state is not None and step >= begin and not options.find:
+        if state is not None and step >= begin and options.find is None:
             reader.go_on_from(state)
-        if options.find:
+        if options.find is not None:
             return _print_sightings(reader, options.find, step)
         reader.go_to(step)
         if options.seen:
             print(json.dumps(reader.seen()))
             return 0
         for text in reader.rows(options.row):
-            print(text)
+            print(printable(text))
     finally:
         reader.stream.close()
     return 0
@@ -59,6 +60,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None, 
     parser.add_argument("--checkpoint", type=path, help="directory of a checkpoint of the run")
     parser.add_argument("--seen", action="store_true", help="what was read until there, as JSON")
     options, rest = parser.parse_known_args(argv)
+    if options.find == "":
+        raise UserError("--find: it is empty")
     if options.find and (options.seen or options.row is not None):
         raise UserError("--find: leave --row and --seen out; it looks at all rows")
     for name in ("step", "row"):

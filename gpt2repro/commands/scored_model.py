@@ -39,7 +39,10 @@ def load_for_scoring(name: str, option: str, arguments: Namespace) -> Loaded:
         trust_remote_code=arguments.trust_remote_code,
     )
     tokenizer = find_tokenizer(
-        name, arguments.tokenizer, trust_remote_code=arguments.trust_remote_code
+        name,
+        arguments.tokenizer,
+        option=option,
+        trust_remote_code=arguments.trust_remote_code,
     )
     return Loaded(name, model, tokenizer, _context(model, option, arguments))
 

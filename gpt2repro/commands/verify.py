@@ -78,9 +78,16 @@ def _recipe_of(card: str, fields: list[str]) -> Recipe:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "card.yaml"
         here = dict.fromkeys(("token_cache_dir", "unit_digests_dir"))  # are of another machine
-        values = yaml.safe_load(block[2]) | here | parse_arguments(fields)
-        file.write_text(yaml.safe_dump(values), encoding="utf-8")
-        return load_recipe(["--recipe", str(file)])
+        try:
+            values = {**yaml.safe_load(block[2]), **here, **parse_arguments(fields)}
+            file.write_text(yaml.safe_dump(values), encoding="utf-8")
+            return load_recipe(["--recipe", str(file)])
+        except (yaml.YAMLError, TypeError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"--data: the card's recipe cannot be read: {said}") from None
+        except UserError as error:
+            said = str(error).replace(f"{file}: ", "")
+            raise UserError(f"--data: the card's recipe: {said}") from None
 
 
 def _compare_with_data(

@@ -121,7 +121,8 @@ def draw_benchmarks(runs: Mapping[str, Metrics], names: Sequence[str]) -> Figure
         ax.set_title(key, loc="left", fontsize=9, color=INK)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
-    for ax in axes[-1]:
+    for ax in axes.flat[: len(shown)][-columns:]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
         ax.set_xlabel("tokens" if x_key == "tokens" else "step")
         if x_key == "tokens":
             ax.xaxis.set_major_formatter(FuncFormatter(short_number))

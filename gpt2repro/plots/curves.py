@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
 LEAST_CONNECTED, MOST_MARKED = 8, 40  # evaluations
+FAR = 1e9  # steps
 
 
 # --- Reading metrics ------------------------------------------------------------------------------
@@ -46,12 +47,6 @@ def series(metrics: Metrics, key: str, x_key: str) -> tuple[np.ndarray, np.ndarr
     return x, y
 
 
-def tokens_of_a_step(metrics: Metrics) -> float:
-    """A line tells the tokens seen *after* its step; 0 where the run did not log them."""
-    step, tokens = series([record for record in metrics if "loss" in record], "tokens", "step")
-    return float(np.median(tokens / (step + 1))) if len(step) else 0.0
-
-
 def validations(
     metrics: Metrics, x_key: str, key: str = "val_loss"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -62,18 +57,36 @@ def validations(
 
 def before(step: Any, metrics: Metrics, x_key: str) -> Any:
     """Where steps, or a step, begin on the axis: at the tokens that were seen before."""
-    return step * tokens_of_a_step(metrics) if x_key == "tokens" else step
+    return np.interp(step, *_steps_and_tokens(metrics)) if x_key == "tokens" else step
+
+
+def _steps_and_tokens(metrics: Metrics) -> tuple[np.ndarray, np.ndarray]:
+    """Steps done and tokens seen by then, as they were logged: a step may take several batches.
+
+    A point far before and one far after go on as it begins and ends.
+    """
+    step, tokens = series([record for record in metrics if "loss" in record], "tokens", "step")
+    done, seen = np.append(0.0, step + 1), np.append(0.0, tokens)
+    first, last = (np.diff(seen)[at] / np.diff(done)[at] for at in (0, -1))
+    ends = -FAR, done[-1] + FAR
+    return (
+        np.concatenate([ends[:1], done, ends[1:]]),
+        np.concatenate([[-FAR * first], seen, [seen[-1] + FAR * last]]),
+    )
 
 
 def x_key_of(runs: Mapping[str, Metrics]) -> str:
     """Runs with different batches compare by tokens; `step` serves where tokens were not logged."""
-    return "tokens" if all(map(tokens_of_a_step, runs.values())) else "step"
+    every = runs.values()
+    logged = (any(line.get("tokens") for line in lines if "loss" in line) for lines in every)
+    return "tokens" if all(logged) else "step"
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """A moving average over 4% of the run, which does not lag: as many before a value as after it.
 
-    At the beginning there are fewer of both, so that it begins where the values do.
+    At the beginning there are fewer of both, so that it begins where the values do. At the end
+    those after are missing, and it lags by at most 1% of the run.
     """
     index = np.arange(len(values))
     reach = np.minimum(len(values) // 50, index)
@@ -236,9 +249,9 @@ def _label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> Non
     (metrics, *others) = runs.values()
     if others:
         return
-    rate = tokens_of_a_step(metrics)
-    steps = (lambda tokens: np.asarray(tokens) / rate, lambda step: np.asarray(step) * rate)
-    above = top.secondary_xaxis("top", functions=steps)
+    done, seen = _steps_and_tokens(metrics)
+    ways = (lambda tokens: np.interp(tokens, seen, done), lambda step: np.interp(step, done, seen))
+    above = top.secondary_xaxis("top", functions=ways)
     above.set_xlabel("optimizer step", fontsize=9, color=MUTED)
     above.tick_params(colors=MUTED, labelsize=8)
     above.spines["top"].set_visible(False)

@@ -18,6 +18,7 @@ from gpt2repro.records.run_directory import read_resumes, saved_recipe
 Heads = list[tuple[int, int]]  # (layer, head)
 
 LENS_POSITIONS = 12
+MOST_LETTERS = 40  # of a run's name in a legend
 
 # --- Runs -----------------------------------------------------------------------------------------
 
@@ -123,8 +124,16 @@ def _distinct_names(runs: list[RunRecord]) -> list[str]:
     """Nothing for a single run; else names, or directories where two runs have the same name."""
     if len(runs) == 1:
         return [""]
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    names = [middle_cut(run.name) for run in runs]
+    if len(set(names)) < len(names):
+        names = [middle_cut(str(run.path)) for run in runs]
+    return names if len(set(names)) == len(names) else [f"run {n}" for n in range(1, len(runs) + 1)]
+
+
+def middle_cut(name: str) -> str:
+    """A name as a legend has room for it: of a long one, beginning and end."""
+    half = MOST_LETTERS // 2
+    return name if len(name) <= MOST_LETTERS else f"{name[:half]}…{name[-half:]}"
 
 
 # --- Models ---------------------------------------------------------------------------------------

@@ -225,7 +225,8 @@ def _figure(line: Mapping[str, Any], name: str) -> str:
     value, error = line.get(name), line.get(f"{name}_stderr")
     if value is None:
         return ""
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    return shown + ("" if error is None else f" ± {error:.4f}")
 
 
 def _samples(runs: Runs | None) -> list[tuple[str, str]]:

@@ -152,7 +152,7 @@ def save(figure: Figure, output: Path) -> list[Path]:
 def short_number(value: float, _position: int | None = None) -> str:
     """1_638_400 -> 1.6M, 10e9 -> 10B, as tokens and rates are spoken of."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:  # which three digits show as the next
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
 

@@ -43,12 +43,13 @@ def _agreement(ours: Tensor, theirs: Tensor, tolerance: float) -> Agreement:
     log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
     best, their_best = ours.topk(5).indices, theirs.topk(5).indices
     shared = (best[:, :, None] == their_best[:, None, :]).any(-1).double().mean()
+    known = 1.0 if difference.isfinite().all() else float("nan")  # NaN has no likeliest token
     return Agreement(
         max_abs=difference.max().item(),
         mean_abs=difference.mean().item(),
         kl=(log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
-        top1=(best[:, 0] == their_best[:, 0]).double().mean().item(),
-        top5=shared.item(),
+        top1=known * (best[:, 0] == their_best[:, 0]).double().mean().item(),
+        top5=known * shared.item(),
         tolerance=tolerance,
     )
 

@@ -165,7 +165,10 @@ def _prune(directory: Path, keep_last: int, keep_permanent: bool) -> None:
     """
     whole_ones = [path for path in _in_order(directory) if integrity.is_whole(path)]
     old = [path for path in whole_ones[:-keep_last] if not (keep_permanent and _is_permanent(path))]
-    for path in [*old, *directory.glob(".step_*")]:
+    for path in old:  # under a name that the next one removes: killed here, nothing is left
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f".{path.name}.old"))
+    for path in directory.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -192,7 +195,7 @@ def _in_order(directory: Path) -> list[Path]:
 def newer(directory: Path, step: int) -> list[Path]:
     """What is of a later step."""
     name = checkpoint_path(directory, step).name
-    return [path for path in directory.glob("step_*") if path.name > name]
+    return [path for path in _in_order(directory) if path.name > name]
 
 
 def supersede(directory: Path, step: int) -> None:

@@ -69,7 +69,9 @@ def fetch(name: str, place: Path) -> Path:
         patiently(partial(_download, repo_id, path, commit, place), f"download {path} of {name}")
     try:
         return _assemble(place, tree)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"--resume {name}: cannot be put together: {error}") from None
+    except ValueError as error:
         atomic.remove(place)  # so that all of it is asked for again
         raise UserError(f"--resume {name}: not what was pushed: {error}") from None
 

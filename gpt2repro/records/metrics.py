@@ -54,17 +54,26 @@ class MetricsLog:
         self.num_lines += 1
 
     def make_durable(self) -> None:
-        """Flush the lines to the disk. If the file is gone from its place, it is there again."""
+        """Flush the lines to the disk. If another file or none is in its place, it is there again.
+
+        An editor, or a copy from elsewhere, puts a new file there.
+        """
         with atomic.naming(self.path):
             os.fsync(self._file.fileno())
-            if not self.path.exists():  # what was written is still in the file that we hold
+            if not self._is_in_place():  # what was written is still in the file that we hold
                 self._file.seek(0)
                 lines = self._file.read()
                 self._file.close()
-                self._file = self.path.open("a+", encoding="utf-8")
+                self._file = self.path.open("w+", encoding="utf-8")
                 self._file.write(lines)
                 self._file.flush()
                 os.fsync(self._file.fileno())
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a line that could not be written, which is told

@@ -25,22 +25,33 @@ OFFLINE_ADVICE = "; give a local directory, or run where the Hub answers"
 def locate(name: str, option: str = "--model") -> str:
     """The directory that `name` means, or `name` itself if it can only be a Hub id.
 
-    A run's directory means its `final/` or, before the run has ended, its newest checkpoint; the
-    run's `checkpoints/` always means the latter.
+    A run's directory means its `final/` or, before the run has ended (also once more, after it was
+    made longer), its newest checkpoint; the run's `checkpoints/` always means the latter.
 
     Raises:
         UserError: neither a directory with a `config.json` nor spelled like a Hub id.
     """
     path = Path(name)
     if path.is_dir():
-        newest = (checkpoints.find_latest(place)[0] for place in (path / "checkpoints", path))
-        for candidate in (path, path / "final", *newest):
+        newest = [checkpoints.find_latest(place)[0] for place in (path / "checkpoints", path)]
+        final = path / "final"
+        in_order = [final, *newest] if _is_of_the_end(final, newest[0]) else [*newest, final]
+        for candidate in (path, *in_order):
             if candidate and (candidate / "config.json").is_file():
                 return str(candidate)
         raise UserError(f"{option} {name}: a directory without a config.json")
     if path.exists() or not is_hub_id(name):
         raise UserError(f"{option} {name}: no such directory, and no Hub id either")
     return name
+
+
+def _is_of_the_end(final: Path, newest: Path | None) -> bool:
+    """Whether no checkpoint is of a later step than the run's `final/`."""
+    try:
+        finished = int((final.parent / "FINISHED").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return newest is None or newest.name <= checkpoints.checkpoint_path(final, finished).name
 
 
 def load_causal_lm(

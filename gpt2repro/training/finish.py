@@ -108,8 +108,8 @@ def _summarize(run: Run, metrics: list[dict[str, Any]], paragraph: str) -> None:
     print(f"Loss curve      {directory.loss_curve}")
     print(f"Metrics         {directory.metrics}")
     print(f"\n{printable(paragraph)}\n")
-    prompt = shlex.quote(run.recipe.sample_prompt)
-    print(f"More of it: gpt2repro generate --model {directory.final} --prompt {prompt}")
+    model, prompt = map(shlex.quote, (str(directory.final), run.recipe.sample_prompt))
+    print(f"More of it: gpt2repro generate --model {model} --prompt={prompt}")
 
 
 def _paragraph(run: Run) -> str:

@@ -64,6 +64,19 @@ def test_bfloat16_is_judged_by_the_references_own_noise(reference, tmp_path):
     assert 1e-4 < prefill["max_abs"] <= prefill["tolerance"]
 
 
+def test_nan_agrees_with_nothing(reference, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    tensors = load_file(reference / "model.safetensors")
+    tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"] * torch.nan
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    (other / "config.json").write_text((reference / "config.json").read_text())
+    status, report = run(tmp_path, "--reference", reference, "--model", other)
+    assert status == 1
+    assert {(mode["max_abs"], mode["top1"]) for mode in report["modes"].values()} == {(None, None)}
+    assert "100.0%" not in capsys.readouterr().out
+
+
 def test_other_weights_are_told_and_fail(reference, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()

@@ -87,6 +87,11 @@ def test_what_lies_beside_a_model_goes_along_or_is_told(tmp_path, capsys, no_ver
     assert f"warning: {said}h.1.lora_A.weight, h.2.lora_A.weight, ...\n" in capsys.readouterr().err
 
 
+def test_a_card_in_another_encoding_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"caf\xe9\n")
+    assert export._beside(tmp_path)[0] == "caf\ufffd\n"
+
+
 def test_the_licence_of_a_run_is_ours_unless_it_began_with_others_weights(tmp_path):
     model = tiny_model()
     step = save_now(tmp_path / "run" / "checkpoints", 3, model, AdamW(model.parameters()))

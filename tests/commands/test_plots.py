@@ -5,14 +5,19 @@ import re
 import warnings
 
 import pytest
+import torch
 import yaml
+from tiny_checkpoint import save_now
+from tiny_gpt2 import tiny_model
 from tiny_language_models import random_gpt2, tiny_tokenizer
 from tiny_metrics import run_metrics
+from torch.optim import AdamW
 
 from gpt2repro import UserError
 from gpt2repro.commands import plots
 from gpt2repro.evaluation.published import VALIDATION_TEXT
 from gpt2repro.plots import gallery
+from gpt2repro.records.saved_models import locate
 
 CURVES = {"loss_curve", "learning_rate", "throughput"}
 INSIDES = {
@@ -87,7 +92,40 @@ def test_two_runs_are_overlaid_apart_from_the_runs_own_plots(tmp_path, capsys):
 
 def test_runs_of_the_same_name_are_told_apart_by_their_directories(tmp_path):
     runs = [gallery.read_run(str(make_run(tmp_path / d, exp_name="demo"))) for d in ("one", "two")]
-    assert gallery._distinct_names(runs) == [str(tmp_path / "one"), str(tmp_path / "two")]
+    names = gallery._distinct_names(runs)
+    assert names == [gallery.middle_cut(str(tmp_path / name)) for name in ("one", "two")]
+    assert max(map(len, names)) <= 41 and names[0].endswith("/one") and names[1].endswith("/two")
+
+
+def test_a_run_that_is_made_longer_shows_the_model_it_has_now(stock, tmp_path):
+    """Its `final/` is of the shorter one until the longer one has its own."""
+    run, model = make_run(tmp_path / "longer"), tiny_model()
+    optimizer = AdamW(model.parameters())
+    model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    step = save_now(run / "checkpoints", 6, model, optimizer)
+    (run / "final").symlink_to(stock)
+    for finished, expected in (("4", step), ("6", run / "final")):
+        (run / "FINISHED").write_text(f"{finished}\n")
+        assert plots._model_of(str(run)) == locate(str(run)) == str(expected)
+
+
+def test_weights_that_are_not_finite_have_no_findings(tmp_path):
+    model = random_gpt2(positions=32)
+    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"1 tensors are not finite, such as transformer\.h\.0\.mlp"
+    ):
+        plots.main([str(tmp_path)])
+
+
+def test_a_model_without_a_tokenizer_can_be_given_one(stock, tmp_path):
+    random_gpt2(positions=32).save_pretrained(tmp_path / "bare")
+    bare = [str(tmp_path / "bare"), "--output", str(tmp_path / "plots")]
+    with pytest.raises(UserError, match=r"RUN_OR_MODEL \S+ holds no tokenizer"):
+        plots.main(bare)
+    assert plots.main([*bare, "--tokenizer", str(stock)]) == 0
 
 
 def test_the_baseline_is_drawn_for_the_reproduction_only(tmp_path):
@@ -102,6 +140,8 @@ def test_the_baseline_is_drawn_for_the_reproduction_only(tmp_path):
     ("options", "named"),
     [
         (["--prompt", ""], "--prompt"),
+        (["--compare", "x", "--heads", "0.0"], "--heads: with --compare"),
+        (["--compare", "x", "--prompt", "y"], "--prompt: with --compare"),
         (["--heads", "9.0"], "--heads 9.0"),
         (["--heads", "first"], "LAYER.HEAD"),
         (["--compare", "elsewhere"], "metrics.jsonl"),

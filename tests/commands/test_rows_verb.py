@@ -74,6 +74,7 @@ def test_what_a_checkpoint_has_read_can_be_recomputed(run, capsys):
         (["--row", "8"], "--row: 8 of 8 rows"),
         (["--find", "0:3"], "--find: unit 0 is held out"),
         (["--find", "a", "--row", "1"], "--find: leave --row and --seen out"),
+        (["--find", ""], "--find: it is empty"),
         (["--find", "99:0"], "--find: the dataset has no unit 99"),
         (["--find", "7:99"], "--find: unit 7 has 30 documents"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such checkpoint directory"),

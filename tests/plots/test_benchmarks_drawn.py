@@ -31,6 +31,16 @@ def test_curves_stand_where_they_were_scored_with_their_errors():
     assert "tokens" in ax.get_xlabel()
 
 
+def test_every_column_says_what_its_axis_is():
+    """Also where the last row is not full."""
+    names = [f"t{n}/acc" for n in range(4)]
+    lines = [dict.fromkeys(names, 0.1 * step) | line for step, line in enumerate(lines_of("f1"))]
+    axes = draw_benchmarks({"a": lines}, names).axes
+    lowest = [ax for ax in axes if ax.get_xlabel()]
+    assert [ax.get_title("left") for ax in lowest] == ["t1/acc", "t2/acc", "t3/acc"]
+    assert all(ax.xaxis.get_tick_params()["labelbottom"] for ax in lowest)
+
+
 def test_a_figure_without_an_error_is_drawn_without_a_band():
     lines = [line | ({"f1_stderr": None} if "f1" in line else {}) for line in lines_of("f1")]
     (ax,) = draw_benchmarks({"": lines}, ["f1"]).axes

@@ -141,6 +141,24 @@ def test_validation_stands_at_the_tokens_that_were_seen_before_it():
     assert line.get_linestyle() == "-" and line.get_marker() == "o"
 
 
+def test_a_batch_that_grows_leaves_every_point_where_it_was():
+    """Tokens are no multiple of steps: from step 20 on there are four times as many."""
+    metrics = run_metrics()
+    for line in metrics:
+        steps = min(line["step"] + 1, 40)
+        line["tokens"] = 4096 * (steps + 3 * max(0, steps - 20))
+    x, _ = curves.validations(metrics, "tokens")
+    assert x.tolist() == [4096 * n for n in (0, 10, 20, 20 + 40, 20 + 80)]
+    figure = curves.draw_losses({"": metrics}, resumed_at=[25])
+    (ax, *_) = figure.axes
+    [resumed] = [line for line in ax.get_lines() if line.get_label() == "resumed"]
+    assert resumed.get_xdata()[0] == 4096 * (20 + 20)
+    [above] = [child for child in ax.child_axes if child.get_xlabel() == "optimizer step"]
+    to_step, to_tokens = above._functions
+    assert to_step(4096 * 60) == 30 and to_tokens(30) == 4096 * 60
+    assert to_tokens(-1) == -4096 and to_tokens(41) == 4096 * 104  # margins
+
+
 def test_the_average_of_the_weights_has_a_curve_of_its_own():
     metrics = [
         line | ({"val_loss_ema": line["val_loss"] - 0.1} if "val_loss" in line else {})

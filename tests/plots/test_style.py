@@ -27,7 +27,15 @@ def test_long_labels_are_cut():
 
 @pytest.mark.parametrize(
     ("value", "ours"),
-    [(0, "0"), (1_638_400, "1.64M"), (10e9, "10B"), (999, "999"), (4096, "4.1k"), (2e12, "2T")],
+    [
+        (0, "0"),
+        (1_638_400, "1.64M"),
+        (10e9, "10B"),
+        (999, "999"),
+        (4096, "4.1k"),
+        (2e12, "2T"),
+        (999_999, "1M"),
+    ],
 )
 def test_short_numbers_read_as_spoken(value, ours):
     assert style.short_number(value) == ours

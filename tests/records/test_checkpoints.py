@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_what_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rmdir", busy)
     second = save(tmp_path, model, optimizer, 2, keep_last=1)
-    assert integrity.is_whole(second) and first.exists()
+    assert integrity.is_whole(second) and first.with_name(f".{first.name}.old").exists()
     monkeypatch.setattr(checkpoints, "save_file", busy)  # the disk too, and then what it left
     with pytest.raises(UserError, match=r"step_00000003 could not be written .*busy"):
         save(tmp_path, model, optimizer, 3, keep_last=1)
@@ -139,6 +140,32 @@ def test_going_back_twice_sets_the_later_one_aside(tmp_path):
         checkpoints.supersede(tmp_path, 1)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "superseded"]
         assert integrity.is_whole(tmp_path / "superseded" / "step_00000002")
+
+
+def test_a_copy_that_somebody_keeps_is_no_later_checkpoint(tmp_path):
+    model, optimizer = make()
+    step = save(tmp_path, model, optimizer, 1)
+    shutil.copytree(step, tmp_path / "step_00000001.best")
+    checkpoints.supersede(tmp_path, 1)
+    assert checkpoints.newer(tmp_path, 1) == []
+    assert integrity.is_whole(tmp_path / "step_00000001.best")
+
+
+def test_a_removal_that_is_killed_leaves_nothing_for_good(tmp_path, monkeypatch):
+    """Half a checkpoint under its own name would be in nobody's list."""
+    model, optimizer = make()
+    save(tmp_path, model, optimizer, 1)
+
+    def killed(path, **_):
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, model, optimizer, 2, keep_last=1)
+    monkeypatch.undo()
+    save(tmp_path, model, optimizer, 3, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 def test_the_newest_valid_one_is_found(tmp_path):

@@ -39,6 +39,21 @@ def test_lines_are_counted(tmp_path):
     log.close()
 
 
+def test_lines_after_another_file_took_its_place_are_not_lost(tmp_path):
+    """As `sed -i` or an editor puts one there."""
+    log, path = MetricsLog(tmp_path / "metrics.jsonl"), tmp_path / "metrics.jsonl"
+    log.write({"step": 0, "loss": 1.0})
+    (tmp_path / "copy").write_bytes(path.read_bytes())
+    (tmp_path / "copy").replace(path)
+    log.write({"step": 1, "loss": 1.0})
+    log.make_durable()
+    log.write({"step": 2, "loss": 1.0})
+    log.make_durable()
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
+    assert len(path.read_text().splitlines()) == log.num_lines == 3
+    log.close()
+
+
 def test_a_disk_that_fails_at_a_checkpoint_names_the_file(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path / "metrics.jsonl")
 
