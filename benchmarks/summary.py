@@ -95,12 +95,6 @@ def evaluation(record: dict[str, Any]) -> Iterator[Row]:
         yield what, ours, f"{name}: {rows[way]:.2f}", f"{record[f'speedup_over_{way}']:.2f}"
 
 
-def muon(record: dict[str, Any]) -> Iterator[Row]:
-    ratio = f"{record['mean_fraction']:.2f} of its steps"
-    what = f"recipe demo on {record['corpus'].split()[0]}, Muon's steps to the same loss"
-    yield what, "", f"AdamW: {record['num_steps']}", ratio
-
-
 def kill_resume(record: dict[str, Any]) -> Iterator[Row]:
     equal = "bitwise equal" if record["bitwise_equal"] else "not equal"
     shape = f"{record['recipe']['n_layer']} layers of {record['recipe']['n_embd']}"
@@ -128,7 +122,6 @@ BENCHMARKS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "data": data,
     "scale": scale,
     "evaluation": evaluation,
-    "muon": muon,
     "kill_resume": kill_resume,
     "kill_loops": kill_loops,
 }

@@ -15,7 +15,7 @@ import difflib
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as brief
@@ -459,7 +459,6 @@ def load_recipe(argv: list[str]) -> Recipe:
         values = _checked(values, {"exp_name": path.stem}, f"--recipe {path}: ")
     recipe = Recipe(**values)
     _check_consistency(recipe)
-    _refuse_idle(recipe, overrides)
     return recipe
 
 
@@ -782,18 +781,6 @@ def _check_optimizer(recipe: Recipe) -> None:
             raise UserError(f"{name} needs optimizer muon")
     if recipe.matrix_lr_scale != 1 and recipe.optimizer == "muon":
         raise UserError("matrix_lr_scale is for optimizer: adamw; muon's matrices have muon_lr")
-
-
-def _refuse_idle(recipe: Recipe, named: Iterable[str]) -> None:
-    """Refuse what a command line names and this optimizer or schedule would not use.
-
-    In a recipe's file it may stand, as all fields do in a run's own.
-    """
-    for name in named:
-        if name.startswith("muon_") and recipe.optimizer != "muon":
-            raise UserError(f"--{name} needs optimizer muon")
-        if name == "cooldown_fraction" and recipe.schedule in ("cosine", "linear"):
-            raise UserError(f"--{name} is for schedule: wsd and power")
 
 
 # What weights, optimizer state and rows depend on. The stream guards what else decides the data.

@@ -90,15 +90,10 @@ class ExactStream(IterableDataset):
         unit_digests_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        _check_whole(
-            {
-                "sequence_length": sequence_length,
-                "rows_per_step": rows_per_step,
-                "micro_batch_size": micro_batch_size,
-                "num_lanes": num_lanes,
-                "num_reader_threads": num_reader_threads,
-            }
-        )
+        _check_whole("sequence_length", sequence_length)
+        _check_whole("micro_batch_size", micro_batch_size)
+        _check_whole("num_reader_threads", num_reader_threads)
+        num_lanes = _lanes_for(rows_per_step, num_lanes)
         files = [data_files] if isinstance(data_files, str) else data_files
         one = {"config": config, "split": split, "revision": revision, "data_files": files}
         one |= {"name": str(dataset_name), "text_column": text_column, "document": document}
@@ -115,7 +110,7 @@ class ExactStream(IterableDataset):
         self._options: dict[str, Any] = {
             "sequence_length": sequence_length,
             "rows_per_step": rows_per_step,
-            "num_lanes": num_lanes or min(MOST_LANES, rows_per_step & -rows_per_step),
+            "num_lanes": num_lanes,
             "seed": seed,
             "order": order,
             "chunk_rows": chunk_rows,
@@ -219,11 +214,16 @@ class ExactStream(IterableDataset):
             self._stream.close()
 
 
-def _check_whole(arguments: Mapping[str, int | None]) -> None:
+def _check_whole(name: str, value: int | None) -> None:
     """Refuse what counts something and is no whole number above zero; None is the default."""
-    for name, value in arguments.items():
-        if value is not None and not (type(value) is int and value > 0):
-            raise UserError(f"{name}: {value!r} is not allowed; it takes a whole number above 0")
+    if value is not None and not (type(value) is int and value > 0):
+        raise UserError(f"{name}: {value!r} is not allowed; it takes a whole number above 0")
+
+
+def _lanes_for(rows_per_step: int, num_lanes: int | None) -> int:
+    _check_whole("rows_per_step", rows_per_step)
+    _check_whole("num_lanes", num_lanes)
+    return num_lanes or min(MOST_LANES, rows_per_step & -rows_per_step)
 
 
 def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
