@@ -206,6 +206,15 @@ def test_an_end_spelled_in_a_text_is_never_the_streams():
     assert ids.tolist() == [2, 3]
 
 
+def test_a_line_end_that_ends_texts_too_stays_in_them():
+    """As of a tokenizer by characters, whose end is one of them."""
+    model = models.WordLevel({"a": 0, "\n": 1, "?": 2}, "?")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    by_characters = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="\n")
+    assert BulkEncoder(by_characters).encode(["a\na"])[0].tolist() == [0, 1, 0]
+
+
 def test_bytes_of_ids_without_a_twin():
     """By the token's symbols: what "é" is made of decodes to no text."""
     tokenizer = byte_level([("Ã", "©")], words=["zebra"], ignore_merges=True)

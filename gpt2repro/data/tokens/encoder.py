@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
 from gpt2repro.data.tokens.bpe import END_OF_TEXT, byte_of_symbol
@@ -82,8 +83,9 @@ class BulkEncoder:
             texts = [well_formed(text) for text in texts]
             encodings = self._fast.encode_batch(texts, add_special_tokens=False)
             found = [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
-            # To a Unigram model "</s>" in a text is the piece itself: the text goes without it.
-            return [ids[ids != self.eot_id] for ids in found]
+            if isinstance(self._fast.model, Unigram):  # to which "</s>" in a text is the piece
+                found = [ids[ids != self.eot_id] for ids in found]
+            return found
         return [self._encode_one(text) for text in texts]
 
     def _encode_one(self, text: str) -> np.ndarray:
