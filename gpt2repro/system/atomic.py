@@ -10,6 +10,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -73,7 +74,8 @@ def own_partial(path: Path) -> Iterator[Path]:
     ends with it; where nothing can be locked, such directories are told and stay.
     """
     path = path.absolute()
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
+    ours = re.compile(rf"\.{re.escape(path.name)}(\.[0-9a-f]{{32}})?\.partial")
+    for left in [each for each in path.parent.glob(".*.partial") if ours.fullmatch(each.name)]:
         try:
             with _locked(left):
                 remove(left)

@@ -139,6 +139,12 @@ def test_two_writers_of_a_directory_do_not_meet(tmp_path, capsys):
     assert names(path) == ["one"] and names(tmp_path) == ["final"]
 
 
+def test_a_name_that_begins_alike_is_another(tmp_path):
+    others = atomic.partial(tmp_path / "m.v2")
+    with atomic.own_partial(tmp_path / "m"):
+        assert others.is_dir()
+
+
 def test_what_a_killed_writer_of_its_own_left_is_removed_or_told(tmp_path, capsys, monkeypatch):
     code = "import os, sys; from pathlib import Path; from gpt2repro.system import atomic\n"
     code += "with atomic.own_partial(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
