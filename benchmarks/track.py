@@ -322,8 +322,8 @@ def run_scale(options: Namespace) -> None:
                 f"--tried {changed}: add {plain(changed)}, which it changes, to --sides"
             )
 
-    def race(side: str, point: dict[str, float], steps: int) -> list[float]:
-        directory = options.output / options.scale / "rows" / f"{side}-{steps}"
+    def race(side: str, point: dict[str, float], steps: int, kind: str = "rows") -> list[float]:
+        directory = options.output / options.scale / kind / f"{side}-{steps}"
         seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds)
         jobs = [(job(side, point, steps, n, options), directory / f"{n}.json") for n in seeds]
         first = start_all(jobs[:FIRST_SEEDS], options)
@@ -341,7 +341,7 @@ def run_scale(options: Namespace) -> None:
             fewest = lengths[min(at, len(lengths) - 1)]
         for changed in options.tried:
             if plain(changed) == side:
-                race(changed, best, fewest)
+                race(changed, best, fewest, "tried")  # a side of its own has other knobs
     summarize(options)
 
 
@@ -354,18 +354,18 @@ def summarize(options: Namespace) -> None:
     runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for path in sorted(directory.glob("*/*/*.json")):
         record, (kind, name) = read(path), path.parts[-3:-1]
-        side = name.rpartition("-")[0] if kind == "rows" else name
+        side = name if kind == "tuning" else name.rpartition("-")[0]
         runs.setdefault((kind, side, record["recipe"]["num_steps"]), []).append(record)
     check_rules([record for records in runs.values() for record in records])
     if not (adamw := runs.get(("rows", "adamw", num_steps))):
         raise UserError(f"{directory} has no AdamW to compare with yet")
     target = target_of([*map(loss_of, adamw)])
-    rows, tried, tuned = [], {}, {side for kind, side, _ in runs if kind == "tuning"}
+    rows, points = [], {}
     for (kind, side, steps), records in sorted(runs.items(), key=lambda each: each[0]):
         losses = [*map(loss_of, records)]
         if kind == "tuning":
             knobs = SIDES[side][1]
-            tried[side] = [
+            points[side] = [
                 {name: each["recipe"][name] for name in knobs} | {"val_loss": each["val_loss"]}
                 for each in records
             ]
@@ -375,7 +375,7 @@ def summarize(options: Namespace) -> None:
         rows.append(
             {
                 "side": side,
-                "tuned": side in tuned,
+                "tuned": kind == "rows",
                 "steps": steps,
                 "of_adamws_steps": steps / num_steps,
                 "losses": [each["val_loss"] for each in records],
@@ -388,7 +388,7 @@ def summarize(options: Namespace) -> None:
         )
     print(table(list(rows[0]), [[shown(*cell) for cell in row.items()] for row in rows]))
     print(f"target {target:.3f}; seconds of a step, as busy as the machine was, in AdamW's")
-    report = {"target": target, "rows": rows, "tried": tried}
+    report = {"target": target, "rows": rows, "points": points}
     write_json(str(directory.with_suffix(".summary.json")), report)
     fewest = {row["side"]: row["steps"] for row in reversed(rows) if row["counts"] and row["tuned"]}
     shown_runs = {side: runs["rows", side, steps] for side, steps in fewest.items()}
@@ -488,7 +488,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         its.add_argument("scale", choices=SCALES)
         its.add_argument("--output", type=Path, default=Path("benchmarks/results/track"))
     its = verbs.choices["run"]
-    its.add_argument("--sides", nargs="+", choices=SIDES, default=["muon", "normuon", "all"])
+    its.add_argument("--sides", nargs="+", choices=SIDES, default=["muon", "muon-power"])
     its.add_argument("--tried", nargs="+", choices=SIDES, default=[])
     its.add_argument("--seeds", type=int, default=LEAST_SEEDS)
     its.add_argument("--dataset_name", help="where the text of the scale is")

@@ -80,18 +80,20 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
     tuned = {p.parent.name for p in by_formula if "tuning" in p.parts}
     assert tuned == {"adamw", "muon"} and sum("tuning" in p.parts for p in by_formula) == 2 * 24
     report = json.loads((tmp_path / "a.summary.json").read_text())
-    tried = report["tried"]["adamw"]
-    assert any(point["val_loss"] is None for point in tried)  # what diverged is listed
-    best = min(tried, key=lambda point: point["val_loss"] or math.inf)
-    assert best["max_lr"] == pytest.approx(2e-3, rel=0.1) and len(tried) == 24
-    near = [point["max_lr"] / best["max_lr"] for point in tried[16:]]  # of 100, a quarter is 3.2
-    assert max(near) / min(near) < 3.2 * 1.8 and len({point["max_lr"] for point in tried}) == 24
+    points = report["points"]["adamw"]
+    assert any(point["val_loss"] is None for point in points)  # what diverged is listed
+    best = min(points, key=lambda point: point["val_loss"] or math.inf)
+    assert best["max_lr"] == pytest.approx(2e-3, rel=0.1) and len(points) == 24
+    near = [point["max_lr"] / best["max_lr"] for point in points[16:]]  # of 100, a quarter is 3.2
+    assert max(near) / min(near) < 3.2 * 1.8 and len({point["max_lr"] for point in points}) == 24
     rows = {(row["side"], row["steps"]): row for row in report["rows"]}
     adamw = rows["adamw", 300]
     assert adamw["counts"] and adamw["mean"] < adamw["upper_bound"] <= report["target"]
     counted = [row["steps"] for row in rows.values() if row["side"] == "muon" and row["counts"]]
     failed = [row["steps"] for row in rows.values() if row["tuned"] and not row["counts"]]
     assert min(counted) == pytest.approx(150, abs=8) and max(failed) < min(counted)
+    tried = {p.parent.name for p in by_formula if "tried" in p.parts}  # as a side they would differ
+    assert tried == {f"muon-row-{min(counted)}", f"muon-fast-vectors-{min(counted)}"}
     changed = {row["side"]: row["against_plain"] for row in report["rows"] if not row["tuned"]}
     assert changed.keys() == {"muon-fast-vectors", "muon-row"}
     assert changed["muon-row"] == pytest.approx([0.02, 0])
