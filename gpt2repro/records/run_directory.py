@@ -25,6 +25,7 @@ from gpt2repro.system import atomic
 from gpt2repro.system.text import printable
 
 LOCK = ".lock"
+FINISHED = "FINISHED"
 # What schedulers, desktops and file systems put into a directory before or beside a run; and hidden
 # files of ours, such as those of a launch that was killed before its first file was whole.
 NOT_A_RUNS = re.compile(
@@ -80,6 +81,14 @@ def saved_recipe(run: Path) -> dict[str, Any]:
     return fields
 
 
+def finished_step(run: Path) -> int | None:
+    """The step that a run's `final/` is of, once nothing was left to do there; else None."""
+    try:
+        return int((run / FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def read_resumes(run: Path) -> list[int]:
     """The steps at which later launches went on, as launches.jsonl has them."""
     steps: list[int] = []
@@ -106,7 +115,7 @@ class RunDirectory:
         self.final = path / "final"
         self.average = path / "final-ema"  # of the weights, where it is better on held-out text
         self.preempted = path / "PREEMPTED"
-        self.finished = path / "FINISHED"  # its step: `final/` is of it, and was pushed if asked
+        self.finished = path / FINISHED  # its step: `final/` is of it, and was pushed if asked
         self._lock: IO[str] | None = None
 
     def find_start(self, resume: str) -> Start:
@@ -234,11 +243,7 @@ class RunDirectory:
 
     def is_finished(self, step: int) -> bool:
         """Whether a run of `step` steps has nothing left to do here."""
-        try:
-            marked = self.finished.read_text(encoding="utf-8").strip() == str(step)
-        except (OSError, ValueError):
-            return False
-        return marked and self.final.is_dir()
+        return finished_step(self.finished.parent) == step and self.final.is_dir()
 
     def check_still_there(self) -> None:
         """Raise `UserError` if somebody has removed or moved the run that this process writes."""

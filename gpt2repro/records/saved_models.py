@@ -12,7 +12,7 @@ from transformers.utils import logging
 from gpt2repro import UserError
 from gpt2repro.data.tokenizer import holds_tokenizer, load_tokenizer
 from gpt2repro.records import checkpoints
-from gpt2repro.records.run_directory import saved_recipe
+from gpt2repro.records.run_directory import finished_step, saved_recipe
 from gpt2repro.system import ranks
 from gpt2repro.system.hub import is_hub_id, refuse_pointers
 from gpt2repro.system.patience import patiently
@@ -32,11 +32,13 @@ def locate(name: str, option: str = "--model") -> str:
         UserError: neither a directory with a `config.json` nor spelled like a Hub id.
     """
     path = Path(name)
+    if (path / "config.json").is_file():
+        return str(path)
     if path.is_dir():
         newest = [checkpoints.find_latest(place)[0] for place in (path / "checkpoints", path)]
         final = path / "final"
         in_order = [final, *newest] if _is_of_the_end(final, newest[0]) else [*newest, final]
-        for candidate in (path, *in_order):
+        for candidate in in_order:
             if candidate and (candidate / "config.json").is_file():
                 return str(candidate)
         raise UserError(f"{option} {name}: a directory without a config.json")
@@ -47,11 +49,9 @@ def locate(name: str, option: str = "--model") -> str:
 
 def _is_of_the_end(final: Path, newest: Path | None) -> bool:
     """Whether no checkpoint is of a later step than the run's `final/`."""
-    try:
-        finished = int((final.parent / "FINISHED").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if newest is None or (finished := finished_step(final.parent)) is None:
         return True
-    return newest is None or newest.name <= checkpoints.checkpoint_path(final, finished).name
+    return newest.name <= checkpoints.checkpoint_path(final, finished).name
 
 
 def load_causal_lm(
