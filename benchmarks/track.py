@@ -3,6 +3,7 @@
     python benchmarks/track.py run a --minutes 50        # again, until it prints the table
     python benchmarks/track.py summary a
     python benchmarks/track.py repeat benchmarks/results/track/a/rows/muon-150
+    python benchmarks/track.py transfer b --points_of a
 
 Rules
 1. A scale fixes architecture, text, tokenizer, batch, the share of the steps that warm up, and what
@@ -21,6 +22,8 @@ Rules
    the mean of its first four seeds is above the target, a length has failed without the others.
 5. What is only tried (`--tried`) has no search: one change to plain AdamW or Muon, with its knobs
    and at its fewest steps. Its row says by how much the loss differs on the same seeds.
+6. `transfer` takes the best points of one scale to another as they are: AdamW's for all the steps,
+   every other side's for the share of them that it needed where it was tuned. It sets no target.
 
 Every run is a file of its own, written when it is done. What is killed goes on from its last
 checkpoint, or is told to (SIGTERM) when the minutes are over. A file has the whole recipe and the
@@ -354,6 +357,8 @@ def summarize(options: Namespace) -> None:
     runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for path in sorted(directory.glob("*/*/*.json")):
         record, (kind, name) = read(path), path.parts[-3:-1]
+        if kind == "transfer":
+            continue
         side = name if kind == "tuning" else name.rpartition("-")[0]
         runs.setdefault((kind, side, record["recipe"]["num_steps"]), []).append(record)
     check_rules([record for records in runs.values() for record in records])
@@ -390,9 +395,45 @@ def summarize(options: Namespace) -> None:
     print(f"target {target:.3f}; seconds of a step, as busy as the machine was, in AdamW's")
     report = {"target": target, "rows": rows, "points": points}
     write_json(str(directory.with_suffix(".summary.json")), report)
-    fewest = {row["side"]: row["steps"] for row in reversed(rows) if row["counts"] and row["tuned"]}
-    shown_runs = {side: runs["rows", side, steps] for side, steps in fewest.items()}
+    shown_runs = {row["side"]: runs["rows", row["side"], row["steps"]] for row in fewest(rows)}
     save(draw(shown_runs, target), directory.with_suffix(".svg"))
+
+
+def fewest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each side the row that counts and has the fewest steps; `rows` rise in them."""
+    counted = [row for row in rows if row["counts"] and row["tuned"]]
+    return [*{row["side"]: row for row in reversed(counted)}.values()]
+
+
+def transfer(options: Namespace) -> None:
+    """Print and write what the best points of another scale give at this one, untuned."""
+    known = read(options.output / f"{options.points_of}.summary.json")
+    num_steps = options.num_steps or SCALES[options.scale].num_steps
+    rows, adamw = [], []
+    for there in sorted(fewest(known["rows"]), key=lambda row: -row["steps"]):  # AdamW is first
+        side, steps = there["side"], round(there["of_adamws_steps"] * num_steps)
+        point = dict(min(known["points"][side], key=loss_of))
+        del point["val_loss"]
+        directory = options.output / options.scale / "transfer" / f"{side}-{steps}"
+        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds)
+        jobs = [(job(side, point, steps, n, options), directory / f"{n}.json") for n in seeds]
+        losses = start_all(jobs, options)
+        records = [read(file) for _, file in jobs]
+        adamw = adamw or records
+        check_rules(adamw + records)
+        rows.append(
+            {
+                "side": side,
+                "steps": steps,
+                "of_adamws_steps": there["of_adamws_steps"],
+                "losses": [each["val_loss"] for each in records],
+                "mean": None if math.inf in losses else statistics.mean(losses),
+                "against_adamw": difference(records, adamw),
+                "seconds_of_adamws": seconds(records) / seconds(adamw),
+            }
+        )
+    print(table(list(rows[0]), [[shown(*cell) for cell in row.items()] for row in rows]))
+    write_json(str(options.output / f"{options.scale}.transfer.json"), {"rows": rows})
 
 
 def difference(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float] | None:
@@ -483,22 +524,26 @@ def repeat(options: Namespace) -> int:
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = OneLineParser(prog="benchmarks/track.py", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("run", "summary"):
+    for verb in ("run", "summary", "transfer"):
         its = verbs.add_parser(verb)
         its.add_argument("scale", choices=SCALES)
         its.add_argument("--output", type=Path, default=Path("benchmarks/results/track"))
     its = verbs.choices["run"]
     its.add_argument("--sides", nargs="+", choices=SIDES, default=["muon", "muon-power"])
     its.add_argument("--tried", nargs="+", choices=SIDES, default=[])
-    its.add_argument("--seeds", type=int, default=LEAST_SEEDS)
-    its.add_argument("--dataset_name", help="where the text of the scale is")
-    its.add_argument("--minutes", type=float, default=math.inf, help="then save and end")
-    its.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    its.add_argument("--threads", type=int, default=1, help="of each")
+    its = verbs.choices["transfer"]
+    its.add_argument("--points_of", required=True, choices=SCALES, help="where they were tuned")
+    its.add_argument("--num_steps", type=int, help="of AdamW, if not those of the scale")
+    for its in (verbs.choices["run"], verbs.choices["transfer"]):
+        its.add_argument("--seeds", type=int, default=LEAST_SEEDS)
+        its.add_argument("--dataset_name", help="where the text of the scale is")
+        its.add_argument("--minutes", type=float, default=math.inf, help="then save and end")
+        its.add_argument("--jobs", type=int, default=1, help="runs side by side")
+        its.add_argument("--threads", type=int, default=1, help="of each")
     its = verbs.add_parser("repeat")
     its.add_argument("paths", type=Path, nargs="+", help="files of runs, or directories of them")
     its.set_defaults(minutes=math.inf)
-    for each in (verbs.choices["run"], its):
+    for each in (verbs.choices["run"], verbs.choices["transfer"], its):
         each.add_argument("--launcher", type=shlex.split, default=[sys.executable])
     its = verbs.add_parser("one")
     its.add_argument("paths", type=Path, nargs=3)
@@ -516,7 +561,7 @@ def main(argv: list[str]) -> int:
         if options.verb == "repeat":
             return repeat(options)
         try:
-            run_scale(options)
+            {"run": run_scale, "transfer": transfer}[options.verb](options)
         except TimeIsOver:
             print("The time is over; the same command goes on.")
             return EXIT_PREEMPTED

@@ -105,6 +105,14 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
         assert len(row["losses"]) == (4 if given_up else 8)
     assert any(len(row["losses"]) == 4 for row in rows.values())
 
+    there = ["transfer", "b", "--points_of", "a", "--num_steps", "90", "--seeds", "2"]
+    assert track.main([*there, "--output", str(tmp_path)]) == 0
+    moved = json.loads((tmp_path / "b.transfer.json").read_text())["rows"]
+    assert [row["side"] for row in moved] == ["adamw", "muon"]
+    assert [row["steps"] for row in moved] == [90, round(90 * min(counted) / 300)]
+    run = json.loads((tmp_path / "b" / "transfer" / "adamw-90" / "2.json").read_text())["recipe"]
+    assert run["n_layer"] == 12 and all(run[name] == best[name] for name in track.OF_ADAMW)
+
     num_started = len(by_formula)
     assert track.main(arguments) == 0 and len(by_formula) == num_started, "all is there already"
     odd = tmp_path / "a" / "rows" / "adamw-300" / "3.json"
