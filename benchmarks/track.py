@@ -82,10 +82,15 @@ class Scale(NamedTuple):
     fields: dict[str, Any]
 
 
-QUIET = {"eval_every": 0, "sample_every": 0, "min_lr": 0.0, "resume": "auto"}
+# Whatever a recipe says, which may have its figures from here; a side may say otherwise.
+PLAIN = {
+    **{"schedule": "cosine", "cooldown_fraction": 0.2, "matrix_cooldown_fraction": "null"},
+    **{"muon_lr": 0.02, "muon_weight_decay": 0.0, "min_lr": 0.0},
+    **{"eval_every": 0, "sample_every": 0, "resume": "auto"},
+}
 SCALES = {
     # 3 x 192 on the prose that Python carries, with the demo's own BPE
-    "a": Scale(300, 24, {"recipe": "demo", "micro_batch_size": 16, **QUIET}),
+    "a": Scale(300, 24, {"recipe": "demo", "micro_batch_size": 16, **PLAIN}),
     # 10.6 M parameters, 16 M tokens of books by the demo's BPE, on a GPU: in bf16, at once
     "b": Scale(
         976,
@@ -96,11 +101,11 @@ SCALES = {
             **{"n_layer": 12, "n_head": 4, "n_embd": 256, "sequence_length": 512},
             **{"batch_tokens": 16384, "micro_batch_size": 32, "validation_tokens": 262144},
             "mixed_precision": "bf16",
-            **QUIET,
+            **PLAIN,
         },
     ),
     # the reproduction's first quarter, on GPUs: see --launcher
-    "c": Scale(4768, 12, {"recipe": "gpt2", "save_every": 250, **QUIET}),
+    "c": Scale(4768, 12, {"recipe": "gpt2", "save_every": 250, **PLAIN}),
 }
 
 Knobs = dict[str, tuple[float, float]]

@@ -12,6 +12,7 @@ import pytest
 from tiny_run import as_if_in_its_own_process, write_inputs
 
 from gpt2repro import UserError
+from gpt2repro.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,6 +127,16 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("recipe", ["demo", "gpt2-muon"])
+def test_recipes_have_the_winner_of_the_smallest_scale(track, recipe):
+    report = json.loads((ROOT / "benchmarks/results/track/a.summary.json").read_text())
+    side = min(track.fewest(report["rows"]), key=lambda row: row["steps"])["side"]
+    best = min(report["points"][side], key=track.loss_of)
+    fields = load_recipe(["--recipe", recipe]).model_dump()
+    for name, value in {**track.SIDES[side][0], **best, "min_lr": 0.0}.items():
+        assert name == "val_loss" or fields[name] == value, name
+
+
 def test_the_bound_is_students(track):
     losses = [3.0, 3.1, 2.9, 3.0]  # scipy.stats.t.ppf(0.95, 3) = 2.3534
     assert track.upper_bound(losses) == pytest.approx(3 + 2.353 * (0.02 / 3) ** 0.5 / 2)
@@ -169,7 +180,7 @@ def test_one_run_and_its_repetition(track, tmp_path, monkeypatch, capsys):
     """Through the training script's own loop, on the tiny recipe; then with another loss in it."""
     recipe = write_inputs(tmp_path)
     monkeypatch.setitem(
-        track.SCALES, "a", track.Scale(3, 1, {"recipe": str(recipe), **track.QUIET})
+        track.SCALES, "a", track.Scale(3, 1, {"recipe": str(recipe), **track.PLAIN})
     )
 
     def in_this_process(fields: dict, output: Path, options: Namespace) -> dict:
