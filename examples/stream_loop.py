@@ -46,6 +46,8 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo")
     device = torch.device("cuda", dist.get_node_local_rank()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)  # where NCCL puts what is not a tensor
     train(options, device)  # in a function: torch may hang if DDP outlives the process group
     dist.destroy_process_group()
 

@@ -423,6 +423,8 @@ HABITS = {
 }
 
 REPLACES = {
+    "exp_name": ["output_dir"],
+    "init_from": ["n_layer", "n_head", "n_embd"],
     "num_epochs": ["num_steps"],
     "num_steps": ["num_epochs"],
     "num_validation_units": ["validation_fraction"],

@@ -200,6 +200,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--init_from {inputs}/nowhere": ("init_from", "nowhere"),
     "--init_from {inputs}/bert": ("init_from", "bert"),
     "--init_from {inputs}/torn_model": ("init_from", "torn_model"),
+    "--init_from {inputs}/short_model --n_layer 7": ("n_layer 7: init_from has", "leave it out"),
+    "--attn_implementation flex_attention": ("on CPUs it does not train", "sdpa"),
     "--init_from {inputs}/no_weights": ("init_from", "no_weights"),
     "--init_from {inputs}/empty": ("init_from", "config.json"),
     "--init_from {inputs}/short_model": ("sequence_length 32", "16 positions of init_from"),
@@ -363,6 +365,8 @@ def test_a_machine_without_a_network(inputs, tmp_path):
             {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "true"},
             "MASTER_ADDR",
         ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "the launcher's dynamo_backend: leave it out"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),  # mostly for want of it
     ],
 )
 def test_wrong_environment_variables(variables, part, place, capsys):

@@ -116,6 +116,23 @@ def test_epochs_and_steps_replace_each_other(tmp_path):
     assert (recipe.num_steps, recipe.num_epochs) == (7, None)
 
 
+def test_another_run_of_a_saved_recipe_has_a_place_of_its_own(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("exp_name: first\noutput_dir: /runs/first\n")
+    assert load_recipe(["--recipe", str(path)]).run_dir == Path("/runs/first")
+    assert load_recipe(["--recipe", str(path), "--exp_name", "second"]).run_dir == Path(
+        "runs/second"
+    )
+    both = ["--exp_name", "second", "--output_dir", "/elsewhere"]
+    assert load_recipe(["--recipe", str(path), *both]).run_dir == Path("/elsewhere")
+
+
+def test_weights_bring_their_own_architecture():
+    assert load_recipe(["--recipe", "demo"]).n_layer == 3
+    assert load_recipe(["--recipe", "demo", "--init_from", "x"]).n_layer is None
+    assert load_recipe(["--init_from", "x", "--n_layer", "4"]).n_layer == 4
+
+
 def test_what_is_held_out_is_said_in_units_or_as_a_share(tmp_path):
     recipe = load_recipe(["--validation_fraction", "0.05"])
     assert (recipe.num_validation_units, recipe.validation_fraction) == (None, 0.05)

@@ -126,6 +126,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return _host_copies(innermost(model).named_parameters())
 
 
+def with_tied_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a strict loading asks for: a tied head, which `model_tensors` leaves out, is there."""
+    embedding = "transformer.wte.weight"
+    return {"lm_head.weight": weights[embedding]} | weights if embedding in weights else weights
+
+
 def _host_copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Whole copies on rank 0's CPU; every rank must call.
 
@@ -302,10 +308,8 @@ def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
 
     parameters = dict(innermost(model).named_parameters())
     states = {name: each.shape for name, each in rest.items() if not name.startswith("rng.")}
-    options = StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=False
-    )
-    set_model_state_dict(model, weights, options=options)  # not strict: a tied head has no tensor
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
+    set_model_state_dict(model, with_tied_head(weights), options=options)
     with torch.no_grad():
         optimizer.state.clear()
         for name, shape in broadcast(states).items():

@@ -5,8 +5,8 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from gpt2repro import UserError
 from gpt2repro.data.rows.lanes import check_lanes
@@ -23,6 +23,7 @@ LONGEST_WAIT_SECONDS = 2 * GIVE_UP_AFTER_SECONDS
 # Within the loop. All are together every few seconds there, also while they wait for data: one that
 # is late by so much hangs. It is what NCCL waits by default.
 LOOP_WAIT_SECONDS = 600
+OTHER_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -46,7 +47,7 @@ def start_engine(recipe: Recipe) -> Accelerator:
                 InitProcessGroupKwargs(timeout=timedelta(seconds=LONGEST_WAIT_SECONDS))
             ],
         )
-    except (ValueError, RuntimeError) as error:
+    except (ImportError, ValueError, RuntimeError) as error:
         raise UserError(
             f"the engine cannot start: {error} (mixed_precision {recipe.mixed_precision}; the "
             f"launcher sets {', '.join(f'{v} {os.environ.get(v)}' for v in LAUNCH_VARIABLES)})"
@@ -57,6 +58,7 @@ def start_engine(recipe: Recipe) -> Accelerator:
             "would write the same run. To train on CPUs use launch/cpu2.yaml, or set "
             "ACCELERATE_USE_CPU=true"
         )
+    check_engine(accelerator)
     check_lanes(
         recipe.num_lanes,
         rows_per_step=recipe.rows_per_step,
@@ -71,6 +73,33 @@ def start_engine(recipe: Recipe) -> Accelerator:
     if accelerator.device.type == "cpu":
         cpu_memory.return_freed_memory()  # until the first step has compiled: see there
     return accelerator
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse what `accelerate launch` offers and this loop does not know how to use.
+
+    It shares a batch between all processes, and saves, validates and exports a model whose
+    parameters are whole or DTensors, with the names of a GPT-2. An engine that shares a batch
+    otherwise or wraps parts of the model fails late, or saves what nobody can load.
+    """
+    state, parallel = accelerator.state, getattr(accelerator, "parallelism_config", None)
+    problem = None
+    if accelerator.distributed_type in OTHER_ENGINES:
+        problem = f"distributed_type {accelerator.distributed_type.value}: use DDP or FSDP2"
+    elif state.dynamo_plugin.backend != DynamoBackend.NO:
+        problem = "dynamo_backend: leave it out, the recipe's `compile` compiles in place"
+    elif any(getattr(parallel, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
+        problem = "parallelism_config: only data parallel dimensions can be more than 1"
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        plugin = state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            problem = "fsdp_version 1: set it to 2"
+        elif plugin.activation_checkpointing:
+            problem = "fsdp_activation_checkpointing: set the recipe's gradient_checkpointing"
+        elif isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            problem = "fsdp_offload_params: set it to false"
+    if problem:
+        raise UserError(f"the launcher's {problem} (launch/ has files that work)")
 
 
 def _talk_by_hosts() -> None:

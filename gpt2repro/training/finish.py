@@ -64,8 +64,7 @@ def _publish(run: Run, models: dict[Path, dict[str, torch.Tensor]]) -> bool:
     with underway("Exporting the model ...", in_logs=True):
         for place, tensors in models.items():
             model = GPT2ReproForCausalLM(checkpoints.innermost(run.learner.model).config)
-            model.load_state_dict(tensors, strict=False)  # a tied head has no tensor of its own
-            model.tie_weights()
+            model.load_state_dict(checkpoints.with_tied_head(tensors))
             card = card_of(run.recipe, run.learner, run.launch, metrics, curve.name, of.get(place))
             export(
                 model.eval(),

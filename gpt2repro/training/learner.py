@@ -70,6 +70,8 @@ def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Sta
     accelerator.gradient_accumulation_steps = accumulation_steps(
         recipe, ranks.world_size(), micro_batch_size
     )
+    if rank := ranks.rank():  # with the seed of the others it would drop the same units
+        torch.manual_seed(recipe.seed + start.step + 10_000_019 * rank)
     if start.path is not None:
         checkpoints.load(start.path, model=model, optimizer=optimizer)
         if not recipe.ema_decay:
@@ -92,6 +94,9 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
     if recipe.init_from is not None:
         start = load_causal_lm(recipe.init_from, option="init_from", dtype=torch.float32)
     config = start.config if start else _architecture(recipe, tokenizer)
+    for name in ("n_layer", "n_head", "n_embd"):
+        if start and (asked := getattr(recipe, name)) not in (None, getattr(config, name)):
+            raise UserError(f"{name} {asked}: init_from has {getattr(config, name)}; leave it out")
     config.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout))
     try:
         name = attention.activate(recipe.attn_implementation)
@@ -151,6 +156,8 @@ def place(
     """Suit the model to its device, compile it in place, and hand it and an optimizer over."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     on_cpu = accelerator.device.type == "cpu"
+    if on_cpu and recipe.attn_implementation == "flex_attention":
+        raise UserError("attn_implementation flex_attention: on CPUs it does not train; use sdpa")
     if recipe.fp8_head and not has_fp8(accelerator.device):
         raise UserError("fp8_head: this GPU has no 8-bit products (Ada and Hopper do)")
     if recipe.fp8_head and model.config.n_embd % SIDE:
@@ -175,6 +182,7 @@ def _largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Mod
     """The largest divisor of a process's rows with which training fits its device."""
     rows_per_rank = recipe.rows_per_step // accelerator.num_processes
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    several = any(multiple > 1 for _, multiple in recipe.batch_multiples)  # batches a step, later
 
     def add_gradients(num_rows: int, *, sync: bool) -> None:
         shape = (num_rows, recipe.sequence_length)
@@ -187,7 +195,9 @@ def _largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Mod
 
     def forward_backward(num_rows: int) -> None:
         try:
-            if num_rows < rows_per_rank:  # leaves what is kept between micro-batches, by FSDP whole
+            if (
+                several or num_rows < rows_per_rank
+            ):  # leaves what is kept between micro-batches, by FSDP whole
                 add_gradients(1, sync=False)
             # DDP must not sum gradients: it would wait for a rank that has run out of memory.
             add_gradients(num_rows, sync=sharded)

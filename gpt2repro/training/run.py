@@ -220,7 +220,7 @@ def _find_start(recipe: Recipe, directory: RunDirectory) -> Start:
 def _before_cooldown(recipe: Recipe, directory: RunDirectory) -> Start:
     """Where to go on; if this run is to be longer than one that has begun to cool down, before it.
 
-    Also if nothing else is left, as of a run that was killed soon after it went back there.
+    Also if nothing later is left, as of a run that was killed soon after it went back there.
     """
     start = directory.find_start(recipe.resume)
     if recipe.resume != "auto":
@@ -230,12 +230,14 @@ def _before_cooldown(recipe: Recipe, directory: RunDirectory) -> Start:
         is_longer = (recipe.num_epochs or 0) > (start.state.get("num_epochs") or 0)
     else:
         is_longer = num_steps > (before.num_steps or 0)
-    if start.path and not (is_longer and start.step > (stable_until(before) or start.step)):
-        return start
     path, _ = checkpoints.find_latest(directory.stable)
     if path is None:
         return start
     state = checkpoints.state_of(path)
+    has_cooled = is_longer and start.step > (stable_until(before) or start.step)
+    is_behind = start.step < state["step"] <= (stable_until(recipe) or 0)
+    if start.path and not has_cooled and not is_behind:
+        return start
     note = f"{recipe.run_dir} exists: going on from step {state['step']}, before its cooldown."
     return Start(path, state, note)
 

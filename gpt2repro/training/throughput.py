@@ -1,5 +1,6 @@
 """How fast a run is, as a share of what its devices could do, and how much memory it takes."""
 
+import re
 import resource
 import sys
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 # Dense bf16 tensor-core peak in FLOP/s, from the vendors' data sheets (without sparsity). The first
-# name that occurs in torch.cuda.get_device_name() counts, so longer names come first.
+# name that torch.cuda.get_device_name() has as whole words counts, so longer names come first.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -21,6 +22,7 @@ PEAK_FLOPS = {
     "A10G": 70e12,
     "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12,
@@ -51,7 +53,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    if "Laptop" in name:  # a slower chip under the name of a card
+        return None
+    found = (peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name))
+    return next(found, None)
 
 
 class Throughput:

@@ -66,6 +66,16 @@ def test_closing_gives_signals_back(stop):
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+def test_closing_hears_what_slurms_launcher_was_deaf_to():
+    """After the last step USR1 is to end a push, also where it was ignored when we began."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        StopRequest(bool).close()
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_second_ctrl_c_leaves_at_once():
     code = "from gpt2repro.system import signals; signals.StopRequest(bool);" + SLEEP
     process = python(code)

@@ -1,18 +1,24 @@
 """The whole script on two processes, sharded or compiled: trained, saved, resumed, exported."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from tiny_language_models import HELLASWAG
 from tiny_run import digests, metrics, tensors, train, write_inputs
 
+from gpt2repro import UserError
 from gpt2repro.training import finish
+from gpt2repro.training.engine import check_engine
 
 ROOT = Path(__file__).parents[2]
 # Dynamo gives up at 8 variants of one piece of code: more blocks than that, all of one kind.
@@ -93,6 +99,28 @@ def test_float32_resumes_from_any_step_and_under_one_process(recipe, alone, tmp_
         if not name.startswith("optimizer rng"):
             # Gradients are summed in another order, and Adam makes much of a small difference.
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version 1: set it to 2"),
+        ({"activation_checkpointing": True}, "activation_checkpointing: set the recipe's gradient"),
+        ({"cpu_offload": True}, "fsdp_offload_params: set it to false"),
+        ({"tp": True}, "parallelism_config: only data parallel"),
+        ({"kind": DistributedType.MEGATRON_LM}, "distributed_type MEGATRON_LM: use DDP or FSDP2"),
+        ({}, ""),
+    ],
+)
+def test_engines_that_would_save_what_nobody_can_load_are_refused(option, part):
+    """On the plugins of accelerate, which wants a GPU for more of them."""
+    kind, tp = option.pop("kind", DistributedType.FSDP), option.pop("tp", False)
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | option)
+    state = Namespace(fsdp_plugin=plugin, dynamo_plugin=Accelerator(cpu=True).state.dynamo_plugin)
+    parallel = Namespace(tp_enabled=tp)
+    accelerator = Namespace(state=state, distributed_type=kind, parallelism_config=parallel)
+    with pytest.raises(UserError, match=part) if part else contextlib.nullcontext():
+        check_engine(accelerator)
 
 
 @pytest.mark.sweep

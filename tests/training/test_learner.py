@@ -1,13 +1,17 @@
 """What a run does for the device it finds itself on."""
 
 import pytest
+import torch
 from accelerate import Accelerator
 from tiny_gpt2 import tiny_model
 from tiny_run import reset_accelerate, write_inputs
 
+from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.recipe import load_recipe
+from gpt2repro.records.run_directory import Start
 from gpt2repro.speed import cpu_attention
-from gpt2repro.training.learner import place
+from gpt2repro.training import learner
+from gpt2repro.training.learner import open_learner, place
 
 
 @pytest.mark.parametrize(
@@ -28,3 +32,21 @@ def test_on_a_cpu_bf16_has_its_attention(tmp_path, options, attention):
     finally:
         reset_accelerate()
     assert model.config._attn_implementation == attention
+
+
+def test_ranks_drop_different_units_from_any_step_on(tmp_path, monkeypatch):
+    recipe = load_recipe(["--recipe", str(write_inputs(tmp_path)), "--dropout", "0.5"])
+    tokenizer = load_tokenizer(recipe.tokenizer_name)
+    drawn, weights = [], []
+    for rank, step in ((0, 0), (1, 0), (2, 0), (1, 9)):
+        monkeypatch.setattr(learner.ranks, "rank", lambda rank=rank: rank)
+        state = {"step": step} if step else {}
+        try:
+            accelerator = Accelerator(cpu=True)
+            opened = open_learner(recipe, accelerator, tokenizer, Start(None, state, ""))
+        finally:
+            reset_accelerate()
+        drawn.append(torch.rand(()).item())
+        weights.append(opened.model.state_dict()["transformer.wte.weight"])
+    assert len(set(drawn)) == 4
+    assert all((each == weights[0]).all() for each in weights)

@@ -173,7 +173,9 @@ class Training:
         self.has_gradients = False
 
     def largest_micro_batch(self, monkeypatch) -> int:
-        recipe = SimpleNamespace(rows_per_step=ROWS, sequence_length=1024, ema_decay=0.0)
+        recipe = SimpleNamespace(
+            rows_per_step=ROWS, sequence_length=1024, ema_decay=0.0, batch_multiples=()
+        )
         self.on.install(monkeypatch)
         monkeypatch.setattr(torch, "zeros", lambda shape, **kwargs: range(shape[0]))
         return learner._largest_micro_batch(recipe, self, self)
@@ -271,7 +273,7 @@ def test_a_cpu_takes_a_moderate_size_without_trying(candidates, size):
 # --- What is tried --------------------------------------------------------------------------------
 
 
-def search_of(monkeypatch, accelerator, model) -> SimpleNamespace:
+def search_of(monkeypatch, accelerator, model, batch_multiples=()) -> SimpleNamespace:
     """What the search is asked, of 4 rows of 32 tokens for each process."""
     asked = SimpleNamespace()
 
@@ -281,7 +283,9 @@ def search_of(monkeypatch, accelerator, model) -> SimpleNamespace:
 
     monkeypatch.setattr(learner, "largest_that_fits", largest_that_fits)
     rows = 4 * accelerator.num_processes
-    recipe = SimpleNamespace(rows_per_step=rows, sequence_length=32, ema_decay=0.0)
+    recipe = SimpleNamespace(
+        rows_per_step=rows, sequence_length=32, ema_decay=0.0, batch_multiples=batch_multiples
+    )
     learner._largest_micro_batch(recipe, accelerator, model)
     assert asked.candidates == [1, 2, 4]
     return asked
@@ -291,7 +295,8 @@ def num_gradients(model) -> int:
     return sum(p.grad is not None for p in model.parameters())
 
 
-def test_a_trial_meets_the_gradients_of_an_earlier_micro_batch(monkeypatch):
+@pytest.mark.parametrize("batch_multiples", [(), [(9, 2)]])
+def test_a_trial_meets_the_gradients_of_an_earlier_micro_batch(monkeypatch, batch_multiples):
     model, passes = tiny_model().train(), []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(
@@ -301,14 +306,15 @@ def test_a_trial_meets_the_gradients_of_an_earlier_micro_batch(monkeypatch):
     )
     everything = len(list(model.parameters()))
     try:
-        asked = search_of(monkeypatch, Accelerator(cpu=True), model)
+        asked = search_of(monkeypatch, Accelerator(cpu=True), model, batch_multiples)
         for size in (2, 4):
             asked.forward_backward(size)
             assert num_gradients(model) == 0
     finally:
         reset_accelerate()
-    # Four rows at once are all of a step: there is no earlier one.
-    assert passes == [(1, 0), (2, everything), (4, 0)]
+    # Four rows at once are all of a step, and there is no earlier one until a step has two batches.
+    last = [(1, 0), (4, everything)] if batch_multiples else [(4, 0)]
+    assert passes == [(1, 0), (2, everything), *last]
     assert asked.recovers
     assert asked.reserve_bytes == 2 * sum(4 * p.numel() for p in model.parameters())
 

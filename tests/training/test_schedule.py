@@ -182,20 +182,22 @@ def test_more_epochs_are_a_longer_run_and_fewer_are_not(recipe, tmp_path, epochs
     assert run_module._before_cooldown(now, RunDirectory(tmp_path)).step == step
 
 
-def test_killed_after_it_went_back_it_goes_back_again(recipe, tmp_path, capsys, monkeypatch):
-    """The newest checkpoint was set aside, and the next one not written yet."""
+@pytest.mark.parametrize("kept", [(), ("--keep_every", "3")])
+def test_killed_after_it_went_back_it_goes_back_again(recipe, tmp_path, capsys, monkeypatch, kept):
+    """The newest checkpoint was set aside, the next one not written, and an older one is kept."""
     run = tmp_path / "run"
-    assert train(recipe, run, *WSD, "--num_steps", "8") == 0
+    assert train(recipe, run, *WSD, *kept, "--num_steps", "8") == 0
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
         def killed(*_):
             raise KeyboardInterrupt
 
         patch.setattr("gpt2repro.training.run.train_step", killed)
-        train(recipe, run, *WSD, "--num_steps", "12")
-    assert not [*(run / "checkpoints").glob("step_*")]
+        train(recipe, run, *WSD, *kept, "--num_steps", "12")
+    left = [path.name for path in (run / "checkpoints").glob("step_*")]
+    assert left == (["step_00000003"] if kept else [])
     capsys.readouterr()
-    assert train(recipe, run, *WSD, "--num_steps", "12") == 0
+    assert train(recipe, run, *WSD, *kept, "--num_steps", "12") == 0
     assert "going on from step 4, before its cooldown" in capsys.readouterr().out
     assert [line["step"] for line in metrics(run)] == [*range(13)]
 

@@ -45,6 +45,10 @@ def test_no_mfu_without_a_published_peak():
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA A10G", 70e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA RTX A4000", None),  # neither A40 nor A100
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GB200", 2500e12),
         ("Tesla T4", None),
     ],
