@@ -119,12 +119,11 @@ def test_epochs_and_steps_replace_each_other(tmp_path):
 def test_another_run_of_a_saved_recipe_has_a_place_of_its_own(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("exp_name: first\noutput_dir: /runs/first\n")
-    assert load_recipe(["--recipe", str(path)]).run_dir == Path("/runs/first")
-    assert load_recipe(["--recipe", str(path), "--exp_name", "second"]).run_dir == Path(
-        "runs/second"
-    )
+    saved = ["--recipe", str(path)]
+    assert load_recipe(saved).run_dir == Path("/runs/first")
+    assert load_recipe([*saved, "--exp_name", "second"]).run_dir == Path("runs/second")
     both = ["--exp_name", "second", "--output_dir", "/elsewhere"]
-    assert load_recipe(["--recipe", str(path), *both]).run_dir == Path("/elsewhere")
+    assert load_recipe([*saved, *both]).run_dir == Path("/elsewhere")
 
 
 def test_weights_bring_their_own_architecture():

@@ -126,7 +126,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return _host_copies(innermost(model).named_parameters())
 
 
-def with_tied_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_tied_head(weights: dict[str, Any]) -> dict[str, Any]:
     """What a strict loading asks for: a tied head, which `model_tensors` leaves out, is there."""
     embedding = "transformer.wte.weight"
     return {"lm_head.weight": weights[embedding]} | weights if embedding in weights else weights

@@ -195,9 +195,8 @@ def _largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Mod
 
     def forward_backward(num_rows: int) -> None:
         try:
-            if (
-                several or num_rows < rows_per_rank
-            ):  # leaves what is kept between micro-batches, by FSDP whole
+            if several or num_rows < rows_per_rank:
+                # Leaves what is kept between micro-batches, by FSDP whole.
                 add_gradients(1, sync=False)
             # DDP must not sum gradients: it would wait for a rank that has run out of memory.
             add_gradients(num_rows, sync=sharded)
