@@ -192,6 +192,44 @@ def a_wrong_card(hub, refs):
     edit(hub, "step00000002", README__md=card.replace(b"| Tokens | 512 |", b"| Tokens | 513 |"))
 
 
+def a_right_table_that_nobody_sees(hub, refs):
+    card = hub.files("me/run", "step00000002")["README.md"].decode()
+    begin = card.index("## Provenance")
+    shown = card[begin:].replace("| Tokens | 512 |", "| Tokens | 513 |")
+    card = f"{card[:begin]}{shown}\n<!--\n{card[begin:]}-->\n"
+    edit(hub, "step00000002", README__md=card.encode())
+
+
+def a_right_table_below_a_comment_that_hides_it(hub, refs):
+    card = hub.files("me/run", "step00000002")["README.md"].decode()
+    edit(
+        hub,
+        "step00000002",
+        README__md=card.replace("## Provenance", "<!--\n## Provenance").encode(),
+    )
+
+
+def a_forged_optimizer(hub, refs):
+    name = "training_state__optimizer__safetensors"
+    state = hub.files("me/run", "step00000002")["training_state/optimizer.safetensors"]
+    edit(hub, "step00000002", **{name: state[:-4] + b"\x00\x00\x80?"})
+
+
+def another_rate(hub, refs):
+    state = hub.files("me/run", "step00000002")["training_state/state.json"]
+    assert b'"max_lr": ' in state
+    changed = state.replace(b'"max_lr": ', b'"max_lr": 1')
+    edit(hub, "step00000002", training_state__state__json=changed)
+
+
+def one_more_in_its_state(hub, refs):
+    edit(hub, "step00000002", training_state__evil__py=b"import os")
+
+
+def no_marker(hub, refs):
+    edit(hub, "step00000002", training_state__COMPLETE=None)
+
+
 def a_record_that_hides_it(hub, refs):
     """Of a commit that it was not made with: card and record agree."""
     files = hub.files("me/run", "step00000002")
@@ -294,6 +332,12 @@ TAMPERINGS = [
     (truncate, {"step00000002": "its model.safetensors is not the file that its provenance.json"}),
     (other_weights_in_the_same_record, {"step00000002": "holds the same weights as step00000001"}),
     (a_wrong_card, {"step00000002": "its card says otherwise than its provenance.json"}),
+    (a_right_table_that_nobody_sees, {"step00000002": "its card says otherwise than its prov"}),
+    (a_right_table_below_a_comment_that_hides_it, {"step00000002": "its card says otherwise"}),
+    (a_forged_optimizer, {"step00000002": "its training_state/optimizer.safetensors is not the"}),
+    (another_rate, {"step00000002": "its training_state/state.json is not the file that its"}),
+    (one_more_in_its_state, {"step00000002": "holds training_state/evil.py, which its training_"}),
+    (no_marker, {"step00000002": "its training_state/COMPLETE cannot be read"}),
     (a_record_that_hides_it, {"step00000002": "is not the checkpoint that step00000004 names"}),
     (no_record, {"step00000002": "holds no checkpoint"}),
     (a_digest, {"step00000002": "its digest of rows does not follow from those of its steps"}),

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 PROVED = """\
 Weights, rows and cards are those of the records, which name each other. Configuration, tokenizer
-and code, which no record names, are those of SHA256SUMS, and alike where one code trained."""
+and code, which no record names, are those of SHA256SUMS, and alike where one code trained. Training
+state, which no record names either, is that of its own COMPLETE."""
 
 
 def main(argv: list[str]) -> int:

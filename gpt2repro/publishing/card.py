@@ -283,6 +283,16 @@ def _with_section(card: str, title: str, text: str, before: str | None = None) -
     return card.rstrip() + "\n"
 
 
+def is_provenance(card: str, record: Record) -> bool:
+    """Whether its only section on provenance, which is no comment, begins with the record's."""
+    begin, end = _span(card, PROVENANCE) or (0, 0)
+    section, above = card[begin:end], card[:begin]
+    is_seen = above.rfind("<!--") <= above.rfind("-->")
+    is_only = _span(card[end:], PROVENANCE) is None
+    right = f"## {PROVENANCE}\n\n{provenance_table(record)}"
+    return is_seen and is_only and section.startswith(right)
+
+
 def _span(card: str, title: str) -> tuple[int, int] | None:
     """Where the section `title` begins and ends; a line in a fenced block is no heading."""
     fence, begin, here = "", None, 0

@@ -3,8 +3,9 @@
 Every branch is asked for the hashes of its files, and for those that are small. The records name
 each other by their SHA-256, from the newest back to the first, so one that was changed, left out or
 put in is not the one that is named. No record names configuration, tokenizer and code: these are
-compared with `SHA256SUMS`, and among branches. (Who may write to the repository can write all of it
-anew: against that helps the hash of the newest record, kept elsewhere, or to recompute the rows.)
+compared with `SHA256SUMS`, and among branches; nor training state: that with its own marker. (Who
+may write to the repository can write all of it anew: against that helps the hash of the newest
+record, kept elsewhere, or to recompute the rows.)
 """
 
 import hashlib
@@ -17,10 +18,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
 from gpt2repro import UserError
-from gpt2repro.publishing.card import provenance_table
+from gpt2repro.publishing.card import is_provenance
 from gpt2repro.publishing.contents import SUMS, listed, unlisted
-from gpt2repro.records import provenance
-from gpt2repro.records.hub_checkpoints import STATE_FOLDER
+from gpt2repro.records import integrity, provenance
+from gpt2repro.records.hub_checkpoints import METRICS, STATE_FOLDER
 from gpt2repro.records.provenance import Point, Record, branch_of
 from gpt2repro.system.hub import has_owner, read_file, read_tree
 from gpt2repro.system.patience import patiently
@@ -45,7 +46,7 @@ class Published:
     name: str
     tree: Mapping[str, RepoFile]
     sums: Mapping[str, str]  # what its SHA256SUMS says
-    files: Mapping[str, bytes]  # the card, and those of `sums` that git has itself
+    files: Mapping[str, bytes]  # the card, of `sums` and training state those that git has itself
     record: Record | None
 
     @property
@@ -92,7 +93,7 @@ class Published:
         ends = record.begin.step + len(record.digests)
         if (ends, record.digest_of_rows()) != (record.step, record.rows_digest):
             yield "its digest of rows does not follow from those of its steps"
-        if provenance_table(record) not in self.card:
+        if not is_provenance(self.card, record):
             yield f"its card says otherwise than its {provenance.FILE}"
 
     def _other_files(self) -> Iterator[str]:
@@ -103,8 +104,31 @@ class Published:
             if self.found(name) != sha256:
                 yield f"its {name} is not the file that its {SUMS} lists"
         for name in unlisted(self.tree, self.sums):
-            if not name.startswith(f"{STATE_FOLDER}/"):
+            if name not in self.state:
                 yield f"holds {name}, which its {SUMS} does not list"
+        yield from self._training_state()
+
+    @property
+    def state(self) -> list[str]:
+        return [name for name in self.tree if name.startswith(f"{STATE_FOLDER}/")]
+
+    def _training_state(self) -> Iterator[str]:
+        """What differs from the marker of a checkpoint that can be gone on from."""
+        marker = f"{STATE_FOLDER}/{integrity.MARKER}"
+        if not self.state:
+            return
+        try:
+            marked = integrity.Marker.model_validate_json(self.files.get(marker, b"")).files()
+        except ValueError:
+            yield f"its {marker} cannot be read"
+            return
+        places = {name: f"{STATE_FOLDER}/{name}" for name in marked}
+        places[integrity.WEIGHTS] = integrity.WEIGHTS
+        for name, file in marked.items():
+            if file.sha256 and self.found(places[name]) != file.sha256:
+                yield f"its {places[name]} is not the file that its {marker} lists"
+        for name in {*self.state} - {marker, f"{STATE_FOLDER}/{METRICS}", *places.values()}:
+            yield f"holds {name}, which its {marker} does not list"
 
 
 def read_branches(repo_id: str, revision: str | None = None) -> dict[str, Published]:
@@ -151,7 +175,9 @@ def _read(repo_id: str, name: str, commit: str, known: Blobs) -> Published:
 
     files = {file: read(file) for file in ("README.md", provenance.FILE, SUMS) if file in tree}
     sums = listed(files.get(SUMS, b"").decode("utf-8", "replace"))
-    files |= {file: read(file) for file in sums if file in tree and not tree[file].lfs}
+    small = [file for file in tree if not tree[file].lfs and file != f"{STATE_FOLDER}/{METRICS}"]
+    state = [file for file in small if file.startswith(f"{STATE_FOLDER}/")]
+    files |= {file: read(file) for file in small if file in sums or file in state}
     return Published(name, tree, sums, files, provenance.parsed(files.get(provenance.FILE, b"")))
 
 
