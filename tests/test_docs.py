@@ -288,6 +288,15 @@ def fresh_engine() -> Iterator[None]:
     reset_accelerate()
 
 
+def test_the_loop_is_as_long_as_the_readme_says():
+    lines = [
+        len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        for name in ("train_accelerate.py", "gpt2repro/training/step.py")
+    ]
+    said = "| {}, and {} for the step |".format(*lines)
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_blocks_run(page, clone, done, monkeypatch, fresh_engine):
     monkeypatch.chdir(clone)

@@ -65,6 +65,7 @@ def _average(names: list[str], decay: float | None, given: str | None) -> tuple[
         model = load_causal_lm(name, option="MODEL", dtype=torch.float32)
         tokenizer = find_tokenizer(name, given, option="MODEL")
         kind = {field: getattr(model.config, field) for field in ARCHITECTURE}
+        kind["n_inner"] = model.config.n_inner or 4 * model.config.n_embd
         kind["tokenizer"] = tokenizer.get_vocab()
         if number == 1:
             average, kind_of_first = model.double(), kind

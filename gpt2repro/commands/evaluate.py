@@ -170,7 +170,12 @@ def _check(arguments: Namespace) -> None:
         return check_models(arguments)
     if arguments.model is None:
         raise UserError("--model: which one is to be scored?")
+    from gpt2repro.evaluation.benchmarks import is_of_harness
+
     arguments.tasks = _names_of_tasks(arguments)
+    for name in ("num_fewshot", "stride"):  # they would stand in the record of figures without them
+        if getattr(arguments, name) is not None and not any(map(is_of_harness, arguments.tasks)):
+            raise UserError(f"--{name}: --tasks names none of lm-evaluation-harness")
     if arguments.tasks_dir and not Path(arguments.tasks_dir).is_dir():
         raise UserError(f"--tasks_dir {arguments.tasks_dir}: no such directory")
     if "val" in arguments.tasks and arguments.num_validation_units is None:
@@ -264,19 +269,23 @@ def _open_corpus(arguments: Namespace) -> "Corpus":
 
 
 def _published_for(arguments: Namespace, sequence_length: int) -> dict[str, tuple[float, str]]:
-    """What others published about the OpenAI model that is being evaluated, if one is."""
+    """What others published about the OpenAI model that is being evaluated, if one is.
+
+    Nothing where it is asked otherwise than they did.
+    """
     from gpt2repro.evaluation.published import PAPER, PUBLISHED, is_the_published_text
 
+    changes = ("limit", "num_fewshot", "max_length", "tokenizer")
+    if any(getattr(arguments, name) is not None for name in changes):
+        return {}
     for name in (arguments.baseline, arguments.model):
         model = (name or "").removeprefix("openai-community/")
         if model in PUBLISHED:
             found = dict(PUBLISHED[model])
-            text = vars(arguments) | {"sequence_length": sequence_length}
-            if arguments.limit or not is_the_published_text(text):
+            if not is_the_published_text(vars(arguments) | {"sequence_length": sequence_length}):
                 found.pop("val/loss", None)
-            if arguments.limit:
-                found.pop("core", None)
-            return found | (PAPER[model] if arguments.preset == "gpt2-paper" else {})
+            found |= PAPER[model] if arguments.preset == "gpt2-paper" else {}
+            return {key: (value, f"{by} (of {model})") for key, (value, by) in found.items()}
     return {}
 
 

@@ -47,12 +47,17 @@ def _beside(source: Path) -> tuple[str | None, list[Path]]:
 
     The Hub's cache consists of links: a model is read from there, what describes it is left out.
     """
+    from gpt2repro.publishing.contents import EDITABLE
+
     card, figures = source / "README.md", [*sorted(source.glob("*.png")), source / "LICENSE"]
-    if linked := [path for path in (card, *figures) if path.is_symlink()]:
-        names = printable(", ".join(path.name for path in linked))
-        print(f"gpt2repro export: left out, as symbolic links: {names}", file=sys.stderr)
+    odd = [path for path in figures if not EDITABLE.fullmatch(path.name)]
+    linked = [path for path in (card, *figures) if path.is_symlink()]
+    for why, paths in (("symbolic links", linked), ("pictures of other names than a-b_c.png", odd)):
+        if paths:
+            names = printable(", ".join(path.name for path in paths))
+            print(f"gpt2repro export: left out, as {why}: {names}", file=sys.stderr)
     text = card.read_text("utf-8", "replace") if card.is_file() and card not in linked else None
-    return text, [figure for figure in figures if figure not in linked]
+    return text, [figure for figure in figures if figure not in (*linked, *odd)]
 
 
 def _parse(argv: list[str]) -> Namespace:

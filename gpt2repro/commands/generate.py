@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     from transformers import LogitsProcessor, TextStreamer
 
     from gpt2repro.data.tokens.token_ids import end_ids
-    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
+    from gpt2repro.records.saved_models import check_ids, find_tokenizer, load_causal_lm
     from gpt2repro.speed import attention, lm_head
 
     class Printer(TextStreamer):
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     model.to(device)
     tokenizer = find_tokenizer(options.model, options.tokenizer)
     inputs = _encode(tokenizer, _read_prompt(options.prompt), device)
+    check_ids(inputs["input_ids"][0].tolist(), model)
     room = model.config.n_positions - inputs["input_ids"].shape[1]
     if room < 1:
         raise UserError(

@@ -82,7 +82,10 @@ def make_room(output: Path | None, option: str = "--output") -> None:
         return
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not output.exists()
         output.open("a", encoding="utf-8").close()
+        if is_new:  # nothing of it stays if the work fails
+            output.unlink()
     except OSError as error:
         raise UserError(f"{option} {output}: {error}") from error
 

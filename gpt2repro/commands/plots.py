@@ -161,13 +161,14 @@ def _draw_insides(
     from gpt2repro.data.tokens.token_ids import ids_to_continue
     from gpt2repro.plots import parameters
     from gpt2repro.plots.gallery import Reading, model_pictures
-    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
+    from gpt2repro.records.saved_models import check_ids, find_tokenizer, load_causal_lm
 
     model = load_causal_lm(name, option="RUN_OR_MODEL", dtype=torch.float32)
     if broken := [name for name, each in model.named_parameters() if not each.isfinite().all()]:
         raise UserError(f"RUN_OR_MODEL: {len(broken)} tensors are not finite, such as {broken[0]}")
     tokenizer = find_tokenizer(name, tokenizer_name, option="RUN_OR_MODEL")
     ids = torch.tensor(ids_to_continue(tokenizer, [prompt])[0])
+    check_ids(ids.tolist(), model)
     ids = ids[: min(MAX_PROMPT_TOKENS, model.config.n_positions)]
     if len(ids) < 2:
         raise UserError("--prompt must be at least two tokens long")

@@ -19,7 +19,7 @@ AGAIN = "run the same command again: files that have arrived are not sent twice"
 def main(argv: list[str]) -> int:
     """`gpt2repro push --model DIR --repo me/name [--private] [--revision]`."""
     options = _parse(argv)
-    from gpt2repro.publishing.card import add_evaluation
+    from gpt2repro.publishing.card import add_evaluation, read_card
     from gpt2repro.publishing.contents import changed_code
     from gpt2repro.publishing.upload import check_hub_rights, to_publish, upload
     from gpt2repro.publishing.verification import verify
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
         )
     for line in verify(directory, allow_code=options.allow_code).lines():
         print(f"  {line}")
+    read_card(directory / "README.md")
     if options.evaluation:
         repo_name = options.repo.partition("/")[2]
         scored = add_evaluation(directory / "README.md", options.evaluation, repo_name)
@@ -76,7 +77,11 @@ def _parse(argv: list[str]) -> Namespace:
     add("--message", default="Upload model", help="of the commit")
     add("--allow_code", action="store_true", help="run and publish a fork's model files")
     add("--evaluation", type=path, help="JSON of `gpt2repro evaluate --output`, for the card")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name in ("message", "revision"):
+        if getattr(options, name) == "":
+            raise UserError(f"--{name}: it is empty")
+    return options
 
 
 def _find_export(name: str) -> Path:

@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
@@ -65,12 +66,15 @@ def score_all(loaded: Loaded, tasks: list["Task"], batch_size: int) -> list["Tas
 
     from gpt2repro.evaluation.likelihoods import takes
     from gpt2repro.evaluation.scoring import score_task
+    from gpt2repro.records.saved_models import check_ids
     from gpt2repro.system import ranks
 
     rank, world_size = ranks.rank(), ranks.world_size()
     trim = takes(loaded.model, "logits_to_keep")
     results = []
     for task in tasks:
+        for ids in (*(r.ids for r in task.requests), *(p.ids for p in task.prompts)):
+            check_ids(ids, loaded.model)
         with tqdm(
             total=(len(task.requests) + len(task.prompts)) // world_size,
             desc=f"{loaded.name}: {task.name}",
@@ -91,6 +95,11 @@ def score_all(loaded: Loaded, tasks: list["Task"], batch_size: int) -> list["Tas
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{task.name}: out of memory; use a lower --batch_size") from error
             assert result is not None, "nobody asked to stop"
+            if result.estimates and all(isnan(each.value) for each in result.estimates.values()):
+                raise UserError(
+                    f"{loaded.name}: {task.name}: its logits are not finite: damaged weights, or "
+                    "too large numbers for --dtype"
+                )
             results.append(result)
     return results
 

@@ -31,13 +31,17 @@ def is_core(name: str) -> bool:
     return name.partition("/")[0] == "core"
 
 
+def is_of_harness(name: str) -> bool:
+    return name not in (*OURS, "val") and not is_core(name)
+
+
 def check_names(names: Sequence[str], option: str) -> None:
     """That there is something to open these by.
 
     Raises:
         UserError: they are the harness', and it is not installed; begins with `option`.
     """
-    theirs = [name for name in names if name not in OURS and not is_core(name)]
+    theirs = [*filter(is_of_harness, names)]
     if theirs and not find_spec("lm_eval"):
         raise UserError(
             f"{option}: {', '.join(theirs)}: the tasks of lm-evaluation-harness need "

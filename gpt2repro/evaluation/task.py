@@ -117,6 +117,8 @@ class Task:
                 at[i] = first.setdefault((self.requests[i].num_scored, ids), i)
         nats, is_greedy = scores.log_likelihood[at], scores.is_greedy[at]
         found = self.score(replace(scores, log_likelihood=nats, is_greedy=is_greedy))
+        if np.isnan(nats).any():  # who says nothing has no figure, and has not chosen the first
+            found = dict.fromkeys(found, Estimate(np.nan, np.full(len(self.rows), np.nan)))
         return {f"{self.prefix}{metric}": estimate for metric, estimate in found.items()}
 
     def parse(self, row: Any) -> Any:

@@ -10,6 +10,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from gpt2repro import UserError
 from gpt2repro.data.tokens.token_ids import ids_to_continue
 from gpt2repro.publishing.verification import same_bits
+from gpt2repro.records.saved_models import check_ids
 
 # fp32 rounding is relative: 1e-5 of the largest logit, and the 1e-4 that a small model's logits
 # (up to 10) make of it. The two differ in rounding only: stock spells GELU in seven operations.
@@ -136,6 +137,7 @@ def differing_parameters(ours: PreTrainedModel, theirs: PreTrainedModel) -> list
 def next_tokens(model: PreTrainedModel, tokenizer, prompt: str) -> list[tuple[str, float]]:
     """The five likeliest continuations of `prompt`, as text, with their probabilities."""
     ids = torch.tensor(ids_to_continue(tokenizer, [prompt]))[:, -model.config.n_positions :]
+    check_ids(ids[0].tolist(), model)
     probabilities, tokens = model(input_ids=ids).logits[0, -1].float().softmax(-1).topk(5)
     return [
         (tokenizer.decode(token), probability)

@@ -247,13 +247,25 @@ def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
     return str(parsed)
 
 
+def read_card(card: Path) -> str:
+    """Its text, none if there is none.
+
+    Raises:
+        UserError: it is no UTF-8.
+    """
+    try:
+        return card.read_text(encoding="utf-8") if card.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{card}: it is no UTF-8 text: {error}") from None
+
+
 def add_evaluation(card: Path, evaluation: Path, name: str) -> str | None:
     """Put what `evaluate --output` wrote of a model into the card of `name`; returns of which.
 
     Raises:
         UserError: when `evaluation` is another file, or the card's metadata cannot be read.
     """
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = read_card(card)
     try:
         ModelCard(text)
     except (ValueError, yaml.YAMLError) as error:

@@ -42,6 +42,7 @@ from gpt2repro.system import atomic
 from gpt2repro.system.atomic import sha256
 from gpt2repro.system.text import printable
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAX_SHARD_SIZE = "5GB"  # a broken upload costs one shard again
 
 
@@ -86,7 +87,9 @@ def export(
             _write_weights(model, scratch, dtype, max_shard_size)
             for figure in figures:
                 shutil.copy(figure, scratch / figure.name)
-            record = _write_rest(model.config, tokenizer, scratch, format, dtype, record)
+            record = _write_rest(
+                model.config, tokenizer, scratch, format, dtype, record, model.generation_config
+            )
             verification = _verified(scratch, output, model, tokenizer)
             text = completed(
                 with_provenance(card or model_card(name=output.resolve().name), record),
@@ -138,9 +141,11 @@ def _write_rest(
     format: str,
     dtype: torch.dtype,
     record: Record | None,
+    generation: GenerationConfig | None = None,
 ) -> Record | None:
     """All but weights and card; returns the record, with the hashes of the weights there."""
     _write_configs(config, tokenizer, directory, format, dtype)
+    _write_generation_config(generation, tokenizer, directory)
     _write_tokenizer(tokenizer, directory, config.n_positions, plain_files=format == "gpt2")
     if record:
         weights = {path.name: sha256(path) for path in sorted(directory.glob("*.safetensors"))}
@@ -221,12 +226,10 @@ def _write_configs(
     format: str,
     dtype: torch.dtype,
 ) -> None:
-    """config.json, generation_config.json and, in the native form, the code they name.
+    """config.json and, in the native form, the code it names.
 
-    `<|endoftext|>` is bos and eos; where they differ, either ends what `generate()` writes. GPT-2
-    has no padding token and gets none, as one that equals eos makes fine-tuning ignore the end of
-    every text; only `generate()`, which needs some id to fill finished rows with, is told to use
-    eos.
+    GPT-2 has no padding token and gets none, as one that equals eos makes fine-tuning ignore the
+    end of every text.
     """
     config = copy.deepcopy(config)
     if format == "gpt2":
@@ -240,19 +243,37 @@ def _write_configs(
     config.architectures = [CLASSES[format]]
     config.dtype = dtype
     config.use_cache = True  # training turns it off
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for key, value in ids.items():
-        setattr(config, key, value)
+    for key in SPECIAL_IDS:
+        setattr(config, key, getattr(tokenizer, key))
     config.to_json_file(directory / "config.json")
-    if ends := end_ids(tokenizer):
+
+
+def _write_generation_config(
+    own: GenerationConfig | None, tokenizer: PreTrainedTokenizerFast, directory: Path
+) -> None:
+    """The model's own settings for `generate()`, if somebody made any, with the tokenizer's ids.
+
+    `<|endoftext|>` is bos and eos; where they differ, either ends what is written, as do the
+    model's own ends. Some id has to fill finished rows: without a padding token it is eos.
+    """
+    ids = {key: getattr(tokenizer, key) for key in SPECIAL_IDS}
+    ends = end_ids(tokenizer)
+    if own is None or own._from_model_config:  # nobody's choice
+        own = GenerationConfig()
+    elif own.eos_token_id is not None:
+        also = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        ends = [*dict.fromkeys((*ends, *also))]
+    if ends:
         ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = next(iter(ends), None)
-    GenerationConfig(**ids).save_pretrained(directory)
+    generation = copy.deepcopy(own)
+    generation.update(**ids)
+    try:
+        generation.save_pretrained(directory)
+    except ValueError as error:  # settings that contradict each other
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the model's generation_config.json: {reason}") from None
 
 
 def _write_tokenizer(

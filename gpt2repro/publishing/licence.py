@@ -32,6 +32,7 @@ def licence_of(name: str, option: str) -> str | None:
                 give_up_after_seconds=0,
                 reaches_hub=False,
             )
-        return ModelCard.load(card).data.license
+        found = ModelCard.load(card).data.license
+        return found if isinstance(found, str) else None  # of several nobody says which holds
     except (UserError, OSError, ValueError, yaml.YAMLError):  # no card, or none that can be read
         return None

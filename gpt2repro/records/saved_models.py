@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -131,3 +133,13 @@ def find_tokenizer(
     if trained_with := saved_recipe(run).get("tokenizer_name"):
         return load(trained_with)
     raise UserError(f"{option} {name} holds no tokenizer; name one with --tokenizer")
+
+
+def check_ids(ids: ArrayLike, model: PreTrainedModel) -> None:
+    """Refuse what a model would look up beyond its embedding: on a GPU that ends the process.
+
+    A tokenizer may have more ids than the model; what counts is what it gives.
+    """
+    highest, size = np.max(ids, initial=0), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if highest >= size:
+        raise UserError(f"--tokenizer: it gives token {highest}, and the model has {size}")

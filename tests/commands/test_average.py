@@ -86,11 +86,16 @@ def test_an_average_has_a_licence_if_all_have_the_same(tmp_path):
     models = [save(tmp_path / "run", step) for step in (1, 2)]
     with_card = tmp_path / "theirs"
     average.main([*models, "--output", str(with_card)])
-    for licence, said in (("mit", ["mit"]), ("cc0-1.0", [])):
+    for licence, said in (("mit", ["mit"]), ("cc0-1.0", []), ("[mit, apache-2.0]", [])):
         (with_card / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
         average.main([*models, str(with_card), "--output", str(tmp_path / "out")])
         text = (tmp_path / "out" / "README.md").read_text()
         assert re.findall(r"^license: (\S+)$", text, re.M) == said
+
+
+def test_a_width_may_be_spelled_out(tmp_path):
+    models = [save(tmp_path / "run", 1), save(tmp_path / "run", 2, n_inner=4 * 64)]
+    assert average.main([*models, "--output", str(tmp_path / "out")]) == 0
 
 
 def test_a_model_is_not_replaced_by_its_average(tmp_path):

@@ -1,6 +1,7 @@
 """The verb: a table, a baseline beside it, and errors of one line."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,23 @@ def test_limit_and_batch_size(model, tmp_path):
     assert few["tasks"]["ours_lambada"]["num_scored"] == 3
 
 
+def test_a_model_whose_logits_are_not_finite_has_no_figures(model, tmp_path, saved):
+    """The first choice would be taken for its answer."""
+    tensors = load_file(Path(model) / "model.safetensors")
+    tensors["transformer.ln_f.bias"] = tensors["transformer.ln_f.bias"] * math.nan
+    broken = saved(0)
+    save_file(tensors, Path(broken) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="hellaswag_completion: its logits are not finite"):
+        evaluated(tmp_path, "--model", broken)
+
+
+def test_a_tokenizer_may_give_no_token_that_the_model_has_not(saved, tmp_path):
+    small = saved(0, vocab_size=100)
+    with pytest.raises(UserError, match=r"--tokenizer: it gives token \d+, and the model has 100$"):
+        evaluated(tmp_path, "--model", small)
+    (tmp_path / "out").rmdir()  # nor is there a file of it
+
+
 def test_published_figures_are_a_column_of_their_own():
     given = ["--model", "x", "--baseline", "openai-community/gpt2"]
     arguments = evaluate._parse(given)
@@ -182,13 +200,15 @@ def test_published_figures_are_a_column_of_their_own():
         ["--validation_tokens", "4096"],
         ["--dataset_config", "sample-100BT"],
         ["--text_column", "url"],
-        ["--limit", "5"],
     ):
         elsewhere = evaluate._published_for(evaluate._parse([*given, *other]), 1024)
         assert elsewhere and "val/loss" not in elsewhere, "other text, not comparable"
+    for other in (["--limit", "5"], ["--max_length", "512"], ["--tokenizer", "other"]):
+        assert not evaluate._published_for(evaluate._parse([*given, *other]), 1024)
     assert "val/loss" not in evaluate._published_for(arguments, 512), "in a shorter context"
     arguments.baseline = "openai-community/gpt2-xl"
-    assert evaluate._published_for(arguments, 1024)["hellaswag/completion_acc_norm"][0] == 0.4889
+    value, source = evaluate._published_for(arguments, 1024)["hellaswag/completion_acc_norm"]
+    assert (value, source) == (0.4889, "karpathy/build-nanogpt (of gpt2-xl)")
     arguments.baseline = None
     assert evaluate._published_for(arguments, 1024) == {}
 
@@ -198,6 +218,7 @@ def test_published_figures_are_a_column_of_their_own():
     [
         (["--tasks_dir", "/nowhere"], "--tasks_dir"),
         (["--num_fewshot", "-1"], "--num_fewshot -1"),
+        (["--tasks", "core,hellaswag_completion", "--num_fewshot", "5"], "--num_fewshot: --tasks"),
         (["--tasks", ","], "--tasks"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--max_length", "1000"], "--max_length"),

@@ -61,14 +61,14 @@ def test_other_rows_are_unpaired_and_other_questions_refused(files, tmp_path, ca
     few, shots = str(tmp_path / "few.parquet"), str(tmp_path / "shots.parquet")
     model = ["--model", str(files / "theirs"), "--tasks", "hellaswag_completion", *options(files)]
     assert evaluate.main([*model, "--limit", "5", "--rows", few]) == 0
-    assert evaluate.main([*model, "--num_fewshot", "2", "--rows", shots]) == 0
+    assert evaluate.main([*model, "--max_length", "64", "--rows", shots]) == 0
     whole = str(files / "ours.parquet")
     capsys.readouterr()
     assert evaluate.main(["--compare", whole, few]) == 0
     assert capsys.readouterr().out.count("unpaired") == 2
     (tmp_path / "text.parquet").write_text("no table")
     for other, said in (
-        (shots, "--compare: rows were asked otherwise: num_fewshot None and 2"),
+        (shots, "--compare: rows were asked otherwise: max_length "),
         (str(tmp_path / "text.parquet"), "text.parquet: it is no file of --rows"),
         (str(tmp_path / "nowhere"), "nowhere: it is no file of --rows"),
     ):

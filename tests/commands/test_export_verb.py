@@ -1,5 +1,6 @@
 """The verb `export`: from a checkpoint, official files, a run; refusals name the option."""
 
+import json
 import re
 
 import pytest
@@ -78,13 +79,23 @@ def test_what_lies_beside_a_model_goes_along_or_is_told(tmp_path, capsys, no_ver
     directory = save_official(tiny_model(), tmp_path / "theirs")
     tiny_tokenizer().save_pretrained(directory)
     (directory / "LICENSE").write_text("Theirs.\n")
+    for picture in ("curve.png", "loss curve.png", "fig.1.png"):
+        (directory / picture).touch()
+    own = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.7}
+    (directory / "generation_config.json").write_text(json.dumps(own))
     tensors = load_file(directory / "model.safetensors")
     more = {f"h.{layer}.lora_A.weight": torch.ones(4, 64) for layer in range(4)}
     save_file(tensors | more, directory / "model.safetensors", metadata={"format": "pt"})
     assert export.main(["--model", str(directory), "--output", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "LICENSE").read_text() == "Theirs.\n"
+    assert [each.name for each in (tmp_path / "out").glob("*.png")] == ["curve.png"]
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert own.items() <= generation.items() and generation["bos_token_id"] == 0
     said = f"--model {directory}: no part of a GPT2ReproForCausalLM, left out: h.0.lora_A.weight, "
-    assert f"warning: {said}h.1.lora_A.weight, h.2.lora_A.weight, ...\n" in capsys.readouterr().err
+    assert f"warning: {said}h.1.lora_A.weight, h.2.lora_A.weight, ...\n" in (
+        err := capsys.readouterr().err
+    )
+    assert "left out, as pictures of other names than a-b_c.png: fig.1.png, loss curve.png" in err
 
 
 def test_a_card_in_another_encoding_is_read_as_far_as_it_goes(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,18 @@ def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path, cap
             push.main([*command, str(tmp_path / "other.json")])
     finally:
         (exported / "README.md").write_text(before)
+
+
+def test_what_is_wrong_here_is_told_before_anything_is_sent(hub, exported, verified, tmp_path):
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    command = ["--model", str(copy), "--repo", "me/name"]
+    for option in ("--message", "--revision"):
+        with pytest.raises(UserError, match=f"{option}: it is empty"):
+            push.main([*command, f"{option}="])
+    (copy / "README.md").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"README.md: it is no UTF-8 text"):
+        push.main(command)
+    assert ("models", "me/name") not in hub.repositories
 
 
 @pytest.mark.parametrize(

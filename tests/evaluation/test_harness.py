@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness through our engine, against the harness' own HFLM."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from gpt2repro.data.tokens.token_ids import num_ids
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.likelihoods import encode_pairs, loglikelihoods
 from gpt2repro.evaluation.scoring import score_task, score_tasks
+from gpt2repro.evaluation.tasks import harness
 from gpt2repro.evaluation.tasks.harness import LmEvalTask, open_lm_eval_tasks
 from gpt2repro.evaluation.writing import Prompt, continuations
 
@@ -435,6 +437,15 @@ def test_data_that_cannot_be_read_are_named_in_one_line(tmp_path, capfd):
         with pytest.raises(UserError, match=f"^--tasks: .*opened from .*{name[4:]}.jsonl.*{said}"):
             opened(tmp_path, name)
     assert "rror" not in capfd.readouterr().err
+
+
+def test_a_nanmean_leaves_out_the_rows_that_are_none():
+    def nanmean(values):
+        raise AssertionError("ours, which knows its error")
+
+    found = harness._estimate([0.0, math.nan, 1.0, 1.0], nanmean)
+    assert found.value == 2 / 3 and found.stderr == pytest.approx((1 / 3 / 3) ** 0.5)
+    assert math.isnan(harness._estimate([math.nan] * 2, nanmean).value)
 
 
 def test_half_a_surrogate_pair_of_a_task_of_code_is_replaced():

@@ -265,7 +265,9 @@ def _estimate(values: list[Any], aggregate: Callable[[list[Any]], Any]) -> Estim
     """The harness' figure, with an influence of each document where we know its formula."""
     how, n = getattr(aggregate, "__name__", ""), len(values)
     if how in ("mean", "nanmean"):
-        return mean(np.array(values, np.float64))
+        numbers = np.array(values, np.float64)
+        counts = ~np.isnan(numbers) if how == "nanmean" else np.ones(n, bool)
+        return mean(numbers[counts] if counts.any() else numbers)
     if how == "perplexity":
         return (mean(values) * -1).exp()
     if how in ("weighted_perplexity", "bits_per_byte"):
