@@ -22,8 +22,8 @@ def begin_id(tokenizer: Any) -> int:
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if token is None:
         raise UserError(
-            "tokenizer_name (of a command, --tokenizer): it has neither an eos nor a bos token to "
-            "put before a text"
+            "tokenizer_name: the tokenizer (in a command, --tokenizer) has neither an eos nor a "
+            "bos token to put before a text"
         )
     return int(token)
 
