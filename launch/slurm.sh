@@ -27,7 +27,8 @@ rm -f "$run_dir/PREEMPTED"
 export MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN_PORT=${MAIN_PORT:-29500}
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch since Slurm 22.05
+# Since Slurm 22.05 srun does not take it from sbatch.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # One launcher per machine. It would die of a SIGUSR1, and with the end of this shell Slurm kills what
 # still runs: so the launcher is made deaf to it, and the shell passes it on and waits for the save.

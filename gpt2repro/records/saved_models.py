@@ -140,6 +140,6 @@ def check_ids(ids: ArrayLike, model: PreTrainedModel) -> None:
 
     A tokenizer may have more ids than the model; what counts is what it gives.
     """
-    highest, size = np.max(ids, initial=0), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    if highest >= size:
+    size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if (highest := np.max(ids, initial=0)) >= size:
         raise UserError(f"--tokenizer: it gives token {highest}, and the model has {size}")

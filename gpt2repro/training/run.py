@@ -230,11 +230,13 @@ def _before_cooldown(recipe: Recipe, directory: RunDirectory) -> Start:
         is_longer = (recipe.num_epochs or 0) > (start.state.get("num_epochs") or 0)
     else:
         is_longer = num_steps > (before.num_steps or 0)
+    has_cooled = is_longer and start.step > (stable_until(before) or start.step)
+    if start.path and not has_cooled and not checkpoints.newer(directory.stable, start.step):
+        return start
     path, _ = checkpoints.find_latest(directory.stable)
     if path is None:
         return start
     state = checkpoints.state_of(path)
-    has_cooled = is_longer and start.step > (stable_until(before) or start.step)
     is_behind = start.step < state["step"] <= (stable_until(recipe) or 0)
     if start.path and not has_cooled and not is_behind:
         return start
