@@ -534,7 +534,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
         its.add_argument("scale", choices=SCALES)
         its.add_argument("--output", type=Path, default=Path("benchmarks/results/track"))
     its = verbs.choices["run"]
-    its.add_argument("--sides", nargs="+", choices=SIDES, default=["muon", "muon-power", "muon-linear"])
+    its.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=["muon", "muon-power", "muon-linear"]
+    )
     its.add_argument("--tried", nargs="+", choices=SIDES, default=[])
     its = verbs.choices["transfer"]
     its.add_argument("--points_of", required=True, choices=SCALES, help="where they were tuned")
