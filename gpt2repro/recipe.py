@@ -458,7 +458,8 @@ def load_recipe(argv: list[str]) -> Recipe:
     for layer, prefix in ((read_recipe(path), f"{path}: "), (overrides, "--")):
         values = _checked(values, layer, prefix)
     if values["exp_name"] is None:
-        values = _checked(values, {"exp_name": path.stem}, f"--recipe {path}: ")
+        named = {"exp_name": path.stem, "output_dir": values["output_dir"]}
+        values = _checked(values, named, f"--recipe {path}: ")
     recipe = Recipe(**values)
     _check_consistency(recipe)
     return recipe

@@ -124,6 +124,9 @@ def test_another_run_of_a_saved_recipe_has_a_place_of_its_own(tmp_path):
     assert load_recipe([*saved, "--exp_name", "second"]).run_dir == Path("runs/second")
     both = ["--exp_name", "second", "--output_dir", "/elsewhere"]
     assert load_recipe([*saved, *both]).run_dir == Path("/elsewhere")
+    path.write_text("seed: 1\n")  # its file's name is its own
+    assert load_recipe(saved).run_dir == Path("runs/recipe")
+    assert load_recipe([*saved, "--output_dir", "/elsewhere"]).run_dir == Path("/elsewhere")
 
 
 def test_weights_bring_their_own_architecture():
