@@ -279,6 +279,15 @@ def job(side: str, point: dict[str, float], steps: int, seed: int, options: Name
     return load_recipe([f"--{name}={value}" for name, value in fields.items()]).model_dump()
 
 
+def jobs_of(
+    side: str, point: dict[str, float], steps: int, kind: str, options: Namespace
+) -> list[tuple[dict[str, Any], Path]]:
+    """A row's runs, one a seed, and their files."""
+    directory = options.output / options.scale / kind / f"{side}-{steps}"
+    seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds)
+    return [(job(side, point, steps, n, options), directory / f"{n}.json") for n in seeds]
+
+
 def tune(side: str, options: Namespace) -> dict[str, float]:
     """The best of the side's points."""
     scale, knobs = SCALES[options.scale], SIDES[side][1]
@@ -331,9 +340,7 @@ def run_scale(options: Namespace) -> None:
             )
 
     def race(side: str, point: dict[str, float], steps: int, kind: str = "rows") -> list[float]:
-        directory = options.output / options.scale / kind / f"{side}-{steps}"
-        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds)
-        jobs = [(job(side, point, steps, n, options), directory / f"{n}.json") for n in seeds]
+        jobs = jobs_of(side, point, steps, kind, options)
         first = start_all(jobs[:FIRST_SEEDS], options)
         return first if statistics.mean(first) > target else start_all(jobs, options)
 
@@ -400,11 +407,11 @@ def summarize(options: Namespace) -> None:
     print(f"target {target:.3f}; seconds of a step, as busy as the machine was, in AdamW's")
     report = {"target": target, "rows": rows, "points": points}
     write_json(str(directory.with_suffix(".summary.json")), report)
-    shown_runs = {row["side"]: runs["rows", row["side"], row["steps"]] for row in fewest(rows)}
+    shown_runs = {row["side"]: runs["rows", row["side"], row["steps"]] for row in shortest(rows)}
     save(draw(shown_runs, target), directory.with_suffix(".svg"))
 
 
-def fewest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def shortest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each side the row that counts and has the fewest steps; `rows` rise in them."""
     counted = [row for row in rows if row["counts"] and row["tuned"]]
     return [*{row["side"]: row for row in reversed(counted)}.values()]
@@ -415,13 +422,11 @@ def transfer(options: Namespace) -> None:
     known = read(options.output / f"{options.points_of}.summary.json")
     num_steps = options.num_steps or SCALES[options.scale].num_steps
     rows, adamw = [], []
-    for there in sorted(fewest(known["rows"]), key=lambda row: -row["steps"]):  # AdamW is first
+    for there in sorted(shortest(known["rows"]), key=lambda row: -row["steps"]):  # AdamW is first
         side, steps = there["side"], round(there["of_adamws_steps"] * num_steps)
         point = dict(min(known["points"][side], key=loss_of))
         del point["val_loss"]
-        directory = options.output / options.scale / "transfer" / f"{side}-{steps}"
-        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds)
-        jobs = [(job(side, point, steps, n, options), directory / f"{n}.json") for n in seeds]
+        jobs = jobs_of(side, point, steps, "transfer", options)
         losses = start_all(jobs, options)
         records = [read(file) for _, file in jobs]
         adamw = adamw or records

@@ -176,8 +176,8 @@ def _read(repo_id: str, name: str, commit: str, known: Blobs) -> Published:
     files = {file: read(file) for file in ("README.md", provenance.FILE, SUMS) if file in tree}
     sums = listed(files.get(SUMS, b"").decode("utf-8", "replace"))
     small = [file for file in tree if not tree[file].lfs and file != f"{STATE_FOLDER}/{METRICS}"]
-    state = [file for file in small if file.startswith(f"{STATE_FOLDER}/")]
-    files |= {file: read(file) for file in small if file in sums or file in state}
+    of_state = f"{STATE_FOLDER}/"
+    files |= {file: read(file) for file in small if file in sums or file.startswith(of_state)}
     return Published(name, tree, sums, files, provenance.parsed(files.get(provenance.FILE, b"")))
 
 
