@@ -17,9 +17,10 @@ Rules
 3. The target is the upper 95 % bound (Student's t, one side) of the mean of AdamW's validation
    losses after N steps, over at least 8 seeds, rounded up to a thousandth.
 4. A side's result is the fewest steps, in fortieths of N, at which the same bound of its own mean
-   lies at or below the target. Each length is a run of its own with its whole schedule. They are
-   found by bisection; every length that was tried stays in the table, also one that failed. Where
-   the mean of its first four seeds is above the target, a length has failed without the others.
+   lies at or below the target. Each length is a run of its own with its whole schedule. From a
+   guess (`--guess`) it is lengthened until it reaches the target, or shortened while it does; every
+   length that was tried stays in the table, also one that failed. Where the mean of its first four
+   seeds is above the target, a length has failed without the others.
 5. What is only tried (`--tried`) has no search: one change to plain AdamW or Muon, with its knobs
    and at its fewest steps. Its row says by how much the loss differs on the same seeds.
 6. `transfer` takes the best points of one scale to another as they are: AdamW's for all the steps,
@@ -30,7 +31,6 @@ checkpoint, or is told to (SIGTERM) when the minutes are over. A file has the wh
 threads, which is all that `repeat` needs: on the same machine in fp32 its losses must be the same.
 """
 
-import bisect
 import json
 import math
 import os
@@ -42,7 +42,9 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +66,7 @@ from gpt2repro.training.run import open_run
 from train_accelerate import EXIT_PREEMPTED, train
 
 TUNING_SEED, FIRST_SEEDS, LEAST_SEEDS = 0, 4, 8
-FRACTIONS = [n / 40 for n in range(8, 41)]  # of AdamW's steps
+LENGTHS = range(8, 41)  # in fortieths of AdamW's steps
 TUNED_AT = 0.5  # of them
 WARMUP = 1 / 15
 REFINED = (1 / 6, 1 / 6)  # of the points
@@ -88,22 +90,21 @@ PLAIN = {
     **{"muon_lr": 0.02, "muon_weight_decay": 0.0, "min_lr": 0.0},
     **{"eval_every": 0, "sample_every": 0, "resume": "auto"},
 }
+OF_B = {
+    "recipe": "demo",
+    "dataset_name": "../shared/data/books",
+    **{"n_layer": 12, "n_head": 4, "n_embd": 256, "sequence_length": 512},
+    **{"batch_tokens": 16384, "micro_batch_size": 32, "validation_tokens": 262144},
+    "mixed_precision": "bf16",
+    **PLAIN,
+}
 SCALES = {
     # 3 x 192 on the prose that Python carries, with the demo's own BPE
     "a": Scale(300, 24, {"recipe": "demo", "micro_batch_size": 16, **PLAIN}),
-    # 10.6 M parameters, 16 M tokens of books by the demo's BPE, on a GPU: in bf16, at once
-    "b": Scale(
-        976,
-        12,
-        {
-            "recipe": "demo",
-            "dataset_name": "../shared/data/books",
-            **{"n_layer": 12, "n_head": 4, "n_embd": 256, "sequence_length": 512},
-            **{"batch_tokens": 16384, "micro_batch_size": 32, "validation_tokens": 262144},
-            "mixed_precision": "bf16",
-            **PLAIN,
-        },
-    ),
+    # 10.6 M parameters on books by the demo's BPE, in bf16: 4 M tokens, which two cores with AMX
+    # pay in a day, and 16 M for a GPU
+    "b4": Scale(244, 12, OF_B),
+    "b": Scale(976, 12, OF_B),
     # the reproduction's first quarter, on GPUs: see --launcher
     "c": Scale(4768, 12, {"recipe": "gpt2", "save_every": 250, **PLAIN}),
 }
@@ -344,20 +345,30 @@ def run_scale(options: Namespace) -> None:
         first = start_all(jobs[:FIRST_SEEDS], options)
         return first if statistics.mean(first) > target else start_all(jobs, options)
 
-    lengths = [round(each * num_steps) for each in FRACTIONS]
+    def reaches(side: str, point: dict[str, float], steps: int) -> bool:
+        return upper_bound(race(side, point, steps)) <= target
+
     for side in dict.fromkeys(["adamw", *options.sides]):
         best, fewest = tune(side, options), num_steps
         if side == "adamw":
             target = target_of(race(side, best, num_steps))
         else:
-            at = bisect.bisect_left(
-                lengths, True, key=lambda n: upper_bound(race(side, best, n)) <= target
-            )
-            fewest = lengths[min(at, len(lengths) - 1)]
+            fewest = fewest_steps(num_steps, options.guess, partial(reaches, side, best))
         for changed in options.tried:
             if plain(changed) == side:
                 race(changed, best, fewest, "tried")  # a side of its own has other knobs
     summarize(options)
+
+
+def fewest_steps(num_steps: int, guess: float, reaches: Callable[[int], bool]) -> int:
+    """The shortest length that reaches the target, or the longest; longer ones are taken to."""
+    lengths = [round(n / 40 * num_steps) for n in LENGTHS]
+    at = LENGTHS.index(round(40 * guess))
+    while at + 1 < len(lengths) and not reaches(lengths[at]):
+        at += 1
+    while at > 0 and reaches(lengths[at - 1]):
+        at -= 1
+    return lengths[at]
 
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -420,7 +431,7 @@ def shortest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def transfer(options: Namespace) -> None:
     """Print and write what the best points of another scale give at this one, untuned."""
     known = read(options.output / f"{options.points_of}.summary.json")
-    num_steps = options.num_steps or SCALES[options.scale].num_steps
+    num_steps = SCALES[options.scale].num_steps
     rows, adamw = [], []
     for there in sorted(shortest(known["rows"]), key=lambda row: -row["steps"]):  # AdamW is first
         side, steps = there["side"], round(there["of_adamws_steps"] * num_steps)
@@ -543,9 +554,12 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--sides", nargs="+", choices=SIDES, default=["muon", "muon-power", "muon-linear"]
     )
     its.add_argument("--tried", nargs="+", choices=SIDES, default=[])
+    shares = [n / 40 for n in LENGTHS]
+    its.add_argument(
+        "--guess", type=float, choices=shares, default=0.55, metavar="SHARE", help="see rule 4"
+    )
     its = verbs.choices["transfer"]
     its.add_argument("--points_of", required=True, choices=SCALES, help="where they were tuned")
-    its.add_argument("--num_steps", type=int, help="of AdamW, if not those of the scale")
     for its in (verbs.choices["run"], verbs.choices["transfer"]):
         its.add_argument("--seeds", type=int, default=LEAST_SEEDS)
         its.add_argument("--dataset_name", help="where the text of the scale is")

@@ -106,12 +106,12 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
         assert len(row["losses"]) == (4 if given_up else 8)
     assert any(len(row["losses"]) == 4 for row in rows.values())
 
-    there = ["transfer", "b", "--points_of", "a", "--num_steps", "90", "--seeds", "2"]
+    there = ["transfer", "b4", "--points_of", "a", "--seeds", "2"]
     assert track.main([*there, "--output", str(tmp_path)]) == 0
-    moved = json.loads((tmp_path / "b.transfer.json").read_text())["rows"]
+    moved = json.loads((tmp_path / "b4.transfer.json").read_text())["rows"]
     assert [row["side"] for row in moved] == ["adamw", "muon"]
-    assert [row["steps"] for row in moved] == [90, round(90 * min(counted) / 300)]
-    run = json.loads((tmp_path / "b" / "transfer" / "adamw-90" / "2.json").read_text())["recipe"]
+    assert [row["steps"] for row in moved] == [244, round(244 * min(counted) / 300)]
+    run = json.loads((tmp_path / "b4" / "transfer" / "adamw-244" / "2.json").read_text())["recipe"]
     assert run["n_layer"] == 12 and all(run[name] == best[name] for name in track.OF_ADAMW)
 
     num_started = len(by_formula)
@@ -136,6 +136,21 @@ def test_recipes_have_the_winner_of_the_smallest_scale(track, recipe):
     fields = load_recipe(["--recipe", recipe]).model_dump()
     for name, value in {**track.SIDES[side][0], **best, "min_lr": 0.0}.items():
         assert name == "val_loss" or fields[name] == value, name
+
+
+@pytest.mark.parametrize("needed", [1, 40, 60, 61, 100, 200, 201])
+def test_any_guess_ends_at_the_fewest_steps(track, needed):
+    asked = {}
+    for guess in (0.2, 0.5, 1.0):
+        tried = []
+
+        def reaches(steps, tried=tried):
+            return tried.append(steps) or steps >= needed
+
+        fewest = max(40, min(200, 5 * math.ceil(needed / 5)))  # a fortieth of 200 is 5
+        assert track.fewest_steps(200, guess, reaches) == fewest
+        asked[guess] = len(set(tried))
+    assert needed != 100 or asked[0.5] == 2, "a guess that is right is tried, and the next shorter"
 
 
 def test_the_bound_is_students(track):
