@@ -59,6 +59,15 @@ PAPER: dict[str, dict[str, tuple[float, str]]] = {
 }
 
 
+# How many rows they are of, where a file of other rows could be given.
+NUM_ROWS = {"hellaswag": 10_042, "lambada_openai": 5_153, "cbt_cn": 2_500, "cbt_ne": 2_500}
+
+
+def is_of_the_published_rows(figure: str, num_rows: int) -> bool:
+    """Whether a figure of `num_rows` rows, "task/metric", can be of those that were published."""
+    return NUM_ROWS.get(figure.partition("/")[0], num_rows) == num_rows
+
+
 # The text that the published validation loss is of, in the fields of a recipe.
 VALIDATION_TEXT = {
     "dataset_name": "HuggingFaceFW/fineweb-edu",

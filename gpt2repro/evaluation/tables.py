@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2repro.evaluation.estimates import Estimate
+from gpt2repro.evaluation.published import is_of_the_published_rows
 from gpt2repro.evaluation.row_scores import Difference
 from gpt2repro.evaluation.scoring import TaskResult
 
@@ -40,7 +41,11 @@ class Table:
         return rows
 
     def _published(self) -> dict[str, tuple[float, str]]:
-        return {key: each for key, each in self.published.items() if key in self.values[0]}
+        return {
+            key: self.published[key]
+            for key, estimate in self.values[0].items()
+            if key in self.published and is_of_the_published_rows(key, len(estimate.influence))
+        }
 
     def _sources(self) -> list[str]:
         sources = {source for _, source in self._published().values()}

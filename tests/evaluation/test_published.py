@@ -1,8 +1,11 @@
 """The published loss is shown where it compares, and nowhere else."""
 
+import numpy as np
 import pytest
 
-from gpt2repro.evaluation.published import VALIDATION_TEXT, published_loss
+from gpt2repro.evaluation.estimates import Estimate
+from gpt2repro.evaluation.published import PUBLISHED, VALIDATION_TEXT, published_loss
+from gpt2repro.evaluation.tables import Table
 from gpt2repro.recipe import load_recipe
 
 
@@ -16,3 +19,11 @@ def test_another_text_or_tokenizer_does_not(field):
     recipe = load_recipe([]).model_dump()
     assert published_loss(recipe | {field: "another"}) is None
     assert published_loss({}) is None
+
+
+@pytest.mark.parametrize("num_rows", [200, 10_042])
+def test_a_file_of_other_rows_does_not(num_rows):
+    found = {name: Estimate(0.3, np.zeros(num_rows)) for name in ("hellaswag/acc", "val/loss")}
+    shown = Table(["gpt2"], [found], published=PUBLISHED["gpt2"]).as_json()
+    expected = {"hellaswag/acc", "val/loss"} if num_rows == 10_042 else {"val/loss"}
+    assert shown["published_not_computed"].keys() == expected, "a loss has its text to decide"
