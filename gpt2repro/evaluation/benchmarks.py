@@ -6,6 +6,7 @@ from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.evaluation.core import open_core
+from gpt2repro.evaluation.published import is_of_the_published_rows
 from gpt2repro.evaluation.task import Task, checked
 from gpt2repro.evaluation.tasks.hellaswag import HellaSwagCompletion, read_rows
 
@@ -79,8 +80,10 @@ def open_tasks(
     for name in filter(is_core, names):
         opened[name] = [open_core(core_dir, name, tokenizer, **how)]
     if HellaSwagCompletion.name in names:
-        rows = read_rows(hellaswag_file)[:limit]
-        completion = HellaSwagCompletion(rows, tokenizer, max_length=max_length)
+        rows = read_rows(hellaswag_file)
+        completion = HellaSwagCompletion(rows[:limit], tokenizer, max_length=max_length)
+        if not is_of_the_published_rows(completion.prefix, len(rows)):
+            completion.dataset = None  # on a model card some rows would pass for all
         opened[completion.name] = [checked(completion)]
     if theirs := [name for name in dict.fromkeys(names) if name not in opened]:
         from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks

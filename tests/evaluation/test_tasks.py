@@ -18,6 +18,7 @@ from tiny_language_models import (
 from tokenizers.processors import TemplateProcessing
 
 from gpt2repro import UserError
+from gpt2repro.evaluation import published
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.likelihoods import Scores, loglikelihoods
 from gpt2repro.evaluation.task import MalformedRow, Task, read_jsonl
@@ -51,6 +52,16 @@ def row(**changes) -> dict:
 
 
 # --- HellaSwag ------------------------------------------------------------------------------------
+
+
+def test_a_local_copy_is_hellaswag_if_it_has_all_rows(tokenizer, monkeypatch):
+    """On a model card some of its rows would pass for the benchmark."""
+    how = {"max_length": POSITIONS, "hellaswag_file": str(HELLASWAG), "limit": 2}
+    (some,) = open_tasks(["hellaswag_completion"], tokenizer, **how)
+    assert some.dataset is None
+    monkeypatch.setitem(published.NUM_ROWS, "hellaswag", len(read(HELLASWAG)))
+    (whole,) = open_tasks(["hellaswag_completion"], tokenizer, **how)
+    assert whole.dataset is not None and whole.dataset.name == "Rowan/hellaswag"
 
 
 def test_a_model_that_knows_is_always_right(tokenizer):
