@@ -8,7 +8,7 @@ from typing import Any
 
 from pairing import ratio_text
 
-from gpt2repro.publishing.card import markdown_table
+from gpt2repro.publishing.card_markdown import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"theirs": "transformers", "nanogpt": "nanoGPT"}

@@ -72,16 +72,17 @@ def _page_writer() -> Any:
 
 def _facts(records: list[Any], name: str) -> list[tuple[str, str]]:
     """What the card says of the training: the model's own, or of a run so far."""
-    from gpt2repro.publishing.card import facts, model_card, published
+    from gpt2repro.publishing.card import facts, model_card
+    from gpt2repro.publishing.redaction import redacted
     from gpt2repro.recipe import FIELDS
 
     for path in (Path(name) / "final" / "README.md", Path(name) / "README.md"):
         if path.is_file():
-            return facts(published(path.read_text("utf-8", "replace")))
+            return facts(redacted(path.read_text("utf-8", "replace")))
     for record in records:
         if FIELDS.keys() <= record.recipe.keys():  # else of another version, or edited
             card = model_card(name=record.name, recipe=record.recipe, metrics=record.metrics)
-            return facts(published(card))
+            return facts(redacted(card))
     return []
 
 

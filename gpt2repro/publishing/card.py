@@ -11,63 +11,42 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from jinja2 import Template
 
 from gpt2repro import UserError
-from gpt2repro.data import demo_corpus
+from gpt2repro.publishing.card_markdown import (
+    BENCHMARKS,
+    LOADING,
+    PROVENANCE,
+    TRAINING,
+    VERIFICATION,
+    cell,
+    code,
+    fence,
+    markdown_table,
+    section_span,
+    with_section,
+)
+from gpt2repro.publishing.card_metadata import (
+    KNOWN_DATASETS,
+    datasets_of,
+    eval_results,
+    is_on_hub,
+    metadata,
+)
 from gpt2repro.publishing.contents import read_json
-from gpt2repro.publishing.licence import own_licence
 from gpt2repro.records.metrics import comparable, is_number, scored
 from gpt2repro.records.provenance import Record
 from gpt2repro.system import atomic
-from gpt2repro.system.hub import has_owner, is_hub_id
-from gpt2repro.system.text import printable
 
 CARD = Path(__file__).with_name("card_template.md")
 HOW_TO_LOAD = Path(__file__).with_name("loading_template.md")
-# Sections that are replaced later, as the template names them.
-LOADING, VERIFICATION, BENCHMARKS = "How to load it", "Verification", "Benchmarks"
-PROVENANCE = "Provenance"
 
-# What may be said of training data without having been told.
-KNOWN_DATASETS = {
-    "HuggingFaceFW/fineweb-edu": {"language": "en", "note": "FineWeb-Edu is under ODC-By 1.0."},
-    demo_corpus.NAME: {"language": "en", "note": "The text is the documentation in every Python."},
-}
-# What a result's name contains -> what the Hub calls such a figure.
-METRIC_TYPES = {
-    "acc": "accuracy",
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits_per_byte",
-}
-
-# Fields of a recipe that may name what lies on this machine, and such names in a command line.
-PATH_FIELDS = (
-    "output_dir",
-    "resume",
-    "init_from",
-    "dataset_name",
-    "name",  # of an entry of `datasets`
-    "data_files",
-    "tokenizer_name",
-    "token_cache_dir",
-    "unit_digests_dir",
-    "eval_tasks_dir",
-    "core_dir",
-    "hellaswag_file",
-)
-ABSOLUTE = re.compile(
-    r"(?<=')~?/[^'\n]+(?=')"  # quoted, with spaces perhaps
-    r"|(?<![\w:/.<~-])~?(?:/[^\s/\"'`|,<>()\[\]{}]+)+/?"
-)
-# Options of launchers that name machines.
-ADDRESS = re.compile(r"(--(?:main.process.ip|master.addr|rdzv.endpoint)[= ])[^\s\\]+")
 
 Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
 
@@ -100,12 +79,12 @@ def model_card(
         licence: where it is known from elsewhere than a recipe.
     """
     known = recipe or {}
-    shown = {k: _cell(v) if isinstance(v, str) else v for k, v in known.items()}
-    datasets = _datasets(known)
+    shown = {k: cell(v) if isinstance(v, str) else v for k, v in known.items()}
+    datasets = datasets_of(known)
     recipe_yaml = yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True).rstrip()
     environment, validations = environment or {}, _validations(metrics)
     card = ModelCard.from_template(
-        _metadata(name, known, _validations(metrics, "_ema" if averaged else ""), licence),
+        metadata(name, known, _validations(metrics, "_ema" if averaged else ""), licence),
         template_path=str(CARD),
         name=name,
         num_parameters=num_parameters,
@@ -114,7 +93,7 @@ def model_card(
         notes=[KNOWN_DATASETS[e["name"]]["note"] for e in datasets if e["name"] in KNOWN_DATASETS],
         recipe=shown,
         recipe_yaml=recipe_yaml,
-        fence=_fence(recipe_yaml, command or ""),
+        fence=fence(recipe_yaml, command or ""),
         command=command,
         commit=commit,
         environment=environment,
@@ -131,7 +110,7 @@ def model_card(
     )
     text = f"{str(card).rstrip()}\n"
     table = _benchmark_table(_benchmarks_of_run(() if averaged else metrics, known))
-    return _with_section(text, BENCHMARKS, table, before=VERIFICATION) if table else text
+    return with_section(text, BENCHMARKS, table, before=VERIFICATION) if table else text
 
 
 # --- Sections that are replaced -------------------------------------------------------------------
@@ -141,7 +120,7 @@ def completed(card: str, *, where: str, format: str, verification: Sequence[str]
     """`card` with its sections on loading (from `where`: Hub id or path) and verification."""
     checked = "\n".join(f"- {line}" for line in verification)
     found = f"Before it was published, these were checked and found right:\n\n{checked}"
-    return _with_section(with_loading(card, where, format), VERIFICATION, found)
+    return with_section(with_loading(card, where, format), VERIFICATION, found)
 
 
 def with_loading(card: str, where: str, format: str, revision: str | None = None) -> str:
@@ -155,19 +134,19 @@ def with_loading(card: str, where: str, format: str, revision: str | None = None
     command = f"{download}gpt2repro export --model {model} --format gpt2 --output OUT"
     examples = template.render(
         quoted=quoted,
-        command=_code(command),
-        fence=_fence(quoted),
+        command=code(command),
+        fence=fence(quoted),
         native=format == "gpt2repro",
     )
-    return _with_section(card, LOADING, examples)
+    return with_section(card, LOADING, examples)
 
 
 def with_provenance(card: str, record: Record | None) -> str:
     """`card` with what `provenance.json` says; without the section where there is none."""
     if record is None:
-        span = _span(card, PROVENANCE)
+        span = section_span(card, PROVENANCE)
         return card[: span[0]] + card[span[1] :] if span else card
-    return _with_section(card, PROVENANCE, provenance_table(record), before=VERIFICATION)
+    return with_section(card, PROVENANCE, provenance_table(record), before=VERIFICATION)
 
 
 def provenance_table(record: Record) -> str:
@@ -184,62 +163,19 @@ def provenance_table(record: Record) -> str:
     return f"{table}\n\n`provenance.json` says the same; `gpt2repro verify` checks both."
 
 
-def published(card: str) -> str:
-    """`card` as others may see it: nothing but text, and of what lies here names without paths."""
-    block = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", card, re.M | re.S)
-    for path in sorted(_local_paths(block[2] if block else ""), key=len, reverse=True):
-        words = r"\s+".join(map(re.escape, path.split()))  # YAML folds long lines
-        name = _name(path).replace("\\", r"\\")  # no reference to a group
-        card = re.sub(rf"(?<![\w/.-]){words}(?![\w/-])", name, card)
-    for title in ("Training", BENCHMARKS):  # the command line; names of other models
-        if span := _span(card, title):
-            begin, end = span
-            section = ADDRESS.sub(r"\1ADDRESS", card[begin:end])
-            section = ABSOLUTE.sub(lambda found: _name(found[0]), section)
-            card = card[:begin] + section + card[end:]
-    return printable(card)
-
-
-def _local_paths(recipe_yaml: str) -> set[str]:
-    """What a recipe names on this machine's disk."""
-    try:
-        recipe = yaml.safe_load(recipe_yaml)
-    except yaml.YAMLError:  # somebody edited it
-        return set()
-    values: list[Any] = []
-    datasets = (recipe.get("datasets") or []) if isinstance(recipe, dict) else []
-    for fields in (recipe, *datasets):
-        for field in PATH_FIELDS if isinstance(fields, dict) else ():
-            value = fields.get(field)
-            values += value if isinstance(value, list) else [value]
-    return {
-        spelled
-        for value in values
-        if isinstance(value, str) and "/" in value and not re.match(r"hub:|(?!file:)\w+://", value)
-        if Path(value).exists() or not is_hub_id(value)
-        for spelled in (value, value.replace("'", "''"))  # as YAML has it within quotes
-    }
-
-
-def _name(path: str) -> str:
-    """The last part of a path; a pattern is no name in YAML, so it gets a dot before it."""
-    name = PurePath(path).name
-    return name if name[:1].isalnum() else f"./{name}"
-
-
 def facts(card: str) -> list[tuple[str, str]]:
     """Names and values of the table on training, as plain text."""
-    begin, end = _span(card, "Training") or (0, 0)
+    begin, end = section_span(card, TRAINING) or (0, 0)
     rows = re.findall(r"^\| (\w.*?) \| (.*) \|$", card[begin:end], re.M)
     return [(name, value.replace("`", "")) for name, value in rows]
 
 
 def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
     """`card` with table and metadata of `gpt2repro evaluate --output`, earlier ones replaced."""
-    card = _with_section(card, BENCHMARKS, _benchmark_table(evaluation), before=VERIFICATION)
+    card = with_section(card, BENCHMARKS, _benchmark_table(evaluation), before=VERIFICATION)
     parsed = ModelCard(card)
     data: Any = parsed.data
-    results = _eval_results(evaluation)
+    results = eval_results(evaluation)
     names = {each.metric_name for each in results}
     kept = [each for each in data.eval_results or [] if each.metric_name not in names]
     data.eval_results = kept + results or None
@@ -283,62 +219,22 @@ def add_evaluation(card: Path, evaluation: Path, name: str) -> str | None:
     return results.get("model")
 
 
-def _with_section(card: str, title: str, text: str, before: str | None = None) -> str:
-    """Replace the text of the section `title`, or insert it `before` another or at the end."""
-    section = f"## {title}\n\n{text}\n\n"
-    if span := _span(card, title):
-        card = card[: span[0]] + section + card[span[1] :]
-    elif before and f"\n## {before}\n" in card:
-        card = card.replace(f"\n## {before}\n", f"\n{section}## {before}\n", 1)
-    else:
-        card = f"{card.rstrip()}\n\n{section}"
-    return card.rstrip() + "\n"
-
-
 def is_provenance(card: str, record: Record) -> bool:
     """Whether its only section on provenance, which is no comment, begins with the record's."""
-    begin, end = _span(card, PROVENANCE) or (0, 0)
+    begin, end = section_span(card, PROVENANCE) or (0, 0)
     section, above = card[begin:end], card[:begin]
     is_seen = above.rfind("<!--") <= above.rfind("-->")
-    is_only = _span(card[end:], PROVENANCE) is None
+    is_only = section_span(card[end:], PROVENANCE) is None
     right = f"## {PROVENANCE}\n\n{provenance_table(record)}"
     return is_seen and is_only and section.startswith(right)
-
-
-def _span(card: str, title: str) -> tuple[int, int] | None:
-    """Where the section `title` begins and ends; a line in a fenced block is no heading."""
-    fence, begin, here = "", None, 0
-    for line in card.split("\n"):
-        ticks = re.match("`*", line)[0]  # type: ignore[index]
-        if fence:
-            fence = "" if len(ticks) >= len(fence) and line.strip() == ticks else fence
-        elif len(ticks) >= 3:
-            fence = ticks
-        elif line.startswith("## ") and begin is not None:
-            return begin, here
-        elif line == f"## {title}":
-            begin = here
-        here += len(line) + 1
-    return None if begin is None else (begin, len(card))
 
 
 # --- Data ---------------------------------------------------------------------------------------
 
 
-def _datasets(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a recipe reads, each with the fields of an entry of its `datasets`."""
-    fields = ("config", "split", "revision")
-    one = {field: recipe.get(f"dataset_{field}") for field in fields} | {
-        "name": recipe.get("dataset_name") or "",
-        "data_files": recipe.get("data_files"),
-        "num_validation_units": recipe.get("num_validation_units"),
-    }
-    return list(recipe.get("datasets") or [one])
-
-
 def _linked(dataset: Mapping[str, Any]) -> str:
     name = dataset["name"]
-    link = f"[{name}](https://huggingface.co/datasets/{name})" if _is_on_hub(name) else name
+    link = f"[{name}](https://huggingface.co/datasets/{name})" if is_on_hub(name) else name
     return f"{link} `{dataset['config']}`" if dataset["config"] else link
 
 
@@ -356,75 +252,10 @@ def _described(dataset: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]]
         f"the first {units} row groups held out" if units else None,
         f"for {dataset['epochs']} epochs" if dataset.get("epochs") else None,
     ]
-    return _cell(", ".join(filter(None, parts)))
+    return cell(", ".join(filter(None, parts)))
 
 
 # --- Metadata -------------------------------------------------------------------------------------
-
-
-def _metadata(
-    name: str, recipe: Mapping, validations: Sequence[tuple], licence: str | None
-) -> ModelCardData:
-    """What the Hub reads: licence, library, task, data and the validation loss."""
-    names, start = [each["name"] for each in _datasets(recipe)], recipe.get("init_from")
-    dataset = names[0] if len(names) == 1 else ""
-    languages = {KNOWN_DATASETS.get(name, {}).get("language") for name in names}
-    results = [
-        _result(dataset, f"{dataset} (held out)", kind, kind, value)
-        for _, loss, bits in validations[-1:]
-        for kind, value in (("loss", loss), ("bits_per_byte", bits))
-        if dataset and value is not None
-    ]
-    return ModelCardData(
-        license=licence or own_licence(recipe),
-        language=languages.pop() if len(languages) == 1 else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2", "gpt2repro"],
-        datasets=list(dict.fromkeys(filter(_is_on_hub, names))) or None,
-        base_model=start if start and is_hub_id(start) and not Path(start).exists() else None,
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
-
-
-def _is_on_hub(name: str | None) -> bool:
-    return bool(name and has_owner(name) and not Path(name).exists())
-
-
-def _eval_results(evaluation: Mapping) -> list[EvalResult]:
-    """What was computed for this model on a dataset of the Hub, which the evaluation names.
-
-    Nothing of a part of its rows: beside others, on the Hub, it would pass for the whole.
-    """
-    if evaluation.get("settings", {}).get("limit"):
-        return []
-    datasets = {
-        figure: report["dataset"]
-        for report in evaluation.get("tasks", {}).values()
-        for figure in report.get("figures", [])
-        if report.get("dataset")  # held-out text has none, nor have older reports
-    }
-    found = []
-    for key, estimate in evaluation.get("results", {}).items():
-        metric = key.partition("/")[2]
-        kind = next((kind for end, kind in METRIC_TYPES.items() if end in metric), None)
-        if key in datasets and kind and estimate["value"] is not None:
-            name, title = datasets[key]["name"], datasets[key]["title"]
-            found.append(_result(name, title, key, kind, estimate["value"]))
-    return found
-
-
-def _result(dataset: str, title: str, metric_name: str, kind: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        task_name="Text generation",
-        dataset_type=dataset,
-        dataset_name=title,
-        metric_type=kind,
-        metric_name=metric_name,
-        metric_value=round(value, 6),
-    )
 
 
 # --- What the run says ----------------------------------------------------------------------------
@@ -456,17 +287,6 @@ def _median_of(metrics: Metrics, key: str) -> float | None:
     """The middle value of a column, which start-up and evaluation steps do not move."""
     values = sorted(record[key] for record in metrics if is_number(record.get(key)))
     return values[len(values) // 2] if values else None
-
-
-def _code(text: str) -> str:
-    """`text` as code within a line (CommonMark 6.1)."""
-    return f"{_fence(text)} {text} {_fence(text)}" if "`" in text else f"`{text}`"
-
-
-def _fence(*texts: str) -> str:
-    """Backticks for a block that holds the texts: more than any of them has in a row."""
-    longest = max((len(run) for text in texts for run in re.findall("`+", text)), default=0)
-    return "`" * max(3, longest + 1)
 
 
 # --- Benchmarks -----------------------------------------------------------------------------------
@@ -510,14 +330,3 @@ def _estimate_text(estimate: Mapping | None) -> str:
         return ""
     error = estimate.get("stderr")
     return f"{estimate['value']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as the lines of a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """A bar would begin the next cell, a line end the next row."""
-    return " ".join(text.replace("|", "/").split())

@@ -23,8 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from gpt2repro import UserError
-from gpt2repro.publishing.card import published, with_loading
+from gpt2repro.publishing.card import with_loading
 from gpt2repro.publishing.contents import EXPORTED, check_contents, is_litter, read_json
+from gpt2repro.publishing.redaction import redacted
 from gpt2repro.records import integrity
 from gpt2repro.system.hub import has_owner, is_content, read_file, read_tree
 from gpt2repro.system.patience import FEW_ATTEMPTS, GIVE_UP_AFTER_SECONDS, PassingFault, patiently
@@ -224,7 +225,7 @@ def _published(path: Path, repo_id: str, revision: str | None) -> str | bytes:
         return str(path)
     form = read_json(path.with_name("config.json"))["model_type"]
     card = with_loading(path.read_text(encoding="utf-8"), repo_id, form, revision)
-    return _sealed(published(card))
+    return _sealed(redacted(card))
 
 
 def _sealed(card: str) -> bytes:

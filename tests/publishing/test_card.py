@@ -19,9 +19,9 @@ from gpt2repro.publishing.card import (
     completed,
     ledger_digest,
     model_card,
-    published,
     with_evaluation,
 )
+from gpt2repro.publishing.redaction import redacted
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.training import finish
@@ -351,7 +351,7 @@ def test_a_published_card_names_what_lies_here_without_its_path(tmp_path, monkey
     command += " --data_files=/srv/all/*.txt,/srv/a --sample_prompt 'see https://a.b/c/d'"
     evaluation = EVALUATION | {"baseline": EVALUATION["baseline"] | {"model": "/home/me/old"}}
     text = with_evaluation(card(recipe=recipe, command=command), evaluation, "gpt2")
-    shown = published(text + "\nI used /usr/bin/python.\n")
+    shown = redacted(text + "\nI used /usr/bin/python.\n")
     for path in ("private/", "customer x/", "/srv", "~/", "../", "/home", str(tmp_path)):
         assert path not in shown, path
     for kept in (
@@ -371,7 +371,7 @@ def test_a_published_card_names_what_lies_here_without_its_path(tmp_path, monkey
     assert (again["dataset_name"], again["output_dir"]) == ("corpus", "runs")
     assert again["data_files"] == ["one.parquet", "hf://datasets/a/b/*.parquet", "./*.txt"]
     assert "corpus" in {each.dataset_type for each in ModelCard(shown).data.eval_results}
-    assert published(shown) == shown
+    assert redacted(shown) == shown
 
 
 @pytest.mark.parametrize("name", ["/home/me/o'brien: x", "file:///home/me/x", "/home/me/ü #b"])
@@ -379,7 +379,7 @@ def test_a_published_card_has_no_path_however_yaml_spells_it(name):
     """In the metadata and in the block of the recipe."""
     recipe = RECIPE | {"dataset_name": name, "dataset_revision": None}
     command = f"train --dataset_name {shlex.quote(name)}"
-    shown = published(card(recipe=recipe, command=command))
+    shown = redacted(card(recipe=recipe, command=command))
     assert "/home" not in shown
     (dataset,) = {each.dataset_type for each in ModelCard(shown).data.eval_results}
     assert dataset == yaml.safe_load(recipe_of(shown))["dataset_name"] == name.rpartition("/")[2]
@@ -390,13 +390,13 @@ def test_a_published_card_has_no_path_however_yaml_spells_it(name):
 )
 def test_a_published_card_names_no_machine(option):
     text = card(command=f"accelerate launch {option}10.1.2.3:29500 train.py --seed 1")
-    assert f"accelerate launch {option}ADDRESS train.py --seed 1\n" in published(text)
+    assert f"accelerate launch {option}ADDRESS train.py --seed 1\n" in redacted(text)
 
 
 def test_what_is_no_text_is_spelled_out():
     text = card(name="a\x1b[2Jb", command="say '\u202egnp.exe'")
-    assert "\x1b" not in published(text) and "a\\x1b[2Jb" in published(text)
-    assert "\u202e" not in published(text)
+    assert "\x1b" not in redacted(text) and "a\\x1b[2Jb" in redacted(text)
+    assert "\u202e" not in redacted(text)
 
 
 def test_a_run_is_repeated_from_its_card_alone(tmp_path, monkeypatch):

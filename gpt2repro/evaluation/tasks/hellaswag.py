@@ -27,7 +27,7 @@ class HellaSwagCompletion(Task):
     """`ctx` as it is, context and " " + ending encoded apart; `acc_norm` divides by tokens."""
 
     name, prefix, asked = "hellaswag_completion", "hellaswag/completion_", "ending"
-    dataset = OnHub(DATASET, "HellaSwag")
+    dataset: OnHub | None = OnHub(DATASET, "HellaSwag")
 
     def parse(self, row: Any) -> Choices:
         context, endings, label = text_of(row, "ctx"), row.get("endings"), row.get("label")
