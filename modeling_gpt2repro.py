@@ -118,17 +118,17 @@ class GPT2ReproAttention(nn.Module):
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """softmax(Q Kᵀ · scaling, causal) V, written out (Vaswani et al. 2017, equation 1).
 
-    From query (B, H, T, D), key and value (B, H, S, D) to the mixed values (B, T, H, D) and the
-    weights (B, H, T, S). An additive mask (B, 1, T, S) holds the triangle and the padding. Other
-    attention implementations compute the same and never hold the weights.
+    From query (B, H, T, D), key and value (B, H, S, D) to mixed values (B, T, H, D) and weights
+    (B, H, T, S), which other implementations never hold. A mask (B, 1, T, S) is added or boolean.
     """
     if module.config.reorder_and_upcast_attn:
         query, key = query.float(), key.float()
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (B, H, T, S)
     if attention_mask is None:  # the triangle: token t sees the cached tokens and 0 ... t
         length, num_keys = scores.shape[-2:]
-        seen = scores.new_ones(length, num_keys, dtype=torch.bool).tril(num_keys - length)
-        scores = scores.masked_fill(~seen, -torch.inf)
+        attention_mask = scores.new_ones(length, num_keys, dtype=bool).tril(num_keys - length)
+    if attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     else:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1).to(value.dtype)  # (B, H, T, S), rows sum to 1
@@ -225,7 +225,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Run the decoder. A token beyond `n_positions` is a ValueError that names both lengths.
+        """Run the decoder. More tokens than `n_positions` are a ValueError that names both numbers.
 
         Args:
             input_ids: (B, T) token ids; or `inputs_embeds`, (B, T, C), in their place.
@@ -241,13 +241,13 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C), 124M: (B, 1024, 768)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         refuse_beyond_context(self.config, past_length + inputs_embeds.shape[1], position_ids)
         causal_mask = create_causal_mask(  # None wherever the attention function can do without
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
         )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = position_ids[None] + past_length  # (1, T): 0, 1, 2, ...
@@ -342,7 +342,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             token_type_ids=token_type_ids,
             use_cache=use_cache,
-            **kwargs,
+            **kwargs | {"return_dict": True},
         )
         hidden_states = outputs.last_hidden_state  # (B, T, C)
         loss = logits = None

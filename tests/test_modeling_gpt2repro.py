@@ -186,12 +186,32 @@ def test_a_four_dimensional_mask_is_used_as_it_is():
     assert not torch.allclose(mine, ours(ids).logits)
 
 
+def test_a_boolean_mask_means_the_same_to_eager_attention():
+    """Added to the scores it would mask nothing, as in stock GPT-2."""
+    ours, _ = ours_and_theirs()
+    ids, allowed = random_ids(1, 8), torch.ones(8, 8, dtype=torch.bool).tril()
+    allowed[5:, :3] = False
+    by_sdpa = ours(ids, attention_mask=allowed[None, None]).logits
+    ours.set_attn_implementation("eager")
+    mine = ours(ids, attention_mask=allowed[None, None]).logits
+    torch.testing.assert_close(mine, by_sdpa, **REORDERED)
+
+
+def test_a_configuration_that_asks_for_tuples_gets_them():
+    ours, _ = ours_and_theirs()
+    expected = ours(random_ids(1, 8)).logits
+    ours.config.return_dict = False
+    logits, cache = ours(random_ids(1, 8))
+    assert torch.equal(logits, expected) and cache.get_seq_length() == 8
+
+
+@pytest.mark.parametrize("use_cache", [False, None])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_documents_packed_by_position_resets_do_not_see_each_other(attention):
+def test_documents_packed_by_position_resets_do_not_see_each_other(attention, use_cache):
     ours, _ = ours_and_theirs(attn_implementation=attention)
     documents = [random_ids(1, n, seed=n) for n in (5, 9, 2)]
     positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
-    packed = ours(torch.cat(documents, dim=1), position_ids=positions, use_cache=False).logits
+    packed = ours(torch.cat(documents, dim=1), position_ids=positions, use_cache=use_cache).logits
     alone = torch.cat([ours(d).logits for d in documents], dim=1)
     torch.testing.assert_close(packed, alone, **REORDERED)
 
