@@ -5,6 +5,8 @@ gpt2repro generate --model runs/demo/final --prompt "This function returns"
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
@@ -55,18 +57,33 @@ def main(argv: list[str]) -> int:
         torch.manual_seed(options.seed)
     streamed = options.num_return_sequences == options.num_beams == 1
     streamer = Printer(tokenizer, skip_special_tokens=True) if streamed else None
-    with torch.inference_mode(), attention.for_generation():
+    with torch.inference_mode(), attention.for_generation(), _refusals_in_a_line(options.model):
         texts = model.generate(
             **inputs,
             **_sampling(options),
             max_new_tokens=min(options.max_new_tokens, room),
             pad_token_id=next(iter(end_ids(tokenizer)), None),
             logits_processor=[Finite()],
+            return_dict_in_generate=False,
+            tokenizer=tokenizer,  # for the model's own stop strings
             streamer=streamer,
         )
     if not streamed:
         print(printable("\n\n".join(tokenizer.batch_decode(texts, skip_special_tokens=True))))
+    if options.max_new_tokens > room and texts.shape[1] == model.config.n_positions:
+        full = f"The model's context of {model.config.n_positions} tokens is full"
+        print(f"{full}, before {options.max_new_tokens} new ones.", file=sys.stderr)
     return 0
+
+
+@contextmanager
+def _refusals_in_a_line(model: str) -> Iterator[None]:
+    """Options have been checked: what `generate` still refuses the model's own settings ask for."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"--model {model}: its own settings for generate(): {said}") from None
 
 
 def _parse(argv: list[str]) -> Namespace:

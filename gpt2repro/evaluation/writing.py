@@ -3,14 +3,14 @@
 prompts -> sorted by length, cut into batches, dealt to the ranks -> `generate` -> token ids
 """
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from gpt2repro.evaluation.likelihoods import Reduce, evaluating
 from gpt2repro.speed.attention import for_generation
@@ -74,7 +74,7 @@ def continuations(
     found = torch.zeros(len(prompts), most, dtype=torch.float64)  # ids + 1; 0 is none
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     eager: AbstractContextManager = torch.compiler.set_stance("force_eager")
-    with evaluating(model), eager, for_generation():
+    with evaluating(model), eager, for_generation(), _plainly(inner):
         for batch in batches[rank::world_size]:
             if should_stop is not None and should_stop():
                 return None
@@ -87,6 +87,17 @@ def continuations(
         assert reduce is not None, "several ranks need a reduce"
         found = reduce(found.to(next(inner.parameters()).device)).cpu()
     return [[int(id) - 1 for id in row if id] for row in found.tolist()]
+
+
+@contextmanager
+def _plainly(inner: Any) -> Iterator[None]:
+    """Of a model's own settings for `generate`, which fill in what a call leaves open, the ends."""
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _greedy(inner: Any, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -284,20 +284,16 @@ def _live_answers(
     live: Any = model if as_it_is else copy.deepcopy(model)
     if not as_it_is:
         live = live.to(stored).float()
-    config = GenerationConfig.from_pretrained(directory)
-    config.update(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    with _evaluating(live), torch.inference_mode():
+    own = GenerationConfig.from_pretrained(directory)
+    with _evaluating(live, own.eos_token_id), torch.inference_mode():
         logits = live(input_ids=ids).logits
         prompt = ids[:1, :prompt_length]
         continuation = live.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            generation_config=config,
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
     best = torch.stack(continuation.logits)[:, 0].topk(2).values  # (steps, 2)
     return {
@@ -309,13 +305,16 @@ def _live_answers(
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel):
-    """Evaluation mode and SDPA for a while: what the fresh process uses, on any machine."""
+def _evaluating(model: PreTrainedModel, ends: int | list[int] | None):
+    """Evaluation mode, SDPA and plain `generate` for a while: what the fresh process uses."""
     was_training, attention = model.training, model.config._attn_implementation
+    settings = model.generation_config
     model.eval().set_attn_implementation("sdpa")
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
     try:
         yield
     finally:
+        model.generation_config = settings
         model.train(was_training).set_attn_implementation(attention)
 
 

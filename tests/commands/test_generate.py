@@ -25,11 +25,32 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def run(directory, capsys):
-    def call(*arguments: str) -> str:
+    def call(*arguments: str, streams: bool = False):
         assert generate.main(["--model", str(directory), "--device", "cpu", *arguments]) == 0
-        return capsys.readouterr().out
+        printed = capsys.readouterr()
+        return printed if streams else printed.out
 
     return call
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"stop_strings": ["zz"], "return_dict_in_generate": True}, None),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search"),
+    ],
+)
+def test_a_models_own_settings_hold_or_are_a_line(directory, tmp_path, capsys, settings, refused):
+    model = shutil.copytree(directory, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    arguments = ["--model", str(model), "--prompt", PROMPT, "--max_new_tokens", "4"]
+    arguments += ["--temperature", "0"]
+    if refused:
+        with pytest.raises(UserError, match=f"own settings for generate.*{refused}"):
+            generate.main(arguments)
+        return
+    assert generate.main([*arguments, "--num_beams", "2"]) == 0
+    assert capsys.readouterr().out.startswith(PROMPT)
 
 
 def test_greedy_text_is_the_models_own(run):
@@ -74,7 +95,8 @@ def test_the_context_is_never_exceeded(run, directory):
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         best = tiny_model().generate(ids, max_length=32, do_sample=False, pad_token_id=0)
-    text = run("--prompt", PROMPT, "--temperature", "0")
+    text, told = run("--prompt", PROMPT, "--temperature", "0", streams=True)
+    assert told == "The model's context of 32 tokens is full, before 200 new ones.\n"
     wanted = printable(tokenizer.decode(best[0], skip_special_tokens=True))
     assert text.rstrip("\n") == wanted.rstrip("\n")
     assert "\\x1a" in wanted  # which a terminal must not see

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, uniform_gpt2
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
 from gpt2repro.data.tokens.token_ids import num_ids
@@ -487,6 +487,18 @@ def test_a_text_is_over_where_the_harness_ends_it(tasks_dir):
     [q] = tokenizer.encode("q", add_special_tokens=False)
     ids = {"begin": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "stop": q}
     assert [name for name, id in ids.items() if prompt.is_over([9, id])] == ["end", "stop"]
+
+
+def test_a_models_own_settings_for_generate_change_nothing():
+    model = random_gpt2()
+    prompts = [Prompt([*range(n, n + 9)], 12, lambda new: False) for n in range(1, 60, 7)]
+    plain = continuations(model, prompts, batch_size=4)
+    own = GenerationConfig(
+        repetition_penalty=3.0, num_beams=3, stop_strings=["a"], return_dict_in_generate=True
+    )
+    model.generation_config = own
+    assert continuations(model, prompts, batch_size=4) == plain
+    assert model.generation_config is own
 
 
 def test_what_follows_an_end_that_the_model_names_is_no_text():
