@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gpt2repro import UserError
+from gpt2repro.system import atomic
 from gpt2repro.system.command_line import place, underscored
 
 if TYPE_CHECKING:
@@ -82,10 +83,7 @@ def make_room(output: Path | None, option: str = "--output") -> None:
         return
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not output.exists()
-        output.open("a", encoding="utf-8").close()
-        if is_new:  # nothing of it stays if the work fails
-            output.unlink()
+        atomic.rehearse(output)
     except OSError as error:
         raise UserError(f"{option} {output}: {error}") from error
 

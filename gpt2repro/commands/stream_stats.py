@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     stats = _measure(recipe, options.num_processes, options.seconds, options.tokens_per_second)
     print(_table(stats))
     if options.output:
-        with atomic.naming(options.output):
-            options.output.write_text(json.dumps(stats, indent=2) + "\n")
+        with atomic.new_file(options.output) as scratch:
+            scratch.write_text(json.dumps(stats, indent=2) + "\n")
     return 0 if _keeps_up(stats) else 1
 
 

@@ -6,6 +6,7 @@ it names; what must survive a power failure is flushed first (`durable`, fsync(2
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -27,7 +28,7 @@ def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Several writers do not disturb each other: the last one's file stays. If the block raises,
     `path` is as it was.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    scratch = path.with_name(f"{_begin_of_scratch(path)}{os.getpid()}.{uuid.uuid4().hex}")
     try:
         with naming(path):
             yield scratch
@@ -38,6 +39,20 @@ def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
                 flush(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def rehearse(path: Path) -> None:
+    """Raise the OSError that `new_file` would meet at `path`; nothing is left there."""
+    with naming(path):
+        if path.exists() and not path.is_file():  # nor is /dev/null a file to replace
+            raise OSError(errno.EINVAL, "not a regular file")
+        with contextlib.suppress(_Rehearsed), new_file(path) as scratch:
+            scratch.touch()
+            raise _Rehearsed
+
+
+class _Rehearsed(Exception):
+    pass
 
 
 @contextlib.contextmanager
@@ -52,7 +67,12 @@ def naming(path: Path) -> Iterator[None]:
 
 def leftovers(path: Path) -> list[Path]:
     """What writers of the file `path` left that were killed, or still write."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.*"))
+    return list(path.parent.glob(f"{glob.escape(_begin_of_scratch(path))}*"))
+
+
+def _begin_of_scratch(path: Path) -> str:
+    """What the scratch names of `path` have in common, short enough for the rest of one."""
+    return f".{os.fsdecode(os.fsencode(path.name)[:200])}."
 
 
 def partial(path: Path) -> Path:

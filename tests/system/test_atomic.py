@@ -36,6 +36,21 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     assert path.read_text() == "before" and names(tmp_path) == ["a.txt"]
 
 
+def test_a_rehearsal_meets_what_the_writer_would_and_leaves_nothing(tmp_path):
+    atomic.rehearse(tmp_path / "a.txt")
+    atomic.rehearse(tmp_path / ("é" * 125 + ".json"))  # 255 bytes, the longest name there is
+    with atomic.new_file(tmp_path / ("b" * 255)) as scratch:
+        scratch.write_text("whole")
+    assert names(tmp_path) == ["b" * 255] and not atomic.leftovers(tmp_path / "a.txt")
+    for path in (tmp_path, Path("/dev/null")):
+        with pytest.raises(OSError, match="not a regular file") as raised:
+            atomic.rehearse(path)
+        assert raised.value.filename == str(path)
+    with pytest.raises(OSError, match="No such file") as raised:
+        atomic.rehearse(tmp_path / "nowhere" / "a.txt")
+    assert raised.value.filename == str(tmp_path / "nowhere" / "a.txt")
+
+
 def test_a_full_disk_names_the_file_that_was_meant(tmp_path):
     with pytest.raises(OSError, match="No space left") as raised:  # noqa: SIM117
         with atomic.new_file(tmp_path / "recipe.yaml"):
