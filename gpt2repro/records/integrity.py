@@ -53,6 +53,7 @@ class SavedState(BaseModel):
     recipe: dict[str, Any] = {}
     num_epochs: int | None = None
     world_size: int = Field(1, ge=1)
+    fitted_to: str | None = None
     metrics_lines: int = Field(0, ge=0)
     permanent: bool = False
     commit: str | None = None

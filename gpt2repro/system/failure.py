@@ -25,8 +25,8 @@ GOES_ON = (
     "The run stops. What was saved is safe: the same command goes on from the last checkpoint."
 )
 OUT_OF_MEMORY = (
-    "Lower micro_batch_size or set gradient_checkpointing; a new run may also take a shorter "
-    "sequence_length, or micro_batch_size auto."
+    "Lower micro_batch_size (or let it be auto) or set gradient_checkpointing; a new run may also "
+    "take a shorter sequence_length."
 )
 # How gloo and NCCL tell that the process at the other end is there no more.
 PEER_GONE = re.compile(

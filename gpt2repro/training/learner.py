@@ -24,7 +24,7 @@ from gpt2repro.records.saved_models import load_causal_lm
 from gpt2repro.speed import attention, cpu_attention, cpu_memory, lm_head
 from gpt2repro.speed.compilation import compile_in_place
 from gpt2repro.speed.low_precision import SIDE, has_fp8, hold_stream_in_bf16
-from gpt2repro.system import ranks
+from gpt2repro.system import machine, ranks
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.optim.averaging import drop_average
 from gpt2repro.training.optim.registry import build_optimizer
@@ -40,6 +40,7 @@ class Learner:
     model: nn.Module
     optimizer: AcceleratedOptimizer
     micro_batch_size: int
+    fitted_to: str | None  # what decided the size, if it was `auto`
     max_grad_norm: float
     num_parameters: int
     flops_per_token: float
@@ -63,10 +64,15 @@ def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Sta
     flops_per_token = model_flops_per_token(bare, recipe.sequence_length)
     model, optimizer = place(recipe, accelerator, bare)
     micro_batch_size = recipe.micro_batch_size
-    if micro_batch_size == "auto" and start.state.get("world_size") == ranks.world_size():
-        micro_batch_size = int(start.recipe["micro_batch_size"])
+    fitted_to = None
     if micro_batch_size == "auto":
-        micro_batch_size = _largest_micro_batch(recipe, accelerator, model)
+        hardware = machine.hardware(accelerator.device.type)
+        fitted_to = f"{accelerator.num_processes} x {hardware}"
+        fitted_to += ", gradient_checkpointing" if recipe.gradient_checkpointing else ""
+        if start.state.get("fitted_to") == fitted_to:  # else another size would round differently
+            micro_batch_size = int(start.recipe["micro_batch_size"])
+        else:
+            micro_batch_size = _largest_micro_batch(recipe, accelerator, model)
     accelerator.gradient_accumulation_steps = accumulation_steps(
         recipe, ranks.world_size(), micro_batch_size
     )
@@ -81,6 +87,7 @@ def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Sta
         model=model,
         optimizer=optimizer,
         micro_batch_size=micro_batch_size,
+        fitted_to=fitted_to,
         max_grad_norm=recipe.max_grad_norm,
         num_parameters=num_parameters,
         flops_per_token=flops_per_token,

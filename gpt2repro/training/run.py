@@ -162,6 +162,7 @@ class Run:
             "tracker": told.model_dump() if (told := self.monitor.tracker.run) else None,
             "num_epochs": self.inputs.num_epochs,
             "world_size": self.accelerator.num_processes,
+            "fitted_to": self.learner.fitted_to,
             "stream": self.inputs.stream.state_dict(lanes),
             "environment": machine.describe(self.accelerator.device.type),
         }

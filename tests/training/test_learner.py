@@ -50,3 +50,23 @@ def test_ranks_drop_different_units_from_any_step_on(tmp_path, monkeypatch):
         weights.append(opened.model.state_dict()["transformer.wte.weight"])
     assert len(set(drawn)) == 4
     assert all((each == weights[0]).all() for each in weights)
+
+
+def test_a_resumed_run_keeps_the_size_that_auto_found_where_it_found_it(tmp_path, monkeypatch):
+    """And no other: after an explicit size, or on other hardware, `auto` looks again."""
+    recipe = load_recipe(["--recipe", str(write_inputs(tmp_path)), "--micro_batch_size", "auto"])
+    tokenizer = load_tokenizer(recipe.tokenizer_name)
+
+    def opened(fitted_to: str | None) -> learner.Learner:
+        state = {"step": 4, "recipe": {"micro_batch_size": 2}, "fitted_to": fitted_to}
+        try:
+            accelerator = Accelerator(cpu=True)
+            return open_learner(recipe, accelerator, tokenizer, Start(None, state, ""))
+        finally:
+            reset_accelerate()
+
+    found = opened(None)  # the saved size was given
+    assert found.micro_batch_size == 8 and found.fitted_to is not None
+    assert opened(found.fitted_to).micro_batch_size == 2
+    monkeypatch.setattr(learner.machine, "hardware", lambda device: "1 x a smaller card")
+    assert opened(found.fitted_to).micro_batch_size == 8
