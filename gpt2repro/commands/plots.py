@@ -121,9 +121,13 @@ def _heads(text: str) -> Heads:
 
 
 def _default_output(arguments: argparse.Namespace, is_run: bool) -> Path:
+    from gpt2repro.records.run_directory import run_of
+
     name = Path(arguments.run_or_model)
-    if not is_run:
-        return Path("plots") / name.resolve().name
+    if not is_run:  # every run has a final/
+        model, run = name.resolve(), run_of(name)
+        of_run = f"{run.name}-" if (run / "recipe.yaml").is_file() else ""
+        return Path("plots") / f"{of_run}{model.name}"
     return name / "plots" / (f"against-{Path(arguments.compare).name}" if arguments.compare else "")
 
 

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ MOST_FOUND = 1000  # documents that --find looks out for
 def main(argv: list[str]) -> int:
     """Print rows or sightings; exit status 1 if --find finds nothing."""
     options, state, recipe = _parse(argv)
+    if recipe.num_steps is not None and (options.step or 0) > recipe.num_steps:
+        print(f"note  num_steps is {recipe.num_steps}: the run ends before.", file=sys.stderr)
     reader = Reader(recipe, is_decided=state is not None)
     try:
         begin = state["step"] if state is not None else 0

@@ -136,11 +136,15 @@ def glyphs_missing() -> Iterator[None]:
 
 
 def save(figure: Figure, output: Path) -> list[Path]:
-    """Write `output` as .png and .svg, whatever its suffix, each complete or not at all."""
+    """Write `output`, as its ending says; without one of them as .png and as .svg.
+
+    Each is there complete or not at all.
+    """
     paths = []
     output.parent.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        path = output.with_suffix(f".{kind}")
+    is_named = output.suffix in (".png", ".svg")
+    for path in [output] if is_named else [Path(f"{output}{end}") for end in (".png", ".svg")]:
+        kind = path.suffix[1:]
         # A date would make two drawings of the same numbers differ.
         metadata = {"Date": None} if kind == "svg" else None
         with atomic.new_file(path) as scratch, glyphs_missing():

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 
 from gpt2repro import UserError
 from gpt2repro.records import integrity
-from gpt2repro.records.run_directory import saved_recipe
+from gpt2repro.records.run_directory import run_of, saved_recipe
 from gpt2repro.records.saved_models import locate
 from gpt2repro.system.patience import patiently
 
@@ -23,7 +23,7 @@ def licence_of(name: str, option: str) -> str | None:
     where = Path(locate(name, option))
     try:
         if (where / integrity.MARKER).is_file():
-            return own_licence(saved_recipe(where.resolve().parent.parent))
+            return own_licence(saved_recipe(run_of(where)))
         card = where / "README.md"
         if not where.is_dir():
             card = patiently(

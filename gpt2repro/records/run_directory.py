@@ -63,6 +63,12 @@ class Start:
         return self.state.get("recipe", {})
 
 
+def run_of(model: Path) -> Path:
+    """The run that a checkpoint, also one set aside, or an export belongs to, if to any."""
+    above = model.resolve().parents[:4]
+    return next((each for each in above if (each / "recipe.yaml").is_file()), above[0])
+
+
 def saved_recipe(run: Path) -> dict[str, Any]:
     """The fields of a run's recipe.yaml as they were saved; {} where there is none.
 

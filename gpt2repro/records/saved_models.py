@@ -14,7 +14,7 @@ from transformers.utils import logging
 from gpt2repro import UserError
 from gpt2repro.data.tokenizer import holds_tokenizer, load_tokenizer
 from gpt2repro.records import checkpoints
-from gpt2repro.records.run_directory import finished_step, saved_recipe
+from gpt2repro.records.run_directory import finished_step, run_of, saved_recipe
 from gpt2repro.system import ranks
 from gpt2repro.system.hub import is_hub_id, refuse_pointers
 from gpt2repro.system.patience import patiently
@@ -126,7 +126,7 @@ def find_tokenizer(
     where = locate(name, option)
     if not Path(where).is_dir():
         return load(where)
-    run = Path(where).resolve().parent.parent
+    run = run_of(Path(where))
     for directory in (Path(where), run / "final"):
         if holds_tokenizer(directory):
             return load(directory)

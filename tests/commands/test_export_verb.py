@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_ve
     with pytest.raises(UserError, match="holds no tokenizer; name one with --tokenizer"):
         export.main(["--model", str(step), "--output", str(tmp_path / "out")])
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for aside in ("stable", "superseded/until_step_00000005"):
+        moved = save_now(step.parent / aside, 3, model, AdamW(model.parameters()))
+        (tmp_path / "run" / "recipe.yaml").write_text(f"tokenizer_name: {tmp_path / 'tokenizer'}\n")
+        assert saved_models.find_tokenizer(str(moved)).get_vocab() == tiny_tokenizer().get_vocab()
+    shutil.rmtree(step.parent / "stable")
     official = save_official(model, tmp_path / "official")
     assert saved_models.locate(str(tmp_path / "run")) == str(step)  # no final/ yet
     for source in (step, official, step.parent):

@@ -87,6 +87,12 @@ def test_bad_options_are_one_line(run, words, message):
     assert "\n" not in str(raised.value)
 
 
+def test_steps_that_the_run_does_not_have_are_told(run, capsys):
+    for step, said in ((12, ""), (13, "note  num_steps is 12: the run ends before.\n")):
+        assert main(["--recipe", str(run / "recipe.yaml"), "--step", str(step), "--seen"]) == 0
+        assert capsys.readouterr().err == said
+
+
 def test_an_order_of_files_has_no_documents(run, tmp_path):
     import numpy as np
 

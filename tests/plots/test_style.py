@@ -6,6 +6,17 @@ from tiny_language_models import tiny_tokenizer
 from gpt2repro.plots import style
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("a.svg", ["a.svg"]), ("a.png", ["a.png"]), ("run.1", ["run.1.png", "run.1.svg"])],
+)
+def test_an_ending_says_which_picture_and_no_other_file_is_touched(tmp_path, name, written):
+    figure, _ = style.new_figure("A title")
+    paths = style.save(figure, tmp_path / name)
+    assert [path.name for path in paths] == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+
+
 def test_token_labels_show_what_cannot_be_seen():
     tokenizer = tiny_tokenizer()
 
