@@ -465,6 +465,8 @@ def test_compiled_training_evaluates_and_samples(recipe, tmp_path, monkeypatch, 
 def test_epochs_are_counted_in_steps(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(recipe, run, "--num_epochs", "1", "--eval_every", "0") == 0
+    told = capsys.readouterr().out  # three lanes of four have two units, one has one
+    assert "The lanes have unequal parts of the text: of an epoch's tokens 11% are" in told
     saved = yaml.safe_load((run / "recipe.yaml").read_text())
     assert saved["num_epochs"] is None and saved["num_steps"] == len(metrics(run)) - 1 > 12
     (run / "final").mkdir()

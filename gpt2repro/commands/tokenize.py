@@ -80,6 +80,7 @@ def _tokenize(recipe: Recipe, options: argparse.Namespace) -> None:
             num_threads=options.num_threads or machine.num_cores(),
             on_unit=on_unit,
             token_cache_dir=recipe.token_cache_dir,
+            unit_digests_dir=recipe.unit_digests_dir,
         )
     rate = (manifest.num_tokens - before) / (time.perf_counter() - began)
     say(f"complete, {rate:,.0f} tokens/s")

@@ -5,11 +5,13 @@ is named, deals the rows out in micro-batches as models of transformers take the
 protocol by which torch's loaders save and restore a dataset: `state_dict`, `load_state_dict`.
 """
 
+import operator
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,11 @@ from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.encoder import BulkEncoder
 
 MOST_LANES = 64  # by default; as many processes, at most, can share the stream
+
+NO_WORKERS = (
+    "num_workers: the stream reads ahead in threads of its own, and a worker would read the same "
+    "rows once more: DataLoader(stream, batch_size=None, num_workers=0)"
+)
 
 Batch = dict[str, torch.Tensor]
 
@@ -90,14 +97,27 @@ class ExactStream(IterableDataset):
         unit_digests_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        _check_whole("sequence_length", sequence_length)
-        _check_whole("micro_batch_size", micro_batch_size)
-        _check_whole("num_reader_threads", num_reader_threads)
-        num_lanes = _lanes_for(rows_per_step, num_lanes)
+        num_validation_units = _whole_or_none("num_validation_units", num_validation_units, least=0)
+        self._rows_per_step = _whole("rows_per_step", rows_per_step)
+        self._micro_batch_size = _whole_or_none("micro_batch_size", micro_batch_size)
+        num_lanes = _whole_or_none("num_lanes", num_lanes) or _lanes_for(self._rows_per_step)
+        self._options: dict[str, Any] = {
+            "sequence_length": _whole("sequence_length", sequence_length),
+            "rows_per_step": self._rows_per_step,
+            "num_lanes": num_lanes,
+            "seed": _whole("seed", seed, least=0),
+            "order": order,
+            "chunk_rows": _whole_or_none("chunk_rows", chunk_rows),
+            "num_reader_threads": _whole("num_reader_threads", num_reader_threads),
+            "token_cache_dir": token_cache_dir,
+            "unit_digests_dir": unit_digests_dir,
+        }
         files = [data_files] if isinstance(data_files, str) else data_files
         one = {"config": config, "split": split, "revision": revision, "data_files": files}
         one |= {"name": str(dataset_name), "text_column": text_column, "document": document}
         mixture = [one] if isinstance(dataset_name, str | Path) else dataset_name
+        if not isinstance(mixture, Sequence):
+            raise UserError(f"dataset_name: {dataset_name!r} is neither a name nor a list of them")
         self._sources = open_sources(
             [held_out_of(named(each), num_validation_units) for each in mixture]
         )
@@ -106,18 +126,6 @@ class ExactStream(IterableDataset):
         if not getattr(tokenizer, "is_fast", False):
             raise UserError("tokenizer: it takes a fast tokenizer, or the name of one")
         self._encoder = BulkEncoder(tokenizer)
-        self._rows_per_step, self._micro_batch_size = rows_per_step, micro_batch_size
-        self._options: dict[str, Any] = {
-            "sequence_length": sequence_length,
-            "rows_per_step": rows_per_step,
-            "num_lanes": num_lanes,
-            "seed": seed,
-            "order": order,
-            "chunk_rows": chunk_rows,
-            "num_reader_threads": num_reader_threads,
-            "token_cache_dir": token_cache_dir,
-            "unit_digests_dir": unit_digests_dir,
-        }
         self.step, self.digest = 0, 0
         self._batches: deque[torch.Tensor] = deque()  # what is left of the step that was begun
         self._stream: TokenStream | None = None
@@ -125,7 +133,8 @@ class ExactStream(IterableDataset):
 
     def set_world(self, rank: int, world_size: int) -> None:
         """Deal the lanes out anew. Begins at the beginning: `load_state_dict` goes on."""
-        if not 0 <= rank < world_size:
+        rank, world_size = _whole("rank", rank, least=0), _whole("world_size", world_size)
+        if rank >= world_size:
             raise UserError(f"rank {rank} is not in a world of {world_size}: they count from 0")
         self.close()
         rows = self._rows_per_step // world_size
@@ -159,12 +168,13 @@ class ExactStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
-            raise UserError(
-                "num_workers: the stream reads ahead in threads of its own, and a worker would "
-                "read the same rows once more: DataLoader(stream, batch_size=None, num_workers=0)"
-            )
+            raise UserError(NO_WORKERS)
         while True:
             yield self._next()
+
+    def __getstate__(self) -> NoReturn:
+        """Asked for a copy of it in another process, as a worker that is not forked has."""
+        raise UserError(NO_WORKERS)
 
     def _next(self) -> Batch:
         if not self._batches:
@@ -204,7 +214,9 @@ class ExactStream(IterableDataset):
             step, stream = int(state["step"]), dict(state["stream"])
         except (KeyError, TypeError, ValueError):
             raise UserError("the stream's state is damaged: it is no `state_dict`") from None
-        self.stream.load_state_dict({"step": step} | stream)
+        if stream.setdefault("step", step) != step:
+            raise UserError("the stream's state is damaged: it is of two steps")
+        self.stream.load_state_dict(stream)
         self.step, self.digest = step, 0
         self._batches.clear()
 
@@ -214,16 +226,20 @@ class ExactStream(IterableDataset):
             self._stream.close()
 
 
-def _check_whole(name: str, value: int | None) -> None:
-    """Refuse what counts something and is no whole number above zero; None is the default."""
-    if value is not None and not (type(value) is int and value > 0):
-        raise UserError(f"{name}: {value!r} is not allowed; it takes a whole number above 0")
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    """What counts something, NumPy's numbers too, as an int that JSON takes."""
+    with suppress(TypeError):
+        if not isinstance(value, bool) and (number := operator.index(value)) >= least:
+            return number
+    raise UserError(f"{name}: {value!r} is not allowed; it takes a whole number from {least} on")
 
 
-def _lanes_for(rows_per_step: int, num_lanes: int | None) -> int:
-    _check_whole("rows_per_step", rows_per_step)
-    _check_whole("num_lanes", num_lanes)
-    return num_lanes or min(MOST_LANES, rows_per_step & -rows_per_step)
+def _whole_or_none(name: str, value: Any, least: int = 1) -> int | None:
+    return None if value is None else _whole(name, value, least)
+
+
+def _lanes_for(rows_per_step: int) -> int:
+    return min(MOST_LANES, rows_per_step & -rows_per_step)
 
 
 def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -234,7 +250,10 @@ def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
         raise UserError("rank and world_size go together")
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE, of the environment: {error}") from None
 
 
 def _gathered(lanes: dict[int, LaneState], world_size: int) -> dict[int, LaneState]:

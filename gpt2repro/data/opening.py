@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
@@ -19,11 +19,11 @@ from gpt2repro.data.corpora.corpus import Corpus, Found, digest, in_a_line
 from gpt2repro.data.corpora.local_files import (
     FORMAT_OF_SUFFIX,
     LOCAL,
-    TOKEN_SUFFIXES,
     TOKENS,
     Files,
     files_of,
     find_local,
+    is_shard,
 )
 from gpt2repro.data.corpora.other_formats import open_prepared, open_streamed
 from gpt2repro.data.corpora.parquet import open_parquet
@@ -206,7 +206,7 @@ def _shards_on_hub(name: str, commit: str, data_files: str | list[str] | None) -
     from huggingface_hub import HfApi
 
     patterns = [data_files] if isinstance(data_files, str) else data_files or []
-    if not patterns or any(PurePosixPath(p).suffix not in TOKEN_SUFFIXES for p in patterns):
+    if not patterns or not all(map(is_shard, patterns)):
         return None
     paths = patience.patiently(
         lambda: HfApi().list_repo_files(name, revision=commit, repo_type="dataset"),

@@ -18,7 +18,7 @@ import numpy as np
 from gpt2repro import UserError
 from gpt2repro.data.corpora.content import content_hashes
 from gpt2repro.data.corpora.corpus import Corpus
-from gpt2repro.data.corpora.local_files import TOKEN_SUFFIXES
+from gpt2repro.data.corpora.local_files import is_shard
 from gpt2repro.data.corpora.manifest import NAME, Manifest, Place, WrittenShard, read_manifest
 from gpt2repro.data.corpora.shards import HEADER, MAGIC, VERSION, TokenShards
 from gpt2repro.data.rows.documents import units_in_order
@@ -45,7 +45,7 @@ def begin(directory: Path, corpus: Corpus, encoder: BulkEncoder, **how: Any) -> 
     new = Manifest(made_of=corpus.identity | how, tokenizer=encoder.fingerprint)
     if (found := read_manifest(directory)) is None:
         for file in sorted(directory.iterdir()):
-            if file.suffix in TOKEN_SUFFIXES or file.name == NAME:
+            if is_shard(file) or file.name == NAME:
                 raise UserError(f"--output: {file} is none of ours: give an empty directory")
         new.save(directory)
         return new
@@ -158,6 +158,11 @@ def _write(path: Path, tokens: _Tokens, most: int | None, dtype: np.dtype) -> in
             ids = tokens.take(None if most is None else most - num_tokens)
             file.write(ids.astype(dtype, copy=False).data)
             num_tokens += len(ids)
+            if path.suffix == ".bin" and num_tokens >= 2**31:  # its header counts in int32
+                raise UserError(
+                    "num_validation_units: what is held out is one shard, and a .bin holds less "
+                    "than 2**31 tokens; hold out fewer units, or take --format npy"
+                )
         file.seek(0)
         file.write(_head(path.suffix, dtype, num_tokens))
     return num_tokens

@@ -22,6 +22,7 @@ from gpt2repro.data.opening import about, is_local, open_sources
 from gpt2repro.data.rows.documents import count_epoch_tokens
 from gpt2repro.data.rows.held_out import ValidationSet, together_held_out, validation_set
 from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.rows.order import Plan
 from gpt2repro.data.rows.stream import TokenStream, flat
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.encoder import BulkEncoder
@@ -34,6 +35,7 @@ from gpt2repro.training.progress import phase
 
 logger = logging.getLogger(__name__)
 
+LARGEST_UNREAD_SHARE = 0.02  # of an epoch: more is worth a line
 LARGE_SHARE = 0.25  # of the text, held out: worth a line
 OFFLINE_ADVICE = "; --recipe recipes/demo.yaml trains without a network"
 
@@ -49,6 +51,18 @@ class Inputs:
     tasks: list[Task]  # benchmarks to be scored during training
     num_steps: int
     num_epochs: int | None  # as the recipe asked, before it was counted in steps
+
+    def uneven_epochs(self) -> str | None:
+        """A remark, where an epoch is far from reading everything once."""
+        [plan, *others] = self.stream.plans
+        if not self.num_epochs or others or not isinstance(plan, Plan):
+            return None
+        if (share := plan.unread_share()) < LARGEST_UNREAD_SHARE:
+            return None
+        return (
+            f"The lanes have unequal parts of the text: of an epoch's tokens {share:.0%} are of "
+            "documents read twice, and as many stay for the next; a smaller num_lanes evens it out."
+        )
 
 
 def open_inputs(recipe: Recipe, start: Start) -> Inputs:

@@ -267,7 +267,7 @@ def _claim(
     newest = directory.taken_in(start.path)
     own = [place.resolve() for place in (directory.checkpoints, directory.stable)]
     is_own = newest is not None and newest.resolve().parent in own
-    remarks = [start.note, endless_warmup(resolved)]
+    remarks = [start.note, endless_warmup(resolved), inputs.uneven_epochs()]
     if start.path:
         remarks.append(jump(resolved, as_saved(recipe, start.recipe), start.step))
     start = replace(start, note=" ".join(filter(None, remarks)))

@@ -206,6 +206,21 @@ def test_an_end_spelled_in_a_text_is_never_the_streams():
     assert ids.tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("make", [models.WordLevel, models.WordPiece])
+def test_a_special_token_spelled_in_a_text_is_left_out_where_words_are_looked_up(make):
+    """And only there: the tokenizer's fingerprint says so."""
+    vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3, "<mask>": 4, "Ċ": 5}
+    backend = Tokenizer(make(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = {"eos_token": "</s>", "unk_token": "<unk>"}
+    marked = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **named)
+    encoder = BulkEncoder(marked)
+    assert encoder.encode(["a </s> b <mask> what a"])[0].tolist() == [2, 3, 0, 2]
+    unmarked = BulkEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, **named))
+    assert unmarked.encode(["a </s> b <mask>"])[0].tolist() == [2, 3, 4]
+    assert encoder.fingerprint != unmarked.fingerprint
+
+
 def test_a_line_end_that_ends_texts_too_stays_in_them():
     """As of a tokenizer by characters, whose end is one of them."""
     model = models.WordLevel({"a": 0, "\n": 1, "?": 2}, "?")

@@ -1,6 +1,7 @@
 """The stream outside our own loop: its rows, its state, torch's DataLoader."""
 
 import json
+import pickle
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -190,6 +191,22 @@ def test_a_loader_of_torch_gives_the_same_and_its_workers_are_refused(make):
     with pytest.raises(UserError, match=r"num_workers.* DataLoader\(stream, batch_size=None, n"):
         next(batches)
     batches._shutdown_workers()  # left to the garbage collector it waits 5 s
+    with pytest.raises(UserError, match="num_workers"):  # a spawned one is sent a copy
+        pickle.dumps(make())
+
+
+def test_numbers_of_numpy_are_numbers(make):
+    stream = make(seed=np.int64(3), rank=np.int64(0), world_size=np.int32(1))
+    assert json.loads(json.dumps(stream.state_dict())) == make(seed=3).state_dict()
+
+
+def test_a_state_of_two_steps_is_refused(make):
+    stream = make()
+    state = stream.state_dict()
+    with pytest.raises(UserError, match="damaged: it is of two steps"):
+        stream.load_state_dict(state | {"step": 77})
+    with pytest.raises(UserError, match=r"damaged: step: [^\n]*$"):
+        stream.load_state_dict({"step": -1, "stream": state["stream"] | {"step": -1}})
 
 
 def test_the_processes_are_those_of_the_launcher(make, monkeypatch):
@@ -213,15 +230,25 @@ def test_the_processes_are_those_of_the_launcher(make, monkeypatch):
         ({"tokenizer": None}, "tokenizer: it takes a fast tokenizer"),
         ({"tokenizer": "x" * 300}, "tokenizer_name: too long for a file's name"),
         ({"rank": 5, "world_size": 2}, "rank 5 is not in a world of 2"),
-        ({"rank": 0, "world_size": 0}, "rank 0 is not in a world of 0"),
+        ({"rank": 0, "world_size": 0}, "world_size: 0 is not allowed"),
         *(
-            ({name: value}, f"{name}: {value!r} is not allowed; it takes a whole number above 0")
+            ({name: value}, f"{name}: {value!r} is not allowed; it takes a whole number from 1 on")
             for name in (
                 *("sequence_length", "rows_per_step", "micro_batch_size"),
                 *("num_lanes", "num_reader_threads"),
             )
             for value in (0, -2, 1.5)
         ),
+        *(
+            ({name: value, **more}, f"{name}: .* is not allowed; it takes a whole number")
+            for name, more in (
+                *(("num_validation_units", {}), ("seed", {})),
+                *(("rank", {"world_size": 2}), ("world_size", {"rank": 0})),
+            )
+            for value in (-1, 1.0, "2", True)
+        ),
+        ({"chunk_rows": 0}, "chunk_rows: 0 is not allowed"),
+        ({"dataset_name": None}, "dataset_name: None is neither a name nor a list"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_argument(make, options, named):
@@ -229,10 +256,11 @@ def test_a_mistake_is_one_line_that_names_the_argument(make, options, named):
         make(**options)
 
 
-def test_a_mixture_is_named_as_in_a_recipe(inputs, make):
+def test_a_mixture_is_named_as_in_a_recipe(inputs, make, tmp_path):
     """Null takes the argument's number; paths are names; what is no entry is told."""
+    write_lines(tmp_path / "other.jsonl", documents(40, seed=2))
     two = [{"name": inputs / "corpus", "num_validation_units": None, "weight": 3}]
-    two += [{"name": str(inputs / "corpus"), "num_validation_units": 3}]
+    two += [{"name": str(tmp_path / "other.jsonl"), "num_validation_units": 3}]
     options = {"tokenizer": str(inputs / "tokenizer"), "sequence_length": T, "rows_per_step": ROWS}
     stream = ExactStream(two, **options, num_validation_units=2)
     datasets = stream.stream.identity["datasets"]

@@ -1,6 +1,7 @@
 """Several datasets in one stream: their shares, their epochs, and the contract of one."""
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -160,6 +161,12 @@ def test_another_mixture_is_refused(whole, change, message):
         stream.load_state_dict(whole[2])
     with pytest.raises(UserError, match="datasets was 3 in the checkpoint and is 1 now"):
         TokenStream(sources()[:1], ByteEncoder(), **MIXED).load_state_dict(whole[2])
+
+
+def test_what_one_entry_holds_out_another_may_not_train_on():
+    twice = [replace(sources()[0], label=f"datasets[{n}]", num_validation_units=n) for n in (0, 1)]
+    with pytest.raises(UserError, match=r"datasets\[0\] and datasets\[1\] are the same data"):
+        TokenStream(twice, ByteEncoder(), **MIXED)
 
 
 def test_a_mixture_that_would_end_is_refused():

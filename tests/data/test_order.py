@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_streams import run, streams
 
-from gpt2repro.data.rows.order import Piece, permutation
+from gpt2repro.data.rows.order import Piece, Plan, permutation
 
 
 def test_permutations_are_fixed_for_ever():
@@ -21,6 +21,17 @@ def test_long_permutations_are_fixed_for_ever():
     order = permutation(2**20, "documents", 1, 0, 5, 0)
     digest = hashlib.blake2b(order.astype("<i8").data, digest_size=8).hexdigest()
     assert digest == "e0f80a310e3ce2e4"
+
+
+@pytest.mark.parametrize("num_units", [116, 96, 128, 1000, 40])
+def test_what_an_epoch_leaves_unread_is_known(num_units):
+    """Lanes take pieces in turns until as many are read as an epoch has."""
+    plan = Plan(num_units, num_lanes=64, num_validation_units=0, seed=1)
+    each = [plan.num_pieces(lane) for lane in range(64)]
+    mean = sum(each) / 64
+    read = sum(min(n, mean) for n in each)  # in the first epoch; what is over is of the second
+    assert plan.unread_share() == pytest.approx(1 - read / sum(each))
+    assert (plan.unread_share() == 0) == (num_units == 128)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 4])

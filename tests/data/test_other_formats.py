@@ -131,6 +131,9 @@ def test_a_column_that_is_not_asked_for_may_hold_anything(tmp_path):
     agent = {"type": "user", "message": {"role": "user"}, "text": "kept"}
     (tmp_path / "1.jsonl").write_text(json.dumps(agent))
     assert joined(open_corpus(tmp_path / "1.jsonl")) == ["kept"]
+    odd = '{"text": "kept", "n": %s, "m": {"text": 1, "text": 2}}' % ("1" * 5000)
+    (tmp_path / "2.jsonl").write_text(odd)
+    assert joined(open_corpus(tmp_path / "2.jsonl")) == ["kept"]
 
 
 REFUSED = {

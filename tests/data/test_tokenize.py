@@ -160,8 +160,10 @@ def test_a_copy_that_is_not_whole_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert f"do not agree: {name} is another file" in refusal(tmp_path)
     (tmp_path / name).write_bytes(content)
-    (tmp_path / "more.bin").write_bytes(content)
-    assert "do not agree: more.bin is in one of them" in refusal(tmp_path)
+    for more in ("more.BIN", "more.bin"):
+        (tmp_path / more).write_bytes(content)
+        assert f"do not agree: {more} is in one of them" in refusal(tmp_path)
+        (tmp_path / more).unlink()
     (tmp_path / "manifest.json").unlink()
     assert open_corpus(tmp_path).num_units
 

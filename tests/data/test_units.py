@@ -1,6 +1,8 @@
 """Tokenized units on disk: they serve the same rows, and no fault of theirs costs a run."""
 
+import os
 import re
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +21,17 @@ def test_the_cache_serves_the_same_rows_without_reading(tmp_path):
     assert run(streams(2, source=second, token_cache_dir=tmp_path), 300)[0] == theirs
     assert second.reads == []
     assert not list(tmp_path.rglob(".*"))  # no partial files
+
+
+def test_what_killed_writers_left_is_removed_when_it_is_old(tmp_path):
+    run(streams(token_cache_dir=tmp_path), 3)
+    entry = next(tmp_path.rglob("*.tokens"))
+    old, new = (entry.with_name(f".{entry.name}.{n}.0123abc") for n in (1, 2))
+    for left in (old, new):
+        left.write_bytes(b"half")
+    os.utime(old, (time.time() - 10**6,) * 2)
+    run(streams(token_cache_dir=tmp_path), 3)
+    assert not old.exists() and new.exists(), "a writer may still be at work"
 
 
 def test_a_unit_without_documents_is_kept_too(tmp_path):

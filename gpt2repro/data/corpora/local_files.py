@@ -9,7 +9,7 @@ import glob
 import logging
 import re
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from gpt2repro import UserError
@@ -40,6 +40,11 @@ class Files(NamedTuple):
     format: str
     builder: Any
     files: list[str]
+
+
+def is_shard(file: str | PurePath) -> bool:
+    """Whether a name says that the file holds token ids."""
+    return PurePath(file).suffix.lower() in TOKEN_SUFFIXES
 
 
 def suffixes_of(file: Path) -> tuple[str, str]:
@@ -91,7 +96,7 @@ def find_local(
     _check_split(split, splits, name)
     if not splits[split]:
         raise UserError(f"dataset_name: no data files in {path}")
-    if all(file.suffix.lower() in TOKEN_SUFFIXES for file in splits[split]):
+    if all(map(is_shard, splits[split])):
         return Files(TOKENS, None, [str(file) for file in splits[split]])
     formats = {reader or format_of(file): file.name for file in splits[split]}
     if formats.keys() == {None}:
@@ -110,7 +115,7 @@ def _only_shards(directory: Path) -> list[str]:
     beside = (".md", ".json")  # a card, a manifest
     if any(format_of(file) for file in files if file.suffix.lower() not in beside):
         return []
-    return [str(file) for file in files if file.suffix.lower() in TOKEN_SUFFIXES]
+    return [str(file) for file in files if is_shard(file)]
 
 
 def files_of(builder: Any, split: str, name: str) -> Files:

@@ -293,15 +293,20 @@ def _column_of_json(lines: Iterator[str], column: str, file: Path) -> Texts:
     """Objects, one a line, or one array of them. A row without the column is a null."""
     rows = filter(str.strip, lines)
     first = list(itertools.islice(rows, 1))
-    decoder = json.JSONDecoder(object_pairs_hook=partial(_object, column))
+    # Python makes no int of more than 4,300 digits, and pyarrow none of more than 19.
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_Object, parse_int=lambda digits: (int, float)[len(digits) > 18](digits)
+    )
     if first and first[0].lstrip().startswith("["):
         objects = decoder.decode("".join([*first, *rows]))
     else:
         objects = map(decoder.decode, itertools.chain(first, rows))
     found, row = False, None
     for row in objects:
-        if not isinstance(row, dict):
+        if not isinstance(row, _Object):
             raise ValueError(f"a {type(row).__name__}, not an object with fields")
+        if column in row.repeated:
+            raise ValueError(f"an object has {column!r} more than once")
         text = row.get(column)
         if not (text is None or isinstance(text, str)):
             check_text_column(_schema_of(row), column, LOCAL)
@@ -313,11 +318,15 @@ def _column_of_json(lines: Iterator[str], column: str, file: Path) -> Texts:
         check_text_column(_schema_of(row), column, LOCAL)
 
 
-def _object(column: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs) and [name for name, _ in pairs].count(column) > 1:
-        raise ValueError(f"an object has {column!r} more than once")
-    return row
+class _Object(dict):
+    """A JSON object, and which of its names came more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated: set[str] = set()
+        if len(self) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.repeated = {name for name in names if names.count(name) > 1}
 
 
 def _schema_of(row: dict[str, Any]) -> pa.Schema:

@@ -6,13 +6,14 @@ other, each after an end-of-text token, and a shard may end within one.
 
 Beside shards of ours lies a manifest.json: their tokenizer is known, and another one is refused.
 
-A shard whose name says `val` is held out: its units come first. A unit is the documents that begin
-in about a million tokens.
+A shard whose name says `val`, or that of its directory among the others', is held out: its units
+come first. A unit is the documents that begin in about a million tokens.
 """
 
 import io
+import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ import pyarrow as pa
 from gpt2repro import UserError
 from gpt2repro.data.corpora.content import content_hashes
 from gpt2repro.data.corpora.corpus import Corpus, Found, TokenArrays, digest, in_a_line
-from gpt2repro.data.corpora.local_files import TOKEN_SUFFIXES, TOKENS
+from gpt2repro.data.corpora.local_files import TOKENS, is_shard
 from gpt2repro.data.corpora.manifest import NAME, Manifest, read_manifest
 from gpt2repro.data.corpora.parquet import Source, sources_of
 from gpt2repro.data.tokens.encoder import BulkEncoder
@@ -40,10 +41,7 @@ class Shard(NamedTuple):
     offset: int  # in bytes
     num_tokens: int
     dtype: np.dtype
-
-    @property
-    def is_held_out(self) -> bool:
-        return bool(HELD_OUT.search(Path(self.source.name).stem))
+    is_held_out: bool = False
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """The ids `begin` to `end`, or to the shard's end."""
@@ -61,7 +59,13 @@ def open_shards(found: Found) -> Corpus | None:
     if not listed:
         return None
     encoded_by = {} if found.on_hub else _encoded_by(found.files)
-    return TokenShards([_shard(source) for source in listed[0]], listed[1] | encoded_by)
+    names = [*map(PurePath, found.files)]
+    base = os.path.commonpath([name.parent for name in names])
+    shards = [
+        _shard(source)._replace(is_held_out=bool(HELD_OUT.search(str(name.relative_to(base)))))
+        for source, name in zip(listed[0], names, strict=True)
+    ]
+    return TokenShards(shards, listed[1] | encoded_by)
 
 
 def _encoded_by(files: list[str]) -> dict[str, str]:
@@ -83,7 +87,7 @@ def _encoded_by(files: list[str]) -> dict[str, str]:
 def _check_files(directory: Path, manifest: Manifest) -> None:
     """Refuse a copy that is not whole: what is not there would be missed nowhere else."""
     listed = {shard.name: shard.blake2b for shard in manifest.shards}
-    there = [file for file in directory.iterdir() if file.suffix in TOKEN_SUFFIXES]
+    there = [file for file in directory.iterdir() if is_shard(file)]
     hashes = content_hashes([*map(str, there)])
     found = {file.name: blake2b for file, blake2b in zip(there, hashes, strict=True)}
     for name in sorted(listed.keys() | found):

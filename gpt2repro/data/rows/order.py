@@ -89,6 +89,15 @@ class Plan:
         """How many pieces the lane reads in every epoch; at least one."""
         return len(range(lane, self._num_training_units * self._num_parts, self._num_lanes))
 
+    def unread_share(self) -> float:
+        """Of the pieces, what lanes with more than the mean of them leave when that is read.
+
+        Others have begun their next epoch by then. 0 where every lane has as many.
+        """
+        each = [self.num_pieces(lane) for lane in range(self._num_lanes)]
+        mean = sum(each) / len(each)
+        return sum(max(0.0, n - mean) for n in each) / sum(each)
+
     def piece(self, lane: int, epoch: int, index: int) -> Piece:
         """The lane's piece number `index` of an epoch, in reading order."""
         number = int(self._order(epoch)[lane + index * self._num_lanes])

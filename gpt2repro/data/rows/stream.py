@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,6 +141,7 @@ class TokenStream:
             check_encoder(source.corpus, encoder)
         if not sources:
             raise UserError("datasets: there is none")
+        _check_overlap(sources)
         if all(source.epochs for source in sources):
             raise UserError("datasets: each of them ends (epochs); leave one without, that goes on")
         self.identity: dict[str, Any] = {
@@ -309,7 +311,10 @@ class TokenStream:
         try:
             saved = SavedStream.model_validate(state)
         except ValidationError as error:
-            raise UserError(f"the checkpoint's stream state is damaged: {error}") from None
+            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]]
+            raise UserError(
+                f"the checkpoint's stream state is damaged: {'; '.join(wrong)}"
+            ) from None
         if not 1 <= saved.version <= STATE_VERSION:
             raise UserError(f"the checkpoint's stream state has version {saved.version}")
         _check_identity(flat(saved.identity), flat(self.identity))
@@ -323,6 +328,17 @@ class TokenStream:
                     raise position.beyond(f"pieces of lane {lane}")
         self.close()
         self._lanes = {lane: states[lane] for lane in self._lanes}
+
+
+def _check_overlap(sources: Sequence[Source]) -> None:
+    """Refuse to train on what another entry of the same dataset holds out."""
+    for one, other in combinations(sources, 2):
+        held_out = one.num_validation_units, other.num_validation_units
+        if one.corpus.identity == other.corpus.identity and len(set(held_out)) > 1:
+            raise UserError(
+                f"datasets: {one.label} and {other.label} are the same data, and hold out "
+                f"{held_out[0]} and {held_out[1]} units: give both one num_validation_units"
+            )
 
 
 def _identity(sources: Sequence[Source]) -> dict[str, Any]:

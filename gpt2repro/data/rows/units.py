@@ -3,11 +3,13 @@
 Threads are enough: the network, parquet and both encoders release the GIL.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -26,6 +28,7 @@ from gpt2repro.system.threads import DaemonPool
 logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
+SECONDS_OF_A_WRITER = 24 * 60 * 60  # what is older, its writer has left
 DOCUMENTS_PER_ENCODE = 8  # encoded at a time, so that the first step does not wait for whole units
 
 Documents = Sequence[int] | np.ndarray  # numbers of documents within a unit
@@ -89,6 +92,10 @@ class TokenCache:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"token_cache_dir: cannot create {directory}: {error}") from error
+        for left in self._directory.glob(".*.tokens.*"):  # of writers that were killed
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > SECONDS_OF_A_WRITER:
+                    left.unlink()
 
     def _path(self, unit_index: int) -> Path:
         return self._directory / f"{unit_index:07d}.tokens"

@@ -3,7 +3,8 @@
 A GPT-2 style byte-level BPE is encoded by tiktoken, built from the Hugging Face tokenizer's own
 vocabulary and merges: the same ids at several times the speed. Every other tokenizer encodes
 itself. Special tokens spelled out in a document ("<|endoftext|>" in a text about GPT-2) are plain
-text: only the stream puts the real one between documents.
+text, or left out where a tokenizer knows no other way to spell them: only the stream puts the real
+one between documents.
 """
 
 import hashlib
@@ -55,6 +56,7 @@ class BulkEncoder:
         if getattr(self._fast.model, "dropout", None):
             self._fast.model.dropout = None  # ids drawn at random are no stream to come back to
         self._tiktoken = _as_tiktoken(self._fast)
+        self._spelled = _spelled(tokenizer, self._fast) if self._tiktoken is None else set()
         self.fingerprint = self._hash(tokenizer)
 
     @property
@@ -83,8 +85,8 @@ class BulkEncoder:
             texts = [well_formed(text) for text in texts]
             encodings = self._fast.encode_batch(texts, add_special_tokens=False)
             found = [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
-            if isinstance(self._fast.model, Unigram):  # to which "</s>" in a text is the piece
-                found = [ids[ids != self.eot_id] for ids in found]
+            if self._spelled:
+                found = [ids[~np.isin(ids, [*self._spelled])] for ids in found]
             return found
         return [self._encode_one(text) for text in texts]
 
@@ -114,7 +116,27 @@ class BulkEncoder:
         if self._tiktoken is None:
             parts = ("model", "normalizer", "pre_tokenizer")
             content += [_said(description[part]) for part in parts]
+            # Of a Unigram the end of text was always left out; the others were not.
+            known = {self.eot_id} if isinstance(self._fast.model, Unigram) else set()
+            content += [sorted(more)] if (more := self._spelled - known) else []
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def _spelled(tokenizer: PreTrainedTokenizerFast, fast: Tokenizer) -> set[int]:
+    """Special tokens that a text which spells them would become, plain text or not.
+
+    To a model that looks whole words up (WordLevel, WordPiece, Unigram, a BPE that ignores its
+    merges) "</s>" is a word of the vocabulary. What stands for an unknown word is none of them, nor
+    is white space, which is text to a tokenizer by characters that ends a text with it.
+    """
+    specials = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    texts = {id: str(tokenizer.convert_ids_to_tokens(id)) for id in specials}
+    texts = {id: text for id, text in texts.items() if not text.isspace()}
+    return {
+        id
+        for id, text in texts.items()
+        if any(id in fast.encode(t, add_special_tokens=False).ids for t in (text, f"a {text} b"))
+    }
 
 
 def _said(description: Any) -> Any:
