@@ -12,13 +12,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from gpt2repro import UserError
-from gpt2repro.commands.parser import OneLineParser, named, path
+from gpt2repro.commands.parser import OneLineParser, make_room, named, path
 from gpt2repro.system import atomic
 
 
 def main(argv: list[str]) -> int:
     """`gpt2repro compare-logits --reference NAME [--model DIR]`: 0 within the tolerance, else 1."""
     options = _parse(argv)
+    make_room(options.json, "--json")
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -124,11 +125,6 @@ def _write_json(options: Namespace, ours, differing, results, tokens, holds: boo
         "next_tokens": tokens and dict(zip(("ours", "theirs"), tokens, strict=True)),
         "equal": holds,
     }
-    try:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content)
-        plain = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
-        with atomic.naming(options.json):
-            options.json.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {options.json}: {error}") from None
+    plain = json.loads(json.dumps(content), parse_constant=lambda _: None)  # JSON has no NaN
+    with atomic.new_file(options.json) as scratch:
+        scratch.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
