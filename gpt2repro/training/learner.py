@@ -66,8 +66,8 @@ def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Sta
     micro_batch_size = recipe.micro_batch_size
     fitted_to = None
     if micro_batch_size == "auto":
-        hardware = machine.hardware(accelerator.device.type)
-        fitted_to = f"{accelerator.num_processes} x {hardware}"
+        hardware = set(ranks.gather(machine.hardware(accelerator.device.type)))
+        fitted_to = f"{accelerator.num_processes} processes on {', '.join(sorted(hardware))}"
         fitted_to += ", gradient_checkpointing" if recipe.gradient_checkpointing else ""
         if start.state.get("fitted_to") == fitted_to:  # else another size would round differently
             micro_batch_size = int(start.recipe["micro_batch_size"])
