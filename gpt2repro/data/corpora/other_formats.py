@@ -293,10 +293,7 @@ def _column_of_json(lines: Iterator[str], column: str, file: Path) -> Texts:
     """Objects, one a line, or one array of them. A row without the column is a null."""
     rows = filter(str.strip, lines)
     first = list(itertools.islice(rows, 1))
-    # Python makes no int of more than 4,300 digits, and pyarrow none of more than 19.
-    decoder = json.JSONDecoder(
-        object_pairs_hook=_Object, parse_int=lambda digits: (int, float)[len(digits) > 18](digits)
-    )
+    decoder = json.JSONDecoder(object_pairs_hook=_Object, parse_int=_number)
     if first and first[0].lstrip().startswith("["):
         objects = decoder.decode("".join([*first, *rows]))
     else:
@@ -316,6 +313,11 @@ def _column_of_json(lines: Iterator[str], column: str, file: Path) -> Texts:
         yield text
     if row is not None and not found:
         check_text_column(_schema_of(row), column, LOCAL)
+
+
+def _number(digits: str) -> int | float:
+    """Python makes no int of more than 4,300 digits, and Arrow none of more than 19."""
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 class _Object(dict):
