@@ -364,7 +364,7 @@ def fewest_steps(num_steps: int, guess: float, reaches: Callable[[int], bool]) -
     """The shortest length that reaches the target, or the longest; longer ones are taken to."""
     lengths = [round(n / 40 * num_steps) for n in LENGTHS]
     at = LENGTHS.index(round(40 * guess))
-    while at + 1 < len(lengths) and not reaches(lengths[at]):
+    while not reaches(lengths[at]) and at + 1 < len(lengths):
         at += 1
     while at > 0 and reaches(lengths[at - 1]):
         at -= 1

@@ -125,9 +125,9 @@ def _default_output(arguments: argparse.Namespace, is_run: bool) -> Path:
 
     name = Path(arguments.run_or_model)
     if not is_run:  # every run has a final/
-        model, run = name.resolve(), run_of(name)
-        of_run = f"{run.name}-" if (run / "recipe.yaml").is_file() else ""
-        return Path("plots") / f"{of_run}{model.name}"
+        model = name.resolve()
+        runs = [r for r in (model.parent, run_of(model)) if (r / "recipe.yaml").is_file()]
+        return Path("plots") / "-".join([*(run.name for run in runs[:1]), model.name])
     return name / "plots" / (f"against-{Path(arguments.compare).name}" if arguments.compare else "")
 
 

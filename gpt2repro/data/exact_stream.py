@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -171,10 +171,6 @@ class ExactStream(IterableDataset):
             raise UserError(NO_WORKERS)
         while True:
             yield self._next()
-
-    def __getstate__(self) -> NoReturn:
-        """Asked for a copy of it in another process, as a worker that is not forked has."""
-        raise UserError(NO_WORKERS)
 
     def _next(self) -> Batch:
         if not self._batches:

@@ -255,9 +255,6 @@ def _described(dataset: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]]
     return cell(", ".join(filter(None, parts)))
 
 
-# --- Metadata -------------------------------------------------------------------------------------
-
-
 # --- What the run says ----------------------------------------------------------------------------
 
 

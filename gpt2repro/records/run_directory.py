@@ -64,9 +64,10 @@ class Start:
 
 
 def run_of(model: Path) -> Path:
-    """The run that a checkpoint, also one set aside, or an export belongs to, if to any."""
-    above = model.resolve().parents[:4]
-    return next((each for each in above if (each / "recipe.yaml").is_file()), above[0])
+    """The run that a checkpoint belongs to, also one that was set aside."""
+    model = model.resolve()
+    found = [each.parent for each in model.parents if each.name == "checkpoints"]
+    return found[0] if found else model.parent.parent
 
 
 def saved_recipe(run: Path) -> dict[str, Any]:

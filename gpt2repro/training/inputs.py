@@ -52,13 +52,13 @@ class Inputs:
     num_steps: int
     num_epochs: int | None  # as the recipe asked, before it was counted in steps
 
-    def uneven_epochs(self) -> str | None:
-        """A remark, where an epoch is far from reading everything once."""
+    def uneven_epochs(self) -> str:
+        """In words, where an epoch is far from reading everything once."""
         [plan, *others] = self.stream.plans
         if not self.num_epochs or others or not isinstance(plan, Plan):
-            return None
+            return ""
         if (share := plan.unread_share()) < LARGEST_UNREAD_SHARE:
-            return None
+            return ""
         return (
             f"The lanes have unequal parts of the text: of an epoch's tokens {share:.0%} are of "
             "documents read twice, and as many stay for the next; a smaller num_lanes evens it out."

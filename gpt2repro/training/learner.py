@@ -67,9 +67,14 @@ def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Sta
     fitted_to = None
     if micro_batch_size == "auto":
         hardware = set(ranks.gather(machine.hardware(accelerator.device.type)))
-        fitted_to = f"{accelerator.num_processes} processes on {', '.join(sorted(hardware))}"
-        fitted_to += ", gradient_checkpointing" if recipe.gradient_checkpointing else ""
-        if start.state.get("fitted_to") == fitted_to:  # else another size would round differently
+        fitted_to = (
+            f"{accelerator.num_processes} processes ({accelerator.distributed_type.value}) on "
+            f"{', '.join(sorted(hardware))}, {recipe.mixed_precision}, "
+            f"gradient_checkpointing {recipe.gradient_checkpointing}"
+        )
+        same = start.state.get("fitted_to", fitted_to) == fitted_to  # earlier versions had none
+        if same and start.state.get("world_size") == accelerator.num_processes:
+            # Another size would round differently.
             micro_batch_size = int(start.recipe["micro_batch_size"])
         else:
             micro_batch_size = _largest_micro_batch(recipe, accelerator, model)

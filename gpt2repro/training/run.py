@@ -267,8 +267,10 @@ def _claim(
     newest = directory.taken_in(start.path)
     own = [place.resolve() for place in (directory.checkpoints, directory.stable)]
     is_own = newest is not None and newest.resolve().parent in own
-    remarks = [start.note, endless_warmup(resolved), inputs.uneven_epochs()]
-    if start.path:
+    remarks = [start.note, endless_warmup(resolved)]
+    if not start.path:
+        remarks.append(inputs.uneven_epochs())
+    else:
         remarks.append(jump(resolved, as_saved(recipe, start.recipe), start.step))
     start = replace(start, note=" ".join(filter(None, remarks)))
     # May ask for a login: signals end the process.

@@ -201,24 +201,32 @@ def test_what_no_probe_shows_is_in_the_fingerprint():
 
 
 def test_an_end_spelled_in_a_text_is_never_the_streams():
-    """To a Unigram model it is a piece like any other."""
+    """To a Unigram model it is a piece like any other; nor what is unknown, if it is the same."""
     [ids] = BulkEncoder(unigram()).encode(["ab</s>a"])
+    assert ids.tolist() == [2, 3]
+    both = unigram()
+    both.eos_token = both.unk_token
+    [ids] = BulkEncoder(both).encode(["ab?a"])
     assert ids.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("make", [models.WordLevel, models.WordPiece])
-def test_a_special_token_spelled_in_a_text_is_left_out_where_words_are_looked_up(make):
+def test_an_end_spelled_in_a_text_is_left_out_where_words_are_looked_up(make):
     """And only there: the tokenizer's fingerprint says so."""
-    vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3, "<mask>": 4, "Ċ": 5}
+    vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3, "<s>": 4, ".": 5}
     backend = Tokenizer(make(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = {"eos_token": "</s>", "unk_token": "<unk>"}
-    marked = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **named)
-    encoder = BulkEncoder(marked)
-    assert encoder.encode(["a </s> b <mask> what a"])[0].tolist() == [2, 3, 0, 2]
-    unmarked = BulkEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, **named))
-    assert unmarked.encode(["a </s> b <mask>"])[0].tolist() == [2, 3, 4]
-    assert encoder.fingerprint != unmarked.fingerprint
+
+    def encoder(**ends: str) -> BulkEncoder:
+        named = {"unk_token": "<unk>", **ends}
+        return BulkEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, **named))
+
+    text, both = ["a </s> b <s> what . a"], encoder(eos_token="</s>", bos_token="<s>")
+    assert both.encode(text)[0].tolist() == [2, 3, 0, 5, 2]
+    assert encoder(eos_token="</s>").encode(text)[0].tolist() == [2, 3, 4, 0, 5, 2]
+    dot = encoder(eos_token=".")  # which a text has without meaning its end
+    assert dot.encode(text)[0].tolist() == [2, 1, 3, 4, 0, 5, 2]
+    assert both.fingerprint != encoder(eos_token="</s>").fingerprint
 
 
 def test_a_line_end_that_ends_texts_too_stays_in_them():

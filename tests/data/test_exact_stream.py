@@ -1,5 +1,6 @@
 """The stream outside our own loop: its rows, its state, torch's DataLoader."""
 
+import copy
 import json
 import pickle
 from collections.abc import Iterable
@@ -191,8 +192,15 @@ def test_a_loader_of_torch_gives_the_same_and_its_workers_are_refused(make):
     with pytest.raises(UserError, match=r"num_workers.* DataLoader\(stream, batch_size=None, n"):
         next(batches)
     batches._shutdown_workers()  # left to the garbage collector it waits 5 s
-    with pytest.raises(UserError, match="num_workers"):  # a spawned one is sent a copy
-        pickle.dumps(make())
+
+
+def test_a_copy_goes_on_by_itself(make):
+    """A worker that is spawned is sent one, and answers as one that is forked."""
+    stream = make()
+    next(iter(stream))
+    for copied in (pickle.loads(pickle.dumps(stream)), copy.deepcopy(stream)):
+        assert torch.equal(next(iter(copied))["input_ids"], next(islice(make(), 1, 2))["input_ids"])
+        copied.close()
 
 
 def test_numbers_of_numpy_are_numbers(make):

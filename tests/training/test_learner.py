@@ -58,7 +58,8 @@ def test_a_resumed_run_keeps_the_size_that_auto_found_where_it_found_it(tmp_path
     tokenizer = load_tokenizer(recipe.tokenizer_name)
 
     def opened(fitted_to: str | None) -> learner.Learner:
-        state = {"step": 4, "recipe": {"micro_batch_size": 2}, "fitted_to": fitted_to}
+        state = {"step": 4, "recipe": {"micro_batch_size": 2}, "world_size": 1}
+        state |= {"fitted_to": fitted_to}
         try:
             accelerator = Accelerator(cpu=True)
             return open_learner(recipe, accelerator, tokenizer, Start(None, state, ""))

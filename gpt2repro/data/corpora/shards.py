@@ -6,8 +6,8 @@ other, each after an end-of-text token, and a shard may end within one.
 
 Beside shards of ours lies a manifest.json: their tokenizer is known, and another one is refused.
 
-A shard whose name says `val`, or that of its directory among the others', is held out: its units
-come first. A unit is the documents that begin in about a million tokens.
+A shard whose name says `val` is held out: its units come first. A unit is the documents that begin
+in about a million tokens.
 """
 
 import io
@@ -41,7 +41,10 @@ class Shard(NamedTuple):
     offset: int  # in bytes
     num_tokens: int
     dtype: np.dtype
-    is_held_out: bool = False
+
+    @property
+    def is_held_out(self) -> bool:
+        return bool(HELD_OUT.search(Path(self.source.name).stem))
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """The ids `begin` to `end`, or to the shard's end."""
@@ -59,13 +62,21 @@ def open_shards(found: Found) -> Corpus | None:
     if not listed:
         return None
     encoded_by = {} if found.on_hub else _encoded_by(found.files)
-    names = [*map(PurePath, found.files)]
-    base = os.path.commonpath([name.parent for name in names])
-    shards = [
-        _shard(source)._replace(is_held_out=bool(HELD_OUT.search(str(name.relative_to(base)))))
-        for source, name in zip(listed[0], names, strict=True)
-    ]
+    shards = [_shard(source) for source in listed[0]]
+    _check_directories([*map(PurePath, found.files)], shards)
     return TokenShards(shards, listed[1] | encoded_by)
+
+
+def _check_directories(paths: list[PurePath], shards: list[Shard]) -> None:
+    """Refuse to train on what a directory, below what all have in common, says is held out."""
+    base = os.path.commonpath([path.parent for path in paths])
+    for path, shard in zip(paths, shards, strict=True):
+        directory = str(path.parent.relative_to(base))
+        if HELD_OUT.search(directory) and not shard.is_held_out:
+            raise UserError(
+                f"data_files: {directory}/{path.name} would be trained on, as its own name does "
+                f"not say `val`: name the files of one directory, or call it val_{path.name}"
+            )
 
 
 def _encoded_by(files: list[str]) -> dict[str, str]:

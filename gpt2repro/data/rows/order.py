@@ -66,6 +66,11 @@ class Piece(NamedTuple):
         )
 
 
+@lru_cache(maxsize=16)
+def _order_of_pieces(num_pieces: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(num_pieces, "units", seed, epoch)
+
+
 class Plan:
     """Which pieces a lane reads, and in what order: a pure function of its four numbers."""
 
@@ -76,10 +81,9 @@ class Plan:
         self._first_unit = num_validation_units
         self._num_training_units = num_units - num_validation_units
         self._num_parts = -(-num_lanes // self._num_training_units)
-        self._order = lru_cache(maxsize=4)(self._order_of_epoch)
 
-    def _order_of_epoch(self, epoch: int) -> np.ndarray:
-        return permutation(self._num_training_units * self._num_parts, "units", self.seed, epoch)
+    def _order(self, epoch: int) -> np.ndarray:
+        return _order_of_pieces(self._num_training_units * self._num_parts, self.seed, epoch)
 
     def start(self, lane: int) -> Position:
         """Where the lane's first row begins."""

@@ -288,6 +288,10 @@ class TokenStream:
             self._finalizer()
         self._producer = self._finalizer = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has threads of its own, and goes on where this one is."""
+        return self.__dict__ | {"_producer": None, "_finalizer": None}
+
     def state_dict(self, lanes: Mapping[int, LaneState] | None = None) -> dict[str, Any]:
         """The stream's state as plain JSON values.
 

@@ -56,7 +56,7 @@ class BulkEncoder:
         if getattr(self._fast.model, "dropout", None):
             self._fast.model.dropout = None  # ids drawn at random are no stream to come back to
         self._tiktoken = _as_tiktoken(self._fast)
-        self._spelled = _spelled(tokenizer, self._fast) if self._tiktoken is None else set()
+        self._spelled = self._spelled_ends(tokenizer) if self._tiktoken is None else set()
         self.fingerprint = self._hash(tokenizer)
 
     @property
@@ -101,6 +101,25 @@ class BulkEncoder:
             ids = self._fast.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, dtype=self.dtype)
 
+    def _spelled_ends(self, tokenizer: PreTrainedTokenizerFast) -> set[int]:
+        """Begin and end of a text, where a text that spells them would become them.
+
+        To a model that looks words up (WordLevel, WordPiece, Unigram, a BPE that ignores its
+        merges) "</s>" is a word of the vocabulary. A single character is text all the same: to a
+        tokenizer by characters, which ends a text with one of them.
+        """
+        found = self._always_left_out()
+        for id in {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}:
+            word = str(tokenizer.convert_ids_to_tokens(id))
+            texts = [word, f"a {word} b"] if len(word) > 1 else []
+            encoded = self._fast.encode_batch(texts, add_special_tokens=False)
+            found |= {id for each in encoded if id in each.ids}
+        return found
+
+    def _always_left_out(self) -> set[int]:
+        """What is no part of the fingerprint, as older versions left it out too."""
+        return {self.eot_id} if isinstance(self._fast.model, Unigram) else set()
+
     def _hash(self, tokenizer: PreTrainedTokenizerFast) -> str:
         """Vocabulary, merges and behaviour on the probe: independent of any file's spelling.
 
@@ -116,27 +135,9 @@ class BulkEncoder:
         if self._tiktoken is None:
             parts = ("model", "normalizer", "pre_tokenizer")
             content += [_said(description[part]) for part in parts]
-            # Of a Unigram the end of text was always left out; the others were not.
-            known = {self.eot_id} if isinstance(self._fast.model, Unigram) else set()
+            known = self._always_left_out()
             content += [sorted(more)] if (more := self._spelled - known) else []
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-def _spelled(tokenizer: PreTrainedTokenizerFast, fast: Tokenizer) -> set[int]:
-    """Special tokens that a text which spells them would become, plain text or not.
-
-    To a model that looks whole words up (WordLevel, WordPiece, Unigram, a BPE that ignores its
-    merges) "</s>" is a word of the vocabulary. What stands for an unknown word is none of them, nor
-    is white space, which is text to a tokenizer by characters that ends a text with it.
-    """
-    specials = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    texts = {id: str(tokenizer.convert_ids_to_tokens(id)) for id in specials}
-    texts = {id: text for id, text in texts.items() if not text.isspace()}
-    return {
-        id
-        for id, text in texts.items()
-        if any(id in fast.encode(t, add_special_tokens=False).ids for t in (text, f"a {text} b"))
-    }
 
 
 def _said(description: Any) -> Any:
