@@ -157,10 +157,12 @@ class TimeIsOver(Exception):
 def train_one(recipe_file: Path, directory: Path, output: Path) -> None:
     """Train what `recipe_file` says in `directory`, or go on there; when done, write `output`."""
     argv = ["--recipe", str(recipe_file), "--output_dir", str(directory)]
-    with open_run(load_recipe(argv), argv) as opened:
+    given = load_recipe(argv)
+    with open_run(given, argv) as opened:
         if train(opened) == EXIT_PREEMPTED:
             return
-        recipe = opened.recipe.model_dump() | {"output_dir": None}  # of this machine
+        of_this_machine = {"output_dir": None, "dataset_name": given.dataset_name}
+        recipe = opened.recipe.model_dump() | of_this_machine
     if ranks.rank() != 0:
         return
     lines = read_metrics(directory / "metrics.jsonl")
