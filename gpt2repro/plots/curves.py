@@ -110,7 +110,7 @@ def loss_curve(
 
     Args:
         metrics: the records of a metrics.jsonl; any key may be missing.
-        output: both `output.png` and `output.svg` are written, atomically.
+        output: it is written as .png and as .svg, whatever its ending, atomically.
         title: instead of the finding, e.g. "Validation loss 8.34 → 4.41 ...".
         baseline: a label and its loss in nats per token, drawn as a dashed line.
         resumed_at: steps where a launch went on, drawn as dotted lines.
@@ -120,7 +120,7 @@ def loss_curve(
     """
     try:
         figure = draw_losses({"": metrics}, title=title, baseline=baseline, resumed_at=resumed_at)
-        return save(figure, output)
+        return save(figure, output.with_suffix(""))
     except Exception as error:
         logger.warning("the loss curve %s could not be drawn: %s", output, error)
         return []

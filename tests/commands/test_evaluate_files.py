@@ -104,7 +104,7 @@ def test_rows_of_other_texts_or_in_another_context_are_not_taken_for_the_same(
 
 
 def test_every_kind_of_output_in_one_run(files, tmp_path, capsys):
-    outputs = [tmp_path / f"results.{kind}" for kind in ("json", "md", "svg")]
+    outputs = [tmp_path / f"results.{kind}" for kind in ("json", "md", "svg", "png")]
     models = ["--model", str(files / "ours"), "--baseline", str(files / "theirs")]
     given = [*models, *TASKS, *options(files), "--output", *map(str, outputs)]
     assert evaluate.main(given) == 0
@@ -116,7 +116,7 @@ def test_every_kind_of_output_in_one_run(files, tmp_path, capsys):
     assert [line[0] for line in cells[2:]] == [*found["results"]]
     shown = [" ".join(line[1:]).split() for line in cells[2:]]
     assert shown == [line.split()[1:] for line in table[1:]]
-    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert outputs[3].stat().st_size > 10_000
     assert "<svg" in outputs[2].read_text()
 
 
