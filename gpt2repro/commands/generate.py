@@ -83,7 +83,9 @@ def _refusals_in_a_line(model: str) -> Iterator[None]:
         yield
     except (ValueError, ImportError) as error:
         said = " ".join(str(error).split())
-        raise UserError(f"--model {model}: its own settings for generate(): {said}") from None
+        raise UserError(
+            f"--model {model}: its own settings for generate(), in generation_config.json: {said}"
+        ) from None
 
 
 def _parse(argv: list[str]) -> Namespace:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from gpt2repro import UserError
 from gpt2repro.system.command_line import place
+from gpt2repro.system.text import wrong_fields
 
 Text = Annotated[str, Field(strict=True, min_length=1, pattern=r"^[^\x00]+$")]
 Place = Annotated[Text, AfterValidator(place)]
@@ -72,8 +73,7 @@ def named(fields: Mapping[str, Any]) -> Dataset:
     try:
         return Dataset.model_validate({**fields, "name": str(fields.get("name", ""))})
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise UserError(f"datasets: {'; '.join(wrong)}") from None
+        raise UserError(f"datasets: {wrong_fields(error)}") from None
 
 
 def held_out_of(dataset: Dataset, num_validation_units: int | None) -> Dataset:

@@ -27,11 +27,6 @@ from gpt2repro.data.tokens.encoder import BulkEncoder
 
 MOST_LANES = 64  # by default; as many processes, at most, can share the stream
 
-NO_WORKERS = (
-    "num_workers: the stream reads ahead in threads of its own, and a worker would read the same "
-    "rows once more: DataLoader(stream, batch_size=None, num_workers=0)"
-)
-
 Batch = dict[str, torch.Tensor]
 
 
@@ -100,11 +95,12 @@ class ExactStream(IterableDataset):
         num_validation_units = _whole_or_none("num_validation_units", num_validation_units, least=0)
         self._rows_per_step = _whole("rows_per_step", rows_per_step)
         self._micro_batch_size = _whole_or_none("micro_batch_size", micro_batch_size)
-        num_lanes = _whole_or_none("num_lanes", num_lanes) or _lanes_for(self._rows_per_step)
+        largest_power_of_two = self._rows_per_step & -self._rows_per_step
+        most_lanes = min(MOST_LANES, largest_power_of_two)
         self._options: dict[str, Any] = {
             "sequence_length": _whole("sequence_length", sequence_length),
             "rows_per_step": self._rows_per_step,
-            "num_lanes": num_lanes,
+            "num_lanes": _whole_or_none("num_lanes", num_lanes) or most_lanes,
             "seed": _whole("seed", seed, least=0),
             "order": order,
             "chunk_rows": _whole_or_none("chunk_rows", chunk_rows),
@@ -168,7 +164,10 @@ class ExactStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
-            raise UserError(NO_WORKERS)
+            raise UserError(
+                "num_workers: the stream reads ahead in threads of its own, and a worker would "
+                "read the same rows once more: DataLoader(stream, batch_size=None, num_workers=0)"
+            )
         while True:
             yield self._next()
 
@@ -232,10 +231,6 @@ def _whole(name: str, value: Any, least: int = 1) -> int:
 
 def _whole_or_none(name: str, value: Any, least: int = 1) -> int | None:
     return None if value is None else _whole(name, value, least)
-
-
-def _lanes_for(rows_per_step: int) -> int:
-    return min(MOST_LANES, rows_per_step & -rows_per_step)
 
 
 def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from gpt2repro.data.rows.stream import SavedStream
 from gpt2repro.records.incidents import MAX_IN_A_ROW
 from gpt2repro.records.provenance import Chain
 from gpt2repro.system import atomic
+from gpt2repro.system.text import wrong_fields
 
 MARKER = "COMPLETE"
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -105,8 +106,7 @@ def find_problem(path: Path) -> str | None:
             return f"it is one of step {state.step}"
         return _problem_of_tensors(path, state)
     except ValidationError as error:
-        first = error.errors()[0]
-        return f"{STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return f"{STATE}: {wrong_fields(error, 1)}"
     except (OSError, SafetensorError) as error:
         return f"it cannot be read: {error}"
 

@@ -28,7 +28,7 @@ def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Several writers do not disturb each other: the last one's file stays. If the block raises,
     `path` is as it was.
     """
-    scratch = path.with_name(f"{_begin_of_scratch(path)}{os.getpid()}.{uuid.uuid4().hex}")
+    scratch = _scratch_of(path)
     try:
         with naming(path):
             yield scratch
@@ -46,13 +46,9 @@ def rehearse(path: Path) -> None:
     with naming(path):
         if path.exists() and not path.is_file():  # nor is /dev/null a file to replace
             raise OSError(errno.EINVAL, "not a regular file")
-        with contextlib.suppress(_Rehearsed), new_file(path) as scratch:
-            scratch.touch()
-            raise _Rehearsed
-
-
-class _Rehearsed(Exception):
-    pass
+        scratch = _scratch_of(path)
+        scratch.touch()
+        scratch.unlink()
 
 
 @contextlib.contextmanager
@@ -68,6 +64,11 @@ def naming(path: Path) -> Iterator[None]:
 def leftovers(path: Path) -> list[Path]:
     """What writers of the file `path` left that were killed, or still write."""
     return list(path.parent.glob(f"{glob.escape(_begin_of_scratch(path))}*"))
+
+
+def _scratch_of(path: Path) -> Path:
+    """A name beside `path` that no other writer has."""
+    return path.with_name(f"{_begin_of_scratch(path)}{os.getpid()}.{uuid.uuid4().hex}")
 
 
 def _begin_of_scratch(path: Path) -> str:

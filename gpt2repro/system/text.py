@@ -4,6 +4,10 @@ import re
 import shutil
 import sys
 import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # Controls but tab and line end, among them ESC, with which a terminal can be made to do things;
 # line ends that only some programs know; marks that reorder what is read; bytes that are no UTF-8.
@@ -45,3 +49,10 @@ def in_short(number: int) -> str:
         if number >= size:
             return f"{number / size:,.1f} {letter}"
     return f"{number:,}"
+
+
+def wrong_fields(error: "ValidationError", most: int | None = None) -> str:
+    """Which fields are wrong and why, or the first `most` of them, in a line."""
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:most]
+    )

@@ -66,12 +66,7 @@ def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Sta
     micro_batch_size = recipe.micro_batch_size
     fitted_to = None
     if micro_batch_size == "auto":
-        hardware = set(ranks.gather(machine.hardware(accelerator.device.type)))
-        fitted_to = (
-            f"{accelerator.num_processes} processes ({accelerator.distributed_type.value}) on "
-            f"{', '.join(sorted(hardware))}, {recipe.mixed_precision}, "
-            f"gradient_checkpointing {recipe.gradient_checkpointing}"
-        )
+        fitted_to = _what_a_size_fits(recipe, accelerator)
         same = start.state.get("fitted_to", fitted_to) == fitted_to  # earlier versions had none
         if same and start.state.get("world_size") == accelerator.num_processes:
             # Another size would round differently.
@@ -188,6 +183,16 @@ def place(
             compile_in_place(module, less_memory=less_memory, max_autotune=recipe.max_autotune)
     optimizer = build_optimizer(model.to(accelerator.device), recipe)
     return accelerator.prepare(model, optimizer)
+
+
+def _what_a_size_fits(recipe: Recipe, accelerator: Accelerator) -> str:
+    """In words, the same on all ranks, what decides which micro-batch is the largest."""
+    hardware = set(ranks.gather(machine.hardware(accelerator.device.type)))
+    return (
+        f"{accelerator.num_processes} processes ({accelerator.distributed_type.value}) on "
+        f"{', '.join(sorted(hardware))}, {recipe.mixed_precision}, "
+        f"gradient_checkpointing {recipe.gradient_checkpointing}"
+    )
 
 
 def _largest_micro_batch(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> int:

@@ -17,7 +17,7 @@ import json
 import logging
 import lzma
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -323,9 +323,10 @@ def _number(digits: str) -> int | float:
 class _Object(dict):
     """A JSON object, and which of its names came more than once."""
 
+    repeated: Collection[str] = ()
+
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self.repeated: set[str] = set()
         if len(self) < len(pairs):
             names = [name for name, _ in pairs]
             self.repeated = {name for name in names if names.count(name) > 1}

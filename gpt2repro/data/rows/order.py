@@ -1,7 +1,7 @@
 """Which documents a lane reads, and in what order: pure functions of seed, lane and epoch."""
 
 import hashlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -66,11 +66,6 @@ class Piece(NamedTuple):
         )
 
 
-@lru_cache(maxsize=16)
-def _order_of_pieces(num_pieces: int, seed: int, epoch: int) -> np.ndarray:
-    return permutation(num_pieces, "units", seed, epoch)
-
-
 class Plan:
     """Which pieces a lane reads, and in what order: a pure function of its four numbers."""
 
@@ -81,9 +76,16 @@ class Plan:
         self._first_unit = num_validation_units
         self._num_training_units = num_units - num_validation_units
         self._num_parts = -(-num_lanes // self._num_training_units)
+        self._order = lru_cache(maxsize=4)(self._order_of_epoch)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return _order_of_pieces(self._num_training_units * self._num_parts, self.seed, epoch)
+    def __reduce__(self) -> tuple:
+        """A copy has a cache of its own, which could not be sent to another process."""
+        numbers = {"num_validation_units": self._first_unit, "seed": self.seed}
+        num_units = self._first_unit + self._num_training_units
+        return partial(Plan, num_units, num_lanes=self._num_lanes, **numbers), ()
+
+    def _order_of_epoch(self, epoch: int) -> np.ndarray:
+        return permutation(self._num_training_units * self._num_parts, "units", self.seed, epoch)
 
     def start(self, lane: int) -> Position:
         """Where the lane's first row begins."""

@@ -39,6 +39,7 @@ from gpt2repro.data.rows.packing import LaneDocuments, LaneRows
 from gpt2repro.data.rows.producer import Producer, StepRows
 from gpt2repro.data.rows.units import UnitReader
 from gpt2repro.data.tokens.encoder import BulkEncoder
+from gpt2repro.system.text import wrong_fields
 
 STATE_VERSION = 2
 ORDERS = ("shuffled", "file", "build-nanogpt")
@@ -315,10 +316,8 @@ class TokenStream:
         try:
             saved = SavedStream.model_validate(state)
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]]
-            raise UserError(
-                f"the checkpoint's stream state is damaged: {'; '.join(wrong)}"
-            ) from None
+            wrong = wrong_fields(error, 3)
+            raise UserError(f"the checkpoint's stream state is damaged: {wrong}") from None
         if not 1 <= saved.version <= STATE_VERSION:
             raise UserError(f"the checkpoint's stream state has version {saved.version}")
         _check_identity(flat(saved.identity), flat(self.identity))

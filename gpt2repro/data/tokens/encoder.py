@@ -56,7 +56,9 @@ class BulkEncoder:
         if getattr(self._fast.model, "dropout", None):
             self._fast.model.dropout = None  # ids drawn at random are no stream to come back to
         self._tiktoken = _as_tiktoken(self._fast)
-        self._spelled = self._spelled_ends(tokenizer) if self._tiktoken is None else set()
+        self._left_out = np.zeros(0, self.dtype)  # of what is encoded
+        if self._tiktoken is None:
+            self._left_out = np.array(sorted(self._spelled_ends(tokenizer)), self.dtype)
         self.fingerprint = self._hash(tokenizer)
 
     @property
@@ -85,8 +87,8 @@ class BulkEncoder:
             texts = [well_formed(text) for text in texts]
             encodings = self._fast.encode_batch(texts, add_special_tokens=False)
             found = [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
-            if self._spelled:
-                found = [ids[~np.isin(ids, [*self._spelled])] for ids in found]
+            if len(self._left_out):
+                found = [ids[~np.isin(ids, self._left_out)] for ids in found]
             return found
         return [self._encode_one(text) for text in texts]
 
@@ -135,8 +137,8 @@ class BulkEncoder:
         if self._tiktoken is None:
             parts = ("model", "normalizer", "pre_tokenizer")
             content += [_said(description[part]) for part in parts]
-            known = self._always_left_out()
-            content += [sorted(more)] if (more := self._spelled - known) else []
+            more = set(self._left_out.tolist()) - self._always_left_out()
+            content += [sorted(more)] if more else []
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
