@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     except BaseException as error:
         if ranks.world_size() > 1:  # the others may wait for this one in a collective
             failure.leave_at_once(NAME, error)
+        failure.advise(error)
         raise
     ranks.leave_group()
     return status
@@ -77,6 +78,8 @@ def leave(run: "Run", step: int) -> int:
         run.wait_for_checkpoint()
         if run.failure is not None and run.checkpoints.saved_step != step:
             raise run.failure  # the disk does not take it
+        if failure is None and run.accelerator.is_main_process:
+            run.directory.preempted.touch()
         run.monitor.draw_loss_curve()
         if run.accelerator.is_main_process:
             run.monitor.progress.close()
@@ -85,8 +88,6 @@ def leave(run: "Run", step: int) -> int:
             )
     if failure is not None:
         raise failure
-    if run.accelerator.is_main_process:
-        run.directory.preempted.touch()
     return EXIT_PREEMPTED
 
 

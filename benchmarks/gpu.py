@@ -69,7 +69,7 @@ class Step:
 def correct(options: Namespace) -> Iterator[Step]:
     yield Step("tests", [__file__, "tests"], 300)
     some = ["--engines", "one", "--no_export"] if options.dry_run else []
-    yield Step("engines", ["engines.py", *some], 330, tuple(corpus(options)))
+    yield Step("engines", ["engines.py", *some], 500, tuple(corpus(options)))
 
 
 def fast(options: Namespace) -> Iterator[Step]:

@@ -1,17 +1,22 @@
 """The training script: what a run leaves, resumes, stops, incidents, several processes."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import compare_versions
+from tiny_gpt2 import tiny_tokenizer
 from tiny_language_models import HELLASWAG
 from tiny_run import (
     assert_same_tensors,
@@ -173,7 +178,49 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
 
 
-def test_a_signal_within_a_step_or_an_evaluation_loses_only_that(
+def test_a_signal_within_a_step_leaves_no_trace_of_it(recipe, tmp_path, monkeypatch):
+    """Neither in the gradients nor in the random numbers that dropout draws."""
+    options = ("--dropout", "0.1", "--num_steps", "6")
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    assert train(recipe, uninterrupted, *options) == 0
+    backward, calls, left = Accelerator.backward, itertools.count(1), []
+
+    def stop_at_the_second_of_four(self, loss):
+        backward(self, loss)
+        if next(calls) == 3 * 4 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def leave(self, step):
+        left.extend(p.grad for p in self.learner.model.parameters())
+        assert not self.directory.preempted.exists()
+        save(self, step)
+
+    with monkeypatch.context() as patch:
+        save = Run.save
+        patch.setattr(Accelerator, "backward", stop_at_the_second_of_four)
+        patch.setattr(Run, "save", leave)
+        assert train(recipe, run, *options) == train_accelerate.EXIT_PREEMPTED
+    assert left and not any(gradient is not None for gradient in left)
+    assert (run / "checkpoints" / "step_00000003" / "COMPLETE").exists()
+    assert train(recipe, run, *options) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    assert_same_tensors(tensors(run, 6), tensors(uninterrupted, 6))
+
+
+def test_a_scheduler_learns_that_all_is_saved_before_the_curve_is_drawn(
+    recipe, tmp_path, monkeypatch
+):
+    """When the others have left, it may end the machine of rank 0."""
+    run, marked = tmp_path / "run", []
+    stop_after(monkeypatch, step=2)
+    monkeypatch.setattr(
+        Monitor, "draw_loss_curve", lambda self: marked.append(self.directory.preempted.exists())
+    )
+    assert train(recipe, run, "--eval_every", "0") == train_accelerate.EXIT_PREEMPTED
+    assert marked[-1] and (run / "checkpoints" / "step_00000003" / "COMPLETE").exists()
+
+
+def test_a_signal_within_an_evaluation_loses_only_that(
     recipe, uninterrupted, tmp_path, monkeypatch
 ):
     run = tmp_path / "run"
@@ -513,6 +560,28 @@ def test_a_non_finite_gradient_skips_the_update_and_keeps_the_rows(
     assert_same_tensors(before, after)
     line = metrics(run)[3]
     assert line["grad_norm"] is None  # JSON has no infinity
+
+
+def test_a_disk_that_takes_no_rows_ends_no_run(recipe, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    break_steps(monkeypatch, {1})
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(incidents.IncidentLog, "record", mock.Mock(side_effect=full))
+    assert train(recipe, run, "--num_steps", "3") == 0
+    shown = capsys.readouterr().out
+    assert "update skipped, its rows could not be kept: [Errno 28] No space" in shown
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
+
+
+def test_rank_0_keeps_the_rows_of_all(tmp_path):
+    """The others may have no such directory, on another machine."""
+    log = incidents.IncidentLog(tmp_path / "incidents")
+    rows = [torch.full((2, 5), rank) for rank in range(2)]
+    figures = {"loss": math.nan, "grad_norm": 1.0, "rows_digest": "00"}
+    log.record(rows, step=7, tokenizer=tiny_tokenizer(), **figures)
+    for rank in range(2):
+        file = tmp_path / "incidents" / f"step_00000007_rank_{rank}.json"
+        assert json.loads(file.read_text())["rows"] == rows[rank].tolist()
 
 
 def test_told_a_step_late_as_on_gpus_all_is_the_same(

@@ -143,7 +143,7 @@ def _host_copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         full = whole(tensor.detach())  # all ranks take part; none but the first keeps it
         if rank() == 0:
             copies[name] = _host_place(full).copy_(full, non_blocking=full.is_cuda)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
     return copies
 
@@ -358,22 +358,33 @@ def innermost(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def get_random_state() -> dict[str, Tensor]:
+    """Of this process's generators; a GPU's only where it is in use, for asking would open it."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """What `get_random_state` gave; a generator that it lacks, or that is not in use, stays."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 def _gather_rng_states() -> dict[str, Tensor]:
     """Every rank's random number generator states by names like `rng.3.cuda`."""
-    mine = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        mine["cuda"] = torch.cuda.get_rng_state()
     return {
         f"rng.{r}.{kind}": state
-        for r, each in enumerate(gather(mine))
+        for r, each in enumerate(gather(get_random_state()))
         for kind, state in each.items()
     }
 
 
 def _restore_rng_state(rng: dict[str, Tensor]) -> None:
     """Restore this rank's generators; ranks that the saving run did not have keep their own."""
-    states = broadcast(rng)
-    if (cpu := states.get(f"rng.{rank()}.cpu")) is not None:
-        torch.set_rng_state(cpu)
-    if (cuda := states.get(f"rng.{rank()}.cuda")) is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    own = f"rng.{rank()}."
+    states = broadcast(rng).items()
+    set_random_state({n.removeprefix(own): each for n, each in states if n.startswith(own)})

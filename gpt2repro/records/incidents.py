@@ -1,6 +1,7 @@
 """A record of updates that were skipped because loss or gradient was not finite."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,31 +26,34 @@ class IncidentLog:
         """An update was made: what came before was passing."""
         self._in_a_row = 0
 
+    def count(self) -> None:
+        """An update was skipped."""
+        self._in_a_row += 1
+
     def record(
         self,
+        rows_of_ranks: Sequence[torch.Tensor],
         *,
         step: int,
-        rank: int,
-        rows: torch.Tensor,
         tokenizer,
         loss: float,
         grad_norm: float,
         rows_digest: str,
     ) -> None:
-        """Write this rank's rows (R, T+1) of a skipped step, as ids and as text."""
-        self._in_a_row += 1
+        """Write each rank's rows (R, T+1) of a skipped step, as ids and as text; rank 0 alone."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        content = {
-            "step": step,
-            "loss": str(loss),
-            "grad_norm": str(grad_norm),
-            "rows_digest": rows_digest,
-            "rows": rows.tolist(),
-            "texts": tokenizer.batch_decode(rows),
-        }
-        path = self.directory / f"step_{step:08d}_rank_{rank}.json"
-        with atomic.new_file(path) as scratch:
-            scratch.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        for rank, rows in enumerate(rows_of_ranks):
+            content = {
+                "step": step,
+                "loss": str(loss),
+                "grad_norm": str(grad_norm),
+                "rows_digest": rows_digest,
+                "rows": rows.tolist(),
+                "texts": tokenizer.batch_decode(rows),
+            }
+            path = self.directory / f"step_{step:08d}_rank_{rank}.json"
+            with atomic.new_file(path) as scratch:
+                scratch.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
     def advice(self) -> str:
         """What to say when the run stops for it."""

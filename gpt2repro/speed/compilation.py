@@ -50,7 +50,9 @@ class ScatterIntoSum(CustomGraphPass):
 
     The gradient of a GPT-2's tied weight is such a sum: the head's, and the embedding's, which is
     zero but for the rows of the tokens that occur. The compiler fills a matrix of the vocabulary's
-    size (154 MB for GPT-2) with zeros, adds those rows, and then adds all of it to the head's.
+    size (154 MB for GPT-2) with zeros, adds those rows, and then adds all of it to the head's. For
+    one graph: under DDP the compiler cuts it where gradients are sent, and head and embedding lie
+    in different parts.
     """
 
     def __call__(self, graph: fx.Graph) -> None:

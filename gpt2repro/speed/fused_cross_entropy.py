@@ -19,24 +19,32 @@ LARGE_GPU = 32 * 2**30  # bytes: the logits of the larger chunk take 1.6 GB
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, fp8: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    fp8: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """Σ -log softmax(hidden Wᵀ)[label] in nats, multiplied in the type that autocast asks for.
 
     From hidden (N, C), weight (V, C) and labels (N,) to a scalar of at least float32. With `fp8`
-    the products of a training step are multiplied in 8 bits; without gradients nothing is.
+    the products of a training step are multiplied in 8 bits; without gradients nothing is. Logits
+    become their gradient by compiled code if they do so within such, or `compiled` says it.
     """
     # Within a function of autograd gradients are off, and what it is told that tensors need does
     # not heed `no_grad`: a validation would compute the weight's gradient, a third of the work.
     with_gradients = torch.is_grad_enabled()
-    return _SummedCrossEntropy.apply(hidden, weight, labels, ignore_index, with_gradients, fp8)
+    compiled = compiled or torch.compiler.is_compiling()
+    how = (with_gradients, compiled, fp8)
+    return _SummedCrossEntropy.apply(hidden, weight, labels, ignore_index, *how)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """`cross_entropy_and_gradients`, whose gradients wait for the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, ignore_index, with_gradients, fp8):
+    def forward(ctx, hidden, weight, labels, ignore_index, with_gradients, compiled, fp8):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -47,7 +55,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             ignore_index,
             dtype,
             *(with_gradients and needed for needed in ctx.needs_input_grad[:2]),
-            torch.compiler.is_compiling(),
+            compiled,
             fp8 and with_gradients,
         )
         ctx.save_for_backward(*gradients)
@@ -61,7 +69,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return (
             hidden_grad * grad if needs_hidden else None,
             (weight_grad * grad).to(ctx.weight_dtype) if needs_weight else None,
-            *(None, None, None, None),
+            *(None, None, None, None, None),
         )
 
 
@@ -94,7 +102,8 @@ def cross_entropy_and_gradients(
     chunk_tokens, block_tokens = tokens_at_once(hidden.device)
     vocab_size = len(weight)  # matrix units want rows that begin at multiples of 64 numbers
     width = vocab_size + -vocab_size % 64
-    buffer = hidden.new_zeros(min(chunk_tokens, len(labels)), width, dtype=dtype)
+    buffer = hidden.new_empty(min(chunk_tokens, len(labels)), width, dtype=dtype)
+    buffer[:, vocab_size:] = 0
     for start in range(0, len(labels), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         counted = (labels[chunk] != ignore_index)[:, None]

@@ -13,16 +13,17 @@ from modeling_gpt2repro import GPT2ReproForCausalLM, GPT2ReproLMHead
 FEW_ROWS, LARGE_WEIGHT = 64, 2**22  # products on a CPU that wait for memory: (F, C) and (V, C)
 
 
-def use_in(model: GPT2ReproForCausalLM, *, fp8: bool = False) -> None:
+def use_in(model: GPT2ReproForCausalLM, *, fp8: bool = False, compiled_loss: bool = False) -> None:
     """Give the model this head, if its own is the plain one, before it is wrapped or compiled.
 
-    With `fp8` the products of a training step have 8 bits: another result, if only a little.
+    With `fp8` the products of a training step have 8 bits: another result, if only a little. With
+    `compiled_loss` the loss is compiled also where the model around the head is not.
     """
     plain = model.lm_head
     if type(plain) is not GPT2ReproLMHead:  # an adapter's, a parametrized one, or this already
         return
     head = FusedLMHead(plain.in_features, plain.out_features, bias=False, device="meta")
-    head.weight, head.fp8 = plain.weight, fp8
+    head.weight, head.fp8, head.compiled_loss = plain.weight, fp8, compiled_loss
     model.lm_head = head.train(plain.training)
 
 
@@ -34,12 +35,13 @@ class FusedLMHead(GPT2ReproLMHead):
     it. The sums are the same in another order: logits equal the usual ones up to rounding.
     """
 
-    fp8 = False
+    fp8 = compiled_loss = False
 
     def forward(self, hidden_states, labels=None, ignore_index=-100) -> Tensor:
         if labels is not None:
             states, labels = hidden_states.flatten(0, -2), labels.flatten()
-            return linear_cross_entropy(states, self.weight, labels, ignore_index, self.fp8)
+            how = {"fp8": self.fp8, "compiled": self.compiled_loss}
+            return linear_cross_entropy(states, self.weight, labels, ignore_index, **how)
         if not self._waits_for_memory(hidden_states):
             return super().forward(hidden_states)
         num_rows = hidden_states.shape[:-1].numel()

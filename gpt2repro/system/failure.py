@@ -34,6 +34,12 @@ PEER_GONE = re.compile(
 )
 
 
+def advise(error: BaseException) -> None:
+    """Let the traceback of a process that is alone end with what to do, where that is known."""
+    if _is_out_of_memory(error):
+        error.add_note(f"Out of memory. {OUT_OF_MEMORY} {GOES_ON}")
+
+
 def leave_at_once(prog: str, error: BaseException) -> NoReturn:
     """End this process because of `error`, without waiting for anything.
 

@@ -49,7 +49,7 @@ def num_cores() -> int:
 
 
 def hardware(device: str | None = None) -> str:
-    """The accelerators of this host, or its processor and the cores this process may use.
+    """The GPUs of this host that this launch uses, or its processor and the cores we may use.
 
     The processor where there is no accelerator, and where `device` says that it computes. A
     processor comes with the vector instructions that torch found: one name covers machines that
@@ -57,7 +57,7 @@ def hardware(device: str | None = None) -> str:
     """
     on_cpu = device is not None and torch.device(device).type == "cpu"
     if torch.cuda.is_available() and not on_cpu:
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        return f"{os.environ.get('LOCAL_WORLD_SIZE', 1)} x {torch.cuda.get_device_name()}"
     return f"{num_cores()} cores of {_processor()} ({_vector_instructions()})"
 
 

@@ -150,9 +150,10 @@ def wait_at_most(seconds: float) -> None:
 
 
 def leave_group() -> None:
-    """End what the processes share, together: NCCL waits here for all ranks. See also `failure`.
+    """End what the processes share, once all of them have come here. See also `failure`.
 
-    What a rank does later it does alone, however long it takes.
+    What a rank does later it does alone, however long it takes; unless the others leave with a
+    status, for which a scheduler may end the machine of this one.
 
     Gloo's threads drop the tensors of the last collectives a moment after these have returned, and
     take the interpreter's lock for it. Who ends the group holds that lock and waits for those
@@ -160,6 +161,8 @@ def leave_group() -> None:
     """
     global _hosts
     if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # another is gone, or later than any may be
+            gather(None)
         time.sleep(SETTLING_SECONDS)
         dist.destroy_process_group()
         _hosts = None

@@ -163,7 +163,12 @@ class Examination:
         if self.device.type == "cpu" and model.num_parameters() > LARGEST_ON_CPU:
             return WARNING, "not timed: the model is too large for this CPU"
         rows = self._rows_at_once()
-        rate = _training_rate(model, self.recipe, rows, self.device)
+        try:
+            rate = _training_rate(model, self.recipe, rows, self.device)
+        except torch.OutOfMemoryError:
+            lower = "lower micro_batch_size or " if rows > 1 else ""
+            what = f"out of memory with {count_of(rows, 'row')} at once"
+            return FAILURE, f"{what}: {lower}set gradient_checkpointing"
         self.need = rate * self.num_processes
         per_token = model_flops_per_token(model, self.recipe.sequence_length)
         peak = peak_flops(self.device)

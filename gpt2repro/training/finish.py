@@ -42,6 +42,7 @@ def finish(run: Run) -> int:
         run.directory.preempted.touch()  # until it is done, a scheduler should come back
     run.stop.close()
     ranks.leave_group()
+    torch.cuda.empty_cache()  # the processes that load the export want room on this GPU, too
     if run.accelerator.is_main_process:
         try:
             if _publish(run, models):

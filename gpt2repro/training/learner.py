@@ -169,7 +169,8 @@ def place(
         raise UserError("fp8_head: this GPU has no 8-bit products (Ada and Hopper do)")
     if recipe.fp8_head and model.config.n_embd % SIDE:
         raise UserError(f"fp8_head needs a multiple of {SIDE} for n_embd {model.config.n_embd}")
-    lm_head.use_in(model, fp8=recipe.fp8_head)
+    # With FSDP the model around the head is not compiled; see below.
+    lm_head.use_in(model, fp8=recipe.fp8_head, compiled_loss=recipe.compile and sharded)
     if recipe.bf16_residual:
         hold_stream_in_bf16(model)
     if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
@@ -190,8 +191,8 @@ def _what_a_size_fits(recipe: Recipe, accelerator: Accelerator) -> str:
     hardware = set(ranks.gather(machine.hardware(accelerator.device.type)))
     return (
         f"{accelerator.num_processes} processes ({accelerator.distributed_type.value}) on "
-        f"{', '.join(sorted(hardware))}, {recipe.mixed_precision}, "
-        f"gradient_checkpointing {recipe.gradient_checkpointing}"
+        f"{', '.join(sorted(hardware))}, {recipe.mixed_precision}, {recipe.attn_implementation}, "
+        f"gradient_checkpointing {recipe.gradient_checkpointing}, average {recipe.ema_decay > 0}"
     )
 
 

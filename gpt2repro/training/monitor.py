@@ -41,6 +41,7 @@ from gpt2repro.training.step import LaunchedStep, StepResult
 from gpt2repro.training.throughput import Throughput, peak_flops, peak_memory_gib
 from gpt2repro.training.tracker import Tracker
 
+LOGIT_BYTES = 2**32  # of a batch of benchmarks; training never holds a whole batch's logits
 SPIKE_Z = 5.0  # standard deviations above the recent mean that make a loss worth a line
 SAMPLE_TOKENS = 48
 STEPS_TO_WARM_UP = 4
@@ -211,9 +212,8 @@ class Monitor:
         requests = sum(len(task.requests) + len(task.prompts) for task in tasks)
         requests //= ranks.world_size()
         with self.progress.phase(f"benchmarks at step {step}", requests) as on_batch:
-            figures = score_tasks(
-                self.learner.model, self.inputs.tasks, on_batch=on_batch, **self._collectively()
-            )
+            how = self._collectively() | {"batch_size": self._rows_with_logits()}
+            figures = score_tasks(self.learner.model, tasks, on_batch=on_batch, **how)
         if figures is None:
             return {}
         shown = ", ".join(
@@ -221,6 +221,11 @@ class Monitor:
         )
         self.progress.note(f"step {step}: {shown}")
         return figures
+
+    def _rows_with_logits(self) -> int:
+        """The micro-batch, or as many rows as have `LOGIT_BYTES` of logits, in bf16 and in fp32."""
+        row = 6 * self.recipe.sequence_length * innermost(self.learner.model).config.vocab_size
+        return min(self.recipe.micro_batch_size, max(1, LOGIT_BYTES // row))
 
     def _collectively(self) -> dict[str, Any]:
         """How an evaluation is shared among the ranks and stopped on all of them."""
@@ -329,7 +334,8 @@ class Monitor:
         between = self.recipe.eval_every * seconds
         self._num_told += 1
         # The first steps warm up, and a compiled one waits for the compiler.
-        if self._num_told == STEPS_TO_WARM_UP and 0 < between < self._validation_seconds:
+        matters = between < self._validation_seconds >= 1
+        if self._num_told == STEPS_TO_WARM_UP and between and matters:
             self.progress.note(
                 f"A validation takes {self._validation_seconds:,.0f} s, the steps between two of "
                 f"them {between:,.0f} s: raise eval_every or lower validation_tokens"
@@ -349,18 +355,25 @@ class Monitor:
         return diverged
 
     def _note_incident(self, step: int, rows: StepRows, result: StepResult) -> None:
-        self._incidents.record(
-            step=step,
-            rank=ranks.rank(),
-            rows=rows.tokens,
-            tokenizer=self.inputs.tokenizer,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            rows_digest=result.rows_digest,
-        )
+        """Keep the rows of a skipped update; a disk that does not take them ends no run."""
+        self._incidents.count()
+        rows_of_ranks = ranks.gather(rows.tokens)
+        kept = f"rows kept in {self._incidents.directory}"
+        if ranks.rank() == 0:
+            try:
+                self._incidents.record(
+                    rows_of_ranks,
+                    step=step,
+                    tokenizer=self.inputs.tokenizer,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    rows_digest=result.rows_digest,
+                )
+            except OSError as error:
+                kept = f"its rows could not be kept: {error}"
         self.progress.note(
             f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped, "
-            f"rows kept in {self._incidents.directory}"
+            f"{kept}"
         )
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from gpt2repro.data.rows.producer import StepRows
 from gpt2repro.data.rows.stream import TokenStream
+from gpt2repro.records.checkpoints import get_random_state, set_random_state
 from gpt2repro.system import ranks
 from gpt2repro.training.learner import Learner
 
@@ -34,7 +35,7 @@ class LaunchedStep:
     def __init__(self, figures: torch.Tensor, lr: float, rows_digest: str) -> None:
         """`figures`: [loss, gradient norm] on the device."""
         self._lr, self.rows_digest = lr, rows_digest
-        self._figures = figures.to("cpu", non_blocking=True)
+        self._figures = figures.to("cpu", non_blocking=figures.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if figures.is_cuda:
             self._copied = torch.cuda.Event()
@@ -89,10 +90,12 @@ def train_step(
     accelerator.step, accelerator.gradient_accumulation_steps = 0, len(micro_batches)
     # Asking costs nothing in one process, and on CPUs a step may take minutes.
     looks_up = ranks.world_size() == 1 or device.type == "cpu"
+    random_state = get_random_state()
     loss = torch.zeros((), device=device)
     for input_ids, shift_labels in micro_batches:
         if looks_up and should_stop():
-            optimizer.zero_grad()
+            model.zero_grad()
+            set_random_state(random_state)  # as if nothing had been dropped out
             return None
         with accelerator.accumulate(model):  # gradients sync on the last micro-batch only
             # Rows all have T targets, so a mean over micro-batches and ranks is one over tokens.

@@ -12,6 +12,7 @@ import torch
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

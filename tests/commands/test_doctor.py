@@ -4,9 +4,11 @@ import shutil
 from argparse import Namespace
 from collections import namedtuple
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
+import torch
 from tiny_language_models import HELLASWAG
 from tiny_run import write_inputs
 
@@ -130,6 +132,17 @@ def test_data_that_cannot_keep_up(recipe, capsys, monkeypatch):
     status, said = examine(capsys, recipe)
     assert status == 1 and said["data"][0] == FAILURE
     assert "num_reader_threads" in said["data"][1] and "token_cache_dir" in said["data"][1]
+
+
+def test_a_micro_batch_that_does_not_fit(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(
+        examination, "_training_rate", mock.Mock(side_effect=torch.OutOfMemoryError)
+    )
+    status, said = examine(capsys, recipe)
+    assert status == 1 and said["data"][0] == OK  # the checks after it are made
+    verdict, text = said["training"]
+    assert verdict == FAILURE and "out of memory with 2 rows at once" in text
+    assert "micro_batch_size" in text and "gradient_checkpointing" in text
 
 
 def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch):

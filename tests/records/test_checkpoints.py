@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -77,6 +78,16 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     torch.manual_seed(0)
     checkpoints.load(path, model=model, optimizer=optimizer)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_gpu_that_is_not_in_use_is_left_alone(tmp_path, monkeypatch):
+    """Asked for its generator or its stream, torch would open it, which may be full."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", mock.Mock(side_effect=RuntimeError("is full")))
+    model, optimizer = make()
+    path = save(tmp_path, model, optimizer)
+    checkpoints.load(path, model=model, optimizer=optimizer)
+    assert checkpoints.get_random_state().keys() == {"cpu"}
 
 
 def test_pruning_leaves_copies_alone(tmp_path):

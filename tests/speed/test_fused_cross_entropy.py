@@ -1,5 +1,7 @@
 """The training loop's loss as a function; tests/test_loss.py has it at work in the model."""
 
+import functools
+
 import pytest
 import torch
 
@@ -69,6 +71,8 @@ def test_a_compiled_model_takes_compiled_code(dtype, monkeypatch):
     eager = loss_and_gradients(linear_cross_entropy)
     monkeypatch.setattr(module, "losses_and_gradient", None)
     compiled = loss_and_gradients(torch.compile(linear_cross_entropy, backend="aot_eager"))
+    alone = loss_and_gradients(functools.partial(linear_cross_entropy, compiled=True))
+    assert all(map(torch.equal, alone, compiled))  # as in FSDP's blocks, between which the head is
     # Both compute in float32; a gradient of the logits may round to the next bfloat16, 2**-8 of it,
     # and so may its products.
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ours_and_theirs import ours_and_theirs, random_ids
 
+from gpt2repro.recipe import load_recipe
 from gpt2repro.speed import fused_cross_entropy, lm_head
 from gpt2repro.speed.attention import for_generation, kernel_taken
 from gpt2repro.speed.compilation import compile_in_place
@@ -14,6 +15,7 @@ from gpt2repro.speed.fused_cross_entropy import linear_cross_entropy
 from gpt2repro.speed.low_precision import has_fp8
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.optim.muon import orthogonalize
+from gpt2repro.training.optim.registry import build_optimizer
 from gpt2repro.training.step import LaunchedStep
 
 pytestmark = pytest.mark.gpu
@@ -140,6 +142,26 @@ def test_the_micro_batch_that_is_found_fits_beside_what_comes_later():
     candidates = [1, 2, 4, 8, 16, 32, 64]
     size = largest_that_fits(candidates, forward_backward, device=CUDA, reserve_bytes=total // 2)
     assert size == 16
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_device_skips_an_update_by_itself(optimizer):
+    """Its kernels heed `found_inf`: weights, both moments, counts and the average stay."""
+    options = ["--recipe=demo", f"--optimizer={optimizer}", "--ema_decay=0.9"]
+    recipe = load_recipe([*options, "--muon_weight_decay=0.1"])
+    model = ours_and_theirs()[0].to(CUDA)
+    trained = build_optimizer(model, recipe)
+
+    def update(factor: float) -> list[torch.Tensor]:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, factor)
+        trained.found_inf = torch.tensor(float(factor != factor), device=CUDA)
+        trained.step()
+        state = [value for p in model.parameters() for value in trained.state[p].values()]
+        return [x.detach().clone() for x in (*model.parameters(), *state)]
+
+    before, skipped, after = update(0.1), update(float("nan")), update(0.1)
+    assert all(map(torch.equal, before, skipped)) and not all(map(torch.equal, skipped, after))
 
 
 @pytest.mark.parametrize("shape", [(4, 256, 256), (2, 1024, 256)])

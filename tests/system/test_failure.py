@@ -3,6 +3,7 @@
 import errno
 import signal
 import sys
+import traceback
 from unittest import mock
 
 import pytest
@@ -83,6 +84,16 @@ def test_want_of_memory_names_what_to_change(leave, error):
     assert status == 1 and "rank 1 of 8 ran out of memory" in said
     for field in ("micro_batch_size", "auto", "gradient_checkpointing", "sequence_length"):
         assert field in said
+
+
+def test_a_process_alone_is_told_too_below_its_traceback():
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    failure.advise(error)
+    said = "".join(traceback.format_exception(error))
+    assert said.endswith(f"\nOut of memory. {failure.OUT_OF_MEMORY} {failure.GOES_ON}\n")
+    error = ZeroDivisionError()
+    failure.advise(error)
+    assert not hasattr(error, "__notes__")
 
 
 @pytest.mark.parametrize("error", [UserError("no such file"), OSError(errno.ENOSPC, "full")])

@@ -29,10 +29,12 @@ def test_a_processor_is_named_with_what_it_can_do(monkeypatch, flags, suffix):
 
 def test_a_run_on_the_processor_does_not_name_an_idle_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    assert machine.hardware() == machine.describe("cuda")["hardware"] == "2 x Some GPU"
     assert machine.describe("cpu")["hardware"].endswith(")")
+    assert machine.hardware() == machine.describe("cuda")["hardware"] == "1 x Some GPU"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as torchrun and accelerate set it
+    assert machine.hardware() == "2 x Some GPU"
 
 
 def test_where_the_kernel_says_nothing_there_is_still_a_name(monkeypatch):

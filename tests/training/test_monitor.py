@@ -8,7 +8,7 @@ import torch
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 from torch import nn
 
-from gpt2repro.training.monitor import Monitor, SpikeDetector, sample_text
+from gpt2repro.training.monitor import LOGIT_BYTES, Monitor, SpikeDetector, sample_text
 from gpt2repro.training.progress import Progress
 
 PROMPT = "This function"
@@ -49,6 +49,19 @@ def test_only_steps_are_timed_and_the_wait_for_rows_is_part_of_them():
             parts.inputs.stream.wait_seconds += 0.25
     for tokens, seconds, waited in added:
         assert (tokens, waited) == (0, 0.25) and 0 <= seconds < 0.2
+
+
+def test_benchmarks_take_as_many_rows_as_their_logits_leave_room_for():
+    """Training keeps no logits, so that a micro-batch may have hundreds of rows."""
+
+    def rows(micro_batch_size: int) -> int:
+        recipe = SimpleNamespace(micro_batch_size=micro_batch_size, sequence_length=1024)
+        model = tiny_model(vocab_size=50257, n_embd=8)
+        parts = SimpleNamespace(recipe=recipe, learner=SimpleNamespace(model=model))
+        return Monitor._rows_with_logits(parts)
+
+    assert [rows(size) for size in (1, 8, 512)] == [1, 8, 13]
+    assert LOGIT_BYTES > 13 * 1024 * 50257 * (2 + 4)
 
 
 # --- Samples --------------------------------------------------------------------------------------
