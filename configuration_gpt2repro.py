@@ -3,19 +3,20 @@
 The field names are those of the official `config.json` (Radford et al. 2019): a GPT-2 checkpoint's
 configuration is read as it lies on the Hub, and one written here means the same to GPT-2 tools.
 
-This file travels with every checkpoint, beside the other one:
+This file travels with every checkpoint, beside the model's, which it names in a line of its own:
 
     from .modeling_gpt2repro import GPT2ReproForCausalLM
 
-transformers heeds such a line even here. It tells the code of directories with one name (`final`)
-apart by the files that it finds so, and would else take the first one's model for the second's.
+Even here, within a text, transformers finds that line. It tells the remote code of two directories
+called `final` apart by what is in the files that it finds so: without the line it would take this
+file alone, and load the second model with the code of the first.
 """
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-# The four models of the paper (table 2): layers, width, heads. Every head is 64 wide.
+# The four models of the paper: layers and width (table 2), and as many heads as make each 64 wide.
 SIZES = {
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},  # 124,439,808 parameters
     "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},  # 354,823,168
@@ -34,7 +35,7 @@ AUTO_MAP = {
 }
 
 POSITIVE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
-# Of a damaged file: what no model of this kind has, and no machine could begin to build.
+# What is larger comes from a damaged file: no machine could begin to build it.
 LARGEST = {"n_layer": 1000, "n_head": 1000, "n_embd": 10**5, "n_inner": 10**6}
 LARGEST |= {"vocab_size": 2 * 10**6, "n_positions": 10**6}
 PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")

@@ -11,9 +11,9 @@ token that comes next.
 Shapes: B rows, T tokens in each, S >= T keys (the cached ones and these), C = n_embd, H heads of
 width D = C / H, V = vocab_size. For the 124M model C, H, D, L, V = 768, 12, 64, 12, 50257.
 
-`examples/gpt2_plain.py` is the same in a hundred lines of torch alone; each class here names its
+`examples/gpt2_plain.py` is the same in a hundred lines of torch alone; what computes here names its
 twin there. Parameters have the official names and layouts: official checkpoints load as they are,
-and what is saved here loads in every GPT-2 tool. This file travels with every checkpoint.
+and with a stock configuration ours are stock. This file travels with every checkpoint.
 """
 
 import functools
@@ -47,7 +47,7 @@ try:  # as remote code in a checkpoint directory; else as an installed module
 except ImportError:
     from configuration_gpt2repro import AUTO_MAP, GPT2ReproConfig
 
-LOSS_TOKENS = 1024  # whose logits exist at once: 206 MB in float32
+LOSS_TOKENS = 1024  # whose logits exist at once: 206 MB in float32 at V = 50257
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
@@ -274,7 +274,7 @@ class GPT2ReproLMHead(nn.Linear):
 
     At V = 50257 the logits are by far the largest activation, and a plain loss makes several copies
     of them. Asked for the loss, the head computes some tokens' logits at a time, and once more in
-    the backward pass. Twin: the last line of `GPT2.forward`.
+    the backward pass. Twin: the end of `GPT2.forward`.
     """
 
     def forward(self, hidden_states, labels=None, ignore_index=-100) -> torch.Tensor:

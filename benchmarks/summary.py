@@ -98,9 +98,9 @@ def evaluation(record: dict[str, Any]) -> Iterator[Row]:
 def kill_resume(record: dict[str, Any]) -> Iterator[Row]:
     equal = "bitwise equal" if record["bitwise_equal"] else "not equal"
     shape = f"{record['recipe']['n_layer']} layers of {record['recipe']['n_embd']}"
-    kills = f"{record['num_hits']} x kill -9"
+    kills = f"{record['num_kills']} x kill -9, {record['num_hits']} in the phase that was meant"
     if record.get("overlapping"):
-        kills = f"{record['num_kills']} x kill -9, the next launch already there"
+        kills += ", the next launch already there"
     yield f"{shape}, resumed after {kills}", "", "an undisturbed run", equal
 
 

@@ -60,11 +60,13 @@ def token_losses(model, tokenizer, text: str) -> torch.Tensor:
 
 
 def continuation(model, tokenizer, prompt: str) -> str:
-    """The likeliest 20 tokens after `prompt`."""
+    """The likeliest 20 tokens after `prompt`, or as many as the context has room for."""
     inputs = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(
-        **inputs, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
+    room = model.config.n_positions - inputs["input_ids"].shape[1]
+    if room < 1:
+        raise SystemExit(f"--prompt: it fills the context of {model.config.n_positions} tokens")
+    how = {"max_new_tokens": min(20, room), "do_sample": False}
+    ids = model.generate(**inputs, **how, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(ids[0])
 
 

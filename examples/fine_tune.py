@@ -103,7 +103,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--lr", type=float, default=3e-5, help="decays linearly to zero")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if missing := [str(path) for path in options.text if not path.is_file()]:
+        parser.error(f"--text: no such file: {', '.join(missing)}")
+    return options
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    if not dist.is_torchelastic_launched():
+        raise SystemExit("start it with torchrun, which says how many processes there are")
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo")
     device = torch.device("cuda", dist.get_node_local_rank()) if on_gpu else torch.device("cpu")

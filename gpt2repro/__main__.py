@@ -11,7 +11,7 @@ VERBS = {
     "average": ("average", "one model of the mean of several models' weights"),
     "compare-logits": ("compare_logits", "ours against transformers' GPT-2 on the same weights"),
     "doctor": ("doctor", "check a recipe and this machine before hours are spent"),
-    "evaluate": ("evaluate", "validation loss, HellaSwag, LAMBADA, WikiText-2 of any causal LM"),
+    "evaluate": ("evaluate", "validation loss, HellaSwag, CORE, lm_eval's tasks of any causal LM"),
     "export": ("export", "write a checkpoint in native or stock GPT-2 form"),
     "generate": ("generate", "continue a prompt"),
     "plots": ("plots", "look inside a run or a model"),

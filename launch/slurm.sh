@@ -20,7 +20,8 @@ set -euo pipefail
 run_dir=$(python - "$@" <<'PYTHON'
 import sys
 from gpt2repro.recipe import load_recipe
-print(load_recipe(sys.argv[1:]).run_dir)
+from gpt2repro.system.command_line import run
+sys.exit(run("launch/slurm.sh", lambda argv: print(load_recipe(argv).run_dir) or 0, sys.argv[1:]))
 PYTHON
 )
 rm -f "$run_dir/PREEMPTED"

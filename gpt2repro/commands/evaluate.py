@@ -117,7 +117,7 @@ def _parse(argv: list[str]) -> Namespace:
 
 
 def _add_groups(parser: OneLineParser) -> None:
-    theirs = parser.add_argument_group("tasks of lm-evaluation-harness, with gpt2repro[eval]")
+    theirs = parser.add_argument_group("tasks of lm-evaluation-harness, where it is installed")
     theirs.add_argument("--num_fewshot", type=int, help="default: each task's own number")
     theirs.add_argument("--tasks_dir", type=named, help="a directory of more task files (YAML)")
     theirs.add_argument("--stride", type=int, help="of whole texts, tokens; default: the context")

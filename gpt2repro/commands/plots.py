@@ -64,9 +64,7 @@ def _page_writer() -> Any:
     try:
         from gpt2repro.plots.page import write_page
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"--html needs {error.name}: `pip install gpt2repro[html]`, or `pip install bokeh`"
-        ) from None
+        raise UserError(f"--html needs {error.name}: `pip install bokeh`") from None
     return write_page
 
 

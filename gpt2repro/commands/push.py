@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
     from gpt2repro.publishing.verification import verify
 
     directory = _find_export(options.model)
+    existed = check_hub_rights(options.repo, private=options.private, option="--repo")
     if options.allow_code and (changed := changed_code(directory)):
         print(
             f"gpt2repro push: warning: {' and '.join(changed)} in {directory} are not this "
@@ -42,7 +43,6 @@ def main(argv: list[str]) -> int:
         if scored not in (None, options.repo) and directory.absolute() not in places:
             said = f"gpt2repro push: warning: {options.evaluation} is of {scored}, not {directory}"
             print(printable(said), file=sys.stderr, flush=True)
-    existed = check_hub_rights(options.repo, private=options.private, option="--repo")
     files = to_publish(directory, allow_code=options.allow_code)
     size = sum(path.stat().st_size for path in files) / 1e6
     print(

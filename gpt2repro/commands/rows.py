@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     """Print rows or sightings; exit status 1 if --find finds nothing."""
     options, state, recipe = _parse(argv)
     if recipe.num_steps is not None and (options.step or 0) > recipe.num_steps:
-        print(f"note  num_steps is {recipe.num_steps}: the run ends before.", file=sys.stderr)
+        said = f"num_steps is {recipe.num_steps}: this is what a longer run would go on with."
+        print(f"note  {said}", file=sys.stderr)
     reader = Reader(recipe, is_decided=state is not None)
     try:
         begin = state["step"] if state is not None else 0

@@ -46,7 +46,7 @@ def check_names(names: Sequence[str], option: str) -> None:
     if theirs and not find_spec("lm_eval"):
         raise UserError(
             f"{option}: {', '.join(theirs)}: the tasks of lm-evaluation-harness need "
-            f"`pip install 'gpt2repro[eval]'`; without it there are {', '.join(OURS)}"
+            f"`pip install lm_eval`; without it there are {', '.join(OURS)}"
         )
 
 

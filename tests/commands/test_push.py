@@ -222,4 +222,8 @@ def test_only_verified_exports_are_pushed(hub, exported, tmp_path):
         (tampered / path.name).write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors was changed or damaged"):
         push.main(["--model", str(tampered), "--repo", "me/name"])
-    assert hub.log == []
+    # Only the rights were asked for, and nothing was sent.
+    assert {(r.method, r.path) for r in hub.log} == {
+        ("GET", "/api/whoami-v2"),
+        ("GET", "/api/models/me/name"),
+    }

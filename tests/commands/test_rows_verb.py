@@ -88,7 +88,8 @@ def test_bad_options_are_one_line(run, words, message):
 
 
 def test_steps_that_the_run_does_not_have_are_told(run, capsys):
-    for step, said in ((12, ""), (13, "note  num_steps is 12: the run ends before.\n")):
+    beyond = "note  num_steps is 12: this is what a longer run would go on with.\n"
+    for step, said in ((12, ""), (13, beyond)):
         assert main(["--recipe", str(run / "recipe.yaml"), "--step", str(step), "--seen"]) == 0
         assert capsys.readouterr().err == said
 

@@ -22,10 +22,10 @@ def check_lanes(num_lanes: int, *, rows_per_step: int, world_size: int = 1) -> N
         )
     if num_lanes % world_size:
         fits = [n for n in divisors(rows_per_step) if n % world_size == 0]
-        other = f"change num_lanes to {_listed(fits)}" if fits else "change batch_tokens"
+        other = f"num_lanes to {_listed(fits)}" if fits else "num_lanes and batch_tokens"
         raise UserError(
             f"num_lanes {num_lanes} is not divisible by the {world_size} processes of this launch; "
-            f"launch {_listed(divisors(num_lanes))} processes, or {other}"
+            f"launch {_listed(divisors(num_lanes))} processes, or change {other}"
         )
 
 
