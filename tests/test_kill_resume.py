@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gpt2repro.records import integrity
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -42,8 +44,7 @@ def test_a_difference_would_be_seen(kill_resume, tmp_path):
         files = {"state.json": state.encode(), "model.safetensors": weights}
         for file, content in files.items():
             (saved / file).write_bytes(content)
-        sizes = {file: len(content) for file, content in files.items()}
-        (saved / "COMPLETE").write_text(json.dumps(sizes))
+        integrity.mark(saved)
         (tmp_path / name / "final").mkdir()
         (tmp_path / name / "final" / "model.safetensors").write_bytes(weights)
         lines = [{"step": 0, "loss": 3.0}, {"step": 1, "loss": loss, "tokens_per_second": loss}]

@@ -477,7 +477,7 @@ def test_hellaswag_in_the_loop_leaves_training_alone(recipe, tmp_path, capsys):
     tasks = ("--eval_tasks", "hellaswag_completion", "--hellaswag_file", str(HELLASWAG))
     plain, scored = tmp_path / "plain", tmp_path / "scored"
     assert train(recipe, plain, *long) == 0
-    assert train(recipe, scored, *long, *tasks, "--hellaswag_every", "4") == 0
+    assert train(recipe, scored, *long, *tasks, "--eval_tasks_every", "4") == 0
     assert_same_tensors(tensors(scored, 6), tensors(plain, 6))
     figures = {m["step"]: m for m in metrics(scored) if any("hellaswag" in key for key in m)}
     assert [*figures] == [4, 6]

@@ -5,7 +5,8 @@ Exit status: 0 ready to train, 1 a check failed, 2 mend the input.
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import MOST_PROCESSES, recipe_parser
-from gpt2repro.recipe import Recipe, load_recipe
+from gpt2repro.recipe import load_recipe
+from gpt2repro.recipe_fields import Recipe
 
 
 def main(argv: list[str]) -> int:

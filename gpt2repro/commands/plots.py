@@ -72,7 +72,7 @@ def _facts(records: list[Any], name: str) -> list[tuple[str, str]]:
     """What the card says of the training: the model's own, or of a run so far."""
     from gpt2repro.publishing.card import facts, model_card
     from gpt2repro.publishing.redaction import redacted
-    from gpt2repro.recipe import FIELDS
+    from gpt2repro.recipe_fields import FIELDS
 
     for path in (Path(name) / "final" / "README.md", Path(name) / "README.md"):
         if path.is_file():

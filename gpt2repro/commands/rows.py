@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import path, recipe_parser
-from gpt2repro.recipe import Recipe, load_recipe
+from gpt2repro.recipe import load_recipe
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:

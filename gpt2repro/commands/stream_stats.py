@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import MOST_PROCESSES, make_room, path, recipe_parser
-from gpt2repro.recipe import Recipe, load_recipe
+from gpt2repro.recipe import load_recipe
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.system import atomic
 
 if TYPE_CHECKING:

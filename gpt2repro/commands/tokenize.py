@@ -12,7 +12,8 @@ import time
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import make_room, path, recipe_parser
-from gpt2repro.recipe import Recipe, load_recipe
+from gpt2repro.recipe import load_recipe
+from gpt2repro.recipe_fields import Recipe
 
 RANGES = {"shard_tokens": (1000, 2**31 - 1), "num_threads": (1, 1024)}  # a header counts in int32
 

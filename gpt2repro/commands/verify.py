@@ -20,7 +20,8 @@ import yaml
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.recipe import Recipe, load_recipe, parse_arguments
+from gpt2repro.recipe import load_recipe, parse_arguments
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.system.text import printable
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _compare_with_data(
     recipe = _recipe_of(branches[-1].card, fields)
     records = {branch.name: branch.record for branch in branches if branch.record}
     last = max(record.step for record in records.values())
-    # A chain that a checkpoint of an earlier version began does not know the rows before.
+    # A chain that began after the first step may not know the rows before.
     begins = [record.begin for record in records.values()]
     unknown = max(begin.step * (begin.rows_digest == NO_ROWS) for begin in begins)
     reader = Reader(recipe, is_decided=True)

@@ -118,14 +118,14 @@ class Published:
         if not self.state:
             return
         try:
-            marked = integrity.Marker.model_validate_json(self.files.get(marker, b"")).files()
+            marked = integrity.Marker.model_validate_json(self.files.get(marker, b"")).root
         except ValueError:
             yield f"its {marker} cannot be read"
             return
         places = {name: f"{STATE_FOLDER}/{name}" for name in marked}
         places[integrity.WEIGHTS] = integrity.WEIGHTS
         for name, file in marked.items():
-            if file.sha256 and self.found(places[name]) != file.sha256:
+            if self.found(places[name]) != file.sha256:
                 yield f"its {places[name]} is not the file that its {marker} lists"
         for name in {*self.state} - {marker, f"{STATE_FOLDER}/{METRICS}", *places.values()}:
             yield f"holds {name}, which its {marker} does not list"

@@ -254,17 +254,15 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def record_of(path: Path) -> Record | None:
-    """What the checkpoint's provenance is published as; None for one of an earlier version."""
+    """What the checkpoint's provenance is published as; None for one without a chain."""
     state = integrity.read_saved_state(path)
     if state.chain is None:
         return None
-    weights = integrity.read_marker(path)[integrity.WEIGHTS].sha256
-    assert weights is not None, "earlier versions had no chain"
-    multiples = state.recipe.get("batch_multiples", [])  # which earlier versions did not have
+    batches = Batches(state.recipe["batch_multiples"]).before(state.step)
     return state.chain.record(
         permanent=state.permanent,
-        tokens=Batches(multiples).before(state.step) * state.recipe["batch_tokens"],
-        weights={integrity.WEIGHTS: weights},
+        tokens=batches * state.recipe["batch_tokens"],
+        weights={integrity.WEIGHTS: integrity.read_marker(path)[integrity.WEIGHTS].sha256},
         commit=state.commit,
     )
 

@@ -32,17 +32,11 @@ class SavedFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     size: int
-    sha256: str | None = None  # earlier versions listed the size alone
+    sha256: str
 
 
 class Marker(RootModel):
-    root: dict[str, SavedFile | int]
-
-    def files(self) -> dict[str, SavedFile]:
-        return {
-            name: SavedFile(size=file) if isinstance(file, int) else file
-            for name, file in self.root.items()
-        }
+    root: dict[str, SavedFile]
 
 
 class SavedState(BaseModel):
@@ -58,7 +52,7 @@ class SavedState(BaseModel):
     metrics_lines: int = Field(0, ge=0)
     permanent: bool = False
     commit: str | None = None
-    chain: Chain | None = None  # earlier versions had none
+    chain: Chain | None = None
     stream: SavedStream | None = None
 
     @model_validator(mode="after")
@@ -116,7 +110,7 @@ def read_saved_state(path: Path) -> SavedState:
 
 
 def read_marker(path: Path) -> dict[str, SavedFile]:
-    return Marker.model_validate_json((path / MARKER).read_bytes()).files()
+    return Marker.model_validate_json((path / MARKER).read_bytes()).root
 
 
 def _problem_of_file(path: Path, listed: SavedFile | None) -> str | None:
@@ -124,7 +118,7 @@ def _problem_of_file(path: Path, listed: SavedFile | None) -> str | None:
         return f"it lacks {path.name}"
     if path.stat().st_size != listed.size:
         return f"{path.name} has another size than the marker lists"
-    if listed.sha256 is not None and atomic.sha256(path) != listed.sha256:
+    if atomic.sha256(path) != listed.sha256:
         return f"{path.name} was changed or damaged after it was saved"
     return None
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from gpt2repro import UserError
 from gpt2repro.data.rows.lanes import check_lanes
-from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.speed import cpu_memory
 from gpt2repro.system import ranks
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS

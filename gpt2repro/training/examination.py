@@ -19,7 +19,8 @@ from gpt2repro.data.rows.lanes import check_lanes, divisors
 from gpt2repro.data.rows.mixture import Source
 from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.publishing.upload import check_hub_rights
-from gpt2repro.recipe import Recipe, accumulation_steps
+from gpt2repro.recipe import accumulation_steps
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.speed.attention import kernel_taken
 from gpt2repro.system.text import count_of, in_short
 from gpt2repro.training.inputs import (

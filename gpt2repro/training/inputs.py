@@ -28,7 +28,7 @@ from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.task import Task
-from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.records.run_directory import Start
 from gpt2repro.system import ranks
 from gpt2repro.training.progress import phase

@@ -17,7 +17,8 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
 from gpt2repro.data.rows.lanes import divisors
 from gpt2repro.data.tokens.token_ids import begin_id, end_ids, num_ids
-from gpt2repro.recipe import Recipe, accumulation_steps
+from gpt2repro.recipe import accumulation_steps
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import Start
 from gpt2repro.records.saved_models import load_causal_lm
@@ -67,7 +68,7 @@ def open_learner(recipe: Recipe, accelerator: Accelerator, tokenizer, start: Sta
     fitted_to = None
     if micro_batch_size == "auto":
         fitted_to = _what_a_size_fits(recipe, accelerator)
-        same = start.state.get("fitted_to", fitted_to) == fitted_to  # earlier versions had none
+        same = start.state.get("fitted_to") == fitted_to
         if same and start.state.get("world_size") == accelerator.num_processes:
             # Another size would round differently.
             micro_batch_size = int(start.recipe["micro_batch_size"])

@@ -24,7 +24,8 @@ from gpt2repro.evaluation.published import published_loss
 from gpt2repro.evaluation.scoring import score_tasks
 from gpt2repro.evaluation.validation import validation_loss
 from gpt2repro.plots.curves import loss_curve
-from gpt2repro.recipe import ResolvedRecipe, differences
+from gpt2repro.recipe import differences
+from gpt2repro.recipe_fields import ResolvedRecipe
 from gpt2repro.records.checkpoints import innermost
 from gpt2repro.records.incidents import IncidentLog
 from gpt2repro.records.metrics import MetricsLog, read_metrics

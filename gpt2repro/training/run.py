@@ -17,7 +17,8 @@ from gpt2repro.publishing.background import BackgroundPush
 from gpt2repro.publishing.branches import refuse_another_run
 from gpt2repro.publishing.card import model_card
 from gpt2repro.publishing.upload import check_hub_rights
-from gpt2repro.recipe import Recipe, ResolvedRecipe, as_saved, refuse_changes
+from gpt2repro.recipe import as_saved, refuse_changes
+from gpt2repro.recipe_fields import Recipe, ResolvedRecipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.records.provenance import branch_of

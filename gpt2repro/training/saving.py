@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gpt2repro import UserError
 from gpt2repro.publishing.background import BackgroundPush
-from gpt2repro.recipe import ResolvedRecipe
+from gpt2repro.recipe_fields import ResolvedRecipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.provenance import Chain, Record, branch_of
 from gpt2repro.records.run_directory import RunDirectory

@@ -4,7 +4,7 @@ import math
 
 from torch.optim.optimizer import Optimizer
 
-from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.training.optim.groups import MATRICES, matrix_scale
 
 POWER = 1.2  # of the cooldown: modded-nanogpt, track 3, "PowerCool"

@@ -21,7 +21,8 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from pydantic import BaseModel
 
 from gpt2repro import UserError
-from gpt2repro.recipe import ResolvedRecipe, differences
+from gpt2repro.recipe import differences
+from gpt2repro.recipe_fields import ResolvedRecipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.records.run_directory import RunDirectory, Start, saved_recipe

@@ -203,7 +203,10 @@ def test_another_tokenizer_is_refused():
         ({"num_lanes": 3}, r"num_lanes 3 does not divide the 16 rows .* these would: 1, 2, 4$"),
         ({"num_lanes": 0}, r"num_lanes 0 does not divide the 16 rows .* these would: 1, 2$"),
         ({"num_lanes": 2, "world_size": 4}, r"2 is not .* launch 1, 2 .* num_lanes to 4, 8, 16$"),
-        ({"world_size": 3}, "the 3 processes .* launch 1, 2, 4, 8 processes, or change batch_tok"),
+        (
+            {"world_size": 3},
+            "the 3 processes .* launch 1, 2, 4, 8 processes, or change num_lanes and batch_tok",
+        ),
         ({"num_validation_units": 30}, "num_validation_units: 30 of the dataset's 30 units"),
         ({"rows_per_step": 512, "num_lanes": 512}, "num_lanes: 512 lanes .* 280 documents"),
     ],

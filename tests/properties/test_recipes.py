@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2repro import UserError
-from gpt2repro.recipe import FIELDS, FORMER_NAMES, GONE, Recipe, _alternatives, load_recipe
+from gpt2repro.recipe import load_recipe
+from gpt2repro.recipe_fields import FIELDS, Recipe, alternatives
 from gpt2repro.system.command_line import in_one_line
 
-NAMES = [*FIELDS, *FORMER_NAMES, *GONE]
+NAMES = list(FIELDS)
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +104,11 @@ def test_any_command_line(argv, glue):
 
 def alike(name: str) -> Iterator[st.SearchStrategy[Any]]:
     """Values that the field `name` mostly takes."""
-    for kind in _alternatives(FIELDS[name].annotation):
+    for kind in alternatives(FIELDS[name].annotation):
         if get_origin(kind) is Literal:
             yield st.sampled_from(get_args(kind))
         elif get_origin(kind) is list:
-            (item,) = _alternatives(get_args(kind)[0])
+            (item,) = alternatives(get_args(kind)[0])
             texts = st.text(min_size=1)
             yield st.lists(st.sampled_from(get_args(item)) if get_args(item) else texts)
         elif kind is str:

@@ -189,12 +189,3 @@ def test_one_without_a_marker_or_a_file_is_not_whole(run):
     (newest / integrity.MARKER).unlink()
     (before / integrity.WEIGHTS).unlink()
     assert not integrity.is_whole(newest) and not integrity.is_whole(before)
-
-
-def test_checkpoints_of_earlier_versions_are_gone_on_from(run):
-    """Their markers list sizes alone."""
-    newest = run / "step_00000020"
-    sizes = {name: (newest / name).stat().st_size for name in integrity.FILES}
-    (newest / integrity.MARKER).write_text(json.dumps(sizes))
-    assert checkpoints.find_latest(run) == (newest, {})
-    assert checkpoints.read_state(newest)["step"] == 20

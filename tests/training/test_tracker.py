@@ -20,7 +20,8 @@ from accelerate.utils import LoggerType
 from tiny_run import metrics, reset_accelerate, train, write_inputs
 
 from gpt2repro import UserError
-from gpt2repro.recipe import ResolvedRecipe, load_recipe
+from gpt2repro.recipe import load_recipe
+from gpt2repro.recipe_fields import ResolvedRecipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory, Start
 from gpt2repro.training import finish

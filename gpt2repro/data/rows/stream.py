@@ -377,7 +377,7 @@ def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
         shown = FIELD_OF.get(field, field)
         if place:  # of a mixture, whose entries have no `dataset_` before their fields
             shown = f"{shown.removeprefix('dataset_')} of {place}"
-        if then != now and (field, then) != ("content", None):  # from before it was hashed
+        if then != now:
             raise UserError(
                 f"cannot resume the data stream: {shown} was {then!r} in the checkpoint and is "
                 f"{now!r} now: set it back, or give another exp_name to start a new run"

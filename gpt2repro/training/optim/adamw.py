@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.system import ranks
 from gpt2repro.training.optim.groups import parameter_groups
 

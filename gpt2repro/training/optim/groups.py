@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_fields import Recipe
 
 KINDS = ("qkv", "matrices", "embeddings", "positions", "vectors")
 MATRICES = ("qkv", "matrices")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.system import ranks
 from gpt2repro.training.optim.adamw import AdamW, like, settings
 from gpt2repro.training.optim.groups import MATRICES, parameter_groups

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_fields import Recipe
 from gpt2repro.training.optim import adamw, muon
 from gpt2repro.training.optim.averaging import keep_average
 
