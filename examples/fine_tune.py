@@ -20,6 +20,8 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 
 def main() -> None:
     options = parse()
+    if missing := [str(path) for path in options.text if not path.is_file()]:
+        raise SystemExit(f"--text: no such file: {', '.join(missing)}")
     set_seed(options.seed)
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
@@ -103,10 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--lr", type=float, default=3e-5, help="decays linearly to zero")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if missing := [str(path) for path in options.text if not path.is_file()]:
-        parser.error(f"--text: no such file: {', '.join(missing)}")
-    return options
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ processes.
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if not dist.is_torchelastic_launched():
+    if "RANK" not in os.environ:
         raise SystemExit("start it with torchrun, which says how many processes there are")
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo")

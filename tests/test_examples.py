@@ -133,7 +133,7 @@ def test_the_plain_model_names_its_size_and_what_guessing_costs(run):
 
 def test_every_class_of_the_model_file_names_a_twin_that_exists(plain):
     source = (EXAMPLES.parent / "modeling_gpt2repro.py").read_text(encoding="utf-8")
-    twins = re.findall(r"Twin: (?:the last line of )?`(\w+)", source)
+    twins = re.findall(r"Twin: (?:the end of )?`(\w+)", source)
     assert sorted(twins) == ["Attention", "Block", "GPT2", "GPT2", "MLP"]
     assert all(twin in plain for twin in twins)
 

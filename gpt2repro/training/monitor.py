@@ -359,7 +359,7 @@ class Monitor:
         """Keep the rows of a skipped update; a disk that does not take them ends no run."""
         self._incidents.count()
         rows_of_ranks = ranks.gather(rows.tokens)
-        kept = f"rows kept in {self._incidents.directory}"
+        said = f"update skipped, rows kept in {self._incidents.directory}"
         if ranks.rank() == 0:
             try:
                 self._incidents.record(
@@ -371,10 +371,9 @@ class Monitor:
                     rows_digest=result.rows_digest,
                 )
             except OSError as error:
-                kept = f"its rows could not be kept: {error}"
+                said = f"update skipped, its rows could not be kept: {error}"
         self.progress.note(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: update skipped, "
-            f"{kept}"
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: {said}"
         )
 
     def _write(self, record: dict[str, Any]) -> None:
