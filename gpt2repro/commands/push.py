@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     size = sum(path.stat().st_size for path in files) / 1e6
     print(
         f"Pushing {len(files)} files ({size:,.1f} MB) to {options.repo}, which "
-        f"{'exists: this adds a commit' if existed else 'was created'} ...",
+        f"{'exists: this adds a commit' if existed else 'is new: this makes it'} ...",
         flush=True,
     )
     try:

@@ -114,7 +114,7 @@ class Reader:
         return [self.tokenizer.decode(each) for each in np.split(ids, ends[:-1])[: len(ends)]]
 
     def go_on_from(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict({"step": state["step"]} | state["stream"])
+        self.stream.load_state_dict(state["stream"])
 
     @property
     def step(self) -> int:

@@ -209,7 +209,7 @@ class ExactStream(IterableDataset):
             step, stream = int(state["step"]), dict(state["stream"])
         except (KeyError, TypeError, ValueError):
             raise UserError("the stream's state is damaged: it is no `state_dict`") from None
-        if stream.setdefault("step", step) != step:
+        if stream.get("step", step) != step:
             raise UserError("the stream's state is damaged: it is of two steps")
         self.stream.load_state_dict(stream)
         self.step, self.digest = step, 0

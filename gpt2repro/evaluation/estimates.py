@@ -79,14 +79,12 @@ def choices(
 
 
 def perplexity(
-    predictions: ArrayLike, num_tokens: ArrayLike, num_words: ArrayLike, num_bytes: ArrayLike
+    predictions: ArrayLike, num_tokens: ArrayLike, num_bytes: ArrayLike
 ) -> dict[str, Estimate]:
-    """`loss`, perplexities and `bits_per_byte`, with standard errors."""
+    """`loss`, `token_perplexity` and, where there are bytes, `bits_per_byte`, from nats."""
     nats = -np.asarray(predictions)
     loss = ratio(nats, num_tokens)
     found = {"loss": loss, "token_perplexity": loss.exp()}
-    if np.any(num_words):
-        found["word_perplexity"] = ratio(nats, num_words).exp()
     if np.any(num_bytes):
         found["bits_per_byte"] = ratio(nats, num_bytes) * (1 / math.log(2))
     return found

@@ -1,6 +1,6 @@
-"""Two of our figures as metrics of the `evaluate` library, for code that speaks its language.
+"""Our accuracy as a metric of the `evaluate` library, for code that speaks its language.
 
-Apart from them, since importing `evaluate` takes a second.
+Apart from it, since importing `evaluate` takes a second.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import evaluate
 from datasets import Features, Sequence, Value
 
-from gpt2repro.evaluation.estimates import Estimate, choices, perplexity
+from gpt2repro.evaluation.estimates import Estimate, choices
 
 
 class Metric(evaluate.Metric):
@@ -63,17 +63,3 @@ class MultipleChoiceAccuracy(Metric):
         }
     )
     figures = staticmethod(choices)
-
-
-class CorpusPerplexity(Metric):
-    """Loss per token, perplexity per token and per word, and bits per byte, of a whole corpus.
-
-    predictions: log-likelihood of each document or row, nats. num_tokens, num_words, num_bytes: of
-    each; they may be fractional, and zero words or bytes leave the figure out. Sums are divided
-    once. Standard errors take documents as independent.
-    """
-
-    inputs = MappingProxyType(
-        dict.fromkeys(("predictions", "num_tokens", "num_words", "num_bytes"), Value("float64"))
-    )
-    figures = staticmethod(perplexity)

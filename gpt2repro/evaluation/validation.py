@@ -3,15 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
-from torch.nn import functional as F
 
-from gpt2repro.evaluation.likelihoods import POSITIONS_AT_ONCE, Reduce, evaluating, without_cache
-from modeling_gpt2repro import GPT2ReproForCausalLM
+from gpt2repro.evaluation.likelihoods import Reduce, evaluating
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -44,8 +40,7 @@ def validation_loss(
     The same for any batch size, world size and engine, up to float summation: batches of
     consecutive rows are dealt to the ranks in turn, sums and counts are reduced once, and divided
     once. Every forward has the same shape and every rank runs as many: what is missing is filled
-    with rows that do not count. Our model computes its own loss, as in training; of any other one
-    the (B, T, V) logits are taken.
+    with rows that do not count. The model is ours, which computes the loss as in training.
 
     `reduce` sums a tensor over the ranks. `should_stop` is polled before each batch and must answer
     alike on all ranks; None is returned when it says so. `on_batch` is told the number of rows that
@@ -55,7 +50,6 @@ def validation_loss(
     assert rows.ndim == 2 and len(rows) > 0, "rows are (N, T+1), at least one"
     device = next(model.parameters()).device
     num_batches = -(-len(rows) // (batch_size * world_size)) * world_size
-    options = without_cache(model)
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     with evaluating(model):
         for batch in range(rank, num_batches, world_size):
@@ -68,37 +62,13 @@ def validation_loss(
             num_counted = int((index < len(rows)).sum())
             num_tokens = num_counted * targets.shape[1]
             # As training has it: a compiler takes rows of another stride for a model of its own.
-            nats = _summed_loss(model, tokens[:, :-1].contiguous(), targets, num_tokens, options)
+            inputs, options = tokens[:, :-1].contiguous(), {"skip_logits": True, "use_cache": False}
+            loss = model(input_ids=inputs, shift_labels=targets, **options).loss.item()
             if num_tokens:
-                sums += torch.tensor([nats, num_tokens], dtype=torch.float64)
+                sums += torch.tensor([loss * num_tokens, num_tokens], dtype=torch.float64)
             if on_batch is not None:
                 on_batch(num_counted)
     if world_size > 1:
         assert reduce is not None, "several ranks need a reduce"
         sums = reduce(sums.to(device)).cpu()
     return ValidationResult(float(sums[0] / sums[1]), int(sums[1]))
-
-
-def _summed_loss(
-    model: torch.nn.Module,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    num_tokens: int,
-    options: dict[str, Any],
-) -> float:
-    """Nats, summed over the `num_tokens` targets (B, T) that are not IGNORED.
-
-    `options` go to the model.
-    """
-    bare = extract_model_from_parallel(model, keep_torch_compile=False)
-    if isinstance(bare, GPT2ReproForCausalLM):  # stock GPT-2 would swallow `shift_labels`
-        loss = model(input_ids=inputs, shift_labels=targets, skip_logits=True, **options).loss
-        return loss.item() * num_tokens
-    logits = model(input_ids=inputs, **options).logits.flatten(0, 1)
-    targets = targets.flatten()
-    chunks = zip(logits.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
-    parts = [
-        F.cross_entropy(some.float(), wanted, ignore_index=IGNORED, reduction="sum")
-        for some, wanted in chunks
-    ]
-    return torch.stack(parts).double().sum().item()

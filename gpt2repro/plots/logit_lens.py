@@ -32,22 +32,10 @@ def logit_lens(model: Any, ids: torch.Tensor, positions: int) -> np.ndarray:
     tokens of the text `ids` (T,). The final LayerNorm and the output projection are applied to the
     residual stream (nostalgebraist 2020, "interpreting GPT: the logit lens").
     """
-    stream: list[torch.Tensor] = []
-    body = model.transformer
-    hooks = [body.drop.register_forward_hook(lambda _m, _a, out: stream.append(out))]
-    hooks += [
-        block.register_forward_hook(
-            lambda _m, _a, out: stream.append(out[0] if isinstance(out, tuple) else out)
-        )
-        for block in body.h
-    ]
-    try:
-        model(ids[None], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    rows = torch.cat(stream)[:, -positions:]
-    return model.lm_head(body.ln_f(rows)).float().softmax(-1).numpy()
+    read = model(ids[None], output_hidden_states=True, use_cache=False).hidden_states
+    rows = torch.cat(read)[:, -positions:]
+    rows[:-1] = model.transformer.ln_f(rows[:-1])  # the last ones went through it
+    return model.lm_head(rows).float().softmax(-1).numpy()
 
 
 def draw_logit_lens(

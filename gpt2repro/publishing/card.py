@@ -6,7 +6,6 @@ form the model lies, loading and verification, are filled in (again) by `complet
 exported or pushed.
 """
 
-import hashlib
 import json
 import re
 import shlex
@@ -72,7 +71,7 @@ def model_card(
         name, loss_curve: of the model, as its title; of the picture beside the card.
         recipe: every field of the run's recipe, resolved (`dataset_revision` is a commit).
         environment: hardware and versions, as `machine.describe()` gives them.
-        metrics: the run's `metrics.jsonl`; throughput, losses and the data ledger come from it.
+        metrics: the run's `metrics.jsonl`; throughput and losses come from it.
         command, commit: what trained it, its launcher's options included, and of which code.
         published_loss: whose loss on the same held-out text others published, and the loss.
         averaged: which average the weights are, if they are one; `metrics` then tell of both.
@@ -102,7 +101,6 @@ def model_card(
         tokens=max((r["tokens"] for r in metrics if is_number(r.get("tokens"))), default=None),
         rate=_median_of(metrics, "tokens_per_second"),
         mfu=_median_of(metrics, "mfu"),
-        ledger=ledger_digest(metrics),
         loss_curve=loss_curve,
         validations=validations[:1] + validations[1:][-1:] + _validations(metrics[-1:], "_ema"),
         published_loss=published_loss,
@@ -256,17 +254,6 @@ def _described(dataset: Mapping[str, Any], datasets: Sequence[Mapping[str, Any]]
 
 
 # --- What the run says ----------------------------------------------------------------------------
-
-
-def ledger_digest(metrics: Metrics) -> tuple[str, int] | None:
-    """SHA-256 over `step rows_digest` lines, and their number: the text this model saw, in order.
-
-    Two runs with equal digests trained on the same rows at every logged step.
-    """
-    lines = [f"{r['step']} {r['rows_digest']}\n" for r in metrics if r.get("rows_digest")]
-    if not lines:
-        return None
-    return hashlib.sha256("".join(lines).encode()).hexdigest(), len(lines)
 
 
 def _validations(metrics: Metrics, of: str = "") -> list[tuple[str, float, float | None]]:

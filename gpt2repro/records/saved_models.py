@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from gpt2repro import UserError
 from gpt2repro.data.tokenizer import holds_tokenizer, load_tokenizer
 from gpt2repro.records import checkpoints
+from gpt2repro.records.integrity import is_whole
 from gpt2repro.records.run_directory import finished_step, run_of, saved_recipe
 from gpt2repro.system import ranks
 from gpt2repro.system.hub import is_hub_id, refuse_pointers
@@ -37,11 +39,8 @@ def locate(name: str, option: str = "--model") -> str:
     if (path / "config.json").is_file():
         return str(path)
     if path.is_dir():
-        newest = [checkpoints.find_latest(place)[0] for place in (path / "checkpoints", path)]
-        final = path / "final"
-        in_order = [final, *newest] if _is_of_the_end(final, newest[0]) else [*newest, final]
-        for candidate in in_order:
-            if candidate and (candidate / "config.json").is_file():
+        for candidate in _candidates(path):
+            if (candidate / "config.json").is_file():
                 return str(candidate)
         raise UserError(f"{option} {name}: a directory without a config.json")
     if path.exists() or not is_hub_id(name):
@@ -49,11 +48,17 @@ def locate(name: str, option: str = "--model") -> str:
     return name
 
 
-def _is_of_the_end(final: Path, newest: Path | None) -> bool:
-    """Whether no checkpoint is of a later step than the run's `final/`."""
-    if newest is None or (finished := finished_step(final.parent)) is None:
-        return True
-    return newest.name <= checkpoints.checkpoint_path(final, finished).name
+def _candidates(run: Path) -> Iterator[Path]:
+    """What a run's directory may mean, the likeliest first: to look for a checkpoint reads it."""
+    finished = finished_step(run)
+    later = checkpoints.newer(run / "checkpoints", finished) if finished is not None else []
+    if not any(map(is_whole, later)):
+        yield run / "final"
+    for place in (run / "checkpoints", run):
+        newest, _ = checkpoints.find_latest(place)
+        if newest is not None:
+            yield newest
+    yield run / "final"
 
 
 def load_causal_lm(

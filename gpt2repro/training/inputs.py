@@ -78,7 +78,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
     stream = open_stream(recipe, sources, encoder, ranks.rank(), ranks.world_size())
     _check_same_data(ranks.gather(stream.identity))
     if start.path is not None:
-        stream.load_state_dict({"step": start.step} | start.state["stream"])
+        stream.load_state_dict(start.state["stream"])
     return Inputs(
         tokenizer=tokenizer,
         sources=sources,

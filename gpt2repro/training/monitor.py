@@ -20,6 +20,7 @@ from gpt2repro.data.dataset import Dataset
 from gpt2repro.data.rows.mixture import Source
 from gpt2repro.data.rows.producer import StepRows
 from gpt2repro.data.tokens.token_ids import begin_id, ids_to_continue
+from gpt2repro.evaluation.likelihoods import evaluating
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.evaluation.scoring import score_tasks
 from gpt2repro.evaluation.validation import validation_loss
@@ -436,11 +437,9 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
     num_tokens = min(num_tokens, room)
     if num_tokens < 1:
         return prompt
-    was_training = inner.training
-    inner.eval()
     devices = [device] if device.type == "cuda" else []
     eager = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(devices), eager, for_generation():
+    with evaluating(inner), torch.random.fork_rng(devices), eager, for_generation():
         torch.manual_seed(seed)
         ids = inner.generate(
             prompt_ids,
@@ -451,5 +450,4 @@ def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, se
             max_new_tokens=num_tokens,
             pad_token_id=begin_id(tokenizer),
         )
-    inner.train(was_training)
     return tokenizer.decode(ids[0])

@@ -194,12 +194,16 @@ def test_a_loader_of_torch_gives_the_same_and_its_workers_are_refused(make):
     batches._shutdown_workers()  # left to the garbage collector it waits 5 s
 
 
-def test_a_copy_goes_on_by_itself(make):
+@pytest.mark.parametrize("order", ["shuffled", "file"])
+def test_a_copy_goes_on_by_itself(make, inputs, tmp_path, order):
     """A worker that is spawned is sent one, and answers as one that is forked."""
-    stream = make()
+    how = {"order": order, "num_validation_units": None}
+    how |= {"dataset_name": write_shards(inputs, tmp_path)} if order == "file" else {}
+    stream = make(**how)
     next(iter(stream))
+    expected = next(islice(make(**how), 1, 2))["input_ids"]
     for copied in (pickle.loads(pickle.dumps(stream)), copy.deepcopy(stream)):
-        assert torch.equal(next(iter(copied))["input_ids"], next(islice(make(), 1, 2))["input_ids"])
+        assert torch.equal(next(iter(copied))["input_ids"], expected)
         copied.close()
 
 

@@ -6,8 +6,8 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from gpt2repro.evaluation.estimates import Estimate, mean, ratio
-from gpt2repro.evaluation.evaluate_metrics import CorpusPerplexity, MultipleChoiceAccuracy
+from gpt2repro.evaluation.estimates import Estimate, mean, perplexity, ratio
+from gpt2repro.evaluation.evaluate_metrics import MultipleChoiceAccuracy
 
 
 def test_mean_and_difference():
@@ -61,25 +61,14 @@ def test_a_tie_goes_to_the_first_even_when_the_last_is_right():
 
 
 def test_a_corpus_by_hand():
-    found = CorpusPerplexity(keep_in_memory=True).compute(
-        predictions=[-math.log(2) * 6, -math.log(2) * 2],
-        num_tokens=[3, 1],
-        num_words=[1, 1],
-        num_bytes=[12, 4],
-    )
-    assert found["loss"] == pytest.approx(2 * math.log(2))
-    assert found["token_perplexity"] == pytest.approx(4)
-    assert found["word_perplexity"] == pytest.approx(16)  # 8 bits over 2 words
-    assert found["bits_per_byte"] == pytest.approx(0.5)
-    assert found["loss_stderr"] == pytest.approx(0, abs=1e-12)
-    assert found["word_perplexity_stderr"] > 0
-
-
-def test_words_and_bytes_may_be_unknown():
-    found = CorpusPerplexity(keep_in_memory=True).compute(
-        predictions=[-1.0], num_tokens=[1], num_words=[0], num_bytes=[0]
-    )
-    assert set(found) == {"loss", "token_perplexity", "loss_stderr", "token_perplexity_stderr"}
+    found = perplexity([-math.log(2) * 6, -math.log(2) * 2], [3, 1], [12, 4])
+    assert found["loss"].value == pytest.approx(2 * math.log(2))
+    assert found["token_perplexity"].value == pytest.approx(4)
+    assert found["bits_per_byte"].value == pytest.approx(0.5)
+    assert found["loss"].stderr == pytest.approx(0, abs=1e-12)
+    unequal = perplexity([-math.log(2) * 6, -math.log(2) * 2], [1, 3], [12, 4])
+    assert unequal["loss"].stderr > 0
+    assert set(perplexity([-1.0], [1], [0])) == {"loss", "token_perplexity"}
 
 
 def _one_process(rank: int, cache_dir: str, queue) -> None:

@@ -124,7 +124,7 @@ def test_a_long_curve_keeps_its_ends_and_its_spike():
 
 def test_without_bokeh_a_line_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "gpt2repro.plots.page", None)
-    with pytest.raises(UserError, match=r"--html needs .*pip install gpt2repro\[html\]"):
+    with pytest.raises(UserError, match=r"--html needs .*pip install bokeh"):
         plots.main([str(run), "--html"])
 
 

@@ -40,7 +40,7 @@ def damaged(content: bytes, damage: tuple[str, float, bytes]) -> bytes:
 def saved(tmp_path_factory) -> Path:
     """Checkpoints before steps 10 and 20 of the smallest GPT-2."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    stream = {"version": 1, "identity": {}, "lanes": [[0, 0, 0, 0]]}
+    stream = {"version": 2, "identity": {}, "step": 3, "lanes": [[[0, 0, 0, 0]]]}
     for step in (10, 20):
         save_checkpoint(directory, step, stream=stream)
     return directory

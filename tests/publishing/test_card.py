@@ -1,7 +1,6 @@
 """The card: valid metadata, every known fact, nothing that nobody handed in."""
 
 import ast
-import hashlib
 import json
 import re
 import shlex
@@ -17,13 +16,12 @@ from gpt2repro.publishing import verification
 from gpt2repro.publishing.card import (
     add_evaluation,
     completed,
-    ledger_digest,
     model_card,
     with_evaluation,
 )
 from gpt2repro.publishing.redaction import redacted
 from gpt2repro.recipe import load_recipe
-from gpt2repro.records.metrics import read_metrics
+from gpt2repro.records import checkpoints
 from gpt2repro.training import finish
 
 RECIPE = load_recipe(["--recipe", "gpt2"]).model_dump() | {"dataset_revision": "0123abc"}
@@ -158,14 +156,6 @@ def test_an_average_has_the_figures_of_its_own():
         assert ("hellaswag/acc" in text) != bool(averaged)
 
 
-def test_the_data_ledger_is_a_digest_of_all_steps():
-    digest = hashlib.sha256(b"0 0a\n1 0b\n2 0c\n3 0d\n").hexdigest()
-    assert ledger_digest(METRICS) == (digest, 4)
-    assert digest in card()
-    other = [METRICS[0], METRICS[1] | {"rows_digest": "ff"}, *METRICS[2:]]
-    assert ledger_digest(other) != (digest, 4)
-
-
 def test_what_nobody_said_is_not_there():
     text = model_card(name="mine")
     for absent in ("None", "nan", "## Training", "## Validation", "MFU", "datasets", "model-index"):
@@ -290,10 +280,10 @@ def recipe_of(text: str) -> str:
     return re.search(r"^(`{3,})yaml\n(.*?)\n\1$", text, re.M | re.S)[2]
 
 
-def test_the_table_is_a_dozen_rows_and_the_block_has_every_field():
+def test_the_table_has_eleven_rows_and_the_block_has_every_field():
     text = card(num_processes=1)
     table = text.split("## Training\n\n")[1].split("\n\n")[0].splitlines()
-    assert len(table) - 2 == 12 and all(line.count("|") == 3 for line in table)
+    assert len(table) - 2 == 11 and all(line.count("|") == 3 for line in table)
     assert "8 x NVIDIA H100, 1 process |" in text
     assert yaml.safe_load(recipe_of(text)) == RECIPE
     assert [*yaml.safe_load(recipe_of(text))] == [*RECIPE]
@@ -411,6 +401,5 @@ def test_a_run_is_repeated_from_its_card_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(finish, "finish", lambda run: 0)
     assert train(tmp_path / "from_card.yaml", tmp_path / "second") == 0
     assert digests(tmp_path / "second") == digests(tmp_path / "first")
-    digest, num_steps = ledger_digest(read_metrics(tmp_path / "second" / "metrics.jsonl"))
-    assert num_steps == 3
-    assert f"| Data ledger | `{digest}` (SHA-256 over `rows_digest` of 3 steps) |" in text
+    record = checkpoints.record_of(tmp_path / "second" / "checkpoints" / "step_00000003")
+    assert f"| Digest of all rows so far | `{record.rows_digest}` |" in text

@@ -13,7 +13,7 @@ from tiny_checkpoint import save_checkpoint
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, integrity
 
-STREAM = {"version": 1, "identity": {}, "lanes": [[0, 0, 0, 0], [0, 1, 2, 3]]}
+STREAM = {"version": 2, "identity": {}, "step": 20, "lanes": [[[0, 0, 0, 0]], [[0, 1, 2, 3]]]}
 
 
 @pytest.fixture
@@ -134,9 +134,9 @@ STATES: list[tuple[dict, str]] = [
     ({"num_epochs": 1.5}, "state.json: num_epochs"),
     ({"stream": []}, "state.json: stream"),
     ({"stream": {}}, "state.json: stream.version"),
-    ({"stream": STREAM | {"lanes": [[0, 0, 0]]}}, "state.json: stream.lanes.0"),
-    ({"stream": STREAM | {"lanes": [[0, 0, 0, -1]]}}, "state.json: stream.lanes.0.0.3"),
-    ({"stream": STREAM | {"lanes": [[0, 0, 0.5, 0]]}}, "state.json: stream.lanes.0.0.2"),
+    ({"stream": STREAM | {"lanes": [[[0, 0, 0]]]}}, "state.json: stream.lanes.0"),
+    ({"stream": STREAM | {"lanes": [[[0, 0, 0, -1]]]}}, "state.json: stream.lanes.0.0.3"),
+    ({"stream": STREAM | {"lanes": [[[0, 0, 0.5, 0]]]}}, "state.json: stream.lanes.0.0.2"),
     ({"stream": STREAM | {"lanes": None}}, "state.json: stream.lanes"),
 ]
 

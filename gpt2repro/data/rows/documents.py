@@ -63,9 +63,9 @@ def count_epoch_tokens(
     )
     try:
         num_tokens = 0
-        for unit_index in units:
-            for documents, _ in documents_in_order(reader, range(unit_index, unit_index + 1), 1):
-                num_tokens += len(documents) + sum(map(len, documents))
+        for unit in units_in_order(reader, units, num_reader_threads):
+            assert isinstance(unit, TokenUnit)
+            num_tokens += len(unit) + len(unit.tokens)
             if on_unit:
                 on_unit(1)
         return num_tokens

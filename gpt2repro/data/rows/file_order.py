@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2repro import UserError
-from gpt2repro.data.corpora.shards import TokenShards, check_ids
+from gpt2repro.data.corpora.shards import Shard, TokenShards, check_ids
 from gpt2repro.data.rows.order import Position
 
 BLOCK_TOKENS = 2**19  # of a shard, read at once for all lanes
@@ -67,7 +67,6 @@ class FileOrder:
         self._rows_of_turn = chunk_rows // self._num_readers
         self._rows_of_step = rows_per_step // self._num_readers
         self._firsts = [self._first_rows(reader) for reader in range(self._num_readers)]
-        self._block = lru_cache(maxsize=4)(self._read_block)
 
     def _first_rows(self, reader: int) -> list[int]:
         """Of each shard the number of the reader's first row in it, and of all its rows."""
@@ -117,20 +116,22 @@ class FileOrder:
         position = Position(epoch, shard, row - firsts[shard], 0)
         return Run(shard, first, self._rows_of_turn - place, position)
 
-    def _read_block(self, shard: int, number: int) -> np.ndarray:
-        ids = self._shards[shard].read(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
-        check_ids(ids, self._num_ids, self._shards[shard].source.name)
-        return ids
-
     def rows(self, shard: int, first: int, count: int) -> np.ndarray:
         """(count, T+1) token ids: consecutive rows of a shard."""
         length = self.sequence_length
         begin, end = first * length, (first + count) * length + 1
         numbers = range(begin // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1)
-        blocks = [self._block(shard, number) for number in numbers]
+        blocks = [_block(self._shards[shard], number, self._num_ids) for number in numbers]
         ids = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         ids = ids[begin - numbers[0] * BLOCK_TOKENS : end - numbers[0] * BLOCK_TOKENS]
         return np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length]
+
+
+@lru_cache(maxsize=4)
+def _block(shard: Shard, number: int, num_ids: int) -> np.ndarray:
+    ids = shard.read(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
+    check_ids(ids, num_ids, shard.source.name)
+    return ids
 
 
 class FileRows:

@@ -22,12 +22,12 @@ documents, and "piece" means such a range; else a piece is a unit.
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpt2repro import UserError
 from gpt2repro.data.corpora.shards import TokenShards, check_encoder
@@ -41,7 +41,6 @@ from gpt2repro.data.rows.units import UnitReader
 from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.system.text import wrong_fields
 
-STATE_VERSION = 2
 ORDERS = ("shuffled", "file", "build-nanogpt")
 
 # The recipe's name of what an identity holds, where the two differ.
@@ -63,24 +62,16 @@ Place = Annotated[list[Whole], Field(min_length=4, max_length=4)]
 class SavedStream(BaseModel):
     """What `TokenStream.state_dict` gives: plain JSON values.
 
-    step: optimizer steps whose rows were taken; version 1 left that to the caller.
-    lanes: of lane 0, 1, ..., the `Position` of its next row in each dataset. Version 1 knew one.
+    step: optimizer steps whose rows were taken.
+    lanes: of lane 0, 1, ..., the `Position` of its next row in each dataset.
     """
 
     model_config = ConfigDict(strict=True)
 
-    version: int
+    version: Literal[2]
     identity: dict[str, Any]
-    step: Whole = 0
+    step: Whole
     lanes: list[list[Place]]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_version_1(cls, state: Any) -> Any:
-        if isinstance(state, dict) and state.get("version") == 1:
-            with suppress(KeyError, TypeError):  # then it is no state
-                return state | {"lanes": [[place] for place in state["lanes"]]}
-        return state
 
     def states(self) -> list[LaneState]:
         """Of lane 0, 1, ..."""
@@ -305,7 +296,7 @@ class TokenStream:
         assert sorted(lanes) == list(range(num_lanes)), "the state needs the lanes of every process"
         [step] = {lane.step for lane in lanes.values()}
         places = [[list(map(int, at)) for at in lanes[n].positions] for n in range(num_lanes)]
-        return {"version": STATE_VERSION, "identity": self.identity, "step": step, "lanes": places}
+        return {"version": 2, "identity": self.identity, "step": step, "lanes": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, saved by any number of processes.
@@ -318,8 +309,6 @@ class TokenStream:
         except ValidationError as error:
             wrong = wrong_fields(error, 3)
             raise UserError(f"the checkpoint's stream state is damaged: {wrong}") from None
-        if not 1 <= saved.version <= STATE_VERSION:
-            raise UserError(f"the checkpoint's stream state has version {saved.version}")
         _check_identity(flat(saved.identity), flat(self.identity))
         states = saved.states()
         whole = all(len(state.positions) == len(self.plans) for state in states)

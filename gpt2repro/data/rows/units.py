@@ -133,7 +133,7 @@ class TokenCache:
 
 
 class UnitReader:
-    """Reads units ahead of need. A unit that someone still holds is not read twice."""
+    """Reads units ahead of need. A unit whose future someone still holds is not read twice."""
 
     def __init__(
         self,
@@ -151,29 +151,20 @@ class UnitReader:
         )
         self._digests = UnitDigests(Path(unit_digests_dir), corpus) if unit_digests_dir else None
         self._encode_whole_units = encode_whole_units
-        self._held: weakref.WeakValueDictionary[int, TextUnit | TokenUnit] = (
-            weakref.WeakValueDictionary()
-        )
-        self._locks: weakref.WeakValueDictionary[int, threading.Lock] = (
-            weakref.WeakValueDictionary()
-        )
+        self._futures: weakref.WeakValueDictionary[int, Future] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         self._pool = DaemonPool(num_threads, "unit-reader")
 
     def submit(self, unit_index: int) -> "Future[TextUnit | TokenUnit]":
-        return self._pool.submit(self._get, unit_index)
+        with self._lock:  # lanes that share a unit ask for it at the same time
+            future = self._futures.get(unit_index)
+            if future is None or (future.done() and future.exception()):
+                future = self._pool.submit(self._read, unit_index)
+                self._futures[unit_index] = future
+            return future
 
     def close(self) -> None:
         self._pool.close()
-
-    def _get(self, unit_index: int) -> TextUnit | TokenUnit:
-        with self._lock:
-            lock = self._locks.setdefault(unit_index, threading.Lock())
-        with lock:  # lanes that share a unit ask for it at the same time
-            unit = self._held.get(unit_index)
-            if unit is None:
-                unit = self._held[unit_index] = self._read(unit_index)
-            return unit
 
     def _read(self, unit_index: int) -> TextUnit | TokenUnit:
         if (tokens := self._corpus.read_tokens(unit_index, self._encoder)) is not None:

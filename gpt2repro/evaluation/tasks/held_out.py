@@ -30,4 +30,4 @@ class Validation(Task):
     def score(self, scores: Scores) -> dict[str, Estimate]:
         num_tokens = np.full(len(self.requests), float(self.max_length))
         num_bytes = num_tokens * self.bytes_per_token
-        return perplexity(scores.log_likelihood, num_tokens, 0, num_bytes)
+        return perplexity(scores.log_likelihood, num_tokens, num_bytes)
