@@ -342,14 +342,6 @@ def test_other_units_are_another_identity(tmp_path, monkeypatch):
         stream_of(open_corpus(tmp_path), ByteEncoder(), **OPTIONS).load_state_dict(state)
 
 
-def test_a_checkpoint_from_before_local_files_were_hashed_goes_on(tmp_path):
-    write_parquet(tmp_path / "0.parquet", TEXTS)
-    stream = stream_of(open_corpus(tmp_path), ByteEncoder(), **OPTIONS)
-    state = stream.state_dict()
-    state["identity"] = {k: v for k, v in stream.identity.items() if k != "content"}
-    stream.load_state_dict(state)
-
-
 def test_cached_tokens_are_those_of_the_files_as_they_are(tmp_path, records):
     path = tmp_path / "texts" / "0.parquet"
     path.parent.mkdir()

@@ -409,8 +409,6 @@ def test_what_changed_under_its_commit_is_refused_at_resume(hub):
     stream = stream_of(now, ByteEncoder(), **OPTIONS)
     with pytest.raises(UserError, match=r"^cannot resume the data stream: the hash of what .*$"):
         stream.load_state_dict(state)
-    del state["identity"]["content"]  # saved before there were hashes
-    stream.load_state_dict(state)
 
 
 OTHER_TAGS = ("", "0" * 64, 'W/"%s"' % ("0" * 64), '"%s"' % ("0" * 32), f'"{"0" * 62}-2"')
