@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         )
     for line in verify(directory, allow_code=options.allow_code).lines():
         print(f"  {line}")
-    read_card(directory / "README.md")
+    read_card(directory / "README.md")  # raises what the Hub would refuse
     if options.evaluation:
         repo_name = options.repo.partition("/")[2]
         scored = add_evaluation(directory / "README.md", options.evaluation, repo_name)

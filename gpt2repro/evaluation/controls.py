@@ -20,8 +20,7 @@ def control(task: Task, kind: str, begin_id: int) -> Task | None:
     """`task` with contexts of one of the KINDS; None where it has nothing to control.
 
     A row whose first request has no context (a whole text) is left out, and so is what the model is
-    to write. Requests of a row that had
-    one context between them still do.
+    to write. Requests of a row that had one context between them still do.
     """
     if isinstance(task, TaskGroup):
         members = [control(each, kind, begin_id) for each in task.members]

@@ -1,7 +1,7 @@
 """What a run reads: tokenizer, stream, held-out rows, benchmarks.
 
-The verbs that speak of a recipe (`doctor`, `stream-stats`) open the same things through it, so what
-they check is what the run will use.
+The verbs that speak of a recipe (`doctor`, `rows`, `tokenize` ...) open the same things through it,
+so what they check is what the run will use.
 """
 
 import logging
