@@ -70,6 +70,7 @@ LENGTHS = range(8, 41)  # in fortieths of AdamW's steps
 TUNED_AT = 0.5  # of them
 WARMUP = 1 / 15
 REFINED = (1 / 6, 1 / 6)  # of the points
+DECIDED_BY_DATA = ("num_validation_units", "dataset_revision")  # where a recipe has null
 SHAPE = (
     *("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "batch_tokens"),
     *("mixed_precision", "validation_tokens"),
@@ -224,7 +225,8 @@ def start_one(fields: dict[str, Any], output: Path, options: Namespace) -> dict[
 
 def check_same(fields: dict[str, Any], known: dict[str, Any], where: Path) -> None:
     for name in (fields.keys() & known.keys()) - {"output_dir"}:
-        if fields[name] != known[name]:
+        left_to_the_data = fields[name] is None and name in DECIDED_BY_DATA
+        if fields[name] != known[name] and not left_to_the_data:
             now = f"it has {name} {known[name]}, and is to have {fields[name]}"
             raise UserError(f"{where} is of another run: {now}; move it away")
 

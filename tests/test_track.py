@@ -176,7 +176,8 @@ def test_a_run_of_its_own_is_ended_told_of_and_gone_on_with(track, tmp_path):
     def start(code: str, seconds: float = 60.0) -> dict:
         options = Namespace(output=tmp_path, threads=1, deadline=time.monotonic() + seconds)
         options.launcher = [sys.executable, "-c", f"import sys, time; {code}", "at"]
-        return track.start_one({"seed": 1}, output, options)
+        fields = {"seed": 1, "num_validation_units": None}  # which the run's data decide
+        return track.start_one(fields, output, options)
 
     with pytest.raises(UserError, match=r"a run failed or was stopped: see the end of .*log"):
         start("sys.exit('out of memory')")
@@ -184,7 +185,8 @@ def test_a_run_of_its_own_is_ended_told_of_and_gone_on_with(track, tmp_path):
     for seconds in (0.5, 0.0):
         with pytest.raises(track.TimeIsOver):
             start("time.sleep(60)", seconds)
-    record = {"val_loss": 3.5, "recipe": {"seed": 1, "output_dir": "x"}}
+    decided = {"seed": 1, "output_dir": "x", "num_validation_units": 4}
+    record = {"val_loss": 3.5, "recipe": decided}
     done = start(f"open(sys.argv[-1], 'w').write({json.dumps(record)!r})")
     assert done == record == start("sys.exit(1)") and not [*(tmp_path / "work").iterdir()]
     output.write_text(json.dumps({"recipe": {"seed": 2}}))
