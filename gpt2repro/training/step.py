@@ -90,7 +90,7 @@ def train_step(
     accelerator.step, accelerator.gradient_accumulation_steps = 0, len(micro_batches)
     # Asking costs nothing in one process, and on CPUs a step may take minutes.
     looks_up = ranks.world_size() == 1 or device.type == "cpu"
-    random_state = get_random_state()
+    random_state = get_random_state() if looks_up else {}
     loss = torch.zeros((), device=device)
     for input_ids, shift_labels in micro_batches:
         if looks_up and should_stop():
