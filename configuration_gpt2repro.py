@@ -77,7 +77,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2repro"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # before and since transformers 5.24
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

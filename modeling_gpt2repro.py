@@ -3,8 +3,7 @@
 The model is a stack of L identical blocks around one residual stream of width C. A token's row of
 the stream starts as its embedding plus its position's embedding. Every block adds to it twice:
 first what attention gathers from earlier tokens, then what an MLP makes of it. After a last
-LayerNorm the row is compared with every token's embedding; the similarities are the logits of the
-token that comes next.
+LayerNorm it is compared with every token's embedding; the similarities are the next one's logits.
 
     ids (B, T) -> wte + wpe -> L x [+ attn(ln_1), + mlp(ln_2)] -> ln_f (B, T, C) -> logits (B, T, V)
 
@@ -48,6 +47,8 @@ except ImportError:
     from configuration_gpt2repro import AUTO_MAP, GPT2ReproConfig
 
 LOSS_TOKENS = 1024  # whose logits exist at once: 206 MB in float32 at V = 50257
+# What transformers calls the keys and values of earlier calls: since 5.24 by another name.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
@@ -64,8 +65,8 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2ReproMLP(config)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
-        mixed, _ = self.attn(self.ln_1(hidden_states), attention_mask, past_key_values, **kwargs)
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        mixed, _ = self.attn(self.ln_1(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + mixed  # (B, T, C), 124M: (B, 1024, 768)
         return hidden_states + self.mlp(self.ln_2(hidden_states))  # (B, T, C)
 
@@ -93,15 +94,15 @@ class GPT2ReproAttention(nn.Module):
         self.c_proj.writes_to_stream = True  # for the initial weights
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
         rows = hidden_states.shape[:-1]  # (B, T)
         qkv = self.c_attn(hidden_states)  # (B, T, 3C), 124M: (B, 1024, 2304)
         query, key, value = (  # (B, H, T, D) each, 124M: (B, 12, 1024, 64)
             part.view(*rows, -1, self.head_dim).transpose(1, 2)
             for part in qkv.split(self.config.n_embd, dim=-1)
         )
-        if past_key_values is not None:  # append to the cache, attend to all of it: (B, H, S, D)
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := kwargs.pop(CACHE, None)) is not None:  # append, attend to all: (B, H, S, D)
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         # Without a mask, `sdpa` takes a flash kernel: causal for T > 1, unmasked for the one token
         # of a decoding step, which may see everything.
@@ -164,7 +165,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = True
     _input_embed_layer = "wte"
     _no_split_modules = ("GPT2ReproBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (CACHE,)
     _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
     # OpenAI's files hold every layer's causal mask; here the attention function knows it.
     _keys_to_ignore_on_load_unexpected = (r"attn\.bias", r"attn\.masked_bias")
@@ -233,7 +234,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             position_ids: (B, T) or (1, T). By default a row counts from its first token that is
                 not padding. Without a mask and a cache, a position that does not follow its
                 predecessor starts a new document, which sees none of the earlier ones.
-            past_key_values: The keys and values of earlier calls, extended in place.
+            past_key_values: The keys and values of earlier calls, extended in place; or `cache`.
             token_type_ids: (B, T) tokens whose embeddings mark segments.
             use_cache: Return a cache, new if none was given.
         """
@@ -241,13 +242,13 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C), 124M: (B, 1024, 768)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = kwargs.pop(CACHE, past_key_values)
+        past_length = cache.get_seq_length() if isinstance(cache, Cache) else 0  # or it is paged
         refuse_beyond_context(self.config, past_length + inputs_embeds.shape[1], position_ids)
-        causal_mask = create_causal_mask(  # None wherever the attention function can do without
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
-        )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        # None wherever the attention function can do without.
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = position_ids[None] + past_length  # (1, T): 0, 1, 2, ...
@@ -259,14 +260,12 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
-        kwargs |= {"attention_mask": causal_mask, "past_key_values": past_key_values}
+        kwargs |= {"attention_mask": mask, CACHE: cache}
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
         for block in self.h:
             hidden_states = block(hidden_states, **kwargs)  # (B, T, C)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states),  # (B, T, C)
-            past_key_values=past_key_values if use_cache else None,
-        )
+        hidden_states = self.ln_f(hidden_states)  # (B, T, C)
+        return BaseModelOutputWithPast(hidden_states, cache if use_cache else None)
 
 
 class GPT2ReproLMHead(nn.Linear):
@@ -357,7 +356,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -385,11 +384,12 @@ def refuse_beyond_context(config, length, position_ids) -> None:
     """Positions are learned: `wpe` has no row beyond its last, and an index error says little.
 
     Given positions are looked at only if the shape is too long: on a GPU, looking means waiting.
-    Compiled code looks at no value, and an exported program (torch 2.11 takes all compiled code for
-    one) must take any length.
+    Compiled code and CUDA graphs look at no value, and an exported program must take any length.
     """
     unknown = isinstance(length, torch.Tensor) or position_ids is not None
-    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and unknown):
+    on_gpu = position_ids is not None and position_ids.is_cuda
+    blind = torch.compiler.is_compiling() or (on_gpu and torch.cuda.is_current_stream_capturing())
+    if torch.compiler.is_exporting() or (blind and unknown):
         return
     if length > config.n_positions and position_ids is not None:
         length = position_ids.max() + 1

@@ -22,6 +22,7 @@ from transformers import (
 
 from configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro import (
+    CACHE,
     GPT2ReproForCausalLM,
     GPT2ReproForQuestionAnswering,
     GPT2ReproForSequenceClassification,
@@ -393,13 +394,14 @@ def test_no_cache_is_made_in_training_unless_asked_for():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_cached_continuation_equals_the_whole(attention):
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_a_cached_continuation_equals_the_whole(attention, name):
     ours, _ = ours_and_theirs(attn_implementation=attention)
     ids = random_ids(2, 20)
     cache, pieces = None, []
     for piece in ids.split([7, 1, 1, 11], dim=1):
-        outputs = ours(piece, past_key_values=cache)
-        cache = outputs.past_key_values
+        outputs = ours(piece, **{name: cache})
+        cache = outputs[name]
         pieces.append(outputs.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), ours(ids).logits, **REORDERED)
 

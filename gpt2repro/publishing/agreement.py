@@ -11,6 +11,7 @@ from gpt2repro import UserError
 from gpt2repro.data.tokens.token_ids import ids_to_continue
 from gpt2repro.publishing.verification import same_bits
 from gpt2repro.records.saved_models import check_ids
+from modeling_gpt2repro import CACHE
 
 # fp32 rounding is relative: 1e-5 of the largest logit, and the 1e-4 that a small model's logits
 # (up to 10) make of it. The two differ in rounding only: stock spells GELU in seven operations.
@@ -73,11 +74,8 @@ def _cached_decode(model: PreTrainedModel, ids: Tensor) -> Tensor:
     outputs = model(input_ids=ids[:, :start], use_cache=True)
     logits = [outputs.logits[:, -1]]
     for column in range(start, ids.shape[1]):
-        outputs = model(
-            input_ids=ids[:, column : column + 1],
-            past_key_values=outputs.past_key_values,
-            use_cache=True,
-        )
+        cache = {CACHE: outputs[CACHE]}
+        outputs = model(input_ids=ids[:, column : column + 1], use_cache=True, **cache)
         logits.append(outputs.logits[:, -1])
     return torch.cat(logits)
 
