@@ -213,7 +213,7 @@ def _write_weights(
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name] for name in names}
         save_file(shard, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o644)  # safetensors makes it unreadable for others
+        atomic.let_umask_decide(directory / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

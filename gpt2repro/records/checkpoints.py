@@ -105,6 +105,8 @@ def write(
         snapshot.config.save_pretrained(scratch)
         save_file(snapshot.optimizer, scratch / integrity.OPTIMIZER)
         (scratch / integrity.STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
+        for file in (integrity.WEIGHTS, integrity.OPTIMIZER):
+            atomic.let_umask_decide(scratch / file)
         commit(scratch, path)
     except (OSError, SafetensorError) as error:
         for left in directory.glob(".step_*.partial"):
@@ -220,10 +222,20 @@ def find_latest(directory: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint under `directory` that a run can go on from.
 
     Also the newer ones that none can, each with the reason.
+
+    Raises:
+        UserError: one cannot be read now. To pass over it would be to set aside what is whole.
     """
     broken: dict[Path, str] = {}
     for path in reversed(_in_order(directory)):
-        if (problem := integrity.find_problem(path)) is None:
+        try:
+            problem = integrity.find_problem(path)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read: {error}. It may be whole: nothing was changed; make it "
+                "readable, or move it away to go on without it"
+            ) from None
+        if problem is None:
             return path, broken
         broken[path] = problem
     return None, broken
@@ -242,7 +254,11 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise UserError(f"--resume {path}: no such checkpoint directory")
-    if problem := integrity.find_problem(path):
+    try:
+        problem = integrity.find_problem(path)
+    except OSError as error:
+        raise UserError(f"--resume {path} cannot be read: {error}") from None
+    if problem:
         raise UserError(
             f"--resume {path}: no complete checkpoint: {problem}; a run's are in its checkpoints/, "
             "and --resume auto takes the newest valid one"

@@ -84,12 +84,15 @@ def find_problem(path: Path) -> str | None:
     """Why no run can go on from the checkpoint `path`, in a few words; None if one can.
 
     Reads all of it, about as long as loading it takes.
+
+    Raises:
+        OSError: it cannot be read now, which says nothing about what was saved.
     """
     try:
         files = read_marker(path)
     except FileNotFoundError:
         return f"it has no {MARKER} marker"
-    except (OSError, ValueError):
+    except (IsADirectoryError, ValueError):
         return f"its {MARKER} marker is damaged"
     try:
         for name in sorted({*files, *FILES}):
@@ -101,7 +104,7 @@ def find_problem(path: Path) -> str | None:
         return _problem_of_tensors(path, state)
     except ValidationError as error:
         return f"{STATE}: {wrong_fields(error, 1)}"
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         return f"it cannot be read: {error}"
 
 

@@ -141,6 +141,14 @@ def move_into_place(scratch: Path, path: Path) -> None:
         remove(previous)
 
 
+def let_umask_decide(path: Path) -> None:
+    """Give a file the mode of a new one: safetensors makes its files for their owner alone."""
+    new = _scratch_of(path)
+    new.touch()
+    path.chmod(new.stat().st_mode)
+    new.unlink()
+
+
 def link(path: Path, place: Path) -> None:
     """Let `place` be the file `path` too, at no cost where the file system has hard links."""
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from power_failure import Disk
 from safetensors import safe_open
-from tiny_checkpoint import save_now
+from tiny_checkpoint import save_checkpoint, save_now
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro import UserError
@@ -112,6 +112,15 @@ def test_a_checkpoint_is_a_model_directory_without_pickles(tmp_path):
     assert not any(report.values())
     ids = torch.arange(8)[None]
     assert torch.equal(theirs(ids).logits, model.eval()(ids).logits)
+
+
+def test_the_umask_decides_who_may_read_a_checkpoint(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save_checkpoint(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {"0o640"}
 
 
 def test_only_the_newest_valid_ones_are_kept(tmp_path):

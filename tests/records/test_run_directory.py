@@ -1,5 +1,6 @@
 """Where a launch goes on, who may write, and what a kill between any two files leaves."""
 
+import errno
 import fcntl
 import json
 import threading
@@ -12,6 +13,7 @@ from gpt2repro import UserError
 from gpt2repro.records import run_directory
 from gpt2repro.records.metrics import MetricsLog, read_metrics
 from gpt2repro.records.run_directory import RunDirectory
+from gpt2repro.system import atomic
 
 
 def add_checkpoint(run: Path, step: int, resume: str = "auto", **state) -> Path:
@@ -64,6 +66,20 @@ def test_broken_ones_are_passed_over_and_named(run):
     (run / "checkpoints" / "step_00000004" / "COMPLETE").unlink()
     start = RunDirectory(run).find_start("auto")
     assert start.step == 0 and "no valid checkpoint: starting at step 0" in start.note
+
+
+@pytest.mark.parametrize("resume", ["auto", "checkpoints/step_00000008"])
+def test_one_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(run, monkeypatch, resume):
+    """A colleague's file mode, a file server that is away: the run would begin again from less."""
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(atomic, "sha256", refuse)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"step_00000008 cannot be read: .*Permission denied"):
+        RunDirectory(run).find_start(resume if resume == "auto" else str(run / resume))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_going_back_sets_later_checkpoints_aside(run):
