@@ -8,11 +8,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
+from gpt2repro.data.tokens.encoder import PROBE_TEXT
 from gpt2repro.system import patience
 from gpt2repro.system.command_line import place
 from gpt2repro.system.hub import is_hub_id
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # any one will do
+PLAIN = {"add_special_tokens": False, "split_special_tokens": True}
 
 
 def holds_tokenizer(directory: Path) -> bool:
@@ -46,7 +48,7 @@ def load_tokenizer(
         raise UserError(f"tokenizer_name: {name} is neither a local directory nor a Hub name")
     try:
         if directory.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            tokenizer = _read(name, trust_remote_code)
         else:
             tokenizer = patience.patiently(
                 lambda: _from_hub(name, trust_remote_code),
@@ -72,10 +74,34 @@ def _from_hub(name: str, trust: bool) -> Any:
         HfApi().model_info(name, expand=["sha"], timeout=patience.REQUEST_TIMEOUT_SECONDS)
     except Exception:
         try:
-            return AutoTokenizer.from_pretrained(
-                name, local_files_only=True, trust_remote_code=trust
-            )
+            return _read(name, trust, offline=True)
         except Exception:
             pass  # the Hub's answer is the one to tell
         raise
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    return _read(name, trust)
+
+
+def _read(name: str, trust: bool, offline: bool = False) -> Any:
+    """As its tokenizer.json says, where a class of transformers' would encode otherwise.
+
+    Some (GPT-2's, GPT-NeoX', Qwen's) take vocabulary and merges from the file and put their own
+    model's normalizer and splitting of words in place of the file's: other ids, without a word.
+    """
+    tokenizer: Any
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, trust_remote_code=trust, local_files_only=offline
+    )
+    if not type(tokenizer).__module__.startswith("transformers.models."):
+        return tokenizer  # the plain class already, or somebody's own
+    try:  # its files are here by now
+        plain = PreTrainedTokenizerFast.from_pretrained(
+            name, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError):  # there is no tokenizer.json: what is there has been read
+        return tokenizer
+    text = f" {PROBE_TEXT}"  # with a space to begin with, which some are told to put there
+    if tokenizer.encode(text, **PLAIN) == plain.encode(text, **PLAIN):
+        return tokenizer
+    for name in ("bos_token", "eos_token"):  # a class may know them where the files say nothing
+        setattr(plain, name, getattr(plain, name) or getattr(tokenizer, name))
+    return plain

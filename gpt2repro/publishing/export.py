@@ -32,6 +32,7 @@ from gpt2repro.publishing.contents import (
     INDEX,
     SHIPPED_CODE,
     not_exported,
+    read_json,
     refuse_link,
     write_sums,
 )
@@ -282,9 +283,16 @@ def _write_tokenizer(
     """tokenizer.json and its configuration; vocab.json and merges.txt for older tools."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = n_positions
-    tokenizer.init_kwargs.pop("auto_map", None)  # code that was not needed to load it
+    # Code that was not needed to load it, and how it was found here.
+    for name in ("auto_map", "is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
     several = isinstance(tokenizer.chat_template, dict)  # they would be files in a folder
     tokenizer.save_pretrained(directory, save_jinja_files=not several)
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file)
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 and others' tools
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # know it by its former name
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     bpe = tokenizer.backend_tokenizer.model
     if plain_files and type(bpe).__name__ == "BPE":
         bpe.save(str(directory))

@@ -246,3 +246,20 @@ def test_bytes_of_ids_without_a_twin():
     [ids] = encoder.encode([text])
     assert encoder.bytes_of_ids[ids].sum() == len(text.encode())
     assert encoder.bytes_of_ids[encoder.eot_id] == 0
+
+
+def test_bytes_of_ids_of_words_that_carry_their_space():
+    """As SentencePiece spells them: a word alone decodes without it. And bytes of no word."""
+    vocabulary = {"</s>": 0, "<unk>": 1, "▁a": 2, "▁the": 3, "s": 4, "▁": 5}
+    vocabulary |= {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
+    model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    spaces = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+    backend.decoder = decoders.Sequence([*spaces, decoders.Strip(" ", 1, 0)])
+    encoder = BulkEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    text = "the a the é s"
+    [ids] = encoder.encode([text])
+    assert 1 not in ids and 6 + 0xC3 in ids
+    assert encoder.bytes_of_ids[ids].sum() == len(f" {text}".encode())
+    assert encoder.bytes_of_ids[encoder.eot_id] == 0

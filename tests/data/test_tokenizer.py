@@ -6,6 +6,7 @@ import pytest
 from fake_hub import FakeHub, Fault
 from huggingface_hub import constants
 from tiny_corpus import documents
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
@@ -34,6 +35,32 @@ def test_a_torn_file_is_one_line(theirs, tmp_path, file, torn):
         load_tokenizer(tmp_path)
     except UserError as error:
         assert "tokenizer_name" in str(error)
+
+
+@pytest.mark.parametrize(
+    "name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"]
+)
+def test_the_file_says_how_words_are_split_and_not_the_class(theirs, tmp_path, name):
+    backend = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    backend.normalizer = normalizers.NFKC()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": name, "eos_token": theirs.eos_token}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "in 1984 \ufb01ve of 2023"
+    loaded = load_tokenizer(tmp_path)
+    assert loaded(text)["input_ids"] == backend.encode(text).ids
+    assert BulkEncoder(loaded).encode([text])[0].tolist() == backend.encode(text).ids
+    assert loaded.eos_token == theirs.eos_token
+
+
+def test_a_space_that_the_settings_ask_for_is_put_there(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    settings |= {"eos_token": theirs.eos_token}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path)("a")["input_ids"] == theirs(" a")["input_ids"]
 
 
 def test_a_tokenizer_of_words_in_a_text_file_is_one(tmp_path):

@@ -19,6 +19,7 @@ from tiny_gpt2 import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from gpt2repro import UserError
+from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.publishing import contents, export, fresh_process, verification
 
 ROOT = Path(__file__).parent.parent.parent
@@ -341,6 +342,24 @@ def test_a_chat_template_travels_with_its_tokenizer(tmp_path, monkeypatch):
     tokenizer.chat_template = several = {"default": "a", "tool_use": "b"}
     export.export(tiny_model(), tokenizer, tmp_path / "several")
     assert AutoTokenizer.from_pretrained(tmp_path / "several").chat_template == several
+
+
+def test_a_tokenizer_is_named_as_transformers_4_knows_it_and_not_as_it_was_found(
+    tmp_path, monkeypatch
+):
+    """Converters of other programs read it so; and not how it was found on this machine."""
+    tiny_tokenizer().save_pretrained(tmp_path / "own")
+    settings = read(tmp_path / "own" / "tokenizer_config.json")
+    settings["tokenizer_class"] = "TokenizersBackend"
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    export.export(tiny_model(), load_tokenizer(tmp_path / "own"), tmp_path / "final")
+    settings = read(tmp_path / "final" / "tokenizer_config.json")
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not settings.keys() & {"is_local", "local_files_only"}
+    text = "word 12"
+    again = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert again(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):

@@ -9,6 +9,7 @@ one between documents.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -35,6 +36,10 @@ PROBE_TEXT = (
     "😀👩‍👩‍👧 𝔘𝔫𝔦 \u00a0\u2003\u3000\u200b\ufeff\x00\x1c\x85 " + END_OF_TEXT + " end   \n  "
     + "".join(map(chr, range(256)))
 )  # fmt: skip
+
+
+# How a vocabulary of words spells a byte that belongs to none of them.
+SPELLED_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class BulkEncoder:
@@ -69,16 +74,25 @@ class BulkEncoder:
     def bytes_of_ids(self) -> np.ndarray:
         """(num_ids,) int64: the bytes of text that each id stands for; 0 for special tokens.
 
-        Exact for a byte-level BPE; of others, what the id alone is decoded to.
+        Exact for a byte-level BPE. Of others, what an id adds to another one that is decoded before
+        it: alone, a word that carries its space would lose it. (A text's first word may carry one
+        that the text has not.)
         """
         description = json.loads(self._fast.to_str())
-        texts = self._fast.decode_batch([[id] for id in range(self._num_ids)])
+        vocabulary = self._fast.get_vocab(with_added_tokens=False)
+        ordinary = {id: token for token, id in vocabulary.items()}
+        for added in description["added_tokens"]:
+            ordinary.pop(added["id"], None)
+        before = [min(ordinary, default=0)]
+        texts = self._fast.decode_batch([[*before, id] for id in range(self._num_ids)])
         lengths = np.array([len(text.encode()) for text in texts])
-        if (description["decoder"] or {}).get("type") == "ByteLevel":
-            added = {token["id"] for token in description["added_tokens"]}
-            for token, id in self._fast.get_vocab(with_added_tokens=False).items():
-                if id not in added:
-                    lengths[id] = len(token)  # a symbol for each byte
+        lengths = (lengths - len(self._fast.decode(before).encode())).clip(min=0)
+        is_byte_level = (description["decoder"] or {}).get("type") == "ByteLevel"
+        for id, token in ordinary.items():
+            if is_byte_level:
+                lengths[id] = len(token)  # a symbol for each byte
+            elif SPELLED_BYTE.fullmatch(token):
+                lengths[id] = 1
         return lengths
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
