@@ -110,6 +110,9 @@ def load_causal_lm(
         names = ", ".join(surplus[:3]) + (", ..." if len(surplus) > 3 else "")
         said = f"warning: {option} {name}: no part of a {type(model).__name__}, left out: {names}"
         print(printable(said), file=sys.stderr, flush=True)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False  # whatever its file says, as of merged adapters
     return model.eval()
 
 

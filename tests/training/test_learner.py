@@ -1,9 +1,11 @@
 """What a run does for the device it finds itself on."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_gpt2 import tiny_model
+from tiny_gpt2 import tiny_model, tiny_tokenizer
 from tiny_run import reset_accelerate, write_inputs
 
 from gpt2repro.data.tokenizer import load_tokenizer
@@ -11,7 +13,7 @@ from gpt2repro.recipe import load_recipe
 from gpt2repro.records.run_directory import Start
 from gpt2repro.speed import cpu_attention
 from gpt2repro.training import learner
-from gpt2repro.training.learner import open_learner, place
+from gpt2repro.training.learner import build_model, open_learner, place
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,18 @@ def test_a_resumed_run_keeps_the_size_that_auto_found_where_it_found_it(tmp_path
     assert opened(found.fitted_to).micro_batch_size == 2
     monkeypatch.setattr(learner.machine, "hardware", lambda device: "1 x a smaller card")
     assert opened(found.fitted_to).micro_batch_size == 8
+
+
+def test_a_head_of_its_own_stays_one_where_the_configuration_says_it_is_tied(tmp_path):
+    """As merged adapters were saved: both tensors, and the base model's configuration."""
+    theirs = tiny_model(tie_word_embeddings=False)
+    theirs.save_pretrained(tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config))
+    names = ["--init_from", str(tmp_path / "merged"), "--sequence_length", "32"]
+    recipe = load_recipe([*names, "--batch_tokens", "512", "--num_lanes", "16"])
+    ours = build_model(recipe, tiny_tokenizer()).eval()
+    ids = torch.arange(10)[None]
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert ours.config.tie_word_embeddings is False  # as an export must have it
