@@ -96,11 +96,15 @@ def _ask(repo_id: str, private: bool) -> bool:
     return True
 
 
-def _no_right(repo_id: str) -> UserError:
+def _no_right(repo_id: str, said: str | None = None) -> UserError:
+    """`said`: by the Hub, which has other reasons too, such as a quota that is used up."""
     owner = repo_id.partition("/")[0]
+    refusal = "the Hub token has no right to write there"
+    if said:
+        refusal = f"the Hub refuses it: {' '.join(said.split()).rstrip('.')}. If a right is lacking"
     return UserError(
-        f"{repo_id}: the Hub token has no right to write there; give a repository of your own, or "
-        f"a token with write access to {owner!r} ({TOKENS_PAGE})"
+        f"{repo_id}: {refusal}, give a repository of your own, or a token with write access to "
+        f"{owner!r} ({TOKENS_PAGE})"
     )
 
 
@@ -118,7 +122,7 @@ def _explained(call: Callable[[], Result], repo_id: str) -> Result:
                 f"run `hf auth login` with a token that may write ({TOKENS_PAGE})"
             ) from error
         if status in (403, 404):
-            raise _no_right(repo_id) from error
+            raise _no_right(repo_id, error.server_message) from error
         if status in (409, 412):  # the commit does not follow the newest: all is looked at again
             raise PassingFault("others commit there at the same time", FEW_ATTEMPTS) from error
         raise

@@ -287,6 +287,14 @@ class RunDirectory:
                     print(f"{said}: waiting {patience:.0f} s for its end", flush=True)
                 waiting = True
                 time.sleep(0.1)
+            except OSError as error:  # some file systems of clusters have no locks
+                print(
+                    f"{self.path} cannot be locked here ({error.strerror}): see to it that no "
+                    "other launch writes it",
+                    flush=True,
+                )
+                self._lock = lock
+                return
 
     def close(self) -> None:
         """Let others write."""

@@ -172,9 +172,12 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a directory."""
+    """fsync a file; or a directory, where the file system does that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -126,6 +126,10 @@ def _diagnose_status(response, reason: str) -> Diagnosis | None:
         return Diagnosis(f"HTTP {status}", None, retry_after=asked)
     if status == 403 and "GatedRepo" not in response.headers.get("X-Error-Code", ""):
         return Diagnosis(reason, FEW_ATTEMPTS)  # a signed link expires between resolve and read
+    if status == 401 and reason.startswith("HfHubHTTPError"):  # else a repository is not found
+        said = response.headers.get("X-Error-Message", "HTTP 401").rstrip(".")
+        advice = "log in again (`hf auth login`), or unset HF_TOKEN for what is public"
+        return Diagnosis(f"the Hub refuses the token: {said}; {advice}", 0)
     return Diagnosis(reason, 0) if status >= 400 else None
 
 

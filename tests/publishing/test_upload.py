@@ -74,6 +74,15 @@ def test_asking_for_rights_makes_nothing(hub):
         upload.check_hub_rights("somebody/new")
 
 
+def test_why_the_hub_refuses_is_told(exported, hub):
+    """It may have nothing to do with rights: a quota, a repository that is locked."""
+    hub.add("models", "me/full", {"a": b"a"})
+    quota = {"X-Error-Message": "Private repository storage limit reached."}
+    hub.faults.append(Fault("status:403", path="/commit/", method="POST", headers=quota))
+    with pytest.raises(UserError, match=r"me/full: the Hub refuses it: Private .* reached\."):
+        upload.upload(exported, "me/full", message="again")
+
+
 # --- Others commit at the same time ---------------------------------------------------------------
 
 

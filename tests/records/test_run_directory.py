@@ -114,6 +114,17 @@ def test_one_process_writes(run, monkeypatch):
     RunDirectory(run).open(8, RECIPE)
 
 
+def test_a_file_system_without_locks_is_told_and_written(run, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    directory = RunDirectory(run)
+    assert directory.find_start("auto").step == 8 and directory.open(8, RECIPE)
+    said = capsys.readouterr().out
+    assert said.count("cannot be locked here (No locks available)") == 1
+
+
 def test_a_launch_waits_for_one_that_is_about_to_stop_and_goes_on_from_its_checkpoint(run, capsys):
     stopping = RunDirectory(run)
     stopping.open(8, RECIPE)

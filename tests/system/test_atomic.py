@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +205,21 @@ def test_a_directory_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
         assert disk.lost(path) == set()
     assert disk.names[tmp_path] == {"final", ".final.previous"}
     assert names(tmp_path) == ["final"]
+
+
+def test_a_file_system_that_flushes_no_directory_is_written_all_the_same(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def of_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    scratch = atomic.partial(tmp_path / "a")
+    (scratch / "file").write_text("text")
+    atomic.move_into_place(scratch, tmp_path / "a")
+    assert (tmp_path / "a" / "file").read_text() == "text"
+    monkeypatch.setattr(os, "fsync", lambda _: os.close(-1))  # EBADF: a fault of any other kind
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        atomic.flush(tmp_path)

@@ -92,6 +92,11 @@ def test_errors_of_the_hub_client_are_understood():
         wrapped = errors.LocalEntryNotFoundError("not in the cache")
         wrapped.__cause__ = error
         assert diagnose(wrapped).attempts == attempts
+    expired = http.Response(401, request=request, headers={"X-Error-Message": "It is expired."})
+    reason = diagnose(errors.HfHubHTTPError("answer", response=expired)).reason
+    assert "refuses the token: It is expired; log in again" in reason and "HF_TOKEN" in reason
+    lost = diagnose(errors.RepositoryNotFoundError("no such", response=expired)).reason
+    assert "no such" in lost and "HF_TOKEN" not in lost
     gated = http.Response(403, request=request, headers={"X-Error-Code": "GatedRepo"})
     assert diagnose(errors.GatedRepoError("no", response=gated)).attempts == 0
     assert diagnose(errors.OfflineModeIsEnabled("offline")).attempts == 0
