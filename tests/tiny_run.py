@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from tiny_corpus import documents, parquet_bytes
@@ -17,6 +18,16 @@ import train_accelerate
 from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.records.metrics import TIMINGS
 from gpt2repro.system.signals import SIGNALS
+
+
+@contextmanager
+def without_a_compiler() -> Iterator[None]:
+    """torch.compile on a machine that lacks the compiler it calls."""
+    config = torch._inductor.config
+    torch._dynamo.reset()
+    with config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
+        yield
+    torch._dynamo.reset()
 
 
 def write_inputs(directory: Path) -> Path:

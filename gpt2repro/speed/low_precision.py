@@ -27,6 +27,11 @@ def _to_bf16(module: nn.Module, inputs: tuple, stream: Tensor) -> Tensor:
     return stream.to(torch.bfloat16)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU multiplies in bfloat16: older ones (V100, T4) only pretend, and take longer."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether it multiplies in 8 bits. A CPU does, slowly: for tests."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

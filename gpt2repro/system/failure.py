@@ -28,6 +28,10 @@ OUT_OF_MEMORY = (
     "Lower micro_batch_size (or let it be auto) or set gradient_checkpointing; a new run may also "
     "take a shorter sequence_length."
 )
+NO_COMPILER = (
+    "Install what torch.compile asks for (g++ or another C++ compiler, and Triton for a GPU), or "
+    "set compile to false."
+)
 # How gloo and NCCL tell that the process at the other end is there no more.
 PEER_GONE = re.compile(
     r"Connection closed by peer \[\S+|Connection reset by peer|Broken pipe|ncclRemoteError"
@@ -36,8 +40,8 @@ PEER_GONE = re.compile(
 
 def advise(error: BaseException) -> None:
     """Let the traceback of a process that is alone end with what to do, where that is known."""
-    if _is_out_of_memory(error):
-        error.add_note(f"Out of memory. {OUT_OF_MEMORY} {GOES_ON}")
+    if known := _known(error):
+        error.add_note(f"This process {known} {GOES_ON}")
 
 
 def leave_at_once(prog: str, error: BaseException) -> NoReturn:
@@ -73,14 +77,17 @@ def _last_words(error: BaseException, *, is_first: bool) -> str:
     if not is_first:
         return f"{who} failed too: {''.join(traceback.format_exception_only(error)).strip()}"
     sys.excepthook(type(error), error, error.__traceback__)
-    if _is_out_of_memory(error):
-        return f"{who} ran out of memory. {OUT_OF_MEMORY} {GOES_ON}"
-    return f"{who} failed: its error is above. {GOES_ON}"
+    return f"{who} {_known(error) or 'failed: its error is above.'} {GOES_ON}"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def _known(error: BaseException) -> str:
+    """What happened and what to do, where that is known."""
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"ran out of memory. {OUT_OF_MEMORY}"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"could not compile the model. {NO_COMPILER}"
+    return ""
 
 
 def _is_first() -> bool:

@@ -12,6 +12,7 @@ from gpt2repro import UserError
 from gpt2repro.data.rows.lanes import check_lanes
 from gpt2repro.recipe_fields import Recipe
 from gpt2repro.speed import cpu_memory
+from gpt2repro.speed.low_precision import has_bf16
 from gpt2repro.system import ranks
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS
 from gpt2repro.system.signals import end_with_launcher
@@ -59,6 +60,8 @@ def start_engine(recipe: Recipe) -> Accelerator:
             "ACCELERATE_USE_CPU=true"
         )
     check_engine(accelerator)
+    if recipe.mixed_precision == "bf16" and not has_bf16(accelerator.device):
+        raise UserError("mixed_precision bf16: this GPU only emulates it: set it to no")
     check_lanes(
         recipe.num_lanes,
         rows_per_step=recipe.rows_per_step,

@@ -22,6 +22,8 @@ from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import accumulation_steps
 from gpt2repro.recipe_fields import Recipe
 from gpt2repro.speed.attention import kernel_taken
+from gpt2repro.speed.low_precision import has_bf16
+from gpt2repro.system import failure
 from gpt2repro.system.text import count_of, in_short
 from gpt2repro.training.inputs import (
     open_benchmarks,
@@ -75,6 +77,8 @@ class Examination:
         ]
         if self.recipe.eval_tasks:
             checks.insert(6, ("benchmarks", self._benchmarks))
+        if self.recipe.compile:
+            checks.insert(2, ("compiler", self._compiler))
         for name, check in checks:
             try:
                 yield name, check()
@@ -97,13 +101,19 @@ class Examination:
     def _precision(self) -> Finding:
         if self.recipe.mixed_precision == "no":
             return OK, "fp32"
-        if self.device.type == "cuda" and not torch.cuda.is_bf16_supported(
-            including_emulation=False
-        ):
+        if not has_bf16(self.device):
             return FAILURE, "this GPU has no bf16: set mixed_precision to no"
         if self.device.type == "cpu" and not _multiplies_bf16_faster():
             return WARNING, "this CPU emulates bf16, many times slower: set mixed_precision to no"
         return OK, "bf16"
+
+    def _compiler(self) -> Finding:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=self.device))
+        except Exception as error:  # of the compiler's own, or of those that it calls
+            reason = " ".join(str(error).partition("\n\n")[0].split())[:200]
+            return FAILURE, f"{reason}. {failure.NO_COMPILER}"
+        return OK, "torch.compile works"
 
     def _tokenizer(self) -> Finding:
         self.tokenizer = open_tokenizer(self.recipe)

@@ -29,6 +29,8 @@ PEAK_FLOPS = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
 }
+# Another chip under the name of one of these, or a share of one.
+SLOWER_OR_FASTER = re.compile(r"Laptop|\bMIG\b| (?:D|Ti|SUPER)$")
 
 
 def flops_per_token(num_parameters: int, n_layer: int, n_embd: int, sequence_length: int) -> float:
@@ -54,7 +56,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    if "Laptop" in name:  # a slower chip under the name of a card
+    if SLOWER_OR_FASTER.search(name):
         return None
     found = (peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name))
     return next(found, None)

@@ -10,12 +10,13 @@ import psutil
 import pytest
 import torch
 from tiny_language_models import HELLASWAG
-from tiny_run import write_inputs
+from tiny_run import reset_accelerate, without_a_compiler, write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.commands import doctor
 from gpt2repro.recipe import load_recipe
-from gpt2repro.training import examination
+from gpt2repro.speed import low_precision
+from gpt2repro.training import engine, examination
 from gpt2repro.training.examination import FAILURE, OK, WARNING, Examination
 
 CHECKS = ["batch", "precision", "tokenizer", "dataset", "model", "attention", "training", "data"]
@@ -153,6 +154,19 @@ def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch
     assert "mixed_precision to no" in said["precision"][1]
 
 
+def test_a_gpu_that_emulates_bf16_is_no_gpu_for_it(recipe, monkeypatch):
+    """A T4 or V100: `doctor` says so, and the run does not begin."""
+    monkeypatch.setattr(low_precision.torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert not low_precision.has_bf16(torch.device("cuda"))
+    assert low_precision.has_bf16(torch.device("cpu"))
+    monkeypatch.setattr(engine, "has_bf16", lambda _: False)
+    try:
+        with pytest.raises(UserError, match="mixed_precision bf16: this GPU only emulates it"):
+            engine.start_engine(load_recipe(["--recipe", str(recipe), "--mixed_precision", "bf16"]))
+    finally:
+        reset_accelerate()
+
+
 def test_the_micro_batch_is_timed_that_training_would_take(recipe, capsys, monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
     _, said = examine(capsys, recipe, "--micro_batch_size", "auto")
@@ -179,3 +193,12 @@ def test_epochs_have_no_estimate(recipe, capsys):
 def test_a_bad_number_of_processes_is_refused(number):
     with pytest.raises(UserError, match="--num_processes"):
         doctor.main(["--recipe", "demo", "--num_processes", number])
+
+
+def test_a_compiler_is_tried_where_the_recipe_wants_one(recipe, capsys):
+    status, said = examine(capsys, recipe, "--compile", "true")
+    assert status == 0 and said["compiler"] == (OK, "torch.compile works")
+    with without_a_compiler():
+        status, said = examine(capsys, recipe, "--compile", "true")
+    assert status != 0 and said["compiler"][0] == FAILURE
+    assert "no-such-compiler" in said["compiler"][1] and "compile to false" in said["compiler"][1]

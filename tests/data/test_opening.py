@@ -195,6 +195,8 @@ def test_files_in_a_file_and_of_a_file_are_none(tmp_path):
     write_text(tmp_path / "0.txt", ["mine"])
     assert "no data files" in refusal(tmp_path, data_files="0.txt/nothing.txt")
     assert "data_files: " in refusal(tmp_path / "0.txt", data_files="*.txt")
+    far = refusal("json", data_files="https://a.b/c.jsonl")
+    assert "https://a.b/c.jsonl is no file of this machine: download it" in far
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "dataset_info.json").write_text("{}")
     assert "dataset_name: no data files in" in refusal(tmp_path / "only")

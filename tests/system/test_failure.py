@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tiny_run import without_a_compiler
 
 from gpt2repro import UserError
 from gpt2repro.system import command_line, failure, ranks
@@ -90,10 +91,17 @@ def test_a_process_alone_is_told_too_below_its_traceback():
     error = torch.OutOfMemoryError("CUDA out of memory.")
     failure.advise(error)
     said = "".join(traceback.format_exception(error))
-    assert said.endswith(f"\nOut of memory. {failure.OUT_OF_MEMORY} {failure.GOES_ON}\n")
+    assert said.endswith(f" ran out of memory. {failure.OUT_OF_MEMORY} {failure.GOES_ON}\n")
     error = ZeroDivisionError()
     failure.advise(error)
     assert not hasattr(error, "__notes__")
+
+
+def test_a_compiler_that_is_not_there_is_told_with_what_to_do(leave):
+    with pytest.raises(Exception, match="no-such-compiler") as caught, without_a_compiler():
+        torch.compile(lambda x: x + 1)(torch.zeros(3))
+    _, said = leave(caught.value)
+    assert f"rank 0 of 8 could not compile the model. {failure.NO_COMPILER}" in said
 
 
 @pytest.mark.parametrize("error", [UserError("no such file"), OSError(errno.ENOSPC, "full")])

@@ -133,6 +133,8 @@ def _check_split(split: str, splits: dict[str, Any], name: str) -> None:
 
 def _meant(each: str, base: Path) -> list[Path]:
     """The files that one of `data_files` means: itself, all in it, or what it is a pattern of."""
+    if "://" in each:
+        raise UserError(f"data_files: {each} is no file of this machine: download it")
     path = base / Path(each).expanduser()
     there = next(part for part in (path, *path.parents) if part.exists())
     rest = path.relative_to(there) if there != path else "**"
