@@ -77,7 +77,9 @@ def _last_words(error: BaseException, *, is_first: bool) -> str:
     if not is_first:
         return f"{who} failed too: {''.join(traceback.format_exception_only(error)).strip()}"
     sys.excepthook(type(error), error, error.__traceback__)
-    return f"{who} {_known(error) or 'failed: its error is above.'} {GOES_ON}"
+    if known := _known(error):
+        return f"{who} {known} {GOES_ON}"
+    return f"{who} failed: its error is above. {GOES_ON}"
 
 
 def _known(error: BaseException) -> str:
