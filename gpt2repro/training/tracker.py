@@ -111,7 +111,10 @@ class Tracker:
             self.run.is_new = False
             self._remember(place)
         except Exception as error:  # each has its own: no login, no network, a version
-            raise UserError(f"report_to {recipe.report_to}: {error}; or set it to none") from error
+            gone = "" if is_new else f" If the run there was deleted: remove {place} for a new one."
+            raise UserError(
+                f"report_to {recipe.report_to}: {error}; or set it to none.{gone}"
+            ) from error
 
     def _remember(self, place: Path) -> None:
         assert self.run is not None
@@ -158,7 +161,8 @@ def find_tracker(recipe: ResolvedRecipe, directory: RunDirectory, start: Start) 
     told_more = told > first_step  # of the first step both tell the same, from before its update
     with suppress(OSError, ValueError):
         known = TrackerRun.model_validate_json(directory.tracker.read_bytes())
-    if known is None and kind != "tensorboard" and start.recipe.get("exp_name") == name:
+    came = not then  # from another machine: only the checkpoint knows
+    if came and kind != "tensorboard" and start.recipe.get("exp_name") == name:
         told_more, then = True, start.recipe  # perhaps, on the machine that it comes from
         with suppress(ValueError):
             known = TrackerRun.model_validate(start.state.get("tracker"))

@@ -218,6 +218,12 @@ def test_after_another_tracker_or_none_it_is_told_from_the_beginning(place):
     assert found(place, at(4)) == ("new", "tiny", -1)
 
 
+def test_a_run_that_was_deleted_there_is_forgotten_with_the_file(place):
+    """A checkpoint remembers it too, for another machine; here the file alone counts."""
+    place.tracker.unlink()
+    assert found(place, at(4, WANDB, report_to="wandb")) == ("new", "tiny", -1)
+
+
 def test_from_elsewhere(tmp_path):
     place = RunDirectory(tmp_path / "new")
     assert found(place, at(0)) == ("new", "tiny", -1)
