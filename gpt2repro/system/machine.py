@@ -1,5 +1,6 @@
 """What is behind a result: the machine, the versions, the command and the commit."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -24,6 +25,7 @@ PACKAGES = (
     "tiktoken",
 )
 SECONDS_FOR_GIT = 10
+CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 # --- Machine and versions -------------------------------------------------------------------------
 
@@ -46,6 +48,27 @@ def num_cores() -> int:
     """Those that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def main_memory() -> int:
+    """Bytes that this process may take: the machine's, or what its control groups allow.
+
+    A container has such a limit, and so has a Slurm job; the kernel ends what goes beyond.
+    """
+    limits = [psutil.virtual_memory().total]
+    for place in _control_groups():
+        with contextlib.suppress(OSError, ValueError):  # it has none, or its limit is "max"
+            limits.append(int((place / "memory.max").read_text(encoding="utf-8")))
+    return min(limits)
+
+
+def _control_groups() -> list[Path]:
+    """That of this process and those around it (version 2 of them)."""
+    try:
+        _, _, name = OWN_GROUP.read_text(encoding="utf-8").strip().rpartition("0::/")
+    except OSError:
+        return []
+    return [CONTROL_GROUPS / each for each in (Path(name), *Path(name).parents)]
 
 
 def hardware(device: str | None = None) -> str:

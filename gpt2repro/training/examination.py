@@ -23,7 +23,7 @@ from gpt2repro.recipe import accumulation_steps
 from gpt2repro.recipe_fields import Recipe
 from gpt2repro.speed.attention import kernel_taken
 from gpt2repro.speed.low_precision import has_bf16
-from gpt2repro.system import failure
+from gpt2repro.system import failure, machine
 from gpt2repro.system.text import count_of, in_short
 from gpt2repro.training.inputs import (
     open_benchmarks,
@@ -140,7 +140,8 @@ class Examination:
             "weights, gradients and optimizer, and activations on top; "
             f"{state / 2**30:.2f} GiB of main memory while a checkpoint is written"
         )
-        if state > (free := psutil.virtual_memory().available):
+        free = min(psutil.virtual_memory().available, machine.main_memory())
+        if state > free:
             return WARNING, f"{text}, but {free / 2**30:.2f} GiB are free"
         return OK, text
 

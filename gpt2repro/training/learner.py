@@ -4,7 +4,6 @@ import contextlib
 import gc
 from dataclasses import dataclass
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -150,7 +149,7 @@ def _architecture(recipe: Recipe, tokenizer) -> GPT2ReproConfig:
     except (ValueError, StrictDataclassError) as error:
         raise UserError(str(error.__cause__ or error)) from None
     least = 4 * 12 * config.n_layer * config.n_embd**2  # bytes of the matrices in fp32
-    if least > (memory := psutil.virtual_memory().total):
+    if least > (memory := machine.main_memory()):
         raise UserError(
             f"n_layer {config.n_layer}, n_embd {config.n_embd}: {least / 2**30:,.0f} GiB of "
             f"weights do not fit this machine's {memory / 2**30:,.0f}"

@@ -129,3 +129,20 @@ def test_the_commit_is_the_packages_own(tmp_path, monkeypatch):
     assert machine.code_commit() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.code_commit() is None  # no git
+
+
+def test_a_containers_memory_is_what_its_group_allows(tmp_path, monkeypatch):
+    total = psutil.virtual_memory().total
+    groups = tmp_path / "cgroup"
+    job = groups / "slurm" / "job_1" / "step_0"
+    job.mkdir(parents=True)
+    (tmp_path / "own").write_text("1:cpu:/\n0::/slurm/job_1/step_0\n")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", groups)
+    monkeypatch.setattr(machine, "OWN_GROUP", tmp_path / "own")
+    assert machine.main_memory() == total  # no limits, or another kind of groups
+    for place, limit in ((job, "max"), (job.parent, "4096"), (groups, "8192")):
+        (place / "memory.max").write_text(f"{limit}\n")
+    assert machine.main_memory() == 4096
+    for place in (job.parent, groups):  # more than there is
+        (place / "memory.max").write_text(str(2 * total))
+    assert machine.main_memory() == total
