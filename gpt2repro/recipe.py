@@ -390,6 +390,9 @@ def _check_consistency(recipe: Recipe) -> None:
     for name in ("bf16_residual", "fp8_head"):
         if getattr(recipe, name) and recipe.mixed_precision != "bf16":
             raise UserError(f"{name} needs mixed_precision bf16")
+    attention = recipe.attn_implementation
+    if attention.startswith("flash_attention") and recipe.mixed_precision != "bf16":
+        raise UserError(f"attn_implementation {attention} needs mixed_precision bf16")
     if recipe.max_autotune and not recipe.compile:
         raise UserError("max_autotune chooses among the compiler's kernels: it needs compile")
 

@@ -169,7 +169,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--n_head 3": ("n_embd", "n_head"),
     "--num_steps 9 --num_epochs 1": ("set exactly one of num_steps and num_epochs",),
     "--num_epochs 1 --batch_tokens 262144": ("num_epochs", "lower batch_tokens"),
-    "--attn_implementation flash_attention_2": ("attn_implementation flash_attention_2",),
+    "--attn_implementation flash_attention_2": ("needs mixed_precision bf16",),
+    "--attn_implementation flash_attention_2 --mixed_precision bf16": (
+        "attn_implementation flash_attention_2: ",
+    ),
     # the data
     "--text_column content": ("text_column", "'content'", "columns of text: text"),
     "--dataset_name {inputs}/nowhere": ("dataset_name", "nowhere"),
