@@ -99,12 +99,10 @@ def _ask(repo_id: str, private: bool) -> bool:
 def _no_right(repo_id: str, said: str | None = None) -> UserError:
     """`said`: by the Hub, which has other reasons too, such as a quota that is used up."""
     owner = repo_id.partition("/")[0]
-    refusal = "the Hub token has no right to write there"
-    if said:
-        refusal = f"the Hub refuses it: {' '.join(said.split()).rstrip('.')}. If a right is lacking"
+    reason = f" ({' '.join(said.split())})" if said else ""
     return UserError(
-        f"{repo_id}: {refusal}, give a repository of your own, or a token with write access to "
-        f"{owner!r} ({TOKENS_PAGE})"
+        f"{repo_id}: the Hub token has no right to write there{reason}; give a repository of your "
+        f"own, or a token with write access to {owner!r} ({TOKENS_PAGE})"
     )
 
 

@@ -79,7 +79,7 @@ def test_why_the_hub_refuses_is_told(exported, hub):
     hub.add("models", "me/full", {"a": b"a"})
     quota = {"X-Error-Message": "Private repository storage limit reached."}
     hub.faults.append(Fault("status:403", path="/commit/", method="POST", headers=quota))
-    with pytest.raises(UserError, match=r"me/full: the Hub refuses it: Private .* reached\."):
+    with pytest.raises(UserError, match=r"no right to write there \(Private .* reached\."):
         upload.upload(exported, "me/full", message="again")
 
 
