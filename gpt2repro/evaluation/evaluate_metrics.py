@@ -3,26 +3,23 @@
 Apart from it, since importing `evaluate` takes a second.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
-
 import evaluate
 from datasets import Features, Sequence, Value
 
-from gpt2repro.evaluation.estimates import Estimate, choices
+from gpt2repro.evaluation.estimates import choices
 
 
-class Metric(evaluate.Metric):
-    """An `evaluate.Metric` that is built directly, so that nothing is fetched.
+class MultipleChoiceAccuracy(evaluate.Metric):
+    """How often the most likely choice is the right one; the first of equals is taken.
 
-    `compute(...)` gives `{name: value, name_stderr: standard error}`. Across processes
-    (`num_process`, `process_id`, `experiment_id`, as evaluate has it) the first process computes
-    over the examples of all and the others get None.
+    predictions: log-likelihood of each choice, nats. lengths: of each choice, in the unit that
+    `acc_norm` divides by (`acc` does not). references: index of the right choice.
+
+    It is built directly, so that nothing is fetched. `compute(...)` gives `acc` and `acc_norm`, and
+    their standard errors as `acc_stderr` and `acc_norm_stderr`. Across processes (`num_process`,
+    `process_id`, `experiment_id`, as evaluate has it) the first computes over the examples of all
+    and the others get None.
     """
-
-    inputs: Mapping[str, Any]
-    figures: Callable[..., dict[str, Estimate]]
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -30,7 +27,8 @@ class Metric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         doc = self.__class__.__doc__ or ""
-        features = Features(self.inputs)
+        of_choices = dict.fromkeys(("predictions", "lengths"), Sequence(Value("float64")))
+        features = Features({**of_choices, "references": Value("int64")})
         return evaluate.MetricInfo(
             description=doc, citation="", inputs_description=doc, features=features
         )
@@ -44,22 +42,6 @@ class Metric(evaluate.Metric):
         super()._init_writer(timeout)
 
     def _compute(self, **inputs) -> dict[str, float]:
-        found = type(self).figures(**inputs)
+        found = choices(**inputs)
         values = {name: estimate.value for name, estimate in found.items()}
         return values | {f"{name}_stderr": estimate.stderr for name, estimate in found.items()}
-
-
-class MultipleChoiceAccuracy(Metric):
-    """How often the most likely choice is the right one; the first of equals is taken.
-
-    predictions: log-likelihood of each choice, nats. lengths: of each choice, in the unit that
-    `acc_norm` divides by (`acc` does not). references: index of the right choice.
-    """
-
-    inputs = MappingProxyType(
-        {
-            **dict.fromkeys(("predictions", "lengths"), Sequence(Value("float64"))),
-            "references": Value("int64"),
-        }
-    )
-    figures = staticmethod(choices)
