@@ -234,7 +234,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             position_ids: (B, T) or (1, T). By default a row counts from its first token that is
                 not padding. Without a mask and a cache, a position that does not follow its
                 predecessor starts a new document, which sees none of the earlier ones.
-            past_key_values: The keys and values of earlier calls, extended in place; or `cache`.
+            past_key_values: The keys and values of earlier calls, extended in place (`cache` since
+                transformers 5.24).
             token_type_ids: (B, T) tokens whose embeddings mark segments.
             use_cache: Return a cache, new if none was given.
         """
@@ -242,7 +243,10 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C), 124M: (B, 1024, 768)
-        cache = kwargs.pop(CACHE, past_key_values)
+        cache = kwargs.pop(CACHE, None)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("give cache or past_key_values, which are the same, not both")
+        cache = past_key_values if cache is None else cache
         past_length = cache.get_seq_length() if isinstance(cache, Cache) else 0  # or it is paged
         refuse_beyond_context(self.config, past_length + inputs_embeds.shape[1], position_ids)
         # None wherever the attention function can do without.
@@ -353,13 +357,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             if labels is not None or shift_labels is not None:
                 kwargs["shift_labels"] = None if shift_labels is None else shift_labels.contiguous()
                 loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=None if skip_logits else logits,
-            **{CACHE: outputs.get(CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = None if skip_logits else logits
+        recorded = outputs.hidden_states, outputs.attentions
+        return CausalLMOutputWithPast(loss, logits, outputs.get(CACHE), *recorded)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """A plain layer, as a resized vocabulary has, gives its weight: the head's hooks stay."""

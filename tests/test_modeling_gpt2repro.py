@@ -406,6 +406,17 @@ def test_a_cached_continuation_equals_the_whole(attention, name):
     torch.testing.assert_close(torch.cat(pieces, dim=1), ours(ids).logits, **REORDERED)
 
 
+@pytest.mark.skipif(CACHE == "past_key_values", reason="has one name before transformers 5.24")
+def test_two_caches_are_one_too_many():
+    """As PEFT 0.21 gives a prefix beside `generate`'s own, of which one would be ignored."""
+    ours, _ = ours_and_theirs()
+    cache = ours(random_ids(1, 3))[CACHE]
+    with pytest.raises(ValueError, match="not both"):
+        ours(random_ids(1, 3), past_key_values=cache, cache=DynamicCache())
+    alone = ours(random_ids(1, 3), past_key_values=cache, cache=None)
+    assert alone[CACHE].get_seq_length() == 6
+
+
 # --- the rest of a modern model -------------------------------------------------------------------
 
 

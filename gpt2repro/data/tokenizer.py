@@ -14,7 +14,7 @@ from gpt2repro.system.command_line import place
 from gpt2repro.system.hub import is_hub_id
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # any one will do
-PLAIN = {"add_special_tokens": False, "split_special_tokens": True}
+PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 
 def holds_tokenizer(directory: Path) -> bool:
@@ -99,9 +99,10 @@ def _read(name: str, trust: bool, offline: bool = False) -> Any:
         )
     except (OSError, ValueError):  # there is no tokenizer.json: what is there has been read
         return tokenizer
-    text = f" {PROBE_TEXT}"  # with a space to begin with, which some are told to put there
+    # Where the settings ask for a space to begin with, only the class knows how to put it there.
+    text = " " * ("add_prefix_space" in plain.init_kwargs) + PROBE_TEXT
     if tokenizer.encode(text, **PLAIN) == plain.encode(text, **PLAIN):
         return tokenizer
-    for name in ("bos_token", "eos_token"):  # a class may know them where the files say nothing
-        setattr(plain, name, getattr(plain, name) or getattr(tokenizer, name))
+    for token in ("bos_token", "eos_token"):  # a class may know them where the files say nothing
+        setattr(plain, token, getattr(plain, token) or getattr(tokenizer, token))
     return plain

@@ -6,6 +6,7 @@ the files say is checked as well, since a marker proves only what was written.
 
 import json
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def find_problem(path: Path) -> str | None:
         files = read_marker(path)
     except FileNotFoundError:
         return f"it has no {MARKER} marker"
-    except (IsADirectoryError, ValueError):
+    except (IsADirectoryError, NotADirectoryError, ValueError):
         return f"its {MARKER} marker is damaged"
     try:
         for name in sorted({*files, *FILES}):
@@ -104,7 +105,7 @@ def find_problem(path: Path) -> str | None:
         return _problem_of_tensors(path, state)
     except ValidationError as error:
         return f"{STATE}: {wrong_fields(error, 1)}"
-    except SafetensorError as error:
+    except (FileNotFoundError, SafetensorError) as error:  # the former goes while it is looked at
         return f"it cannot be read: {error}"
 
 
@@ -117,9 +118,13 @@ def read_marker(path: Path) -> dict[str, SavedFile]:
 
 
 def _problem_of_file(path: Path, listed: SavedFile | None) -> str | None:
-    if listed is None or not path.is_file():
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        found = None
+    if listed is None or found is None or not stat.S_ISREG(found.st_mode):
         return f"it lacks {path.name}"
-    if path.stat().st_size != listed.size:
+    if found.st_size != listed.size:
         return f"{path.name} has another size than the marker lists"
     if atomic.sha256(path) != listed.sha256:
         return f"{path.name} was changed or damaged after it was saved"

@@ -5,6 +5,7 @@ runs/<exp_name>/
     incidents/  final/  final-ema/  FINISHED
 """
 
+import errno
 import fcntl
 import json
 import re
@@ -32,6 +33,8 @@ NOT_A_RUNS = re.compile(
     r"\.(?!git$).*|Thumbs\.db|desktop\.ini|lost\+found|__pycache__"
     r"|.+\.(log|out|err|pid|sh|slurm|sbatch)"
 )
+# What some file systems of clusters answer, which have no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 # How long a launch waits for one that was told to stop: it finishes its step and saves.
 PATIENCE_SECONDS = 60.0
 
@@ -135,7 +138,7 @@ class RunDirectory:
 
         Raises:
             UserError: the directory is not a run's, or another process writes it; `never` and there
-                is one; no such checkpoint.
+                is one; no such checkpoint; or its own newest one cannot be read now.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file; give a directory")
@@ -287,12 +290,11 @@ class RunDirectory:
                     print(f"{said}: waiting {patience:.0f} s for its end", flush=True)
                 waiting = True
                 time.sleep(0.1)
-            except OSError as error:  # some file systems of clusters have no locks
-                print(
-                    f"{self.path} cannot be locked here ({error.strerror}): see to it that no "
-                    "other launch writes it",
-                    flush=True,
-                )
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                said = f"{self.path} cannot be locked here ({error.strerror})"
+                print(f"{said}: see to it that no other launch writes it", flush=True)
                 self._lock = lock
                 return
 

@@ -92,9 +92,7 @@ class LastingStream:
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        if (
-            error.errno not in FULL_DISK
-        ):  # a reader does not come back, and a buffer would not empty
+        if error.errno not in FULL_DISK:  # a reader does not come back: no buffer would empty
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 

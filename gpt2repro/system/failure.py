@@ -29,8 +29,8 @@ OUT_OF_MEMORY = (
     "take a shorter sequence_length."
 )
 NO_COMPILER = (
-    "Install what torch.compile asks for (g++ or another C++ compiler, and Triton for a GPU), or "
-    "set compile to false."
+    "Install what torch.compile calls (a C and C++ compiler; for a GPU also Triton and Python's "
+    "headers), or set compile to false."
 )
 # How gloo and NCCL tell that the process at the other end is there no more.
 PEER_GONE = re.compile(
@@ -84,10 +84,12 @@ def _last_words(error: BaseException, *, is_first: bool) -> str:
 
 def _known(error: BaseException) -> str:
     """What happened and what to do, where that is known."""
-    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
+    cause = getattr(error, "inner_exception", error)  # of an error that the compiler wrapped
+    on_cpu = isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause)
+    if on_cpu or isinstance(cause, torch.OutOfMemoryError | MemoryError):
         return f"ran out of memory. {OUT_OF_MEMORY}"
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+    # By name: asking for the class would import the compiler.
+    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
         return f"could not compile the model. {NO_COMPILER}"
     return ""
 

@@ -30,7 +30,7 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 # Another chip under the name of one of these, or a share of one.
-SLOWER_OR_FASTER = re.compile(r"Laptop|\bMIG\b| (?:D|Ti|SUPER)$")
+SLOWER_OR_FASTER = re.compile(r"Laptop|\bMIG\b| (?:D|Ti|SUPER)\b")
 
 
 def flops_per_token(num_parameters: int, n_layer: int, n_embd: int, sequence_length: int) -> float:

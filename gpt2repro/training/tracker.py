@@ -112,9 +112,8 @@ class Tracker:
             self._remember(place)
         except Exception as error:  # each has its own: no login, no network, a version
             gone = "" if is_new else f" If the run there was deleted: remove {place} for a new one."
-            raise UserError(
-                f"report_to {recipe.report_to}: {error}; or set it to none.{gone}"
-            ) from error
+            said = f"report_to {recipe.report_to}: {error}; or set it to none.{gone}"
+            raise UserError(said) from error
 
     def _remember(self, place: Path) -> None:
         assert self.run is not None

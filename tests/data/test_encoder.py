@@ -235,7 +235,9 @@ def test_a_line_end_that_ends_texts_too_stays_in_them():
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     by_characters = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="\n")
-    assert BulkEncoder(by_characters).encode(["a\na"])[0].tolist() == [0, 1, 0]
+    encoder = BulkEncoder(by_characters)
+    assert encoder.encode(["a\na"])[0].tolist() == [0, 1, 0]
+    assert encoder.bytes_of_ids[0] == 1  # tokens without a decoder are no words of a sentence
 
 
 def test_bytes_of_ids_without_a_twin():

@@ -6,7 +6,7 @@ import pytest
 from fake_hub import FakeHub, Fault
 from huggingface_hub import constants
 from tiny_corpus import documents
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
@@ -55,12 +55,25 @@ def test_the_file_says_how_words_are_split_and_not_the_class(theirs, tmp_path, n
     assert loaded.eos_token == theirs.eos_token
 
 
-def test_a_space_that_the_settings_ask_for_is_put_there(theirs, tmp_path):
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_a_space_that_nobody_asks_for_is_not_put_there(tmp_path, name):
+    words = {"<unk>": 0, "</s>": 1, "a": 2, "▁a": 3, "b": 4, "▁b": 5, "▁": 6}
+    merges = [("▁", "a"), ("▁", "b")]
+    backend = Tokenizer(models.BPE(words, merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": name, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path)("a b", add_special_tokens=False)["input_ids"] == [2, 5]
+
+
+def test_a_space_that_the_settings_ask_for_is_put_there(theirs, tmp_path, caplog):
     theirs.save_pretrained(tmp_path)
     settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
-    settings |= {"eos_token": theirs.eos_token}
+    settings |= {"eos_token": theirs.eos_token, "model_max_length": 9}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert load_tokenizer(tmp_path)("a")["input_ids"] == theirs(" a")["input_ids"]
+    assert not caplog.text  # that the probe would be too long for a model, say
 
 
 def test_a_tokenizer_of_words_in_a_text_file_is_one(tmp_path):

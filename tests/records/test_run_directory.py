@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoint import save_checkpoint
 
 from gpt2repro import UserError
-from gpt2repro.records import run_directory
+from gpt2repro.records import checkpoints, run_directory
 from gpt2repro.records.metrics import MetricsLog, read_metrics
 from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.system import atomic
@@ -68,8 +68,7 @@ def test_broken_ones_are_passed_over_and_named(run):
     assert start.step == 0 and "no valid checkpoint: starting at step 0" in start.note
 
 
-@pytest.mark.parametrize("resume", ["auto", "checkpoints/step_00000008"])
-def test_one_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(run, monkeypatch, resume):
+def test_one_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(run, monkeypatch):
     """A colleague's file mode, a file server that is away: the run would begin again from less."""
 
     def refuse(path):
@@ -78,7 +77,9 @@ def test_one_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(run, monkeyp
     monkeypatch.setattr(atomic, "sha256", refuse)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"step_00000008 cannot be read: .*Permission denied"):
-        RunDirectory(run).find_start(resume if resume == "auto" else str(run / resume))
+        RunDirectory(run).find_start("auto")
+    with pytest.raises(UserError, match=r"^--resume \S+step_00000004 cannot be read: .*Permission"):
+        checkpoints.read_state(run / "checkpoints" / "step_00000004")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -123,6 +124,20 @@ def test_a_file_system_without_locks_is_told_and_written(run, monkeypatch, capsy
     assert directory.find_start("auto").step == 8 and directory.open(8, RECIPE)
     said = capsys.readouterr().out
     assert said.count("cannot be locked here (No locks available)") == 1
+
+
+def test_a_lock_that_is_refused_is_no_lack_of_locks(run, monkeypatch):
+    """As a Windows share says that another holds it."""
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    (run / ".lock").touch()
+    with pytest.raises(UserError, match=r"cannot be read: .*Permission denied"):
+        RunDirectory(run).find_start("auto")
+    with pytest.raises(UserError, match=r"cannot be written: .*Permission denied"):
+        RunDirectory(run).open(8, RECIPE)
 
 
 def test_a_launch_waits_for_one_that_is_about_to_stop_and_goes_on_from_its_checkpoint(run, capsys):

@@ -207,6 +207,16 @@ def test_a_directory_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     assert names(tmp_path) == ["final"]
 
 
+def test_a_mode_that_the_file_system_decides_is_left_alone(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(Path, "chmod", refused)
+    atomic.let_umask_decide(tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+
+
 def test_a_file_system_that_flushes_no_directory_is_written_all_the_same(tmp_path, monkeypatch):
     fsync = os.fsync
 

@@ -102,6 +102,8 @@ def test_a_compiler_that_is_not_there_is_told_with_what_to_do(leave):
         torch.compile(lambda x: x + 1)(torch.zeros(3))
     _, said = leave(caught.value)
     assert f"rank 0 of 8 could not compile the model. {failure.NO_COMPILER}" in said
+    wrapped = type(caught.value)(torch.OutOfMemoryError("CUDA out of memory."), None)
+    assert "rank 0 of 8 ran out of memory. " in leave(wrapped)[1]
 
 
 @pytest.mark.parametrize("error", [UserError("no such file"), OSError(errno.ENOSPC, "full")])

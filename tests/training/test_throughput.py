@@ -52,6 +52,7 @@ def test_no_mfu_without_a_published_peak():
         ("NVIDIA RTX A1000", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 5090 D v2", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("NVIDIA GB200", 2500e12),

@@ -83,7 +83,8 @@ class BulkEncoder:
         ordinary = {id: token for token, id in vocabulary.items()}
         for added in description["added_tokens"]:
             ordinary.pop(added["id"], None)
-        before = [min(ordinary, default=0)]
+        # Without a decoder tokens are told apart by spaces that no text has.
+        before = [min(ordinary, default=0)] if description["decoder"] else []
         texts = self._fast.decode_batch([[*before, id] for id in range(self._num_ids)])
         lengths = np.array([len(text.encode()) for text in texts])
         lengths = (lengths - len(self._fast.decode(before).encode())).clip(min=0)
