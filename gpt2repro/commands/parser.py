@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 MOST_PROCESSES = 10**6
 
 # What a user may call a torch dtype -> its name there.
-DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
-DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {
+    **{"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"},
+    **{"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
