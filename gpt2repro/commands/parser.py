@@ -16,8 +16,12 @@ MOST_PROCESSES = 10**6
 
 # What a user may call a torch dtype -> its name there.
 DTYPES = {
-    **{"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"},
-    **{"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
 }
 
 

@@ -14,7 +14,7 @@ from gpt2repro.system.command_line import place
 from gpt2repro.system.hub import is_hub_id
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # any one will do
-PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+_AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 
 def holds_tokenizer(directory: Path) -> bool:
@@ -87,8 +87,7 @@ def _read(name: str, trust: bool, offline: bool = False) -> Any:
     Some (GPT-2's, GPT-NeoX', Qwen's) take vocabulary and merges from the file and put their own
     model's normalizer and splitting of words in place of the file's: other ids, without a word.
     """
-    tokenizer: Any
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer: Any = AutoTokenizer.from_pretrained(
         name, trust_remote_code=trust, local_files_only=offline
     )
     if not type(tokenizer).__module__.startswith("transformers.models."):
@@ -101,7 +100,7 @@ def _read(name: str, trust: bool, offline: bool = False) -> Any:
         return tokenizer
     # Where the settings ask for a space to begin with, only the class knows how to put it there.
     text = " " * ("add_prefix_space" in plain.init_kwargs) + PROBE_TEXT
-    if tokenizer.encode(text, **PLAIN) == plain.encode(text, **PLAIN):
+    if tokenizer.encode(text, **_AS_TEXT) == plain.encode(text, **_AS_TEXT):
         return tokenizer
     for token in ("bos_token", "eos_token"):  # a class may know them where the files say nothing
         setattr(plain, token, getattr(plain, token) or getattr(tokenizer, token))

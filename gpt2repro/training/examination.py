@@ -142,7 +142,7 @@ class Examination:
         )
         free = min(psutil.virtual_memory().available, machine.main_memory())
         if state > free:
-            return WARNING, f"{text}, but it may take {free / 2**30:.2f} GiB"
+            return WARNING, f"{text}, but {free / 2**30:.2f} GiB are to be had"
         return OK, text
 
     def _attention(self) -> Finding:
