@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
+from tiny_run import reset_accelerate
 
 from gpt2repro.system import patience
 
@@ -27,6 +28,12 @@ settings.load_profile("many" if EXAMPLES else "few")
 def no_server_has_answered_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: one that the Hub has answered is patient with it for half an hour."""
     monkeypatch.setattr(patience, "_outages", patience._Outages())
+
+
+@pytest.fixture(autouse=True)
+def no_engine_stands_yet() -> None:
+    """Accelerate keeps one for the whole process, whoever set it up and however."""
+    reset_accelerate()
 
 
 # They take minutes, so they begin first: one that begins last keeps one worker while others rest.

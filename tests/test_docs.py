@@ -280,14 +280,6 @@ def done() -> set[str]:
     return set(SET_UP)
 
 
-@pytest.fixture
-def fresh_engine() -> Iterator[None]:
-    """Trainers of other tools set up accelerate in this process, each in its own way."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
 def test_the_loop_is_as_long_as_the_readme_says():
     def num_lines(path: Path) -> int:
         return len(path.read_text(encoding="utf-8").splitlines())
@@ -301,7 +293,7 @@ def test_the_loop_is_as_long_as_the_readme_says():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_blocks_run(page, clone, done, monkeypatch, fresh_engine):
+def test_blocks_run(page, clone, done, monkeypatch):
     monkeypatch.chdir(clone)
     names: dict = {"__name__": "page"}
     if needs := NEEDS.match(TEXT[page]):

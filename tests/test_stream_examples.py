@@ -14,7 +14,7 @@ import pytest
 import torch
 from fake_hub import FakeHub, Fault, impatient
 from safetensors.torch import load_file
-from tiny_run import reset_accelerate, write_inputs
+from tiny_run import write_inputs
 
 from gpt2repro.data import ExactStream
 
@@ -50,7 +50,6 @@ def test_trainer_goes_on_at_the_next_row_under_two_processes(texts, tmp_path, mo
     monkeypatch.setattr(sys, "argv", [str(TRAINER), *options, str(whole)])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     runpy.run_path(str(TRAINER), run_name="__main__")
-    reset_accelerate()
     shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
     (parts / "checkpoint-3").mkdir()  # a kill left it half written
     torchrun(2, TRAINER, *options, str(parts))
@@ -99,7 +98,6 @@ def test_a_hub_that_misbehaves_changes_no_row(texts, tmp_path, monkeypatch, capf
         monkeypatch.setattr(sys, "argv", [str(script), *words])
         runpy.run_path(str(script), run_name="__main__")
         assert sum(fault.num_hits for fault in hub.faults) == len(kinds)
-    reset_accelerate()
     assert re.findall(r"\brows (\w{16})$", capfd.readouterr().out, re.M) == expected
 
 

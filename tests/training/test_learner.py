@@ -26,13 +26,10 @@ from gpt2repro.training.learner import build_model, open_learner, place
 )
 def test_on_a_cpu_bf16_has_its_attention(tmp_path, options, attention):
     recipe = load_recipe(["--recipe", str(write_inputs(tmp_path)), *options])
-    try:
-        accelerator = Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
-        model = tiny_model()
-        model.set_attn_implementation(recipe.attn_implementation)
-        model, _ = place(recipe, accelerator, model)
-    finally:
-        reset_accelerate()
+    accelerator = Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
+    model = tiny_model()
+    model.set_attn_implementation(recipe.attn_implementation)
+    model, _ = place(recipe, accelerator, model)
     assert model.config._attn_implementation == attention
 
 
@@ -43,11 +40,9 @@ def test_ranks_drop_different_units_from_any_step_on(tmp_path, monkeypatch):
     for rank, step in ((0, 0), (1, 0), (2, 0), (1, 9)):
         monkeypatch.setattr(learner.ranks, "rank", lambda rank=rank: rank)
         state = {"step": step} if step else {}
-        try:
-            accelerator = Accelerator(cpu=True)
-            opened = open_learner(recipe, accelerator, tokenizer, Start(None, state, ""))
-        finally:
-            reset_accelerate()
+        reset_accelerate()
+        accelerator = Accelerator(cpu=True)
+        opened = open_learner(recipe, accelerator, tokenizer, Start(None, state, ""))
         drawn.append(torch.rand(()).item())
         weights.append(opened.model.state_dict()["transformer.wte.weight"])
     assert len(set(drawn)) == 4
@@ -62,11 +57,9 @@ def test_a_resumed_run_keeps_the_size_that_auto_found_where_it_found_it(tmp_path
     def opened(fitted_to: str | None) -> learner.Learner:
         state = {"step": 4, "recipe": {"micro_batch_size": 2}, "world_size": 1}
         state |= {"fitted_to": fitted_to}
-        try:
-            accelerator = Accelerator(cpu=True)
-            return open_learner(recipe, accelerator, tokenizer, Start(None, state, ""))
-        finally:
-            reset_accelerate()
+        reset_accelerate()
+        accelerator = Accelerator(cpu=True)
+        return open_learner(recipe, accelerator, tokenizer, Start(None, state, ""))
 
     found = opened(None)  # the saved size was given
     assert found.micro_batch_size == 8 and found.fitted_to is not None

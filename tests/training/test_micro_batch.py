@@ -13,7 +13,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from tiny_gpt2 import tiny_model
-from tiny_run import reset_accelerate
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -305,13 +304,10 @@ def test_a_trial_meets_the_gradients_of_an_earlier_micro_batch(monkeypatch, batc
         with_kwargs=True,
     )
     everything = len(list(model.parameters()))
-    try:
-        asked = search_of(monkeypatch, Accelerator(cpu=True), model, batch_multiples)
-        for size in (2, 4):
-            asked.forward_backward(size)
-            assert num_gradients(model) == 0
-    finally:
-        reset_accelerate()
+    asked = search_of(monkeypatch, Accelerator(cpu=True), model, batch_multiples)
+    for size in (2, 4):
+        asked.forward_backward(size)
+        assert num_gradients(model) == 0
     # Four rows at once are all of a step, and there is no earlier one until a step has two batches.
     last = [(1, 0), (4, everything)] if batch_multiples else [(4, 0)]
     assert passes == [(1, 0), (2, everything), *last]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
-from tiny_run import metrics, reset_accelerate, train, write_inputs
+from tiny_run import metrics, train, write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.recipe import load_recipe
@@ -361,14 +361,12 @@ def test_figures_of_tasks_and_texts_arrive(kind, tmp_path):
     """A text shows letter for letter, be it Markdown or HTML."""
     told = {"loss": 2.5, "core": 0.25, "hellaswag/completion_acc": 0.5}
     line = {"step": 3, **told, "rows_digest": "00ff", "mfu": None, "sample": "# <1> of\n\n *x*"}
-    reset_accelerate()
     accelerator = Accelerator(cpu=True, log_with=kind, project_dir=tmp_path / "run")
     tracker = Tracker(TrackerRun(report_to=kind, id="1", name="tiny", exp_name="tiny"), -1)
     tracker.log_in(tiny(report_to=kind), accelerator, tmp_path / "tracker.json", [line])
     assert tracker.tell(line) == ""
     assert tracker.tell({"step": 4, "loss": 2.25}) == ""
     tracker.close()
-    reset_accelerate()
     ((name, lines),) = READ[kind](tmp_path / "run").items()
     assert name == "tiny" and [each["step"] for each in lines] == [3, 4]
     assert {key: lines[0][key] for key in told} == told and lines[1]["loss"] == 2.25
