@@ -39,6 +39,7 @@ from gpt2repro.speed.compilation import compile_in_place
 from gpt2repro.system.signals import SIGNALS
 from gpt2repro.training import finish, learner, monitor
 from gpt2repro.training import run as run_module
+from gpt2repro.training.evaluations import Evaluations
 from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.run import Run
 from gpt2repro.training.tracker import Tracker
@@ -225,14 +226,14 @@ def test_a_signal_within_an_evaluation_loses_only_that(
 ):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        validate = Monitor._validate
+        validate = Evaluations._validate
 
         def stop_in_evaluation(self, step):
             if step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
             return validate(self, step)
 
-        patch.setattr(Monitor, "_validate", stop_in_evaluation)
+        patch.setattr(Evaluations, "_validate", stop_in_evaluation)
         assert train(recipe, run) == train_accelerate.EXIT_PREEMPTED
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
     assert train(recipe, run) == 0

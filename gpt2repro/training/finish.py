@@ -34,7 +34,7 @@ def finish(run: Run) -> int:
             again.
     """
     models = {run.directory.final: checkpoints.model_tensors(run.learner.model)}
-    if ranks.any_rank(run.monitor.average_is_better):
+    if ranks.any_rank(run.monitor.evaluations.average_is_better):
         with averaged(run.learner.model, run.learner.optimizer):
             models[run.directory.average] = checkpoints.model_tensors(run.learner.model)
     run.monitor.progress.close()

@@ -1,7 +1,4 @@
-"""All that a run says of itself: evaluations, samples, metrics, incidents, the bar on the screen.
-
-None of this touches the weights, the optimizer or the random number generators.
-"""
+"""All that a run says of itself: its first lines, metrics, incidents, the bar on the screen."""
 
 import math
 import time
@@ -11,50 +8,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate.utils import DistributedType
-from torch import nn
 
 from gpt2repro.data.corpora.size import estimate_tokens, in_words
 from gpt2repro.data.dataset import Dataset
 from gpt2repro.data.rows.mixture import Source
 from gpt2repro.data.rows.producer import StepRows
-from gpt2repro.data.tokens.token_ids import begin_id, ids_to_continue
-from gpt2repro.evaluation.likelihoods import evaluating
 from gpt2repro.evaluation.published import published_loss
-from gpt2repro.evaluation.scoring import score_tasks
-from gpt2repro.evaluation.validation import validation_loss
 from gpt2repro.plots.curves import loss_curve
 from gpt2repro.recipe import differences
 from gpt2repro.recipe_fields import ResolvedRecipe
-from gpt2repro.records.checkpoints import innermost
 from gpt2repro.records.incidents import IncidentLog
 from gpt2repro.records.metrics import MetricsLog, read_metrics
 from gpt2repro.records.run_directory import RunDirectory, Start, read_resumes
-from gpt2repro.speed.attention import for_generation
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
 from gpt2repro.system.text import count_of, folded, in_short
+from gpt2repro.training.evaluations import Evaluations, Figures
 from gpt2repro.training.inputs import Inputs
 from gpt2repro.training.learner import Learner
-from gpt2repro.training.optim.averaging import averaged, has_average
 from gpt2repro.training.progress import Progress
+from gpt2repro.training.schedule import due
 from gpt2repro.training.step import LaunchedStep, StepResult
 from gpt2repro.training.throughput import Throughput, peak_flops, peak_memory_gib
 from gpt2repro.training.tracker import Tracker
 
-LOGIT_BYTES = 2**32  # of a batch of benchmarks; training never holds a whole batch's logits
 SPIKE_Z = 5.0  # standard deviations above the recent mean that make a loss worth a line
-SAMPLE_TOKENS = 48
 STEPS_TO_WARM_UP = 4
 # They work on a step while this process prepares the next one; only then is the first one told.
 DEVICES_BEHIND = ("cuda",)
-
-Figures = dict[str, float | str]  # of a line in metrics.jsonl, by name; a sample is a text
-
-
-def due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 class Monitor:
@@ -78,10 +60,11 @@ class Monitor:
         accelerator = learner.accelerator
         main = accelerator.is_main_process
         self.recipe, self.directory, self.inputs, self.learner = recipe, directory, inputs, learner
-        self.tracker, self._stop = tracker, stop
+        self.tracker = tracker
         if main:
             self._introduce(start)
         self.progress = Progress(first_step=start.step, num_steps=recipe.num_steps, enabled=main)
+        self.evaluations = Evaluations(recipe, inputs, learner, stop, self.progress)
         self._log = MetricsLog(directory.metrics, len(history)) if main else None
         self._throughput = Throughput(
             learner.flops_per_token, peak_flops(accelerator.device), accelerator.num_processes
@@ -92,8 +75,7 @@ class Monitor:
         self._incidents = IncidentLog(directory.incidents)
         self._tells_late = accelerator.device.type in DEVICES_BEHIND
         self._untold: Report | None = None
-        self._validation_seconds, self._num_told = 0.0, 0
-        self.average_is_better = False  # than the weights, at the last validation
+        self._num_told = 0
 
     def close(self) -> None:
         """End the bar and the file."""
@@ -159,97 +141,13 @@ class Monitor:
 
         A stop request cuts it short; figures that were not finished are left out.
         """
-        recipe, last = self.recipe, step == self.recipe.num_steps
-        validates = self.inputs.validation and (step == 0 or last or due(recipe.eval_every, step))
-        scores = self.inputs.tasks and (last or (step > 0 and due(recipe.eval_tasks_every, step)))
-        samples = 0 < step < recipe.num_steps and due(recipe.sample_every, step)
-        if validates or scores or samples or last:
+        evaluations = self.evaluations.due(step)
+        figures: dict[str, float | str] = {}
+        if evaluations or step == self.recipe.num_steps:
             self.catch_up()
-        figures: Figures = {}
-        if validates:
-            figures |= self._validate(step)
-        if scores:
-            figures |= self._score_tasks(step)
-        if samples and not self._stop.agreed:
-            figures |= self._sample(step)
+        for evaluate in evaluations:
+            figures |= evaluate(step)
         return figures
-
-    def _validate(self, step: int) -> dict[str, float]:
-        """What the held-out text says of the weights, and of their average where there is one."""
-        began, optimizer = time.perf_counter(), self.learner.optimizer
-        figures = self._held_out_figures(step)
-        if figures and has_average(optimizer):
-            with averaged(self.learner.model, optimizer):
-                more = self._held_out_figures(step, " of the average")
-            self.average_is_better = bool(more) and more["val_loss"] < figures["val_loss"]
-            figures |= {f"{name}_ema": more[name] for name in more if name != "val_tokens"}
-        self._validation_seconds = time.perf_counter() - began
-        return figures
-
-    def _held_out_figures(self, step: int, of: str = "") -> dict[str, float]:
-        """Validation loss in nats per token, bits per byte, and how many tokens they are of."""
-        held_out = self.inputs.validation
-        assert held_out is not None
-        rows_each = -(-len(held_out.rows) // ranks.world_size())
-        with self.progress.phase(f"validation{of} at step {step}", rows_each) as on_batch:
-            result = validation_loss(
-                self.learner.model, held_out.rows, on_batch=on_batch, **self._collectively()
-            )
-        if result is None:
-            return {}
-        bits_per_byte = result.bits_per_byte(held_out.num_tokens, held_out.num_bytes)
-        self.progress.note(
-            f"step {step}: validation loss{of} {result.loss:.4f} "
-            f"({bits_per_byte:.4f} bits per byte)"
-        )
-        return {
-            "val_loss": result.loss,
-            "val_bits_per_byte": bits_per_byte,
-            "val_tokens": result.num_tokens,
-        }
-
-    def _score_tasks(self, step: int) -> dict[str, float]:
-        """The benchmarks' figures, with standard errors."""
-        tasks = self.inputs.tasks
-        requests = sum(len(task.requests) + len(task.prompts) for task in tasks)
-        requests //= ranks.world_size()
-        with self.progress.phase(f"benchmarks at step {step}", requests) as on_batch:
-            how = self._collectively() | {"batch_size": self._rows_with_logits()}
-            figures = score_tasks(self.learner.model, tasks, on_batch=on_batch, **how)
-        if figures is None:
-            return {}
-        shown = ", ".join(
-            f"{name} {value:.4f}" for name, value in figures.items() if not name.endswith("_stderr")
-        )
-        self.progress.note(f"step {step}: {shown}")
-        return figures
-
-    def _rows_with_logits(self) -> int:
-        """The micro-batch, or as many rows as have `LOGIT_BYTES` of logits, in bf16 and in fp32."""
-        row = 6 * self.recipe.sequence_length * innermost(self.learner.model).config.vocab_size
-        return min(self.recipe.micro_batch_size, max(1, LOGIT_BYTES // row))
-
-    def _collectively(self) -> dict[str, Any]:
-        """How an evaluation is shared among the ranks and stopped on all of them."""
-        return {
-            "batch_size": self.recipe.micro_batch_size,
-            "rank": ranks.rank(),
-            "world_size": ranks.world_size(),
-            "reduce": ranks.reduce_sum,
-            "should_stop": self._stop.poll,
-        }
-
-    def _sample(self, step: int) -> dict[str, str]:
-        """How the model continues the recipe's prompt, the prompt before it."""
-        text = sample_text(
-            self.learner.model,
-            self.inputs.tokenizer,
-            self.recipe.sample_prompt,
-            num_tokens=SAMPLE_TOKENS,
-            seed=self.recipe.seed + step,
-        )
-        self.progress.note(f"step {step}: {' '.join(text.split())}")
-        return {"sample": text}
 
     # --- After a step -----------------------------------------------------------------------------
 
@@ -298,7 +196,7 @@ class Monitor:
         self._throughput.add(batches.of(step) * batch_tokens, 0.0, 0.0)  # now they are trained on
         z_score = self._spikes.z_score(result.loss) if result.finite else 0.0
         if z_score > SPIKE_Z:
-            figures = figures | {"loss_z_score": z_score}
+            figures = {**figures, "loss_z_score": z_score}
             self.progress.note(
                 f"step {step}: loss {result.loss:.4f} is {z_score:.1f} standard deviations above "
                 "its recent mean"
@@ -316,7 +214,7 @@ class Monitor:
             record |= {"rows_digest": result.rows_digest}
             record |= self.inputs.stream.epochs(report.rows.lanes) | self._throughput.read()
             record |= {"peak_memory_gib": peak_memory_gib(self.learner.accelerator.device)}
-            self._write(record | figures)
+            self._write({**record, **figures})
         if "val_loss" in figures:
             self.draw_loss_curve()
         if result.finite:
@@ -336,10 +234,11 @@ class Monitor:
         between = self.recipe.eval_every * seconds
         self._num_told += 1
         # The first steps warm up, and a compiled one waits for the compiler.
-        matters = between < self._validation_seconds >= 1
+        validation = self.evaluations.validation_seconds
+        matters = between < validation >= 1
         if self._num_told == STEPS_TO_WARM_UP and between and matters:
             self.progress.note(
-                f"A validation takes {self._validation_seconds:,.0f} s, the steps between two of "
+                f"A validation takes {validation:,.0f} s, the steps between two of "
                 f"them {between:,.0f} s: raise eval_every or lower validation_tokens"
             )
 
@@ -421,33 +320,3 @@ class SpikeDetector:
             score = (loss - mean) / math.sqrt(variance) if variance else 0.0
         self._losses.append(loss)
         return score
-
-
-def sample_text(model: nn.Module, tokenizer, prompt: str, *, num_tokens: int, seed: int) -> str:
-    """Continue `prompt` by `num_tokens` sampled tokens and return both as text.
-
-    Every rank must call: a sharded model gathers its parameters from all of them. The length is
-    fixed so that all ranks run the same number of forward passes. The compiled code is left alone
-    (lengths vary), and so is the state of the random number generators.
-    """
-    inner: Any = innermost(model)
-    device = next(inner.parameters()).device
-    prompt_ids = torch.tensor(ids_to_continue(tokenizer, [prompt]), device=device)
-    room = inner.config.n_positions - prompt_ids.shape[1]
-    num_tokens = min(num_tokens, room)
-    if num_tokens < 1:
-        return prompt
-    devices = [device] if device.type == "cuda" else []
-    eager = torch.compiler.set_stance("force_eager")
-    with evaluating(inner), torch.random.fork_rng(devices), eager, for_generation():
-        torch.manual_seed(seed)
-        ids = inner.generate(
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            do_sample=True,
-            top_k=50,
-            min_new_tokens=num_tokens,
-            max_new_tokens=num_tokens,
-            pad_token_id=begin_id(tokenizer),
-        )
-    return tokenizer.decode(ids[0])

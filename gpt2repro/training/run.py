@@ -33,9 +33,9 @@ from gpt2repro.training.engine import (
 )
 from gpt2repro.training.inputs import Inputs, counted_steps, from_anywhere, open_inputs
 from gpt2repro.training.learner import Learner, open_learner
-from gpt2repro.training.monitor import Monitor, due
+from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.saving import Checkpoints
-from gpt2repro.training.schedule import endless_warmup, jump, set_rates, stable_until
+from gpt2repro.training.schedule import due, endless_warmup, jump, set_rates, stable_until
 from gpt2repro.training.step import LaunchedStep, next_rows, train_step
 from gpt2repro.training.tracker import find_tracker
 

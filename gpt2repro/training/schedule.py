@@ -12,6 +12,11 @@ FIRST_MOMENTUM = 0.85  # Jordan et al. 2024
 JUMP = 1.1  # by how much a rate rises from one step to the next, for it to be worth a line
 
 
+def due(every: int, step: int) -> bool:
+    """Whether `step` has what comes every so many steps; 0 is never."""
+    return every > 0 and step % every == 0
+
+
 def lr_at(
     step: int,
     *,

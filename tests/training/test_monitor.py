@@ -8,7 +8,8 @@ import torch
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 from torch import nn
 
-from gpt2repro.training.monitor import LOGIT_BYTES, Monitor, SpikeDetector, sample_text
+from gpt2repro.training.evaluations import LOGIT_BYTES, Evaluations, sample_text
+from gpt2repro.training.monitor import Monitor, SpikeDetector
 from gpt2repro.training.progress import Progress
 
 PROMPT = "This function"
@@ -58,7 +59,7 @@ def test_benchmarks_take_as_many_rows_as_their_logits_leave_room_for():
         recipe = SimpleNamespace(micro_batch_size=micro_batch_size, sequence_length=1024)
         model = tiny_model(vocab_size=50257, n_embd=8)
         parts = SimpleNamespace(recipe=recipe, learner=SimpleNamespace(model=model))
-        return Monitor._rows_with_logits(parts)
+        return Evaluations._rows_with_logits(parts)
 
     assert [rows(size) for size in (1, 8, 512)] == [1, 8, 13]
     assert LOGIT_BYTES > 13 * 1024 * 50257 * (2 + 4)
