@@ -1,11 +1,12 @@
 """What a model writes: greedy continuations of prompts, for the benchmarks that read them.
 
-prompts -> sorted by length, cut into batches, dealt to the ranks -> `generate` -> token ids
+prompts -> sorted by lengths, cut into batches, dealt to the ranks -> `generate` -> token ids
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -67,7 +68,11 @@ def continuations(
     if not prompts:
         return []
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].num_new, len(prompts[i].ids)))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    # Of one number of new tokens: a prompt that asks for few may leave no room for more.
+    for _, alike in groupby(order, key=lambda i: prompts[i].num_new):
+        same = list(alike)
+        batches += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
     # Every rank generates as often as the others, which a sharded model needs.
     batches += [[]] * (-len(batches) % world_size)
     most = max(prompt.num_new for prompt in prompts)

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -513,6 +514,16 @@ def test_what_follows_an_end_that_the_model_names_is_no_text():
     assert {len(each) for each in alone} > {12}, "others go on"
 
 
+def test_a_prompt_without_room_for_more_is_not_asked_for_its_neighbours_more():
+    """Tasks that are scored together ask for other numbers of tokens."""
+    model, room = random_gpt2(positions=64), 64
+    full = Prompt([*range(1, room - 1)], 2, lambda new: False)
+    prompts = [full, Prompt([5, 6, 7], room - 4, lambda new: False), full]
+    alone = [continuations(model, [prompt], batch_size=1)[0] for prompt in prompts]
+    assert continuations(model, prompts, batch_size=4) == alone
+    assert [len(new) for new in alone] == [2, room - 4, 2]
+
+
 def test_a_row_may_have_questions_of_several_kinds(tmp_path):
     """As those of SQuAD 2: an answer to be written, and whether there is one."""
     from lm_eval.api.instance import Instance
@@ -564,3 +575,24 @@ def test_what_asks_for_more_than_there_is_room_is_named(tmp_path):
         open_tasks(["long"], tiny_tokenizer(), max_length=64, tasks_dir=str(tmp_path))
     with pytest.raises(UserError, match="--tasks: sampling samples what it writes"):
         opened(tmp_path, "sampling")
+
+
+@pytest.mark.parametrize("name", ["cbt_cn", "cbt_ne"])
+def test_no_row_of_our_tasks_is_an_example_of_itself(tmp_path, name):
+    """The harness takes examples from the rows that are asked where a task has no others."""
+    file = Path(harness.__file__).with_name(f"{name}.yaml")
+    rows = [
+        {"sentences": [f"It was {n} ."], "question": "So XXXXX was it .", "answer": f"thing{n}"}
+        for n in range(5)
+    ]
+    for row in rows:
+        row["options"] = [row["answer"], "cat"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "local.yaml").write_text(
+        f"include: {file}\ntask: local\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.json'}}}}}\n"
+    )
+    [task] = opened(tmp_path, "local", num_fewshot=3)
+    for example in task.examples:
+        [context, answer] = example.instances[0].args
+        assert context.count("It was") == 4 and answer.split()[0] not in context
