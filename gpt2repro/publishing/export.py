@@ -290,9 +290,12 @@ def _write_tokenizer(
     tokenizer.save_pretrained(directory, save_jinja_files=not several)
     file = directory / "tokenizer_config.json"
     settings = read_json(file)
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 and others' tools
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # know it by its former name
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    # transformers 4 and others' tools know these by their former names, and 5 does as well.
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     bpe = tokenizer.backend_tokenizer.model
     if plain_files and type(bpe).__name__ == "BPE":
         bpe.save(str(directory))

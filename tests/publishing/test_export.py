@@ -351,14 +351,18 @@ def test_a_tokenizer_is_named_as_transformers_4_knows_it_and_not_as_it_was_found
     tiny_tokenizer().save_pretrained(tmp_path / "own")
     settings = read(tmp_path / "own" / "tokenizer_config.json")
     settings["tokenizer_class"] = "TokenizersBackend"
+    settings["extra_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
     (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(settings))
     monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-    export.export(tiny_model(), load_tokenizer(tmp_path / "own"), tmp_path / "final")
+    model = tiny_model(vocab_size=302)
+    export.export(model, load_tokenizer(tmp_path / "own"), tmp_path / "final")
     settings = read(tmp_path / "final" / "tokenizer_config.json")
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert not settings.keys() & {"is_local", "local_files_only"}
+    assert settings["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
+    assert not settings.keys() & {"is_local", "local_files_only", "extra_special_tokens"}
     text = "word 12"
     again = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert again.extra_special_tokens == settings["additional_special_tokens"]
     assert again(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
 
 
