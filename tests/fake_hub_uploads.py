@@ -56,6 +56,7 @@ class UploadHub(FakeHub):
         self.mixed_up: dict[str, str] = {}  # branch -> SHA-256 of what its large files become
         self.parts: dict[str, dict[int, bytes]] = {}
         self.private: set[str] = set()
+        self.private_by_default = False  # an organization's choice
         self.messages: list[str] = []
 
     def __enter__(self) -> "UploadHub":
@@ -160,7 +161,8 @@ class UploadHandler(Handler):
         exists = ("models", name) in self.hub.repositories
         if not exists:
             self.hub.add("models", name, {".gitattributes": b"*.safetensors filter=lfs\n"})
-            if asked.get("private") or asked.get("visibility") == "private":
+            default = "private" if self.hub.private_by_default else "public"
+            if asked.get("private", asked.get("visibility", default) == "private"):
                 self.hub.private.add(name)
         answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": "0" * 24}
         self.answer(409 if exists else 200, json.dumps(answer).encode(), {})

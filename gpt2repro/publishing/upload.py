@@ -156,7 +156,8 @@ def upload(
 
     def attempt() -> str:
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        # What nobody asked to be private is what its organization makes of it.
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         if revision is not None and not api.revision_exists(repo_id, revision):
             first = api.list_repo_commits(repo_id)[-1].commit_id
             api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)

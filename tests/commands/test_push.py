@@ -129,6 +129,12 @@ def test_private_and_revision(hub, exported, verified):
         push.main(["--model", str(exported), "--repo", "me/open", "--private"])
 
 
+def test_an_organization_decides_on_what_nobody_asked_for(hub, exported, verified):
+    hub.private_by_default = True
+    assert push.main(["--model", str(exported), "--repo", "me/secret"]) == 0
+    assert "me/secret" in hub.private
+
+
 def test_an_evaluation_goes_into_the_card(hub, exported, verified, tmp_path, capsys):
     dataset = {"name": "Rowan/hellaswag", "title": "HellaSwag"}
     results = {
