@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from gpt2repro.plots import curves
 from gpt2repro.plots.gallery import Runs
-from gpt2repro.plots.style import DPI, INK, MUTED, PALETTE, finding, glyphs_missing
+from gpt2repro.plots.style import DPI, INK, MUTED, PALETTE, finding, rendering
 from gpt2repro.system import atomic
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
@@ -243,6 +243,6 @@ def _data_url(picture: Figure) -> str:
     """The picture without its title: in a third of the bytes of PNG, at a loss that no eye sees."""
     picture.suptitle("")
     data = io.BytesIO()
-    with glyphs_missing():
+    with rendering(picture):
         picture.savefig(data, format="webp", dpi=DPI)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

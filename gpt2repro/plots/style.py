@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from gpt2repro.system import atomic
@@ -128,9 +129,16 @@ def colour_bar(figure: Figure, image: Any, axes: Any, label: str) -> None:
 
 
 @contextmanager
-def glyphs_missing() -> Iterator[None]:
-    """A token of a script that the font lacks is drawn as a box, and that is no news."""
-    with warnings.catch_warnings():
+def rendering(figure: Figure) -> Iterator[None]:
+    """Around `savefig`: a token of a script that the font lacks is a box, and that is no news.
+
+    Whatever the user's matplotlibrc says, text is no TeX, in which tokens and titles would mean
+    something else, and an SVG has the ids that it would have next time.
+    """
+    for text in figure.findobj(Text):
+        text.set_usetex(False)
+    ours = rc_context({"text.usetex": False, "svg.hashsalt": "gpt2repro"})
+    with warnings.catch_warnings(), ours:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
@@ -147,7 +155,7 @@ def save(figure: Figure, output: Path) -> list[Path]:
         kind = path.suffix[1:]
         # A date would make two drawings of the same numbers differ.
         metadata = {"Date": None} if kind == "svg" else None
-        with atomic.new_file(path) as scratch, glyphs_missing():
+        with atomic.new_file(path) as scratch, rendering(figure):
             figure.savefig(scratch, format=kind, dpi=DPI, metadata=metadata)
         paths.append(path)
     return paths

@@ -1,6 +1,8 @@
 """The labels that all pictures share."""
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.text import Text
 from tiny_language_models import tiny_tokenizer
 
 from gpt2repro.plots import style
@@ -15,6 +17,24 @@ def test_an_ending_says_which_picture_and_no_other_file_is_touched(tmp_path, nam
     paths = style.save(figure, tmp_path / name)
     assert [path.name for path in paths] == written
     assert sorted(path.name for path in tmp_path.iterdir()) == written
+
+
+def test_a_users_settings_for_tex_are_not_a_pictures(tmp_path):
+    """Titles have percents and tokens have underscores."""
+    with rc_context({"text.usetex": True}):
+        figure, [[ax]] = style.new_figure("50 % of a_b")
+        ax.plot([1e-9, 2e-9], label="100 % & more")
+        style.legend(ax)
+        style.save(figure, tmp_path / "a.svg")
+    assert not any(text.get_usetex() for text in figure.findobj(Text))
+
+
+def test_a_picture_of_the_same_numbers_is_the_same_file(tmp_path):
+    for name in ("a.svg", "b.svg"):
+        figure, [[ax]] = style.new_figure("A title")
+        ax.plot([1, 2], marker="o")
+        style.save(figure, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_token_labels_show_what_cannot_be_seen():
