@@ -5,6 +5,8 @@
 #
 # Slurm sends SIGUSR1 two minutes before it ends the job. The run saves and leaves a file PREEMPTED in
 # its directory; this script then puts the job back into the queue, and the same command goes on.
+# A SIGTERM comes from `scancel`, or where the job makes room for another. The run saves too, if it is
+# given the time, but whether the job comes back is for those to say who sent it.
 #SBATCH --job-name=gpt2repro
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -28,28 +30,38 @@ rm -f "$run_dir/PREEMPTED"
 export MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN_PORT=${MAIN_PORT:-29500}
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
+# What torch's launcher gives the ranks to save after a SIGTERM, in seconds (from torch 2.13 on).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # Since Slurm 22.05 srun does not take it from sbatch.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# One launcher per machine. It would die of a SIGUSR1, and with the end of this shell Slurm kills what
-# still runs: so the launcher is made deaf to it, and the shell passes it on and waits for the save.
+# One launcher per machine. It would die of a signal, and with the end of its shell Slurm kills what
+# still runs: so the launcher is made deaf, and the shell passes signals on and waits for the save.
+trap : TERM  # this shell waits for srun all the same
 srun --kill-on-bad-exit=1 bash -c '
     (
-        trap "" USR1
+        trap "" USR1 TERM
         exec accelerate launch --config_file launch/multi_node.yaml \
             --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS_PER_NODE)) \
             --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_HOST" \
             --main_process_port "$MAIN_PORT" train_accelerate.py "$@"
     ) &
-    launcher=$!
-    trap "pkill -USR1 --parent $launcher" USR1
+    launcher=$! first=
+    pass_on() {
+        first=${first:-$1}
+        pkill "-$1" --parent "$launcher"
+    }
+    trap "pass_on USR1" USR1
+    trap "pass_on TERM" TERM
     while true; do
         wait "$launcher" && status=0 || status=$?
-        kill -0 "$launcher" 2>/dev/null || exit "$status"  # else a signal ended the waiting
+        kill -0 "$launcher" 2>/dev/null || break  # else a signal ended the waiting
     done
+    [ "$first" != TERM ] || exit 143
+    exit "$status"
 ' launch "$@" || status=$?
 
-if [ -e "$run_dir/PREEMPTED" ]; then
+if [ -e "$run_dir/PREEMPTED" ] && [ "${status:-0}" != 143 ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

@@ -214,8 +214,11 @@ class SlurmJob(Launch):
 
 
 @pytest.mark.sweep
-def test_slurm_puts_a_run_that_was_stopped_back_into_the_queue(hub, recipe, tmp_path):
-    """SIGUSR1 goes to every process of the step, as Slurm sends it: shell, launcher and ranks."""
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_slurm_stops_a_run_that_saves_and_comes_back_if_it_was_warned(
+    hub, recipe, tmp_path, number
+):
+    """A signal goes to every process of the step, as Slurm sends it: shell, launcher and ranks."""
     programs, run = tmp_path / "bin", tmp_path / "run"
     programs.mkdir()
     for name, line in {
@@ -237,8 +240,10 @@ def test_slurm_puts_a_run_that_was_stopped_back_into_the_queue(hub, recipe, tmp_
     with SlurmJob(hub, recipe, run, **environment) as job:
         job.train_to(5)
         for process in job.workers:
-            process.send_signal(signal.SIGUSR1)
-        assert job.ended() == 0, job.log.read_text()
+            process.send_signal(number)
+        warned = number == signal.SIGUSR1
+        assert job.ended() == (0 if warned else 143), job.log.read_text()
         assert_saved_at_once(job)
-        assert (tmp_path / "queue").read_text() == "requeue 7\n"
-        assert f"exitcode  : {train_accelerate.EXIT_PREEMPTED}" in job.log.read_text()
+        queue = tmp_path / "queue"
+        assert (queue.read_text() if queue.exists() else "") == ("requeue 7\n" if warned else "")
+        assert not warned or f"exitcode  : {train_accelerate.EXIT_PREEMPTED}" in job.log.read_text()

@@ -50,7 +50,7 @@ class StopRequest:
         """Let signals do again what they did before; one that nobody has polled comes again."""
         for number, handler in self.before.items():
             # Deaf is the launcher of launch/slurm.sh, from which this process has it.
-            is_deaf = number == signal.SIGUSR1 and handler == signal.SIG_IGN
+            is_deaf = number != signal.SIGINT and handler == signal.SIG_IGN
             signal.signal(number, signal.SIG_DFL if is_deaf else handler)
         if self.signal is not None and not self.agreed:
             signal.raise_signal(self.signal)

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from gpt2repro import UserError
 from gpt2repro.data.rows.lanes import check_lanes
@@ -99,6 +100,8 @@ def check_engine(accelerator: Accelerator) -> None:
             problem = "fsdp_version 1: set it to 2"
         elif plugin.activation_checkpointing:
             problem = "fsdp_activation_checkpointing: set the recipe's gradient_checkpointing"
+        elif plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+            problem = "fsdp_auto_wrap_policy SIZE_BASED_WRAP: set it to TRANSFORMER_BASED_WRAP"
         elif isinstance(plugin.cpu_offload, CPUOffloadPolicy):
             problem = "fsdp_offload_params: set it to false"
     if problem:

@@ -135,13 +135,14 @@ class Examination:
         self.model = build_model(self.recipe, self.tokenizer)
         num_parameters = self.model.num_parameters()
         state = _state_bytes(num_parameters, self.recipe)
+        copy = state * (_pinned_share(self.model) if self.device.type == "cuda" else 1)
         text = (
             f"{num_parameters:,} parameters; {(state + 4 * num_parameters) / 2**30:.2f} GiB of "
             "weights, gradients and optimizer, and activations on top; "
-            f"{state / 2**30:.2f} GiB of main memory while a checkpoint is written"
+            f"{copy / 2**30:.2f} GiB of main memory for checkpoints"
         )
         free = min(psutil.virtual_memory().available, machine.main_memory())
-        if state > free:
+        if copy > free:
             return WARNING, f"{text}, but {free / 2**30:.2f} GiB are to be had"
         return OK, text
 
@@ -279,6 +280,12 @@ def _state_bytes(num_parameters: int, recipe: Recipe) -> float:
     """Weights, average and optimizer state in fp32; Muon keeps one for its matrices, AdamW two."""
     tensors = (3 if recipe.optimizer == "adamw" else 2.5) + bool(recipe.ema_decay)
     return 4 * num_parameters * tensors
+
+
+def _pinned_share(model: torch.nn.Module) -> float:
+    """How much more memory copies of the parameters take where torch pins it, in powers of two."""
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    return sum(2 ** math.ceil(math.log2(size)) for size in sizes) / sum(sizes)
 
 
 def _multiplies_bf16_faster() -> bool:

@@ -43,6 +43,8 @@ def finish(run: Run) -> int:
     run.stop.close()
     ranks.leave_group()
     torch.cuda.empty_cache()  # the processes that load the export want room on this GPU, too
+    if torch.cuda.is_initialized() and hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()  # and in memory; torch 2.11 keeps what it has pinned
     if run.accelerator.is_main_process:
         try:
             if _publish(run, models):

@@ -4,6 +4,7 @@ import contextlib
 import gc
 from dataclasses import dataclass
 
+import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -183,7 +184,20 @@ def place(
         for module in blocks if sharded else [model]:
             compile_in_place(module, less_memory=less_memory, max_autotune=recipe.max_autotune)
     optimizer = build_optimizer(model.to(accelerator.device), recipe)
-    return accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    _refuse_untrained(model, optimizer)
+    return model, optimizer
+
+
+def _refuse_untrained(model: nn.Module, optimizer: AcceleratedOptimizer) -> None:
+    """accelerate 1.14 unties the head that FSDP2 shards: it would stay as it is, and be saved."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in trained:
+            raise UserError(
+                f"accelerate {accelerate.__version__} took {name} away from the optimizer, so that "
+                "it would not train; install another version (requirements.txt has one)"
+            )
 
 
 def _what_a_size_fits(recipe: Recipe, accelerator: Accelerator) -> str:
@@ -192,7 +206,9 @@ def _what_a_size_fits(recipe: Recipe, accelerator: Accelerator) -> str:
     return (
         f"{accelerator.num_processes} processes ({accelerator.distributed_type.value}) on "
         f"{', '.join(sorted(hardware))}, {recipe.mixed_precision}, {recipe.attn_implementation}, "
-        f"gradient_checkpointing {recipe.gradient_checkpointing}, average {recipe.ema_decay > 0}"
+        f"gradient_checkpointing {recipe.gradient_checkpointing}, average {recipe.ema_decay > 0}, "
+        f"dropout {recipe.dropout > 0}, bf16_residual {recipe.bf16_residual}, "
+        f"fp8_head {recipe.fp8_head}"
     )
 
 

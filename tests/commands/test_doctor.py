@@ -107,7 +107,13 @@ def test_a_checkpoint_needs_main_memory(recipe, monkeypatch):
     assert exam._model()[0] == OK
     memory.available -= 1
     verdict, text = exam._model()
-    assert verdict == WARNING and "main memory while a checkpoint is written, but" in text
+    assert verdict == WARNING and "main memory for checkpoints, but" in text
+
+
+def test_for_a_gpu_copies_are_pinned_in_powers_of_two():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(4, 4, bias=False))
+    # A matrix of nine takes 16, a bias of three takes 4, a matrix of 16 what it has.
+    assert examination._pinned_share(model) == (16 + 4 + 16) / (9 + 3 + 16)
 
 
 def test_permanent_checkpoints_are_counted(recipe, monkeypatch):

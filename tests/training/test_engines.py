@@ -107,6 +107,7 @@ def test_float32_resumes_from_any_step_and_under_one_process(recipe, alone, tmp_
         ({"fsdp_version": 1}, "fsdp_version 1: set it to 2"),
         ({"activation_checkpointing": True}, "activation_checkpointing: set the recipe's gradient"),
         ({"cpu_offload": True}, "fsdp_offload_params: set it to false"),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "policy SIZE_BASED_WRAP: set it to TRANSFORMER"),
         ({"tp": True}, "parallelism_config: only data parallel"),
         ({"kind": DistributedType.MEGATRON_LM}, "distributed_type MEGATRON_LM: use DDP or FSDP2"),
         ({}, ""),

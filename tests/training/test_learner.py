@@ -1,13 +1,16 @@
 """What a run does for the device it finds itself on."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 from tiny_run import reset_accelerate, write_inputs
+from torch import nn
 
+from gpt2repro import UserError
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.run_directory import Start
@@ -54,18 +57,35 @@ def test_a_resumed_run_keeps_the_size_that_auto_found_where_it_found_it(tmp_path
     recipe = load_recipe(["--recipe", str(write_inputs(tmp_path)), "--micro_batch_size", "auto"])
     tokenizer = load_tokenizer(recipe.tokenizer_name)
 
-    def opened(fitted_to: str | None) -> learner.Learner:
+    def opened(fitted_to: str | None, **changes: Any) -> learner.Learner:
         state = {"step": 4, "recipe": {"micro_batch_size": 2}, "world_size": 1}
         state |= {"fitted_to": fitted_to}
         reset_accelerate()
         accelerator = Accelerator(cpu=True)
-        return open_learner(recipe, accelerator, tokenizer, Start(None, state, ""))
+        changed = recipe.model_copy(update=changes)
+        return open_learner(changed, accelerator, tokenizer, Start(None, state, ""))
 
     found = opened(None)  # the saved size was given
     assert found.micro_batch_size == 8 and found.fitted_to is not None
     assert opened(found.fitted_to).micro_batch_size == 2
+    assert opened(found.fitted_to, dropout=0.1).micro_batch_size == 8
+    assert opened(found.fitted_to, bf16_residual=True).micro_batch_size == 8
     monkeypatch.setattr(learner.machine, "hardware", lambda device: "1 x a smaller card")
     assert opened(found.fitted_to).micro_batch_size == 8
+
+
+def test_a_parameter_that_the_engine_takes_away_is_no_run(tmp_path, monkeypatch):
+    """As accelerate 1.14 does under FSDP2, of which nothing would tell but the losses."""
+    recipe = load_recipe(["--recipe", str(write_inputs(tmp_path))])
+
+    def untie(model, optimizer):
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        return model, optimizer
+
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "prepare", untie)
+    with pytest.raises(UserError, match=r"accelerate [\d.]+ took lm_head.weight away"):
+        place(recipe, accelerator, tiny_model())
 
 
 def test_a_head_of_its_own_stays_one_where_the_configuration_says_it_is_tied(tmp_path):
