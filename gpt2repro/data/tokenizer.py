@@ -90,6 +90,9 @@ def _read(name: str, trust: bool, offline: bool = False) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(
         name, trust_remote_code=trust, local_files_only=offline
     )
+    special = [added for added in tokenizer.added_tokens_decoder.values() if added.special]
+    if len(tokenizer) - len(special) <= 1:  # what a class makes of no file; T5's has a space
+        raise UserError(f"tokenizer_name: {name} holds no tokenizer")
     if not type(tokenizer).__module__.startswith("transformers.models."):
         return tokenizer  # the plain class already, or somebody's own
     try:  # its files are here by now

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import set_client_factory
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, httpx
 
 from gpt2repro import UserError
 from gpt2repro.system.text import printable
@@ -50,7 +50,6 @@ LEAST_BYTES_PER_SECOND = 10_000  # of a body, in every window of this many secon
 SLOW_AFTER_SECONDS = 60.0
 LONGEST_QUESTION_SECONDS = 600.0  # a question and its answer of some pages, all in all
 LARGEST_ANSWER_BYTES = 2**28  # of what is no file: the Hub's API, redirections, errors
-ASKED_SECONDS = "gpt2repro.asked_seconds"  # the extension of a response where its nap is kept
 
 Result = TypeVar("Result")
 
@@ -118,11 +117,14 @@ def _in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+def _passes(status: int) -> bool:
+    return status in PASSING_STATUS or status >= 500
+
+
 def _diagnose_status(response, reason: str) -> Diagnosis | None:
     status = response.status_code
-    if status in PASSING_STATUS or status >= 500:
-        taken_over = getattr(response, "extensions", {}).get(ASKED_SECONDS)
-        asked = taken_over or _retry_after_seconds(response.headers)
+    if _passes(status):
+        asked = _retry_after_seconds(response.headers)
         return Diagnosis(f"HTTP {status}", None, retry_after=asked)
     if status == 403 and "GatedRepo" not in response.headers.get("X-Error-Code", ""):
         return Diagnosis(reason, FEW_ATTEMPTS)  # a signed link expires between resolve and read
@@ -240,18 +242,21 @@ def _end_drops_and_floods(response) -> None:
     response.iter_raw = iter_raw  # what all the ways to read a body go through
 
 
-def _take_over_naps(response) -> None:
-    """A response hook: the Hub's client obeys `Retry-After` in silence, for hours if told so.
+def _raise_what_passes(response) -> None:
+    """A response hook: an answer that passes is an error of the network, and not the client's own.
 
-    What is long, or no number, is kept from it: it makes its few short attempts, and `patiently`
-    does the waiting.
+    That one is an `OSError`, which `transformers` and `datasets` take for a file that is not there:
+    a tokenizer without its vocabulary, a dataset without its files, and no word. This one none of
+    them knows. The client makes its few attempts all the same; but not where it is told when to
+    come back, which it would obey in silence, for hours: that waiting is for `patiently`.
     """
-    asked = _retry_after_seconds(response.headers)
-    response.extensions[ASKED_SECONDS] = asked
-    for name in ("Retry-After", "RateLimit"):
-        response.headers.pop(name, None)
-    if 0 < asked <= LONGEST_DELAY_SECONDS:
-        response.headers["Retry-After"] = f"{asked:.0f}"
+    if not _passes(response.status_code):
+        return
+    response.read()  # for the next request to have the connection
+    kind = httpx.TransportError if _retry_after_seconds(response.headers) else httpx.ReadError
+    error: Any = kind(f"HTTP {response.status_code}")
+    error.response = response
+    raise error
 
 
 _client_lock = threading.Lock()
@@ -266,7 +271,7 @@ class _LimitedClients:
     def __call__(self) -> Any:
         client = self.make()
         client.event_hooks["request"].append(_end_silence)
-        client.event_hooks["response"] += [_end_drops_and_floods, _take_over_naps]
+        client.event_hooks["response"] += [_end_drops_and_floods, _raise_what_passes]
         return client
 
 

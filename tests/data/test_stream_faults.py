@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub, Fault, impatient
+from huggingface_hub import HfFileSystem
 from tiny_corpus import ByteEncoder, documents, parquet_bytes, refusal
 from tiny_streams import stream_of
 
@@ -453,6 +455,22 @@ def test_hub_data_that_is_no_parquet_is_streamed_a_file_a_unit(hub):
     first = digests(5, source)
     hub.faults.append(Fault("status:503", r"\.jsonl$", times=8))
     assert digests(5, open_corpus("someone/lines")) == first
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_an_outage_is_no_file_that_is_not_there(hub, status):
+    """What the client says of one, `datasets` takes for that; other ranks ask for themselves."""
+    texts = {f"data/{name}.jsonl": f'{{"text": "{name}"}}\n'.encode() for name in "ab"}
+    hub.add("datasets", "someone/lines", texts)
+    outage = Fault(f"status:{status}", "/(tree|paths-info)/", "GET|POST", times=12)
+    hub.faults.append(outage)
+    source = open_corpus("someone/lines", data_files="data/b.jsonl")
+    assert outage.num_hits == 12
+    elsewhere = pickle.loads(pickle.dumps(source))
+    HfFileSystem.clear_instance_cache()  # as in another process
+    outage.num_hits = 0
+    assert elsewhere.read_unit(0) == ["b"]
+    assert outage.num_hits == 12
 
 
 IN_ANOTHER_PROCESS = f"""

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from fake_hub import FakeHub, Fault
-from huggingface_hub import constants
+from fake_hub import FakeHub, Fault, impatient
+from huggingface_hub import constants, hf_hub_download
 from tiny_corpus import documents
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
@@ -96,6 +96,36 @@ def hub(monkeypatch, theirs, tmp_path):
         hub.add("models", "openai-community/gpt2", files | {"config.json": b"{}"})
         hub.use_in_process(monkeypatch)
         yield hub
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen2", "bert", "t5"])
+def test_a_model_without_a_tokenizer_has_none(hub, kind):
+    """transformers makes one of the special tokens alone, and an epoch of it would be ends."""
+    hub.add("models", "me/model", {"config.json": json.dumps({"model_type": kind}).encode()})
+    with pytest.raises(UserError, match="me/model holds no tokenizer"):
+        load_tokenizer("me/model")
+
+
+def test_a_cache_that_has_the_model_alone_holds_no_tokenizer(hub, monkeypatch):
+    hub.add("models", "me/model", {"config.json": b'{"model_type": "gpt2"}'})
+    hf_hub_download("me/model", "config.json")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        load_tokenizer("me/model")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_file_that_cannot_be_had_now_is_not_one_that_does_not_exist(
+    hub, theirs, monkeypatch, status, file
+):
+    """The client gives up after six answers, and transformers would go on without the file."""
+    impatient(monkeypatch)
+    fault = Fault(f"status:{status}", file, "GET|HEAD", times=20)
+    hub.faults.append(fault)
+    loaded = load_tokenizer("openai-community/gpt2")
+    assert fault.num_hits == 20
+    assert BulkEncoder(loaded).fingerprint == BulkEncoder(theirs).fingerprint
 
 
 def test_loading_from_the_hub_and_then_from_its_cache(hub, theirs, monkeypatch):
