@@ -4,13 +4,16 @@ Which files a name means, local_files.py says of this machine and `datasets` of 
 read them is asked in the order of `FORMATS`. A new format is a file of its own and a line there.
 """
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from fsspec.utils import glob_translate
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
@@ -32,6 +35,10 @@ from gpt2repro.data.dataset import Dataset
 from gpt2repro.data.rows.mixture import THE_DATASET, Source
 from gpt2repro.system import patience
 from gpt2repro.system.hub import is_hub_id
+
+logger = logging.getLogger(__name__)
+
+CONVERTED = "refs/convert/parquet"
 
 FORMATS: tuple[Callable[[Found], Corpus | None], ...] = (
     open_parquet,
@@ -106,6 +113,8 @@ def open_corpus(
                 builder = _load_builder(options | {"revision": commit}, name, if_unreachable)
                 files = files_of(builder, split, name)
                 identity["config"] = builder.config.name
+                if revision == CONVERTED:
+                    _tell_of_conversion(files.files, commit)
         if document and (on_hub or files.format != "text"):
             raise UserError(
                 f"document: {document} is for text files of this machine, and {name} has none: "
@@ -213,19 +222,47 @@ def _shards_on_hub(name: str, commit: str, data_files: str | list[str] | None) -
         f"list the files of {name} (dataset_name)",
         attempt_seconds=patience.LONGEST_QUESTION_SECONDS,
     )
-    meant = sorted(path for path in paths if any(fnmatchcase(path, p) for p in patterns))
+    # As `datasets` matches: `*` within a directory, `**/` for any, and none as well.
+    matches = re.compile("|".join(map(glob_translate, patterns))).match
+    meant = sorted(filter(matches, paths))
     if not meant:
         raise UserError(f"data_files: no data files in {name}: {', '.join(patterns)}")
     return Files(TOKENS, None, [f"hf://datasets/{name}@{commit}/{path}" for path in meant])
+
+
+def _tell_of_conversion(files: list[str], commit: str) -> None:
+    """The Hub's own copies in parquet are CONFIGURATION/SPLIT/*, and no card says so."""
+    names = [file.partition(f"@{commit}/")[2] for file in files]
+    if len(configurations := sorted({name.partition("/")[0] for name in names})) > 1:
+        logger.warning(
+            "dataset_revision: %s has %d configurations (%s), and all are read as one: data_files "
+            "'%s/*/*.parquet' takes one",
+            *(CONVERTED, len(configurations), ", ".join(configurations), configurations[0]),
+        )
+    if partial := next((name for name in names if "/partial-" in name), None):
+        logger.warning(
+            "dataset_revision: %s has the first 5 GB alone of some (%s)", CONVERTED, partial
+        )
 
 
 def _load_builder(options: dict[str, Any], name: str, if_unreachable: str):
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetNotFoundError
 
+    def load():
+        try:
+            return load_dataset_builder(**options)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            raise UserError(
+                f"dataset_name: {name} is a script, which `datasets` runs no longer; the Hub may "
+                f"have a copy in parquet: dataset_revision {CONVERTED}"
+            ) from error
+
     try:
         return patience.patiently(
-            lambda: load_dataset_builder(**options),
+            load,
             f"resolve the files of {name} (dataset_name)",
             if_unreachable=if_unreachable,
         )

@@ -63,13 +63,12 @@ def read_file(repo_id: str, path: str, revision: str, tree: Mapping[str, RepoFil
     raise UserError(f"{path} of {repo_id} came otherwise than the Hub lists it; ask again")
 
 
-def refuse_pointers(directory: Path) -> None:
+def refuse_pointer(path: Path) -> None:
     """Where git cloned a repository without git-lfs, a text lies in the place of a large file.
 
     Raises:
         UserError: naming it, and what fetches the file.
     """
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            if file.read(24) == b"version https://git-lfs.":
-                raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")

@@ -217,8 +217,29 @@ def test_files_without_a_splits_name_beside_others_are_told(tmp_path, caplog):
     assert joined(open_corpus(tmp_path, data_files="*.parquet")) == ["left out", "mine"]
 
 
+def test_linked_directories_are_told_of(tmp_path, caplog):
+    """`datasets` does not look into them."""
+    (tmp_path / "elsewhere").mkdir()
+    write_lines(tmp_path / "elsewhere" / "linked.jsonl", ["linked"])
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
+    assert "linked directories, data_files finds some: '**'" in refusal(tmp_path / "data")
+    write_lines(tmp_path / "data" / "a" / "real.jsonl", ["real"])
+    assert joined(open_corpus(tmp_path / "data")) == ["real"]
+    assert "'b/linked.jsonl'" in caplog.text
+    assert joined(open_corpus(tmp_path / "data", data_files="**")) == ["real", "linked"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.csv.gz", "a.bin", "a.npy"])
+def test_pointers_of_git_lfs_are_no_text(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path / name).write_text(pointer)
+    for place in (tmp_path, tmp_path / name):
+        assert f"{name} is a git-lfs pointer, not the file: run `git lfs pull`" in refusal(place)
+
+
 def test_odd_characters_in_files_names(tmp_path):
-    names = ["a.txt", "b\nc.txt", "d e.txt", "f*.txt", "g#%.txt"]
+    names = ["a.txt", "a::b.txt", "b\nc.txt", "d e.txt", "f*.txt", "g#%.txt"]
     for name in names:
         write_text(tmp_path / name, [repr(name)])
     texts = [f"{name!r}\n" for name in names]

@@ -80,6 +80,20 @@ def test_columns_of_json_lines_are_checked_too(tmp_path):
     assert "'n' of local files is int64, not text" in refusal(tmp_path / "a.jsonl", text_column="n")
 
 
+def test_a_value_that_has_no_type_hides_no_wrong_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "hello", "meta": [1, "a"]}\n')
+    assert "has no column 'text'; columns of text: content" in refusal(tmp_path / "a.jsonl")
+    message = refusal(tmp_path / "a.jsonl", text_column="meta")
+    assert "'meta' of local files is list<item: null>, not text" in message
+
+
+def test_a_window_that_is_too_large_is_told_with_what_to_do(tmp_path):
+    """As `zstd --long=31` makes them: here with one raw block of a byte."""
+    frame = b"\x28\xb5\x2f\xfd\x00\xa8" + (1 << 3 | 1).to_bytes(3, "little") + b"a"
+    (tmp_path / "a.txt.zst").write_bytes(frame)
+    assert "decompress it first: `zstd -d --long=31`" in refusal(tmp_path / "a.txt.zst")
+
+
 def test_json_that_is_none_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\nnot json at all\n')
     assert refusal(tmp_path / "a.jsonl").startswith("dataset_name: no documents can be read from")

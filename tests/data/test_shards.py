@@ -1,6 +1,7 @@
 """Shards of token ids: read in our order, and in that of the projects that write them."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from tiny_shards import Loader, tokens_of, write_bin
 from tiny_streams import run
 
 from gpt2repro import UserError
+from gpt2repro.data import opening
 from gpt2repro.data.corpora import shards
+from gpt2repro.data.corpora.local_files import find_local
 from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.rows.held_out import validation_set
 from gpt2repro.data.rows.mixture import Source
@@ -164,6 +167,31 @@ def test_shards_of_the_hub_are_read_by_ranges(tmp_path, monkeypatch, small_units
             open_corpus("someone/tokens", data_files="*.npy")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.bin", ["a_train.bin", "a_val.bin"]),
+        ("**/*.bin", ["a_train.bin", "a_val.bin", "more/b_train.bin"]),
+        ("more/*.bin", ["more/b_train.bin"]),
+        ("?_[!v]*.bin", ["a_train.bin"]),
+    ],
+)
+def test_patterns_mean_on_the_hub_what_they_mean_here(tmp_path, monkeypatch, pattern, names):
+    write(tmp_path)
+    content = next(tmp_path.glob("*train*")).read_bytes()
+    every = dict.fromkeys(["a_train.bin", "a_val.bin", "more/b_train.bin"], content)
+    with FakeHub() as hub:
+        hub.add("datasets", "someone/tokens", every)
+        hub.use_in_process(monkeypatch)
+        files = opening._shards_on_hub("someone/tokens", "main", pattern)
+    assert [file.partition("@main/")[2] for file in files.files] == names
+    for name in every:
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / name).write_bytes(content)
+    found = find_local(str(tmp_path / "here"), config=None, split="train", data_files=pattern)
+    assert [str(Path(file).relative_to(tmp_path / "here")) for file in found.files] == names
+
+
 def test_what_a_directory_alone_says_is_held_out_is_not_trained_on(tmp_path):
     for name in ("val/000.npy", "train/000.npy", "train/001.npy"):
         (path := tmp_path / "valley" / "val" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +265,7 @@ def test_no_order_gives_what_is_no_token(tmp_path, ids, order):
         run(streams(open_corpus(tmp_path), order=order), 1)
 
 
-@pytest.mark.parametrize("name", ["README.md", "readme.MD", "manifest_of_them.json"])
+@pytest.mark.parametrize("name", ["README.md", "readme.MD", "manifest_of_them.json", "._x_val.bin"])
 def test_what_lies_beside_shards_changes_nothing(tmp_path, name):
     write(tmp_path)
     before = open_corpus(tmp_path)

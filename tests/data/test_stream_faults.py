@@ -457,6 +457,18 @@ def test_hub_data_that_is_no_parquet_is_streamed_a_file_a_unit(hub):
     assert digests(5, open_corpus("someone/lines")) == first
 
 
+def test_what_the_hub_has_made_of_a_dataset_is_told(hub, caplog):
+    """Its own copies in parquet: all configurations, each perhaps cut at 5 GB."""
+    hub.add("datasets", "someone/many", {"many.py": b"import datasets"})
+    names = ["en/partial-train/0000.parquet", "fr/train/0000.parquet"]
+    copies = {name: parquet_bytes([name], 1) for name in names}
+    hub.repositories["datasets", "someone/many"].commit(copies, "refs/convert/parquet")
+    assert "is a script, which `datasets` runs no longer" in refusal("someone/many")
+    assert open_corpus("someone/many", revision="refs/convert/parquet").num_units == 2
+    assert "2 configurations (en, fr), and all are read as one: data_files 'en/" in caplog.text
+    assert "has the first 5 GB alone of some (en/partial-train/0000.parquet)" in caplog.text
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_an_outage_is_no_file_that_is_not_there(hub, status):
     """What the client says of one, `datasets` takes for that; other ranks ask for themselves."""

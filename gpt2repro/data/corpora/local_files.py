@@ -9,11 +9,13 @@ import glob
 import logging
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from gpt2repro import UserError
 from gpt2repro.data.corpora.corpus import in_a_line
+from gpt2repro.system.hub import refuse_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +87,7 @@ def find_local(
         given = [data_files] if isinstance(data_files, str) else data_files
         splits = {"train": _each_once([file for name in given for file in _meant(name, base)])}
     elif path.is_dir():
-        if shards := _only_shards(base):
-            _check_split(split, {"train": shards}, name)
-            return Files(TOKENS, None, shards)
-        splits = _splits_of(base, config)
+        splits = {"train": shards} if (shards := _only_shards(base)) else _splits_of(base, config)
     elif reader:
         raise UserError(f"data_files: say which files the {name!r} reader is to read")
     else:
@@ -96,6 +95,8 @@ def find_local(
     _check_split(split, splits, name)
     if not splits[split]:
         raise UserError(f"dataset_name: no data files in {path}")
+    for file in splits[split]:
+        refuse_pointer(file)
     if all(map(is_shard, splits[split])):
         return Files(TOKENS, None, [str(file) for file in splits[split]])
     formats = {reader or format_of(file): file.name for file in splits[split]}
@@ -109,13 +110,14 @@ def find_local(
     return Files(str(*formats), None, [str(file) for file in splits[split]])
 
 
-def _only_shards(directory: Path) -> list[str]:
+def _only_shards(directory: Path) -> list[Path]:
     """The files of token ids in a directory that has no other data."""
     files = sorted(file for file in directory.iterdir() if file.is_file())
+    files = [file for file in files if not file.name.startswith(".")]  # macOS' `._x.bin` is none
     beside = (".md", ".json")  # a card, a manifest
     if any(format_of(file) for file in files if file.suffix.lower() not in beside):
         return []
-    return [str(file) for file in files if is_shard(file)]
+    return [file for file in files if is_shard(file)]
 
 
 def files_of(builder: Any, split: str, name: str) -> Files:
@@ -163,20 +165,28 @@ def _splits_of(directory: Path, config: str | None) -> dict[str, list[Path]]:
     """
     from datasets.data_files import (
         DEFAULT_PATTERNS_ALL,
-        DataFilesDict,
         EmptyDatasetError,
         get_data_patterns,
+        resolve_pattern,
     )
 
     with tempfile.TemporaryDirectory() as scratch:
         link = Path(scratch).resolve() / "data"
         link.symlink_to(directory)
 
+        def files(pattern: str) -> Iterator[Path]:
+            try:
+                found = resolve_pattern(pattern, str(link))
+            except FileNotFoundError:
+                if not glob.has_magic(pattern):
+                    raise
+                return
+            for file in (directory / Path(file).relative_to(link) for file in found):
+                if file.name not in NOT_DATA:
+                    yield file
+
         def resolved(patterns: dict) -> dict[str, list[Path]]:
-            found = DataFilesDict.from_patterns(patterns, base_path=str(link))
-            files = {s: [directory / Path(f).relative_to(link) for f in found[s]] for s in found}
-            files = {s: [f for f in files[s] if f.name not in NOT_DATA] for s in files}
-            return {s: _data_of(files[s]) for s in files}
+            return {s: _data_of([f for p in patterns[s] for f in files(p)]) for s in patterns}
 
         try:
             if patterns := _patterns_of_card(directory, link, config):
@@ -186,7 +196,9 @@ def _splits_of(directory: Path, config: str | None) -> dict[str, list[Path]]:
                 patterns = {s: [*patterns[s], "**/README.md"] for s in patterns}
             splits = resolved(patterns)
         except (EmptyDatasetError, FileNotFoundError) as error:
-            raise UserError(f"dataset_name: no data files in {directory}") from error
+            linked = any(file.is_symlink() and file.is_dir() for file in directory.iterdir())
+            advice = "; in linked directories, data_files finds some: '**'" if linked else ""
+            raise UserError(f"dataset_name: no data files in {directory}{advice}") from error
     _tell_of_the_rest(directory, splits)
     return splits
 
@@ -215,16 +227,19 @@ def _is_card(file: Path) -> bool:
 
 
 def _tell_of_the_rest(directory: Path, splits: dict[str, list[Path]]) -> None:
-    """Of files in no split, such as `more.jsonl` beside `train.jsonl`; hidden ones are no data."""
+    """Of files in no split, such as `more.jsonl` beside `train.jsonl`; hidden ones are no data.
+
+    Also of those in linked directories, into which `datasets` does not look.
+    """
     taken = {file for files in splits.values() for file in files}
     formats = {format_of(file) for file in taken} - {None}
-    every = sorted(directory.rglob("*")) if formats else []
-    names = [file.relative_to(directory) for file in every if file not in taken]
+    every = glob.glob(f"{glob.escape(str(directory))}/**", recursive=True) if formats else []  # noqa: PTH207
+    names = [file.relative_to(directory) for file in map(Path, sorted(every)) if file not in taken]
     rest = [str(name) for name in names if format_of(directory / name) in formats]
     rest = [name for name in rest if not re.search(r"(^|/)(\.|__|(?i:readme\.md)$)", name)]
     if rest:
         logger.warning(
-            "dataset_name: by their names %d files of %s are in no split (%s), such as %r: they "
+            "dataset_name: by their places %d files of %s are in no split (%s), such as %r: they "
             "are left out, unless data_files names them",
             *(len(rest), directory, ", ".join(map(str, splits)), rest[0]),
         )

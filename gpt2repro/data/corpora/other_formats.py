@@ -252,9 +252,14 @@ def _documents_of(file: Path, found: Found) -> Texts:
     def lines() -> Iterator[str]:
         nonlocal number
         with io.BufferedReader(OPENERS[suffixes_of(file)[1]](file)) as content:
-            for line in io.TextIOWrapper(content, "utf-8-sig", newline=newline):
-                yield line
-                number += 1
+            try:
+                for line in io.TextIOWrapper(content, "utf-8-sig", newline=newline):
+                    yield line
+                    number += 1
+            except OSError as error:
+                if "too much memory" in str(error):  # of zstd: it was made with `--long`
+                    raise ValueError("decompress it first: `zstd -d --long=31`") from error
+                raise
 
     what = f"dataset_name: no documents can be read from {file.name}, near line"
     with in_a_line(lambda: f"{what} {number}"):
@@ -333,7 +338,14 @@ class _Object(dict):
 
 
 def _schema_of(row: dict[str, Any]) -> pa.Schema:
-    return pa.Table.from_pylist([row]).schema
+    """Each value by itself: a list of several types is none that Arrow knows, and no text."""
+    kinds = {}
+    for name, value in row.items():
+        try:
+            kinds[name] = pa.array([value]).type
+        except pa.ArrowException:
+            kinds[name] = pa.list_(pa.null())
+    return pa.schema(kinds)
 
 
 READERS: dict[str, tuple[Callable[[Iterator[str], str, Path], Texts], str | None]] = {
