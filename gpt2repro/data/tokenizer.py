@@ -1,9 +1,9 @@
 """A tokenizer by the name a user gives: of the Hub, of a directory, of the demo."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
@@ -11,7 +11,7 @@ from gpt2repro.data import demo_corpus
 from gpt2repro.data.tokens.encoder import PROBE_TEXT
 from gpt2repro.system import patience
 from gpt2repro.system.command_line import place
-from gpt2repro.system.hub import is_hub_id
+from gpt2repro.system.hub import is_hub_id, of_hub_or_cache
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")  # any one will do
 _AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -51,7 +51,7 @@ def load_tokenizer(
             tokenizer = _read(name, trust_remote_code)
         else:
             tokenizer = patience.patiently(
-                lambda: _from_hub(name, trust_remote_code),
+                lambda: of_hub_or_cache(name, partial(_read, name, trust_remote_code)),
                 where,
                 if_unreachable=if_unreachable,
                 reaches_hub=False,  # it may have come from the cache
@@ -63,22 +63,6 @@ def load_tokenizer(
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer_name: {name!r} has no fast tokenizer")
     return tokenizer
-
-
-def _from_hub(name: str, trust: bool) -> Any:
-    """The Hub's tokenizer, or the cached one if the Hub does not answer one quick question.
-
-    `from_pretrained` itself would spend most of a minute on finding out that there is no network.
-    """
-    try:
-        HfApi().model_info(name, expand=["sha"], timeout=patience.REQUEST_TIMEOUT_SECONDS)
-    except Exception:
-        try:
-            return _read(name, trust, offline=True)
-        except Exception:
-            pass  # the Hub's answer is the one to tell
-        raise
-    return _read(name, trust)
 
 
 def _read(name: str, trust: bool, offline: bool = False) -> Any:

@@ -18,7 +18,7 @@ from gpt2repro.records import checkpoints
 from gpt2repro.records.integrity import is_whole
 from gpt2repro.records.run_directory import finished_step, run_of, saved_recipe
 from gpt2repro.system import ranks
-from gpt2repro.system.hub import is_hub_id, refuse_pointer
+from gpt2repro.system.hub import is_hub_id, of_hub_or_cache, refuse_pointer
 from gpt2repro.system.patience import patiently
 from gpt2repro.system.text import printable
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -83,14 +83,19 @@ def load_causal_lm(
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # one bar for every file that is opened
     logging.set_verbosity_error()  # warnings about tensors, which are errors below
+
+    def load(offline: bool) -> Any:
+        return model_class.from_pretrained(
+            where,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=offline,
+        )
+
     try:
-        loaded: Any = patiently(
-            lambda: model_class.from_pretrained(
-                where,
-                dtype=dtype,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            ),
+        loaded = patiently(
+            lambda: load(False) if Path(where).is_dir() else of_hub_or_cache(where, load),
             f"load the model {where!r} ({option})",
             if_unreachable=OFFLINE_ADVICE,
             reaches_hub=False,

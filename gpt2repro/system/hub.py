@@ -1,8 +1,9 @@
 """What a name on the Hub looks like, and what the Hub says of the files behind it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -10,6 +11,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from gpt2repro import UserError
+from gpt2repro.system.patience import REQUEST_TIMEOUT_SECONDS
+
+Result = TypeVar("Result")
 
 
 def is_hub_id(name: str) -> bool:
@@ -61,6 +65,23 @@ def read_file(repo_id: str, path: str, revision: str, tree: Mapping[str, RepoFil
         if is_content(tree[path], content):
             return content
     raise UserError(f"{path} of {repo_id} came otherwise than the Hub lists it; ask again")
+
+
+def of_hub_or_cache(name: str, load: Callable[[bool], Result]) -> Result:
+    """`load(False)` of a model on the Hub, or `load(True)` if one quick question has no answer.
+
+    The latter is to take what is cached. `from_pretrained` itself would spend most of a minute on
+    finding out that there is no network.
+    """
+    try:
+        HfApi().model_info(name, expand=["sha"], timeout=REQUEST_TIMEOUT_SECONDS)
+    except Exception:
+        try:
+            return load(True)
+        except Exception:
+            pass  # the Hub's answer is the one to tell
+        raise
+    return load(False)
 
 
 def refuse_pointer(path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fake_hub import FakeHub
+from fake_hub import FakeHub, Fault
 from safetensors.torch import load_file, save_file
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 
@@ -148,4 +148,7 @@ def test_a_reference_on_the_hub(reference, tmp_path, monkeypatch):
     with FakeHub() as hub:
         hub.use_in_process(monkeypatch)
         hub.add("models", "openai-community/gpt2", files)
+        assert run(tmp_path, "--reference", "openai-community/gpt2")[0] == 0
+        # Then from the cache, as far as it goes, where the Hub has an outage.
+        hub.faults.append(Fault("status:503", "", "GET|HEAD", times=10**9))
         assert run(tmp_path, "--reference", "openai-community/gpt2")[0] == 0
