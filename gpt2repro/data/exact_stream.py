@@ -21,11 +21,12 @@ from gpt2repro import UserError
 from gpt2repro.data.dataset import held_out_of, named
 from gpt2repro.data.opening import open_sources
 from gpt2repro.data.rows.order import LaneState
-from gpt2repro.data.rows.stream import TokenStream
+from gpt2repro.data.rows.stream import TokenStream, refuse_different
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.encoder import BulkEncoder
 
 MOST_LANES = 64  # by default; as many processes, at most, can share the stream
+STEPS_BACK = 8  # for loops that take batches before they train on them
 
 Batch = dict[str, torch.Tensor]
 
@@ -122,20 +123,19 @@ class ExactStream(IterableDataset):
         if not getattr(tokenizer, "is_fast", False):
             raise UserError("tokenizer: it takes a fast tokenizer, or the name of one")
         self._encoder = BulkEncoder(tokenizer)
-        self.step, self.digest = 0, 0
         self._batches: deque[torch.Tensor] = deque()  # what is left of the step that was begun
         self._stream: TokenStream | None = None
         self.set_world(*_world(rank, world_size))
+        self._is_given = rank is not None
 
     def set_world(self, rank: int, world_size: int) -> None:
         """Deal the lanes out anew. Begins at the beginning: `load_state_dict` goes on."""
         rank, world_size = _whole("rank", rank, least=0), _whole("world_size", world_size)
         if rank >= world_size:
             raise UserError(f"rank {rank} is not in a world of {world_size}: they count from 0")
-        self.close()
         rows = self._rows_per_step // world_size
         size = self._micro_batch_size or rows
-        self._stream = TokenStream(
+        stream = TokenStream(
             self._sources, self._encoder, **self._options, rank=rank, world_size=world_size
         )
         if rows % size:
@@ -143,8 +143,14 @@ class ExactStream(IterableDataset):
                 f"micro_batch_size {size} does not divide the {rows} rows that each of "
                 f"{world_size} processes has of a step"
             )
-        self._world_size, self._rows = world_size, size
-        self.step, self.digest = 0, 0
+        self.close()
+        self._stream, self._place, self._is_given = stream, (rank, world_size), True
+        self._rows = size
+        self._begin_at(0)
+
+    def _begin_at(self, step: int) -> None:
+        self.step, self.digest = step, 0
+        self._lanes_after = {step: self.lanes}  # by number of steps, the last few
         self._batches.clear()
 
     @property
@@ -155,7 +161,7 @@ class ExactStream(IterableDataset):
     @property
     def batches_per_step(self) -> int:
         """Of this process: the gradients of as many are accumulated to a step."""
-        return self._rows_per_step // self._world_size // self._rows
+        return self._rows_per_step // self._place[1] // self._rows
 
     @property
     def lanes(self) -> dict[int, LaneState]:
@@ -168,36 +174,62 @@ class ExactStream(IterableDataset):
                 "num_workers: the stream reads ahead in threads of its own, and a worker would "
                 "read the same rows once more: DataLoader(stream, batch_size=None, num_workers=0)"
             )
-        while True:
-            yield self._next()
+        return iter(self._next, None)  # no generator: it would be over after an error or Ctrl-C
 
     def _next(self) -> Batch:
         if not self._batches:
+            self._check_world()
             rows = next(self.stream)
             self.digest = rows.digest
             self._batches.extend(rows.tokens.split(self._rows))
+            self._lanes_after[self.step + 1] = rows.lanes
+            self._lanes_after.pop(self.step - STEPS_BACK, None)
         batch = self._batches.popleft()
         self.step += not self._batches
-        inputs = batch[:, :-1].contiguous()
-        return {"input_ids": inputs, "labels": inputs, "shift_labels": batch[:, 1:].contiguous()}
+        # Memory of their own: a loop may mask the targets and keep the inputs.
+        inputs = batch[:, :-1].clone(memory_format=torch.contiguous_format)
+        targets = batch[:, 1:].clone(memory_format=torch.contiguous_format)
+        return {"input_ids": inputs, "labels": inputs.clone(), "shift_labels": targets}
 
-    def state_dict(self, lanes: Mapping[int, LaneState] | None = None) -> dict[str, Any]:
+    def _check_world(self) -> None:
+        """Processes that knew neither each other nor themselves yet would all read the same."""
+        if self._is_given:
+            return
+        (rank, world_size), (rank_now, world_size_now) = self._place, _world(None, None)
+        if (rank, world_size) != (rank_now, world_size_now):
+            raise UserError(
+                f"rank, world_size: the stream was made as {rank} of {world_size}, this process "
+                f"is {rank_now} of {world_size_now}: make it after torch.distributed is "
+                "initialized, or call set_world"
+            )
+
+    def state_dict(
+        self, lanes: Mapping[int, LaneState] | None = None, *, step: int | None = None
+    ) -> dict[str, Any]:
         """What the next step needs, as plain JSON values; the same on every process.
 
         Every process calls, between steps: torch.distributed gathers the lanes of all. Without it
         give `lanes`: the `lanes` of all processes in one dict.
 
+        `step`: how many steps were trained on, for a loop that has taken batches beyond them; one
+        of the last few.
+
         Raises:
-            UserError: some of a step's batches were taken, others not.
+            UserError: some of a step's batches were taken, others not; or the processes read
+                different data.
         """
-        if self._batches:
+        self._check_world()
+        if step is None and self._batches:
             raise UserError(
                 f"state_dict: {len(self._batches)} of the {self.batches_per_step} batches of a "
-                "step are still to come: save between steps"
+                "step are still to come: save between steps, or say after which `step`"
             )
+        step = self.step if step is None else _whole("step", step, least=0)
+        if step not in self._lanes_after:
+            raise UserError(f"step {step}: the stream knows {sorted(self._lanes_after)}")
         if lanes is None:
-            lanes = _gathered(self.lanes, self._world_size)
-        return {"step": self.step, "stream": self.stream.state_dict(lanes)}
+            lanes = _gathered(self._lanes_after[step], self._place[1], self.stream.identity)
+        return {"step": step, "stream": self.stream.state_dict(lanes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, saved by any number of processes.
@@ -212,8 +244,7 @@ class ExactStream(IterableDataset):
         if stream.get("step", step) != step:
             raise UserError("the stream's state is damaged: it is of two steps")
         self.stream.load_state_dict(stream)
-        self.step, self.digest = step, 0
-        self._batches.clear()
+        self._begin_at(step)
 
     def close(self) -> None:
         """End the background threads. Iterating again goes on."""
@@ -242,13 +273,18 @@ def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     try:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        known = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
+        if known[0] is None and known[1] > 1:
+            raise ValueError(f"WORLD_SIZE is {known[1]}, and there is no RANK")
+        return int(known[0] or 0), known[1]
     except ValueError as error:
         raise UserError(f"RANK and WORLD_SIZE, of the environment: {error}") from None
 
 
-def _gathered(lanes: dict[int, LaneState], world_size: int) -> dict[int, LaneState]:
-    """The lanes of all processes."""
+def _gathered(
+    lanes: dict[int, LaneState], world_size: int, identity: dict[str, Any]
+) -> dict[int, LaneState]:
+    """The lanes of all processes, which read the same data."""
     if world_size == 1:
         return lanes
     if not dist.is_initialized() or dist.get_world_size() != world_size:
@@ -257,5 +293,6 @@ def _gathered(lanes: dict[int, LaneState], world_size: int) -> dict[int, LaneSta
             "torch.distributed does not know them: give them as `lanes`"
         )
     parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, lanes)
-    return {lane: state for part in parts for lane, state in part.items()}
+    dist.all_gather_object(parts, (lanes, identity))
+    refuse_different([identity for _, identity in parts])
+    return {lane: state for part, _ in parts for lane, state in part.items()}

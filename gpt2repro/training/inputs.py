@@ -23,7 +23,7 @@ from gpt2repro.data.rows.documents import count_epoch_tokens
 from gpt2repro.data.rows.held_out import ValidationSet, together_held_out, validation_set
 from gpt2repro.data.rows.mixture import Source
 from gpt2repro.data.rows.order import Plan
-from gpt2repro.data.rows.stream import TokenStream, flat
+from gpt2repro.data.rows.stream import TokenStream, refuse_different
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.evaluation.benchmarks import open_tasks
@@ -76,7 +76,7 @@ def open_inputs(recipe: Recipe, start: Start) -> Inputs:
     sources = open_datasets(recipe, encoder, start.recipe)
     num_steps = _steps_of_run(recipe, start, sources, encoder)
     stream = open_stream(recipe, sources, encoder, ranks.rank(), ranks.world_size())
-    _check_same_data(ranks.gather(stream.identity))
+    refuse_different(ranks.gather(stream.identity))
     if start.path is not None:
         stream.load_state_dict(start.state["stream"])
     return Inputs(
@@ -306,13 +306,3 @@ def _steps_of_epochs(recipe: Recipe, source: Source, encoder: BulkEncoder) -> in
     if steps == 0:
         raise UserError("num_epochs is less than one step: lower batch_tokens or raise num_epochs")
     return steps
-
-
-def _check_same_data(identities: list[dict[str, Any]]) -> None:
-    """Refuse processes that opened other data than rank 0: machines with files of their own."""
-    first, *others = map(flat, identities)
-    if differing := {key for each in others for key in first if each.get(key) != first[key]}:
-        raise UserError(
-            f"the processes of this launch see different data ({', '.join(sorted(differing))}): "
-            "every machine needs the same files and tokenizer, or a dataset_revision that stays"
-        )

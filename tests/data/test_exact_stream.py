@@ -2,10 +2,12 @@
 
 import copy
 import json
+import multiprocessing
 import pickle
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +17,14 @@ from tiny_corpus import documents, write_lines
 from tiny_run import write_inputs
 from tiny_shards import write_bin
 from tiny_streams import stream_of
+from torch import distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from gpt2repro import UserError
 from gpt2repro.data import ExactStream
 from gpt2repro.data.corpora import shards
 from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.rows.stream import TokenStream
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.encoder import BulkEncoder
 
@@ -183,6 +187,43 @@ def test_micro_batches_are_the_steps_rows_in_order(make):
         parts.state_dict()
 
 
+def test_a_loop_that_has_taken_more_than_it_trained_on_says_so(make):
+    """As Lightning does, which looks a batch ahead where there is no length."""
+    stream, other = make(micro_batch_size=4), make()
+    _, state = steps([other], 2)
+    list(islice(stream, 2 * 6 + 5))
+    assert stream.state_dict(step=2) == state
+    goes_on = make()
+    goes_on.load_state_dict(stream.state_dict(step=2))
+    assert steps([goes_on], 3)[0] == steps([other], 3)[0]
+    assert goes_on.state_dict(step=2) == state
+    with pytest.raises(UserError, match=r"step 1: the stream knows \[2, 3, 4, 5\]"):
+        goes_on.state_dict(step=1)
+
+
+def test_a_batch_is_the_loops_to_change(make):
+    for size in (1, 2):
+        batch = next(iter(make(micro_batch_size=size)))
+        same = next(iter(make(micro_batch_size=size)))
+        for name in ("shift_labels", "labels"):
+            batch[name].fill_(-100)
+        assert torch.equal(batch["input_ids"], same["input_ids"])
+
+
+def test_after_an_error_the_stream_is_not_over(make, monkeypatch):
+    expected = steps([make()], 2)[0]
+    stream = make()
+    batches = iter(stream)
+    next(batches)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStream, "__next__", lambda _: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                next(batches)
+    next(batches)
+    assert stream.digest == expected[1] and stream.step == 2
+
+
 def test_a_loader_of_torch_gives_the_same_and_its_workers_are_refused(make):
     assert isinstance(make(), IterableDataset)
     loader = DataLoader(make(), batch_size=None)
@@ -229,6 +270,91 @@ def test_the_processes_are_those_of_the_launcher(make, monkeypatch):
         make().state_dict()
     with pytest.raises(UserError, match="rank and world_size go together"):
         make(rank=1)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, and there is no RANK"):
+        make()
+
+
+def test_a_stream_that_was_made_before_the_processes_knew_themselves_is_refused(make, monkeypatch):
+    stream = make()
+    next(iter(stream))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for use in (lambda: next(iter(stream)), stream.state_dict):
+        with pytest.raises(
+            UserError, match="was made as 0 of 1, this process is 1 of 2: make it af"
+        ):
+            use()
+    stream.set_world(1, 2)
+    assert steps([make(rank=0, world_size=2), stream], 3)[0] == steps(world(make, 1), 3)[0]
+
+
+def test_processes_of_other_data_are_noticed_where_a_state_is_made(make, monkeypatch):
+    streams = world(make, 2)
+    streams[1] = make(rank=1, world_size=2, seed=8)
+
+    def gather(parts: list, mine: Any) -> None:
+        parts[:] = [(stream.lanes, stream.stream.identity) for stream in streams]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(UserError, match=r"processes of this launch see different data \(seed\)"):
+        streams[0].state_dict()
+
+
+def test_a_world_that_is_refused_leaves_the_stream_as_it_was(make):
+    expected = steps([make()], 3)[0]
+    stream = make(micro_batch_size=4)
+    before = steps([stream], 2)[0]
+    with pytest.raises(UserError, match="micro_batch_size 4 does not divide the 3 rows"):
+        stream.set_world(0, 8)
+    assert stream.step == 2 and before + steps([stream], 1)[0] == expected
+
+
+def test_a_state_that_is_written_into_changes_no_stream(make):
+    """torch.distributed.checkpoint does so before it calls `load_state_dict`."""
+    stream = make()
+    state = stream.state_dict()
+    state["stream"]["identity"]["seed"] = 99
+    with pytest.raises(UserError, match="seed was 99 in the checkpoint and is 7 now"):
+        stream.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_stream_that_was_looked_at_goes_on_in_a_fork(make):
+    expected = steps([make()], 9)[0]
+    stream = make()
+    next(iter(stream))
+    mine, theirs = multiprocessing.Pipe()
+
+    def go_on() -> None:
+        theirs.send(steps([stream], 8)[0])
+        stream.close()
+        theirs.send("closed")
+
+    process = multiprocessing.get_context("fork").Process(target=go_on)
+    process.start()
+    try:
+        for sent in (expected[1:], "closed"):
+            assert mine.poll(60), "it waits for threads that it does not have"
+            assert mine.recv() == sent
+    finally:
+        process.kill()
+        process.join()
+    assert steps([stream], 8)[0] == expected[1:], "here, too"
+
+
+def test_shards_that_are_written_again_are_read_again(make, inputs, tmp_path):
+    how = {"order": "file", "num_validation_units": None}
+    how |= {"dataset_name": write_shards(inputs, tmp_path)}
+    first = next(iter(make(**how)))["input_ids"]
+    file = tmp_path / "train_1.bin"
+    content = bytearray(file.read_bytes())
+    content[1064:1084] = b"\x05\x00" * 10
+    file.write_bytes(content)
+    again = next(iter(make(**how)))["input_ids"]
+    assert not torch.equal(first, again) and (again == 5).sum() >= 9
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from tiny_corpus import ByteEncoder, MemoryCorpus, in_units, read_back
 from tiny_streams import OPTIONS, TEXTS, corpus, run, stream_of, streams
 
 from gpt2repro import UserError
+from gpt2repro.data.corpora.content import one_at_a_time
 from gpt2repro.data.rows.lanes import check_lanes
 from gpt2repro.data.rows.order import permutation
 from gpt2repro.data.rows.packing import rows_digest
+from gpt2repro.data.rows.producer import Producer
+from gpt2repro.system.threads import PoolClosed
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
@@ -311,6 +315,57 @@ def test_waiting_for_the_next_step_takes_nothing_from_it():
     digests = [next(stream).digest for _ in range(2)]
     stream.close()
     assert digests == run(streams(), 2)[0]
+
+
+def test_a_stream_that_is_closed_wakes_who_waits_for_it():
+    source, may_read = corpus(), threading.Event()
+    read = source.read_arrow
+    source.read_arrow = lambda unit: (may_read.wait(60), read(unit))[1]
+    [stream] = streams(source=source)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(next, stream)
+        while stream._producer is None:
+            time.sleep(0.01)
+        stream.close()
+        may_read.set()
+        with pytest.raises(PoolClosed):
+            waiting.result(10)
+    digests = [next(stream).digest for _ in range(2)]
+    stream.close()
+    assert digests == run(streams(), 2)[0]
+
+
+def test_a_producer_is_closed_wherever_garbage_is_collected():
+    """In its own thread too, while that holds the lock of the queue."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def make_lanes() -> dict:
+        begun.wait(10)
+        with producer._steps.mutex:
+            producer.close()
+        ended.set()
+        return {}
+
+    producer = Producer(make_lanes, [])
+    begun.set()
+    assert ended.wait(10)
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, caplog):
+    held = threading.Event()
+
+    def hold() -> None:
+        with one_at_a_time(tmp_path / "a.lock"):
+            held.set()
+            while "waiting for another process, which holds" not in caplog.text:
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor() as pool:
+        holding = pool.submit(hold)
+        assert held.wait(10)
+        with one_at_a_time(tmp_path / "a.lock"):
+            holding.result(10)
+    assert str(tmp_path / "a.lock") in caplog.text
 
 
 def test_rows_of_one_token_and_its_successor():

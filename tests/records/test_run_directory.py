@@ -115,6 +115,22 @@ def test_one_process_writes(run, monkeypatch):
     RunDirectory(run).open(8, RECIPE)
 
 
+def test_a_lock_that_was_removed_is_taken_again_or_told(run):
+    """By a purge of old files; or by somebody who takes it for stale, and begins."""
+    directory = RunDirectory(run)
+    directory.open(8, RECIPE)
+    (run / ".lock").unlink()
+    directory.check_still_there()
+    with pytest.raises(UserError, match="another process"):
+        RunDirectory(run).open(8, RECIPE)
+    (run / ".lock").unlink()
+    other = RunDirectory(run)
+    other.open(8, RECIPE)
+    with pytest.raises(UserError, match="is being written by another process; stop it or give"):
+        directory.check_still_there()
+    other.close()
+
+
 def test_a_file_system_without_locks_is_told_and_written(run, monkeypatch, capsys):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")

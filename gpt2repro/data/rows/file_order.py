@@ -62,7 +62,7 @@ class FileOrder:
                     f"num_lanes) that divides num_lanes, {num_lanes}"
                 )
         self.sequence_length, self._shards = sequence_length, corpus.training
-        self._num_ids = num_ids
+        self._num_ids, self._content = num_ids, str(corpus.identity.get("content"))
         self._chunk_rows, self._rows_of_lane = chunk_rows, rows_of_lane
         self._rows_of_turn = chunk_rows // self._num_readers
         self._rows_of_step = rows_per_step // self._num_readers
@@ -121,14 +121,17 @@ class FileOrder:
         length = self.sequence_length
         begin, end = first * length, (first + count) * length + 1
         numbers = range(begin // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1)
-        blocks = [_block(self._shards[shard], number, self._num_ids) for number in numbers]
+        blocks = [
+            _block(self._shards[shard], number, self._num_ids, self._content) for number in numbers
+        ]
         ids = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         ids = ids[begin - numbers[0] * BLOCK_TOKENS : end - numbers[0] * BLOCK_TOKENS]
         return np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length]
 
 
 @lru_cache(maxsize=4)
-def _block(shard: Shard, number: int, num_ids: int) -> np.ndarray:
+def _block(shard: Shard, number: int, num_ids: int, content: str) -> np.ndarray:
+    """`content`: of the corpus; shards of the same name may have been written again."""
     ids = shard.read(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
     check_ids(ids, num_ids, shard.source.name)
     return ids

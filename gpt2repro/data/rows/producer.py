@@ -15,6 +15,7 @@ from gpt2repro.data.rows.units import UnitReader
 from gpt2repro.system.threads import PoolClosed
 
 NUM_STEPS_AHEAD = 4
+LOOK_EVERY_SECONDS = 0.1  # whether the stream was closed meanwhile
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,32 @@ class Producer:
         return True
 
     def get(self) -> StepRows:
-        item = self._steps.get() if self._next is None else self._next
+        while not self.wait(LOOK_EVERY_SECONDS):
+            if self._stop.is_set():
+                raise PoolClosed("the stream was closed meanwhile")
+        item, self._next = self._next, None
+        assert item is not None
         if isinstance(item, BaseException):
             self._next = item  # whoever asks again is told again
             raise item
-        self._next = None
         return item
 
     def close(self) -> None:
-        """End the threads. A read that waits out an outage ends by itself later; nobody waits."""
+        """End the threads. A read that waits out an outage ends by itself later; nobody waits.
+
+        Garbage is collected anywhere, also where a thread holds the lock of the queue: it is left
+        alone, and who waits there looks at `_stop` every so often.
+        """
         self._stop.set()
         for reader in self._readers:
             reader.close()
-        while not self._steps.empty():  # wakes a thread that waits for room
-            self._steps.get_nowait()
-        if self._thread is not threading.current_thread():  # garbage is collected anywhere
+        if self._thread is not threading.current_thread():
             self._thread.join(5.0)
 
     def _put(self, item: StepRows | BaseException) -> None:
         while not self._stop.is_set():
             try:
-                return self._steps.put(item, timeout=0.1)
+                return self._steps.put(item, timeout=LOOK_EVERY_SECONDS)
             except queue.Full:
                 continue
 

@@ -19,6 +19,8 @@ With fewer training units than lanes, every unit is cut into ceil(L / units) con
 documents, and "piece" means such a range; else a piece is a unit.
 """
 
+import copy
+import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -161,6 +163,7 @@ class TokenStream:
         }
         self._producer: Producer | None = None
         self._finalizer: weakref.finalize | None = None
+        self._process = os.getpid()
 
     def _plan(self, source: Source) -> Plan | FileOrder:
         has, num_lanes = self.identity, self.identity["num_lanes"]
@@ -215,6 +218,7 @@ class TokenStream:
     @contextmanager
     def _waiting(self) -> Iterator[Producer]:
         began = time.perf_counter()
+        self._leave_what_was_forked()
         if self._producer is None:
             self._start()
         assert self._producer is not None
@@ -254,7 +258,7 @@ class TokenStream:
                 for lane, state in lanes.items()
             }
 
-        self._producer = Producer(make_lanes, readers)
+        self._producer, self._process = Producer(make_lanes, readers), os.getpid()
         # Also at exit: a thread that comes back from native code to a dying interpreter aborts it.
         self._finalizer = weakref.finalize(self, self._producer.close)
 
@@ -276,9 +280,16 @@ class TokenStream:
 
     def close(self) -> None:
         """End the background threads; the stream can go on from where it was."""
+        self._leave_what_was_forked()
         if self._finalizer is not None:
             self._finalizer()
         self._producer = self._finalizer = None
+
+    def _leave_what_was_forked(self) -> None:
+        """In a fork of the process that began to read: threads do not follow it, their locks do."""
+        if self._finalizer is not None and self._process != os.getpid():
+            self._finalizer.detach()
+            self._producer = self._finalizer = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has threads of its own, and goes on where this one is."""
@@ -296,7 +307,9 @@ class TokenStream:
         assert sorted(lanes) == list(range(num_lanes)), "the state needs the lanes of every process"
         [step] = {lane.step for lane in lanes.values()}
         places = [[list(map(int, at)) for at in lanes[n].positions] for n in range(num_lanes)]
-        return {"version": 2, "identity": self.identity, "step": step, "lanes": places}
+        # A copy: torch.distributed.checkpoint loads into what it is given, before it asks us.
+        identity = copy.deepcopy(self.identity)
+        return {"version": 2, "identity": identity, "step": step, "lanes": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, saved by any number of processes.
@@ -356,6 +369,16 @@ def flat(identity: dict[str, Any]) -> dict[str, Any]:
         for name, value in dataset.items()
     }
     return {"datasets": len(datasets) or 1} | flat | rest
+
+
+def refuse_different(identities: Sequence[dict[str, Any]]) -> None:
+    """Refuse processes whose streams are others than rank 0's: machines with files of their own."""
+    first, *others = map(flat, identities)
+    if differing := {key for each in others for key in first if each.get(key) != first[key]}:
+        raise UserError(
+            f"the processes of this launch see different data ({', '.join(sorted(differing))}): "
+            "every machine needs the same files and tokenizer, or a dataset_revision that stays"
+        )
 
 
 def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
