@@ -23,17 +23,11 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, modeling_layers
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -51,7 +45,7 @@ LOSS_TOKENS = 1024  # whose logits exist at once: 206 MB in float32 at V = 50257
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 
 
-class GPT2ReproBlock(GradientCheckpointingLayer):
+class GPT2ReproBlock(modeling_layers.GradientCheckpointingLayer):
     """Look back, then think, each on a normalized copy of the stream, added to it. Twin: `Block`.
 
     The transformer of 2017 normalized the sum; GPT-2 moved LayerNorm "to the input of each
@@ -106,9 +100,8 @@ class GPT2ReproAttention(nn.Module):
 
         # Without a mask, `sdpa` takes a flash kernel: causal for T > 1, unmasked for the one token
         # of a decoding step, which may see everything.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
+        name = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
         kwargs |= {"scaling": self.scaling, "dropout": dropout}
         mixed, weights = attend(self, query, key, value, attention_mask, **kwargs)  # (B, T, H, D)
@@ -249,8 +242,11 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         cache = past_key_values if cache is None else cache
         past_length = cache.get_seq_length() if isinstance(cache, Cache) else 0  # or it is paged
         refuse_beyond_context(self.config, past_length + inputs_embeds.shape[1], position_ids)
-        # None wherever the attention function can do without.
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        # None where the attention function can do without. (torch 2.11 compiles as if exporting.)
+        given, name = (attention_mask, cache, position_ids), self.config._attn_implementation
+        mask, plain = None, name.startswith("sdpa") and all(each is None for each in given)
+        if not (plain and torch.compiler.is_dynamo_compiling()):
+            mask = create_causal_mask(self.config, inputs_embeds, *given)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
@@ -264,10 +260,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
-        kwargs |= {"attention_mask": mask, CACHE: cache}
-        kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
+        kwargs |= {CACHE: cache, "position_ids": position_ids, "use_cache": use_cache}
         for block in self.h:
-            hidden_states = block(hidden_states, **kwargs)  # (B, T, C)
+            hidden_states = block(hidden_states, mask, **kwargs)  # (B, T, C)
         hidden_states = self.ln_f(hidden_states)  # (B, T, C)
         return BaseModelOutputWithPast(hidden_states, cache if use_cache else None)
 
@@ -389,7 +384,8 @@ def refuse_beyond_context(config, length, position_ids) -> None:
     unknown = isinstance(length, torch.Tensor) or position_ids is not None
     on_gpu = position_ids is not None and position_ids.is_cuda
     blind = torch.compiler.is_compiling() or (on_gpu and torch.cuda.is_current_stream_capturing())
-    if torch.compiler.is_exporting() or (blind and unknown):
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exporting or (blind and unknown):
         return
     if length > config.n_positions and position_ids is not None:
         length = position_ids.max() + 1
@@ -422,20 +418,24 @@ def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> t
 
 
 class GPT2ReproForSequenceClassification(
-    GenericForSequenceClassification, GPT2ReproPreTrainedModel
+    modeling_layers.GenericForSequenceClassification, GPT2ReproPreTrainedModel
 ):
     """One label for each row, read at its last token that is not padding."""
 
     base_model_prefix = "transformer"
 
 
-class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproPreTrainedModel):
+class GPT2ReproForTokenClassification(
+    modeling_layers.GenericForTokenClassification, GPT2ReproPreTrainedModel
+):
     """One label for each token."""
 
     base_model_prefix = "transformer"
 
 
-class GPT2ReproForQuestionAnswering(GenericForQuestionAnswering, GPT2ReproPreTrainedModel):
+class GPT2ReproForQuestionAnswering(
+    modeling_layers.GenericForQuestionAnswering, GPT2ReproPreTrainedModel
+):
     """Where an answer starts and where it ends."""
 
     base_model_prefix = "transformer"

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch._functorch.config
 import torch._inductor.config
+from accelerate.utils import compare_versions
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -13,6 +14,7 @@ RULES = (
     "ban_recompute_long_fusible_chains",
     "ban_recompute_materialized_backward",
 )
+LONGEST_ROW = 1024  # that a kernel of the compiler holds
 aten = torch.ops.aten
 # What an embedding's gradient becomes: (into, mask, indices, values); before torch 2.13
 # (into, indices, values, accumulate).
@@ -35,6 +37,7 @@ def compile_in_place(
     arguments of any size, which x (1 + tanh) / 2 does not see beyond rounding.
     """
     config = torch._functorch.config
+    less_memory = less_memory or _reads_back(module)
     for rule in RULES:
         if hasattr(config, rule):
             setattr(config, rule, not less_memory)
@@ -43,6 +46,18 @@ def compile_in_place(
     if max_autotune:  # CUDA graphs would hold a step's memory apart, and the host is not the limit
         options["mode"] = "max-autotune-no-cudagraphs"
     module.compile(**options)
+
+
+def _reads_back(module: nn.Module) -> bool:
+    """Whether a kernel would store a normalized row and read it again, waiting for nothing between.
+
+    A row of more than 1,024 numbers is too long for a kernel to hold. It comes back to other
+    threads than stored it, and before 2.14 torch has no barrier there (pytorch/pytorch#190517): on
+    a GPU one that is early reads what was there before. Who computes again reads no such row.
+    """
+    norms = (part for part in module.modules() if isinstance(part, nn.LayerNorm))
+    wide = any(norm.normalized_shape[-1] > LONGEST_ROW for norm in norms)
+    return wide and compare_versions("torch", "<", "2.14")
 
 
 class ScatterIntoSum(CustomGraphPass):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2repro.speed.low_precision import Fp8Products
 
@@ -98,10 +98,10 @@ def cross_entropy_and_gradients(
     loss = hidden.new_zeros((), dtype=wide)
     hidden_grad = hidden.new_empty(hidden.shape if needs_hidden else 0)
     weight_grad = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide)
-    products: HeadProducts = Fp8Products(weight, dtype) if fp8 else Products(weight, dtype)
     chunk_tokens, block_tokens = tokens_at_once(hidden.device)
     vocab_size = len(weight)  # matrix units want rows that begin at multiples of 64 numbers
     width = vocab_size + -vocab_size % 64
+    products: HeadProducts = Fp8Products(weight, dtype) if fp8 else Products(weight, dtype, width)
     buffer = hidden.new_empty(min(chunk_tokens, len(labels)), width, dtype=dtype)
     buffer[:, vocab_size:] = 0
     for start in range(0, len(labels), chunk_tokens):
@@ -153,23 +153,29 @@ class HeadProducts(Protocol):
 
 
 class Products:
-    """In the type that the weight is cast to, once for all chunks."""
+    """In the type that the weight is cast to, once for all chunks.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight.to(dtype)
+    All are over the padded width. cuBLAS wants not only rows but sides of 16 bytes: for an odd side
+    it takes kernels that move one number at a time, on GPUs before Hopper.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, width: int) -> None:
+        self.weight, rows = weight.to(dtype), width - len(weight)
+        if rows:
+            self.weight = nn.functional.pad(self.weight, (0, 0, 0, rows))
 
     def logits(self, states, padded):
-        torch.mm(states, self.weight.T, out=padded[:, : len(self.weight)])
+        torch.mm(states, self.weight.T, out=padded)
 
     def hidden_grad(self, padded):
-        return padded[:, : len(self.weight)] @ self.weight
+        return padded @ self.weight
 
     def add_weight_grad(self, total, padded, states):
-        grad = padded[:, : len(self.weight)]
         if SUM_WITHIN_PRODUCT and total.is_cuda and total.dtype != states.dtype:
+            grad = padded[:, : len(total)]
             torch.addmm(total, grad.T, states, out_dtype=total.dtype, out=total)
         else:
-            total += grad.T @ states
+            total += (padded.T @ states)[: len(total)]
 
 
 # Whether cuBLAS adds to the float32 sum itself, with no rounding to bfloat16 in between. It should

@@ -56,7 +56,8 @@ class FusedLMHead(GPT2ReproLMHead):
 
     def _waits_for_memory(self, hidden_states: Tensor) -> bool:
         """Whether few rows meet a large weight on a CPU; what is recorded must take any length."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        if exporting or torch.jit.is_tracing():  # compiling, torch 2.11 says that it exports, too
             return False
         is_dense = type(self.weight) is nn.Parameter  # and neither sharded nor quantized
         on_cpu = hidden_states.device.type == "cpu" and self.weight.numel() >= LARGE_WEIGHT

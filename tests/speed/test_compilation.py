@@ -5,12 +5,12 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 import torch._inductor.decomposition
-from accelerate.utils import compare_versions
 from ours_and_theirs import ours_and_theirs, random_ids
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gpt2repro.speed import lm_head
+from gpt2repro.speed import compilation, lm_head
 from gpt2repro.speed.compilation import RULES, ScatterIntoSum, compile_in_place
 
 # Fused kernels round at other places than one kernel after another; logits are of order 10.
@@ -87,10 +87,23 @@ def test_compiling_in_place_leaves_names_and_generation_alone():
     assert torch.equal(ours.generate(ids, **greedy), tokens)
 
 
-@pytest.mark.skipif(
-    compare_versions("torch", "<", "2.12"),
-    reason="torch says of all compiled code that it is exported",
-)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_compiled_has_no_mask_where_attention_is_causal(training):
+    """A mask would keep flash attention away; what torch 2.11 compiles looks exported to others."""
+    ours, _ = ours_and_theirs(n_layer=1)
+    attended = []
+
+    def backend(graph, inputs):
+        attended.extend(n.kwargs for n in graph.graph.nodes if "scaled_dot" in str(n.target))
+        return graph
+
+    ours.train(training).compile(backend=backend)
+    rows = random_ids(2, 17)
+    ours(rows[:, :-1], shift_labels=rows[:, 1:], skip_logits=True, use_cache=False)
+    [how] = attended
+    assert how["attn_mask"] is None and how["is_causal"] is True
+
+
 def test_the_context_is_guarded_in_compiled_code_too():
     ours, _ = ours_and_theirs(n_layer=1)
     with pytest.raises(ValueError, match="49 tokens do not fit: n_positions is 48"):
@@ -175,6 +188,15 @@ def test_training_keeps_less_when_compiled_in_place():
     assert little < 0.8 * plain
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("width", [1024, 1280])
+@pytest.mark.parametrize("older", [True, False])
+def test_rows_that_a_kernel_would_read_back_are_computed_again(monkeypatch, width, older):
+    monkeypatch.setattr(compilation, "compare_versions", lambda *_: older)
+    compile_in_place(nn.Sequential(nn.LayerNorm(width)), backend="eager")
+    rule = torch._functorch.config.ban_recompute_used_far_apart
+    assert rule is not (older and width == 1280)
 
 
 def embedding_gradient(rows, ids):
