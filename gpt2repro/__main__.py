@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from gpt2repro import __version__
+from gpt2repro import UserError, __version__
 from gpt2repro.system import command_line
 
 # verb -> (module, what it does). Modules are imported on use, so that `--help` stays instant.
@@ -37,20 +37,22 @@ def usage() -> str:
     )
 
 
-def main() -> None:
-    """The console script."""
-    arguments = sys.argv[1:]
+def without_verb(arguments: list[str]) -> int:
+    """The answer to what names none: help, the version, a mistake."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
-        sys.exit(0 if arguments else command_line.EXIT_USAGE)
+        return 0 if arguments else command_line.EXIT_USAGE
     if arguments[0] == "--version":
         print(f"gpt2repro {__version__}")
-        sys.exit(0)
-    verb, *rest = arguments
+        return 0
+    raise UserError(f"no verb {arguments[0]!r}; there are: {', '.join(VERBS)}")
+
+
+def main() -> None:
+    """The console script."""
+    verb, rest = "".join(sys.argv[1:2]), sys.argv[2:]
     if verb not in VERBS:
-        known = ", ".join(VERBS)
-        print(f"gpt2repro: error: no verb {verb!r}; there are: {known}", file=sys.stderr)
-        sys.exit(command_line.EXIT_USAGE)
+        sys.exit(command_line.run("gpt2repro", without_verb, sys.argv[1:]))
     module = importlib.import_module(f"gpt2repro.commands.{VERBS[verb][0]}")
     sys.exit(command_line.run(f"gpt2repro {verb}", module.main, rest))
 

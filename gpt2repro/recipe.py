@@ -11,6 +11,7 @@ with it.
 """
 
 import difflib
+import re
 import sys
 import textwrap
 from collections import Counter
@@ -31,6 +32,7 @@ from gpt2repro.recipe_fields import FIELDS, Pair, Recipe, alternatives
 from gpt2repro.system.command_line import place, underscored
 
 DEFAULT_RECIPE = "gpt2"
+PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 MOST_BYTES = 2**18  # of a recipe; what is larger is something else
 MOST_SHOWN = 10  # mistakes in one message
 
@@ -105,8 +107,10 @@ def load_recipe(argv: list[str]) -> Recipe:
 
 
 def recipes_directory() -> Path:
-    """Inside the package; in a checkout this is a link to `recipes/`."""
-    return Path(__file__).resolve().parent / "recipes"
+    """Inside the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def find_recipe(name: str) -> Path:
@@ -151,7 +155,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose keys are given once, without merge keys, which can grow without bound."""
+    """YAML whose keys are given once, without merge keys, which can grow without bound.
+
+    Nor is 010 eight or 1:30 ninety, as YAML 1.1 has it: other whole numbers than plain ones are
+    text, for a field to read or refuse.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, PLAIN_INT if tag == "tag:yaml.org,2002:int" else form) for tag, form in forms]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         values = yaml.constructor.BaseConstructor.construct_mapping(self, node, deep)

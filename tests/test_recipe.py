@@ -80,6 +80,8 @@ def test_layers_override_each_other(tmp_path):
         (["--n_layer", "2"], "n_layer", 2),
         (["--keep_steps", "0,1,1000"], "keep_steps", [0, 1, 1000]),
         (["--keep_steps", "7"], "keep_steps", [7]),
+        (["--num_steps", "0300"], "num_steps", 300),  # as in step_00000300; YAML 1.1 has 192
+        (["--keep_steps", "[0100, 010]"], "keep_steps", [100, 10]),
         (["--keep_steps", "log"], "keep_steps", "log"),
     ],
 )

@@ -136,7 +136,8 @@ def move_into_place(scratch: Path, path: Path) -> None:
         path.rename(previous)
     scratch.rename(path)
     flush(path.absolute().parent)
-    flush(path.absolute().parent.parent)  # where that one may be as new
+    with contextlib.suppress(PermissionError):  # somebody else's, which that one lay in before
+        flush(path.absolute().parent.parent)  # where that one may be as new
     with contextlib.suppress(OSError):
         remove(previous)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
@@ -53,14 +54,18 @@ def run(
     ends a verb, and not what is here for more than to be read.
     """
     for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started this has closed it
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
         if outlives_readers:
             setattr(sys, name, LastingStream(stream))
     try:
-        return main(argv)
+        status = main(argv)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # `... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _take_no_more()
         return 0
     except BaseException as error:
         if (expected := in_one_line(error)) is None:
@@ -69,7 +74,16 @@ def run(
         if status == EXIT_USAGE:
             let_rank_0_speak()
         print(f"{prog}: {said}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _take_no_more()
         return status
+
+
+def _take_no_more() -> None:
+    """Lose what is left to write: at the end the interpreter would fail by it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class LastingStream:

@@ -29,8 +29,8 @@ OUT_OF_MEMORY = (
     "take a shorter sequence_length."
 )
 NO_COMPILER = (
-    "Install what torch.compile calls (a C and C++ compiler; for a GPU also Triton and Python's "
-    "headers), or set compile to false."
+    "torch.compile needs a C and C++ compiler, for a GPU also Triton and Python's headers, and a "
+    "TMPDIR with room that may hold programs; or set compile to false."
 )
 # How gloo and NCCL tell that the process at the other end is there no more.
 PEER_GONE = re.compile(

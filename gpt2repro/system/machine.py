@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import platform
 import shlex
@@ -45,9 +46,14 @@ def _package_version(package: str) -> str | None:
 
 
 def num_cores() -> int:
-    """Those that this process may use."""
+    """Those that this process may use, or whose time its control groups allow it."""
     has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    for place in _control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # it has none, or its quota is "max"
+            quota, period = (place / "cpu.max").read_text(encoding="utf-8").split()
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 def main_memory() -> int:
@@ -56,19 +62,29 @@ def main_memory() -> int:
     A container has such a limit, and so has a Slurm job; the kernel ends what goes beyond.
     """
     limits = [psutil.virtual_memory().total]
-    for place in _control_groups():
-        with contextlib.suppress(OSError, ValueError):  # it has none, or its limit is "max"
-            limits.append(int((place / "memory.max").read_text(encoding="utf-8")))
+    for place in _control_groups("memory"):
+        for file in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # it has none, or its limit is "max"
+                limits.append(int((place / file).read_text(encoding="utf-8")))
     return min(limits)
 
 
-def _control_groups() -> list[Path]:
-    """That of this process and those around it (version 2 of them)."""
+def _control_groups(controller: str) -> list[Path]:
+    """Those of this process that may limit what `controller` does, and the ones around them.
+
+    Of version 2 there is one, of version 1 one for each controller.
+    """
     try:
-        _, _, name = OWN_GROUP.read_text(encoding="utf-8").strip().rpartition("0::/")
+        lines = OWN_GROUP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return [CONTROL_GROUPS / each for each in (Path(name), *Path(name).parents)]
+    places = []
+    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") > 1):
+        if not controllers or controller in controllers.split(","):
+            root = CONTROL_GROUPS / controller if controllers else CONTROL_GROUPS
+            own = Path(name.lstrip("/"))
+            places += [root / each for each in (own, *own.parents)]
+    return places
 
 
 def hardware(device: str | None = None) -> str:
@@ -164,7 +180,8 @@ def _git(*words: str) -> str:
     """What git says in the directory that holds this package; an error unless its status is 0."""
     place = Path(__file__).parent.parent.parent
     # It takes no lock: what the user's own git does at this moment shall not fail.
-    command = ["git", "--no-optional-locks", "-C", str(place), *words]
+    # A checkout may be another user's, as root's in a container over it; its code runs already.
+    command = ["git", "--no-optional-locks", "-c", "safe.directory=*", "-C", str(place), *words]
     found = subprocess.run(
         command,
         env=processes.environment(),

@@ -1,8 +1,9 @@
 """Stopping in good order: signals become a request that all ranks agree on and the loop polls.
 
-SIGTERM (schedulers), SIGUSR1 (Slurm's `--signal`) and SIGINT (Ctrl-C) all ask for the same: save,
-say how to resume, leave. A second Ctrl-C leaves at once. When the launcher dies, its processes get
-a SIGTERM from the kernel, so that signalling the launcher works too (Linux).
+SIGTERM (schedulers), SIGUSR1 (Slurm's `--signal`), SIGHUP (a terminal that is gone; not under
+`nohup`) and SIGINT (Ctrl-C) all ask for the same: save, say how to resume, leave. A second Ctrl-C
+leaves at once. When the launcher dies, its processes get a SIGTERM from the kernel, so that
+signalling the launcher works too (Linux).
 
 Before the first step and after the last there is nothing to save: signals then end the process as
 they do any other.
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 # Read on import: by the time the kernel is asked to watch it, it may be gone.
 PARENT = os.getppid()
@@ -44,7 +45,10 @@ class StopRequest:
         self.signal: signal.Signals | None = None  # what this process got
         self.agreed = False  # what all ranks know
         self.received_at = 0.0
-        self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
+        # `nohup` makes it deaf: then it is to go on.
+        is_deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [number for number in SIGNALS if number != signal.SIGHUP or not is_deaf]
+        self.before = {number: signal.signal(number, self.receive) for number in heard}
 
     def close(self) -> None:
         """Let signals do again what they did before; one that nobody has polled comes again."""

@@ -1,5 +1,6 @@
 """The end of a run: the loss curve, the verified export, and what the user sees."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -121,10 +122,11 @@ def _paragraph(run: Run) -> str:
     """
     command = [sys.executable, "-m", "gpt2repro", "generate", "--model", str(run.directory.final)]
     command += [f"--prompt={run.recipe.sample_prompt}", "--seed", str(run.recipe.seed)]
+    own_code = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         result = subprocess.run(
             command,
-            env=processes.environment(PYTHONUTF8="1"),
+            env=processes.environment(PYTHONUTF8="1", PYTHONPATH=os.pathsep.join(own_code)),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",

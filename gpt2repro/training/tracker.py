@@ -118,7 +118,7 @@ class Tracker:
     def _remember(self, place: Path) -> None:
         assert self.run is not None
         with atomic.new_file(place) as scratch:
-            scratch.write_text(self.run.model_dump_json() + "\n")
+            scratch.write_text(self.run.model_dump_json() + "\n", encoding="utf-8")
 
     def tell(self, line: dict[str, Any]) -> str:
         """Tell a line if it was not told. What the user should know, once, if the tracker fails.

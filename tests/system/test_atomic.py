@@ -79,6 +79,22 @@ def test_a_directory_replaces_the_one_before(tmp_path):
         assert names(tmp_path) == ["final"]
 
 
+def test_a_directory_above_that_cannot_be_listed_takes_nothing_back(tmp_path, monkeypatch):
+    """As /home may be, to which only its owner's directories are open."""
+    flush = atomic.flush
+
+    def refuse(path):
+        if path == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        flush(path)
+
+    monkeypatch.setattr(atomic, "flush", refuse)
+    (tmp_path / "me").mkdir()
+    scratch = atomic.partial(tmp_path / "me" / "final")
+    atomic.move_into_place(scratch, tmp_path / "me" / "final")
+    assert names(tmp_path / "me") == ["final"]
+
+
 def test_what_was_replaced_may_stay_when_it_cannot_be_removed(tmp_path, monkeypatch):
     path = tmp_path / "final"
     path.mkdir()

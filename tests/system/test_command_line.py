@@ -75,6 +75,34 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert process.wait(30) == 0 and process.stderr.read() == ""
 
 
+def in_a_shell(verb: str, end: str, outlives_readers: bool = False) -> subprocess.CompletedProcess:
+    """A command line whose output goes where `end` says."""
+    code = (
+        "import sys; from gpt2repro.system import command_line\n"
+        f"def verb(argv): {verb}\n"
+        f"sys.exit(command_line.run('prog', verb, [], outlives_readers={outlives_readers}))"
+    )
+    command = f'"{sys.executable}" -c "$0" {end}'
+    shell = ["bash", "-o", "pipefail", "-c", command, code]
+    return subprocess.run(shell, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_the_last_words_may_find_no_room_or_no_reader():
+    """They are written at the end, when the verb has its status."""
+    full = in_a_shell("print('line')", "> /dev/full")
+    assert full.returncode == 2 and full.stderr.startswith("prog: error: [Errno 28]")
+    assert full.stderr.count("\n") == 1
+    done = in_a_shell("import time; time.sleep(0.5); print('line')", "| true")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("outlives_readers", [False, True])
+@pytest.mark.parametrize("end", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_may_be_closed_from_the_start(end, outlives_readers):
+    verb = "print('line', sys.stdout.isatty()); print('line', file=sys.stderr); return 3"
+    assert in_a_shell(verb, end, outlives_readers).returncode == 3
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_training_outlives_its_reader(stream):
     """`train_accelerate.py ... | head -1` trains to the end, and its status is the training's."""

@@ -146,3 +146,21 @@ def test_a_containers_memory_is_what_its_group_allows(tmp_path, monkeypatch):
     for place in (job.parent, groups):  # more than there is
         (place / "memory.max").write_text(str(2 * total))
     assert machine.main_memory() == total
+
+
+def test_limits_of_version_1_of_control_groups_and_quotas_of_cores(tmp_path, monkeypatch):
+    job = tmp_path / "memory" / "docker" / "abc"
+    job.mkdir(parents=True)
+    (tmp_path / "own").write_text("9:memory:/docker/abc\n3:cpu,cpuacct:/\n0::/user.slice\n")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert machine.num_cores() == 64
+    (job / "memory.limit_in_bytes").write_text("8192\n")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert machine.main_memory() == 8192
+    (tmp_path / "user.slice").mkdir()
+    (tmp_path / "user.slice" / "cpu.max").write_text("max 100000\n")
+    assert machine.num_cores() == 64
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    assert machine.num_cores() == 3

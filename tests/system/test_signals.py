@@ -76,6 +76,16 @@ def test_closing_hears_what_slurms_launcher_was_deaf_to():
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_nohup_keeps_a_run_from_stopping_when_its_terminal_is_gone(stop):
+    stop.close()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request = StopRequest(bool)
+    signal.raise_signal(signal.SIGHUP)
+    assert request.signal is None
+    request.close()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def test_a_second_ctrl_c_leaves_at_once():
     code = "from gpt2repro.system import signals; signals.StopRequest(bool);" + SLEEP
     process = python(code)
