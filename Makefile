@@ -4,16 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES := $(or $(OMP_NUM_THREADS),$(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN))
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
-IS_WHOLE := import pip; $(IS_NEW_ENOUGH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test sweep properties mutants lint clean
 
 # torch goes first and alone: the CPU or CUDA build that the pin names, before anything can pull another.
 $(VENV)/.installed: requirements.txt setup.cfg pyproject.toml
-	@$(BIN)/python -c '$(IS_WHOLE)' 2>/dev/null || $(PYTHON) -c '$(IS_NEW_ENOUGH)' || \
+	@test -x $(BIN)/python || $(PYTHON) -c '$(IS_NEW_ENOUGH)' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
-	@$(BIN)/python -c '$(IS_WHOLE)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c '$(IS_NEW_ENOUGH)' || \
+		{ echo "$(VENV) has an older Python than 3.11: make clean, and again"; exit 1; }
+	@$(BIN)/python -c 'import pip' 2>/dev/null || $(BIN)/python -m ensurepip
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --editable .

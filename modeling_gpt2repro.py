@@ -40,6 +40,7 @@ try:  # as remote code in a checkpoint directory; else as an installed module
 except ImportError:
     from configuration_gpt2repro import AUTO_MAP, GPT2ReproConfig
 
+SEEMS_EXPORTED = torch.__version__ < "2.12"  # what torch compiles, to all who ask
 LOSS_TOKENS = 1024  # whose logits exist at once: 206 MB in float32 at V = 50257
 # What transformers calls the keys and values of earlier calls: since 5.24 by another name.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
@@ -184,8 +185,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
         The head of a new task starts fresh, and `output_loading_info=True` asks for a list instead.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        name = pretrained_model_name_or_path
+        wants_info, name = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         missing = sorted(k for k in info["missing_keys"] if not k.startswith(("score.", "qa_")))
         if missing and name is not None and not wants_info:
@@ -242,7 +242,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         cache = past_key_values if cache is None else cache
         past_length = cache.get_seq_length() if isinstance(cache, Cache) else 0  # or it is paged
         refuse_beyond_context(self.config, past_length + inputs_embeds.shape[1], position_ids)
-        # None where the attention function can do without. (torch 2.11 compiles as if exporting.)
+        # None where the attention function can do without. (Of compiled code others do not know.)
         given, name = (attention_mask, cache, position_ids), self.config._attn_implementation
         mask, plain = None, name.startswith("sdpa") and all(each is None for each in given)
         if not (plain and torch.compiler.is_dynamo_compiling()):
@@ -384,8 +384,8 @@ def refuse_beyond_context(config, length, position_ids) -> None:
     unknown = isinstance(length, torch.Tensor) or position_ids is not None
     on_gpu = position_ids is not None and position_ids.is_cuda
     blind = torch.compiler.is_compiling() or (on_gpu and torch.cuda.is_current_stream_capturing())
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if exporting or (blind and unknown):
+    compiling = torch.compiler.is_dynamo_compiling() and SEEMS_EXPORTED
+    if (torch.compiler.is_exporting() and not compiling) or (blind and unknown):
         return
     if length > config.n_positions and position_ids is not None:
         length = position_ids.max() + 1

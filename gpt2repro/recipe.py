@@ -157,8 +157,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML whose keys are given once, without merge keys, which can grow without bound.
 
-    Nor is 010 eight or 1:30 ninety, as YAML 1.1 has it: other whole numbers than plain ones are
-    text, for a field to read or refuse.
+    Nor is 010 eight, or 1:30 ninety, as YAML 1.1 has it: such whole numbers are text, for a field
+    to read or refuse.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012

@@ -275,7 +275,7 @@ class Recipe(BaseModel):
     )
     push_to_hub: Switch = knob("upload the finished model, and checkpoints in the background")
     hub_model_id: Text | None = knob("user/name on the Hub, for push_to_hub")
-    hub_private: Switch = knob("create the Hub repository private")
+    hub_private: Switch = knob("create the Hub repository private; else as its organization has it")
     hub_strategy: Literal["final", "permanent", "all"] = knob(
         "which checkpoints: none, permanent ones as branches such as step00000512, or all, the "
         "others as main"

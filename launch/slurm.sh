@@ -30,8 +30,7 @@ rm -f "$run_dir/PREEMPTED"
 export MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN_PORT=${MAIN_PORT:-29500}
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
-# What torch's launcher gives the ranks to save after a SIGTERM, in seconds (from torch 2.13 on).
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+export PET_SIGNALS_TO_HANDLE=SIGINT  # of torch's launcher, which would kill the ranks while they save
 # Since Slurm 22.05 srun does not take it from sbatch.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
@@ -57,7 +56,7 @@ srun --kill-on-bad-exit=1 bash -c '
         wait "$launcher" && status=0 || status=$?
         kill -0 "$launcher" 2>/dev/null || break  # else a signal ended the waiting
     done
-    [ "$first" != TERM ] || exit 143
+    [ "$first" != TERM ] || [ "$status" = 0 ] || exit 143
     exit "$status"
 ' launch "$@" || status=$?
 

@@ -72,7 +72,8 @@ def _parse(argv: list[str]) -> Namespace:
     add = parser.add_argument
     add("--model", type=named, required=True, help="a run's final/ or what `export` wrote")
     add("--repo", required=True, help="user/name on the Hub")
-    add("--private", action="store_true", help="create the repository private")
+    private = "create the repository private; else it is as its organization has it"
+    add("--private", action="store_true", help=private)
     add("--revision", help="branch to commit to, created if absent (default main)")
     add("--message", default="Upload model", help="of the commit")
     add("--allow_code", action="store_true", help="run and publish a fork's model files")

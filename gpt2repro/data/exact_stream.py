@@ -193,14 +193,13 @@ class ExactStream(IterableDataset):
 
     def _check_world(self) -> None:
         """Processes that knew neither each other nor themselves yet would all read the same."""
-        if self._is_given:
+        if self._is_given or self._place != (0, 1):
             return
-        (rank, world_size), (rank_now, world_size_now) = self._place, _world(None, None)
-        if (rank, world_size) != (rank_now, world_size_now):
+        rank, world_size = _world(None, None)
+        if world_size > 1:
             raise UserError(
-                f"rank, world_size: the stream was made as {rank} of {world_size}, this process "
-                f"is {rank_now} of {world_size_now}: make it after torch.distributed is "
-                "initialized, or call set_world"
+                f"rank, world_size: the stream was made as 0 of 1, this process is {rank} of "
+                f"{world_size}: make it after torch.distributed is initialized, or call set_world"
             )
 
     def state_dict(
@@ -225,8 +224,9 @@ class ExactStream(IterableDataset):
                 "step are still to come: save between steps, or say after which `step`"
             )
         step = self.step if step is None else _whole("step", step, least=0)
-        if step not in self._lanes_after:
-            raise UserError(f"step {step}: the stream knows {sorted(self._lanes_after)}")
+        known = [number for number in self._lanes_after if number <= self.step]
+        if step not in known:
+            raise UserError(f"step {step}: the stream knows {known}")
         if lanes is None:
             lanes = _gathered(self._lanes_after[step], self._place[1], self.stream.identity)
         return {"step": step, "stream": self.stream.state_dict(lanes)}

@@ -5,6 +5,7 @@ read them is asked in the order of `FORMATS`. A new format is a file of its own 
 """
 
 import logging
+import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,6 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-
-from fsspec.utils import glob_translate
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
@@ -212,6 +211,7 @@ def _commit(name: str, revision: str | None) -> str:
 
 def _shards_on_hub(name: str, commit: str, data_files: str | list[str] | None) -> Files | None:
     """Files of token ids, which `datasets` does not know; None unless `data_files` names such."""
+    from fsspec.utils import glob_translate
     from huggingface_hub import HfApi
 
     patterns = [data_files] if isinstance(data_files, str) else data_files or []
@@ -223,7 +223,9 @@ def _shards_on_hub(name: str, commit: str, data_files: str | list[str] | None) -
         attempt_seconds=patience.LONGEST_QUESTION_SECONDS,
     )
     # As `datasets` matches: `*` within a directory, `**/` for any, and none as well.
-    matches = re.compile("|".join(map(glob_translate, patterns))).match
+    parts = [posixpath.normpath(pattern).split("/") for pattern in patterns]
+    plain = ["/".join(p if p == "**" else re.sub(r"\*+", "*", p) for p in each) for each in parts]
+    matches = re.compile("|".join(map(glob_translate, plain))).match
     meant = sorted(filter(matches, paths))
     if not meant:
         raise UserError(f"data_files: no data files in {name}: {', '.join(patterns)}")
@@ -239,10 +241,8 @@ def _tell_of_conversion(files: list[str], commit: str) -> None:
             "'%s/*/*.parquet' takes one",
             *(CONVERTED, len(configurations), ", ".join(configurations), configurations[0]),
         )
-    if partial := next((name for name in names if "/partial-" in name), None):
-        logger.warning(
-            "dataset_revision: %s has the first 5 GB alone of some (%s)", CONVERTED, partial
-        )
+    if cut := next((name for name in names if "/partial-" in name), None):
+        logger.warning("dataset_revision: %s has the first 5 GB alone of some (%s)", CONVERTED, cut)
 
 
 def _load_builder(options: dict[str, Any], name: str, if_unreachable: str):

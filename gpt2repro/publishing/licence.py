@@ -10,6 +10,7 @@ from gpt2repro import UserError
 from gpt2repro.records import integrity
 from gpt2repro.records.run_directory import run_of, saved_recipe
 from gpt2repro.records.saved_models import locate
+from gpt2repro.system.hub import of_hub_or_cache
 from gpt2repro.system.patience import patiently
 
 
@@ -21,13 +22,17 @@ def own_licence(recipe: Mapping | None) -> str | None:
 def licence_of(name: str, option: str) -> str | None:
     """That of the model `name` as far as anybody said: its card, or of a checkpoint its recipe."""
     where = Path(locate(name, option))
+
+    def card_of(offline: bool) -> Path:
+        return Path(hf_hub_download(name, "README.md", local_files_only=offline))
+
     try:
         if (where / integrity.MARKER).is_file():
             return own_licence(saved_recipe(run_of(where)))
         card = where / "README.md"
         if not where.is_dir():
             card = patiently(
-                lambda: Path(hf_hub_download(name, "README.md")),
+                lambda: of_hub_or_cache(name, card_of),
                 f"read the card of {name}",
                 give_up_after_seconds=0,
                 reaches_hub=False,

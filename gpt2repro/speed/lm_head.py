@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2repro.speed.fused_cross_entropy import linear_cross_entropy
-from modeling_gpt2repro import GPT2ReproForCausalLM, GPT2ReproLMHead
+from modeling_gpt2repro import SEEMS_EXPORTED, GPT2ReproForCausalLM, GPT2ReproLMHead
 
 FEW_ROWS, LARGE_WEIGHT = 64, 2**22  # products on a CPU that wait for memory: (F, C) and (V, C)
 
@@ -56,8 +56,9 @@ class FusedLMHead(GPT2ReproLMHead):
 
     def _waits_for_memory(self, hidden_states: Tensor) -> bool:
         """Whether few rows meet a large weight on a CPU; what is recorded must take any length."""
-        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        if exporting or torch.jit.is_tracing():  # compiling, torch 2.11 says that it exports, too
+        compiling = torch.compiler.is_dynamo_compiling() and SEEMS_EXPORTED
+        exporting = torch.compiler.is_exporting() and not compiling
+        if exporting or torch.jit.is_tracing():
             return False
         is_dense = type(self.weight) is nn.Parameter  # and neither sharded nor quantized
         on_cpu = hidden_states.device.type == "cpu" and self.weight.numel() >= LARGE_WEIGHT

@@ -62,8 +62,6 @@ def run(
             setattr(sys, name, LastingStream(stream))
     try:
         status = main(argv)
-        sys.stdout.flush()
-        return status
     except BrokenPipeError:  # `... | head` has seen enough
         _take_no_more()
         return 0
@@ -74,11 +72,15 @@ def run(
         if status == EXIT_USAGE:
             let_rank_0_speak()
         print(f"{prog}: {said}", file=sys.stderr)
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _take_no_more()
-        return status
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _take_no_more()
+    except OSError as error:
+        _take_no_more()
+        status = status or EXIT_USAGE
+        print(f"{prog}: error: {error}", file=sys.stderr)
+    return status
 
 
 def _take_no_more() -> None:

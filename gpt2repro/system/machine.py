@@ -50,9 +50,11 @@ def num_cores() -> int:
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     for place in _control_groups("cpu"):
-        with contextlib.suppress(OSError, ValueError):  # it has none, or its quota is "max"
-            quota, period = (place / "cpu.max").read_text(encoding="utf-8").split()
-            cores = min(cores, math.ceil(int(quota) / int(period)))
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):  # it has none, or its quota is "max"
+                said = " ".join((place / file).read_text(encoding="utf-8") for file in files)
+                quota, period = map(int, said.split())
+                cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return cores
 
 

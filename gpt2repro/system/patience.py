@@ -249,14 +249,35 @@ def _raise_what_passes(response) -> None:
     a tokenizer without its vocabulary, a dataset without its files, and no word. This one none of
     them knows. The client makes its few attempts all the same; but not where it is told when to
     come back, which it would obey in silence, for hours: that waiting is for `patiently`.
+
+    Only while a call of `patiently` is under way, in whatever threads it has: the client is that of
+    the whole process, and who else uses it counts on its own errors.
     """
-    if not _passes(response.status_code):
+    if not _passes(response.status_code) or not _calls.under_way:
         return
     response.read()  # for the next request to have the connection
     kind = httpx.TransportError if _retry_after_seconds(response.headers) else httpx.ReadError
-    error: Any = kind(f"HTTP {response.status_code}")
+    error: Any = kind(f"HTTP {response.status_code}", request=response.request)
     error.response = response
     raise error
+
+
+class _Calls:
+    """How many calls of `patiently` are under way; waits between attempts do not count."""
+
+    def __init__(self) -> None:
+        self._lock, self.under_way = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.under_way += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self.under_way -= 1
+
+
+_calls = _Calls()
 
 
 _client_lock = threading.Lock()
@@ -302,6 +323,12 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
         raise PassingFault(f"no answer within {seconds:.0f} s", answered=False) from None
     finally:
         pool.close(0)
+
+
+def _attempt(call: Callable[[], Result], attempt_seconds: float | None) -> Result:
+    _prepare_hub_client()
+    with _calls:
+        return call() if attempt_seconds is None else _within(attempt_seconds, call)
 
 
 def _delay_seconds(attempt: int, retry_after: float) -> float:
@@ -368,8 +395,7 @@ def patiently(
     try:
         while True:
             try:
-                _prepare_hub_client()
-                result = call() if attempt_seconds is None else _within(attempt_seconds, call)
+                result = _attempt(call, attempt_seconds)
                 recovered = True
                 _outages.hub_answered |= reaches_hub
                 return result

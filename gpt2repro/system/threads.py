@@ -23,7 +23,7 @@ class DaemonPool:
     def __init__(self, num_threads: int, name: str) -> None:
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._pending: set[Future] = set()
-        self._lock = threading.RLock()  # garbage, such as a pool's owner, is collected within it
+        self._lock = threading.RLock()  # its owner may be collected, and close it, within it
         self._closed = False
         self._threads = [
             threading.Thread(target=self._serve, name=f"{name}-{index}", daemon=True)
@@ -38,6 +38,8 @@ class DaemonPool:
             if self._closed:
                 raise PoolClosed
             self._pending.add(future)
+            if self._closed:
+                raise PoolClosed
         self._calls.put((future, call, arguments))
         return future
 

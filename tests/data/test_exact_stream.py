@@ -199,6 +199,8 @@ def test_a_loop_that_has_taken_more_than_it_trained_on_says_so(make):
     assert goes_on.state_dict(step=2) == state
     with pytest.raises(UserError, match=r"step 1: the stream knows \[2, 3, 4, 5\]"):
         goes_on.state_dict(step=1)
+    with pytest.raises(UserError, match=r"step 3: the stream knows \[0, 1, 2\]"):
+        stream.state_dict(step=3)  # it has begun
 
 
 def test_a_batch_is_the_loops_to_change(make):

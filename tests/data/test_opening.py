@@ -226,7 +226,7 @@ def test_linked_directories_are_told_of(tmp_path, caplog):
     assert "linked directories, data_files finds some: '**'" in refusal(tmp_path / "data")
     write_lines(tmp_path / "data" / "a" / "real.jsonl", ["real"])
     assert joined(open_corpus(tmp_path / "data")) == ["real"]
-    assert "'b/linked.jsonl'" in caplog.text
+    assert "linked directories are not looked into, such as 'b' of" in caplog.text
     assert joined(open_corpus(tmp_path / "data", data_files="**")) == ["real", "linked"]
 
 

@@ -174,6 +174,8 @@ def test_shards_of_the_hub_are_read_by_ranges(tmp_path, monkeypatch, small_units
         ("**/*.bin", ["a_train.bin", "a_val.bin", "more/b_train.bin"]),
         ("more/*.bin", ["more/b_train.bin"]),
         ("?_[!v]*.bin", ["a_train.bin"]),
+        ("**.bin", ["a_train.bin", "a_val.bin"]),
+        ("./more//*.bin", ["more/b_train.bin"]),
     ],
 )
 def test_patterns_mean_on_the_hub_what_they_mean_here(tmp_path, monkeypatch, pattern, names):

@@ -357,7 +357,9 @@ def test_who_waits_for_another_process_says_so(tmp_path, caplog):
     def hold() -> None:
         with one_at_a_time(tmp_path / "a.lock"):
             held.set()
-            while "waiting for another process, which holds" not in caplog.text:
+            for _ in range(1000):
+                if "waiting for another process, which holds" in caplog.text:
+                    break
                 time.sleep(0.01)
 
     with ThreadPoolExecutor() as pool:

@@ -128,6 +128,17 @@ def test_a_file_that_cannot_be_had_now_is_not_one_that_does_not_exist(
     assert BulkEncoder(loaded).fingerprint == BulkEncoder(theirs).fingerprint
 
 
+def test_who_else_asks_the_hub_has_the_clients_own_answers(hub, monkeypatch):
+    """The client is the whole process's: a Trainer that pushes, a script that downloads."""
+    load_tokenizer("openai-community/gpt2")
+    impatient(monkeypatch)
+    path = hf_hub_download("openai-community/gpt2", "config.json")
+    hub.faults.append(Fault("status:429", "config.json", "GET|HEAD", times=3, retry_after="1"))
+    assert hf_hub_download("openai-community/gpt2", "config.json") == path
+    hub.faults.append(Fault("status:503", "config.json", "GET|HEAD", times=10**9))
+    assert hf_hub_download("openai-community/gpt2", "config.json") == path, "from the cache"
+
+
 def test_loading_from_the_hub_and_then_from_its_cache(hub, theirs, monkeypatch):
     hub.faults.append(Fault("status:503", "api/models", times=8))
     first = load_tokenizer("openai-community/gpt2")

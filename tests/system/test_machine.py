@@ -164,3 +164,9 @@ def test_limits_of_version_1_of_control_groups_and_quotas_of_cores(tmp_path, mon
     assert machine.num_cores() == 64
     (tmp_path / "cpu.max").write_text("250000 100000\n")
     assert machine.num_cores() == 3
+    (tmp_path / "cpu").mkdir()
+    for name, number in (("quota", "-1"), ("period", "100000")):
+        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(f"{number}\n")
+    assert machine.num_cores() == 3
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("200000\n")
+    assert machine.num_cores() == 2

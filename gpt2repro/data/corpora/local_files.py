@@ -229,17 +229,24 @@ def _is_card(file: Path) -> bool:
 def _tell_of_the_rest(directory: Path, splits: dict[str, list[Path]]) -> None:
     """Of files in no split, such as `more.jsonl` beside `train.jsonl`; hidden ones are no data.
 
-    Also of those in linked directories, into which `datasets` does not look.
+    And of linked directories, into which `datasets` does not look.
     """
     taken = {file for files in splits.values() for file in files}
     formats = {format_of(file) for file in taken} - {None}
-    every = glob.glob(f"{glob.escape(str(directory))}/**", recursive=True) if formats else []  # noqa: PTH207
-    names = [file.relative_to(directory) for file in map(Path, sorted(every)) if file not in taken]
-    rest = [str(name) for name in names if format_of(directory / name) in formats]
-    rest = [name for name in rest if not re.search(r"(^|/)(\.|__|(?i:readme\.md)$)", name)]
+    every = sorted(directory.rglob("*")) if formats else []
+    names = [str(file.relative_to(directory)) for file in every if file not in taken]
+    names = [name for name in names if not re.search(r"(^|/)(\.|__|(?i:readme\.md)$)", name)]
+    links = [name for name in names if (directory / name).is_symlink()]
+    if linked := [name for name in links if (directory / name).is_dir()]:
+        logger.warning(
+            "dataset_name: linked directories are not looked into, such as %r of %s: data_files "
+            "'**' takes what is there",
+            *(linked[0], directory),
+        )
+    rest = [name for name in names if format_of(directory / name) in formats]
     if rest:
         logger.warning(
-            "dataset_name: by their places %d files of %s are in no split (%s), such as %r: they "
+            "dataset_name: by their names %d files of %s are in no split (%s), such as %r: they "
             "are left out, unless data_files names them",
             *(len(rest), directory, ", ".join(map(str, splits)), rest[0]),
         )

@@ -24,6 +24,7 @@ from gpt2repro.evaluation.estimates import Estimate, mean, ratio, weighted
 from gpt2repro.evaluation.likelihoods import Request, Scores, encode_pairs
 from gpt2repro.evaluation.task import MalformedRow, OnHub, Task, TaskGroup, checked
 from gpt2repro.evaluation.writing import Prompt
+from gpt2repro.system.patience import patiently
 
 FEWSHOT_SEED = 1234  # the harness' own default: which examples stand before a question
 NUM_NEW_TOKENS = 256  # the harness' default where a task that writes names no number
@@ -321,7 +322,9 @@ def open_lm_eval_tasks(
     found: dict[str, list[Task]] = {}
     for name in names:
         with _opening(option), in_a_line(f"{option}: {name} cannot be opened"):
-            loaded = manager.load([name])
+            loaded = patiently(
+                partial(manager.load, [name]), f"open {name} ({option})", reaches_hub=False
+            )
             group = loaded["groups"].get(name)
             each_of = [group] if group else loaded["tasks"].values()
             found[name] = [task for each in each_of for task in opened(each)]
