@@ -114,8 +114,10 @@ def test_a_cache_that_has_the_model_alone_holds_no_tokenizer(hub, monkeypatch):
         load_tokenizer("me/model")
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json"])
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("status", "file"),
+    [(429, "tokenizer.json"), (503, "tokenizer_config.json"), (503, "config.json")],
+)
 def test_a_file_that_cannot_be_had_now_is_not_one_that_does_not_exist(
     hub, theirs, monkeypatch, status, file
 ):
