@@ -58,7 +58,8 @@ BLOCK = re.compile(
 )
 # What is not ours and changes nothing that a test could see; everything else must be known.
 OUTSIDERS = {"source", "tail", "hf", "cd", "git", "sha256sum"}
-OTHER_TOOLS = {"lm_eval", "transformers", "vllm", "docker"}  # run where a block can, not parsed
+# Run where a block can, not parsed.
+OTHER_TOOLS = {"lm_eval", "transformers", "vllm", "docker", "mlx_lm.generate"}
 
 
 @dataclass(frozen=True)
