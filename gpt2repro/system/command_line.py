@@ -78,8 +78,9 @@ def run(
         _take_no_more()
     except OSError as error:
         _take_no_more()
-        status = status or EXIT_USAGE
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        if status == 0:  # else it is told
+            status = EXIT_USAGE
+            print(f"{prog}: error: {error}", file=sys.stderr)
     return status
 
 

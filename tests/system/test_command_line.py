@@ -97,6 +97,8 @@ def test_the_last_words_may_find_no_room_or_no_reader():
     full = in_a_shell("print('line')", "> /dev/full")
     assert full.returncode == 2 and full.stderr.startswith("prog: error: [Errno 28]")
     assert full.stderr.count("\n") == 1
+    much = in_a_shell("print('line' * 10**6)", "> /dev/full")
+    assert much.returncode == 2 and much.stderr.count("\n") == 1, much.stderr
     done = in_a_shell("import time; time.sleep(0.5); print('line'); return 1", "| true")
     assert (done.returncode, done.stderr) == (1, "")
 
