@@ -78,7 +78,7 @@ def run(
         _take_no_more()
     except OSError as error:
         _take_no_more()
-        if status == 0:  # else it is told
+        if not status:  # else it is told
             status = EXIT_USAGE
             print(f"{prog}: error: {error}", file=sys.stderr)
     return status
