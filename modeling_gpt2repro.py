@@ -242,7 +242,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         cache = past_key_values if cache is None else cache
         past_length = cache.get_seq_length() if isinstance(cache, Cache) else 0  # or it is paged
         refuse_beyond_context(self.config, past_length + inputs_embeds.shape[1], position_ids)
-        # None where the attention function can do without. (Of compiled code others do not know.)
+        # None where attention can do without, which transformers may not see in compiled code.
         given, name = (attention_mask, cache, position_ids), self.config._attn_implementation
         mask, plain = None, name.startswith("sdpa") and all(each is None for each in given)
         if not (plain and torch.compiler.is_dynamo_compiling()):

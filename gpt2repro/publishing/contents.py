@@ -15,7 +15,7 @@ import configuration_gpt2repro
 import modeling_gpt2repro
 from gpt2repro import UserError
 from gpt2repro.system.atomic import sha256
-from gpt2repro.system.hub import refuse_pointer
+from gpt2repro.system.hub import refuse_pointers
 
 SUMS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks it anywhere
 SHIPPED_CODE = {
@@ -209,8 +209,7 @@ def check_sums(directory: Path) -> None:
     """
     if not (directory / SUMS).is_file():
         raise UserError(f"{directory} lacks {SUMS}, which every export has; export the model again")
-    for file in sorted(directory.glob("*.safetensors")):
-        refuse_pointer(file)
+    refuse_pointers(sorted(directory.glob("*.safetensors")))
     sums = _listed(directory)
     for name in unlisted((path.name for path in directory.iterdir()), sums):
         raise UserError(

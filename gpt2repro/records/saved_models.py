@@ -18,7 +18,7 @@ from gpt2repro.records import checkpoints
 from gpt2repro.records.integrity import is_whole
 from gpt2repro.records.run_directory import finished_step, run_of, saved_recipe
 from gpt2repro.system import ranks
-from gpt2repro.system.hub import is_hub_id, of_hub_or_cache, refuse_pointer
+from gpt2repro.system.hub import is_hub_id, of_hub_or_cache, refuse_pointers
 from gpt2repro.system.patience import patiently
 from gpt2repro.system.text import printable
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -78,8 +78,7 @@ def load_causal_lm(
         UserError: not there, not reachable, not a GPT-2, or its tensors are not all there.
     """
     where = locate(name, option)
-    for file in sorted(Path(where).glob("*.safetensors")):
-        refuse_pointer(file)
+    refuse_pointers(sorted(Path(where).glob("*.safetensors")))
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # one bar for every file that is opened
     logging.set_verbosity_error()  # warnings about tensors, which are errors below

@@ -1,7 +1,7 @@
 """What a name on the Hub looks like, and what the Hub says of the files behind it."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -84,12 +84,13 @@ def of_hub_or_cache(name: str, load: Callable[[bool], Result]) -> Result:
     return load(False)
 
 
-def refuse_pointer(path: Path) -> None:
+def refuse_pointers(paths: Iterable[Path]) -> None:
     """Where git cloned a repository without git-lfs, a text lies in the place of a large file.
 
     Raises:
         UserError: naming it, and what fetches the file.
     """
-    with path.open("rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
+    for path in paths:
+        with path.open("rb") as file:
+            if file.read(24) == b"version https://git-lfs.":
+                raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")

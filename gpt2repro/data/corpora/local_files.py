@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from gpt2repro import UserError
 from gpt2repro.data.corpora.corpus import in_a_line
-from gpt2repro.system.hub import refuse_pointer
+from gpt2repro.system.hub import refuse_pointers
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,7 @@ def find_local(
     _check_split(split, splits, name)
     if not splits[split]:
         raise UserError(f"dataset_name: no data files in {path}")
-    for file in splits[split]:
-        refuse_pointer(file)
+    refuse_pointers(splits[split])
     if all(map(is_shard, splits[split])):
         return Files(TOKENS, None, [str(file) for file in splits[split]])
     formats = {reader or format_of(file): file.name for file in splits[split]}
