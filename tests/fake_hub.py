@@ -28,7 +28,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from gpt2repro.system import patience
+from gpt2repro.system import hub_client, patience
 
 KINDS = ("datasets", "models")
 
@@ -194,9 +194,9 @@ def impatient(monkeypatch: Any) -> None:
     """Let this process wait for a Hub that misbehaves no longer than a test can."""
     monkeypatch.setattr(patience, "FIRST_DELAY_SECONDS", 0.01)
     monkeypatch.setattr(patience, "LONGEST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr(patience, "LONGEST_SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr(patience, "REQUEST_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(patience, "SLOW_AFTER_SECONDS", 2.0)
+    monkeypatch.setattr(hub_client, "LONGEST_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(hub_client, "REQUEST_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(hub_client, "SLOW_AFTER_SECONDS", 2.0)
     monkeypatch.setattr(patience, "LONGEST_QUESTION_SECONDS", 4.0)
     monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
 

@@ -32,7 +32,7 @@ from gpt2repro.data.corpora.parquet import open_parquet
 from gpt2repro.data.corpora.shards import open_shards
 from gpt2repro.data.dataset import Dataset
 from gpt2repro.data.rows.mixture import THE_DATASET, Source
-from gpt2repro.system import patience
+from gpt2repro.system import hub_client, patience
 from gpt2repro.system.hub import is_hub_id
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def _commit(name: str, revision: str | None) -> str:
         commit = (
             HfApi()
             .dataset_info(
-                name, revision=revision, expand=["sha"], timeout=patience.REQUEST_TIMEOUT_SECONDS
+                name, revision=revision, expand=["sha"], timeout=hub_client.REQUEST_TIMEOUT_SECONDS
             )
             .sha
         )

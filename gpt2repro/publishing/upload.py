@@ -27,8 +27,9 @@ from gpt2repro.publishing.card import with_loading
 from gpt2repro.publishing.contents import EXPORTED, check_contents, is_litter, read_json
 from gpt2repro.publishing.redaction import redacted
 from gpt2repro.records import integrity
+from gpt2repro.system.diagnosis import FEW_ATTEMPTS, PassingFault
 from gpt2repro.system.hub import has_owner, is_content, read_file, read_tree
-from gpt2repro.system.patience import FEW_ATTEMPTS, GIVE_UP_AFTER_SECONDS, PassingFault, patiently
+from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, patiently
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # A checkpoint's files that nobody loads a model from.

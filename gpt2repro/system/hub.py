@@ -11,7 +11,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from gpt2repro import UserError
-from gpt2repro.system.patience import REQUEST_TIMEOUT_SECONDS
+from gpt2repro.system.hub_client import REQUEST_TIMEOUT_SECONDS
 
 Result = TypeVar("Result")
 

@@ -23,7 +23,8 @@ from tiny_streams import stream_of
 from gpt2repro import UserError
 from gpt2repro.data.corpora import corpus, parquet
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.system import patience
+from gpt2repro.system import hub_client, patience
+from gpt2repro.system.diagnosis import FEW_ATTEMPTS
 
 NAME, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 CARD = b"""---
@@ -224,7 +225,7 @@ def test_an_ignored_range_is_hung_up_on_before_the_file_comes(hub, monkeypatch):
 
 def test_what_was_not_asked_for_is_not_held(hub, monkeypatch):
     """A server that goes on after the range, or after its listing, for ever."""
-    monkeypatch.setattr(patience, "LARGEST_ANSWER_BYTES", 2**20)
+    monkeypatch.setattr(hub_client, "LARGEST_ANSWER_BYTES", 2**20)
     hub.faults.append(Fault("flood", r"/tree/", times=2))
     source = open_fineweb()
     hub.faults.append(Fault("flood", PARQUET, times=2))
@@ -322,7 +323,7 @@ def test_bits_that_flip_on_the_disk_of_the_hub_are_told_in_one_line(hub):
     hub.faults.append(Fault("flip", PARQUET, times=10**9))
     with pytest.raises(UserError, match=r"^cannot read row group 0 of .*\(dataset_name\).*CRC.*$"):
         source.read_unit(0)
-    assert hub.faults[0].num_hits == patience.FEW_ATTEMPTS
+    assert hub.faults[0].num_hits == FEW_ATTEMPTS
 
 
 # --- final ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tiny_corpus import documents, joined
 
 from gpt2repro import UserError
 from gpt2repro.data.opening import open_corpus
-from gpt2repro.system import patience
+from gpt2repro.system import hub_client, patience
 
 TEXTS = documents(40)
 
@@ -51,7 +51,7 @@ NUMBERS = itertools.count()
 def hub():
     with pytest.MonkeyPatch.context() as monkeypatch, FakeHub() as hub:
         for name, value in LIMITS.items():
-            monkeypatch.setattr(patience, name, value)
+            monkeypatch.setattr(patience if hasattr(patience, name) else hub_client, name, value)
         monkeypatch.setattr("huggingface_hub.utils._http.time", NoSleep)
         monkeypatch.setattr("huggingface_hub.file_download.time", NoSleep)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)

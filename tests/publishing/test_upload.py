@@ -14,7 +14,7 @@ from tiny_export import export_unverified
 
 from gpt2repro import UserError
 from gpt2repro.publishing import upload
-from gpt2repro.system.patience import FEW_ATTEMPTS
+from gpt2repro.system.diagnosis import FEW_ATTEMPTS
 
 BRANCHES = ("main", "step00000002", "stock")
 

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pytest
 
 from gpt2repro import UserError
-from gpt2repro.system import patience
-from gpt2repro.system.patience import PassingFault, diagnose, patiently
+from gpt2repro.system import hub_client, patience
+from gpt2repro.system.diagnosis import FEW_ATTEMPTS, PassingFault, diagnose
+from gpt2repro.system.patience import patiently
 
 
 class HttpError(Exception):
@@ -85,7 +86,7 @@ def test_errors_of_the_hub_client_are_understood():
     assert not diagnose(http.ConnectError("Name or service not known")).answered
     assert not diagnose(http.ConnectTimeout("")).answered
     request = http.Request("GET", "http://hub/x")
-    for status, attempts in ((503, None), (404, 0), (401, 0), (403, patience.FEW_ATTEMPTS)):
+    for status, attempts in ((503, None), (404, 0), (401, 0), (403, FEW_ATTEMPTS)):
         response = http.Response(status, request=request)
         error = errors.HfHubHTTPError("answer", response=response)
         assert diagnose(error).attempts == attempts
@@ -111,7 +112,7 @@ def test_what_time_does_not_mend_fails_at_once(status, clock):
 
 @pytest.mark.parametrize("error", [HttpError(403), pa.ArrowInvalid("bad page")], ids=repr)
 def test_what_is_usually_final_is_tried_a_few_times(error):
-    few = patience.FEW_ATTEMPTS
+    few = FEW_ATTEMPTS
     assert patiently(failing(*[error] * (few - 1)), "read") == "done"
     with pytest.raises(UserError, match="cannot read"):
         patiently(failing(*[error] * few), "read")
@@ -133,7 +134,7 @@ def raised_by_answers():
 
 @pytest.mark.parametrize("error", [*raised_by_answers()], ids=repr)
 def test_what_nobody_foresaw_is_doubtful_and_then_one_line(error):
-    few = patience.FEW_ATTEMPTS
+    few = FEW_ATTEMPTS
     assert patiently(failing(*[error] * (few - 1)), "read") == "done"
     with pytest.raises(UserError) as raised:
         patiently(failing(*[error] * few), "read")
@@ -247,8 +248,8 @@ def test_a_client_made_in_mid_call_has_limits_too():
         return get_session().event_hooks
 
     hooks = patiently(call, "read")
-    assert patience._end_silence in hooks["request"]
-    assert patience._end_drops_and_floods in hooks["response"]
+    assert hub_client._end_silence in hooks["request"]
+    assert hub_client._end_drops_and_floods in hooks["response"]
     assert patiently(call, "read") == hooks  # once each
 
 

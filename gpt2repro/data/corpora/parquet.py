@@ -30,7 +30,8 @@ from gpt2repro.data.corpora.corpus import (
 )
 from gpt2repro.data.corpora.footers import CODECS, Column, footer_of_chunk
 from gpt2repro.data.corpora.unit_table import UNIT, UnitTable, kept
-from gpt2repro.system import patience
+from gpt2repro.system import hub_client, patience
+from gpt2repro.system.diagnosis import PassingFault
 from gpt2repro.system.threads import DaemonPool
 
 FOOTER_GUESS_BYTES = 2**16  # the first read of the first file's end: more may cost a second
@@ -113,7 +114,7 @@ class HubSource:
         return patience.patiently(
             lambda: self._read_once(start, length),
             f"read {length:,} bytes of {self.repository}/{self.name} (dataset_name)",
-            attempt_seconds=patience.SLOW_AFTER_SECONDS + length / patience.LEAST_BYTES_PER_SECOND,
+            attempt_seconds=hub_client.longest_seconds(length),
             passes_on=False,
         )
 
@@ -127,7 +128,10 @@ class HubSource:
             "Range": f"bytes={start}-{start + length - 1}",
             "Accept-Encoding": "identity",
         }
-        request: dict[str, Any] = {"headers": headers, "timeout": patience.REQUEST_TIMEOUT_SECONDS}
+        request: dict[str, Any] = {
+            "headers": headers,
+            "timeout": hub_client.REQUEST_TIMEOUT_SECONDS,
+        }
         wanted = rf"bytes {start}-{start + length - 1}/({self.size}|\*)"
         content = bytearray()
         # Streamed, so that a server that ignores the range is hung up on before it sends gigabytes.
@@ -140,7 +144,7 @@ class HubSource:
             encoding = response.headers.get("Content-Encoding", "identity").lower()
             right = re.fullmatch(wanted, served, re.IGNORECASE) and encoding in ("", "identity")
             if response.status_code != 206 or not right:
-                raise patience.PassingFault(
+                raise PassingFault(
                     f"asked for bytes {start}-{start + length - 1} of {self.size}, was served HTTP "
                     f"{response.status_code} {served} {encoding}"
                 )
@@ -149,7 +153,7 @@ class HubSource:
                 if len(content) > length:  # no server is believed when it ends
                     break
         if len(content) != length:
-            raise patience.PassingFault(f"asked for {length:,} bytes, {len(content):,} came")
+            raise PassingFault(f"asked for {length:,} bytes, {len(content):,} came")
         return bytes(content)
 
     def _check_unchanged(self, answers: Sequence[Any]) -> None:
