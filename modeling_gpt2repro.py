@@ -30,9 +30,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 try:  # as remote code in a checkpoint directory; else as an installed module
@@ -98,9 +99,7 @@ class GPT2ReproAttention(nn.Module):
         )
         if (cache := kwargs.pop(CACHE, None)) is not None:  # append, attend to all: (B, H, S, D)
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-
-        # Without a mask, `sdpa` takes a flash kernel: causal for T > 1, unmasked for the one token
-        # of a decoding step, which may see everything.
+        # Without a mask `sdpa` takes a flash kernel: causal, or for a step's one token unmasked.
         name = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
@@ -117,8 +116,10 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     (B, H, T, S), which other implementations never hold. A mask (B, 1, T, S) is added or boolean.
     """
     if module.config.reorder_and_upcast_attn:
-        query, key = query.float(), key.float()
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (B, H, T, S)
+        with maybe_autocast(query.device.type, enabled=False):  # it would round them again
+            scores = torch.matmul(query.float(), key.float().transpose(-1, -2)) * scaling
+    else:
+        scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (B, H, T, S)
     if attention_mask is None:  # the triangle: token t sees the cached tokens and 0 ... t
         length, num_keys = scores.shape[-2:]
         attention_mask = scores.new_ones(length, num_keys, dtype=bool).tril(num_keys - length)
@@ -187,7 +188,8 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         """
         wants_info, name = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        missing = sorted(k for k in info["missing_keys"] if not k.startswith(("score.", "qa_")))
+        fresh = ("score.", "classifier.", "qa_outputs.", "lm_head.token_adapter.")  # this is tied
+        missing = sorted(k for k in info["missing_keys"] if not k.startswith(fresh))
         if missing and name is not None and not wants_info:
             some = ", ".join(missing[:3] + ["..."] * (len(missing) > 3))
             raise ValueError(f"{name} lacks {len(missing)} tensors of {cls.__name__}: {some}")
@@ -211,11 +213,11 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -223,19 +225,20 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids; or `inputs_embeds`, (B, T, C), in their place.
+            past_key_values: The keys and values of earlier calls, extended in place (`cache` since
+                transformers 5.24).
             attention_mask: (B, S), 0 where a token is padding; or (B, 1, T, S), used as it is.
+            token_type_ids: (B, T) tokens whose embeddings mark segments.
             position_ids: (B, T) or (1, T). By default a row counts from its first token that is
                 not padding. Without a mask and a cache, a position that does not follow its
                 predecessor starts a new document, which sees none of the earlier ones.
-            past_key_values: The keys and values of earlier calls, extended in place (`cache` since
-                transformers 5.24).
-            token_type_ids: (B, T) tokens whose embeddings mark segments.
-            use_cache: Return a cache, new if none was given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C), 124M: (B, 1024, 768)
+        if inputs_embeds.ndim != 3:
+            raise ValueError(f"input_ids are (B, T), not {tuple(inputs_embeds.shape[:-1])}")
         cache = kwargs.pop(CACHE, None)
         if cache is not None and past_key_values is not None:
             raise ValueError("give cache or past_key_values, which are the same, not both")
@@ -252,7 +255,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = position_ids[None] + past_length  # (1, T): 0, 1, 2, ...
-            if attention_mask is not None and attention_mask.ndim == 2:  # not counting padding
+            if attention_mask is not None and len(attention_mask.shape) == 2:  # but for padding
                 padding = (attention_mask.cumsum(dim=-1) == 0).sum(dim=-1, keepdim=True)  # (B, 1)
                 position_ids = (position_ids - padding.to(position_ids.device)).clamp(min=0)
 
@@ -263,8 +266,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         kwargs |= {CACHE: cache, "position_ids": position_ids, "use_cache": use_cache}
         for block in self.h:
             hidden_states = block(hidden_states, mask, **kwargs)  # (B, T, C)
-        hidden_states = self.ln_f(hidden_states)  # (B, T, C)
-        return BaseModelOutputWithPast(hidden_states, cache if use_cache else None)
+        return BaseModelOutputWithPast(self.ln_f(hidden_states), cache if use_cache else None)
 
 
 class GPT2ReproLMHead(nn.Linear):
@@ -305,11 +307,11 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -332,16 +334,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         if skip_logits and labels is None and shift_labels is None:
             raise ValueError("skip_logits leaves nothing but the loss: give labels or shift_labels")
         use_cache = False if use_cache is None and self.training else use_cache
-        outputs = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
-            use_cache=use_cache,
-            **kwargs | {"return_dict": True},
-        )
+        inputs = (input_ids, past_key_values, attention_mask, token_type_ids, position_ids)
+        options = kwargs | {"use_cache": use_cache, "return_dict": True}
+        outputs = self.transformer(*inputs, inputs_embeds, **options)
         hidden_states = outputs.last_hidden_state  # (B, T, C)
         loss = logits = None
         # An adapter around the head changes its logits: then the loss takes all of them.
@@ -352,9 +347,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             if labels is not None or shift_labels is not None:
                 kwargs["shift_labels"] = None if shift_labels is None else shift_labels.contiguous()
                 loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        logits = None if skip_logits else logits
-        recorded = outputs.hidden_states, outputs.attentions
-        return CausalLMOutputWithPast(loss, logits, outputs.get(CACHE), *recorded)
+        rest = outputs.get(CACHE), outputs.hidden_states, outputs.attentions
+        return CausalLMOutputWithPast(loss, None if skip_logits else logits, *rest)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """A plain layer, as a resized vocabulary has, gives its weight: the head's hooks stay."""
@@ -428,9 +422,14 @@ class GPT2ReproForSequenceClassification(
 class GPT2ReproForTokenClassification(
     modeling_layers.GenericForTokenClassification, GPT2ReproPreTrainedModel
 ):
-    """One label for each token."""
+    """One label for each token. What the generic class calls `score` is GPT-2's `classifier`."""
 
     base_model_prefix = "transformer"
+    score = property(lambda self: self.classifier)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = self._modules.pop("score")
 
 
 class GPT2ReproForQuestionAnswering(
@@ -443,6 +442,7 @@ class GPT2ReproForQuestionAnswering(
     set_input_embeddings = PreTrainedModel.set_input_embeddings
 
 
+CAUSAL_LMS[GPT2ReproConfig.model_type] = "GPT2ReproForCausalLM"  # Trainer shifts such labels
 for auto_name in AUTO_MAP.keys() - {"AutoConfig"}:
     model_class = globals()[AUTO_MAP[auto_name].partition(".")[2]]
     model_class.register_for_auto_class(auto_name)

@@ -6,10 +6,11 @@ from accelerate import cpu_offload
 from ours_and_theirs import SHAPE, ours_and_theirs, random_ids
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import modeling_gpt2repro
 from gpt2repro.speed import fused_cross_entropy, lm_head
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 # The same sums in float32, cut into chunks: a few units in the last place of gradients of order 1.
 REORDERED = {"rtol": 1e-5, "atol": 1e-6}
@@ -203,6 +204,36 @@ def test_the_trainer_trains_it_as_it_trains_theirs(tmp_path):
     ours, theirs = (model.state_dict() for model in models)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not torch.equal(ours["transformer.wte.weight"], before)
+
+
+def test_trainer_smooths_the_labels_of_the_next_tokens(tmp_path):
+    """It shifts them only for classes that it knows: others would learn to copy their input."""
+    losses = []
+    ids, labels = rows_and_labels()
+    for model in ours_and_theirs():
+        arguments = TrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.1
+        )
+        inputs = {"input_ids": ids, "labels": labels.clone()}
+        losses.append(Trainer(model, arguments).compute_loss(model, inputs).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # float32 sums in another order
+
+
+def test_an_adapter_of_the_tied_tokens_loads(tmp_path):
+    """It is saved under one of its two names."""
+    ours, _ = ours_and_theirs()
+    ours.save_pretrained(tmp_path / "base")
+    ours = GPT2ReproForCausalLM.from_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_attn"], "trainable_token_indices": [3, 4]}
+    adapted = get_peft_model(ours, LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids, _ = rows_and_labels()
+    torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits)
 
 
 def test_adapters_on_the_attention_train_and_nothing_else_does(suit):

@@ -1,6 +1,7 @@
 """The architecture: the same function as transformers' GPT-2, by every way in."""
 
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ours_and_theirs import NO_DROPOUT, SHAPE, ours_and_theirs, random_ids
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -17,8 +19,12 @@ from transformers import (
     GPT2Config,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
     StaticCache,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro import (
@@ -89,6 +95,18 @@ def test_upcasting_keeps_scores_in_float32():
     ours, _ = ours_and_theirs(attn_implementation="eager", reorder_and_upcast_attn=True)
     weights = ours.bfloat16()(random_ids(1, 9), output_attentions=True).attentions
     assert weights[0].dtype == torch.bfloat16  # downcast after the softmax, for the values
+
+
+def test_upcasting_keeps_scores_in_float32_under_autocast():
+    """Which it was made for (Mistral's GPT-2, trained in float16)."""
+    ours, theirs = ours_and_theirs(attn_implementation="eager", reorder_and_upcast_attn=True)
+    rounded, _ = ours_and_theirs(attn_implementation="eager")
+    ids = random_ids(2, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, expected, other = (m(ids).logits for m in (ours, theirs, rounded))
+    # The same products in float32 in another order, whose sums then round to bfloat16, and rarely
+    # to a neighbour: nearer by far than scores of bfloat16.
+    assert (logits - expected).abs().max() < (other - expected).abs().max() / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -461,13 +479,47 @@ def test_the_auto_classes_know_the_model_once_it_is_imported():
     assert type(kin) is GPT2ReproForSequenceClassification
 
 
-def test_sequence_classification_and_question_answering_are_theirs():
+@pytest.mark.parametrize("wrong", [(2, 1, 8), (5,)], ids=str)
+def test_ids_of_another_shape_are_refused(wrong):
+    """A tokenizer's `return_tensors="pt"` in a dataset gives (B, 1, T), which would see nothing."""
+    ours, _ = ours_and_theirs()
+    with pytest.raises(ValueError, match=rf"input_ids are \(B, T\), not \({wrong[0]},"):
+        ours(torch.zeros(wrong, dtype=torch.long))
+
+
+def test_inputs_without_names_are_in_their_order():
+    for ours, theirs in (
+        (GPT2ReproModel, GPT2Model),
+        (GPT2ReproForCausalLM, GPT2LMHeadModel),
+    ):
+        mine, yours = (list(signature(kind.forward).parameters)[:7] for kind in (ours, theirs))
+        assert [CACHE if name == "past_key_values" else name for name in mine] == yours
+
+
+def test_a_mask_of_blocks_is_passed_on(monkeypatch):
+    """It is no tensor, and has no `ndim`."""
+    ours, _ = ours_and_theirs()
+    ours.set_attn_implementation("flex_attention")
+    ids, seen = random_ids(2, 16), []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return eager_attention(module, query, key, value, None, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", attend)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 16, 16, device="cpu")
+    ours(ids, attention_mask=mask)
+    assert all(each is mask for each in seen) and len(seen) == SHAPE["n_layer"]
+
+
+def test_the_other_heads_are_theirs():
     shape = {**SHAPE, "pad_token_id": 97, "num_labels": 3}
     ids = random_ids(2, 9)
     ids[0, 6:] = 97
     for kind, their_kind in (
         (GPT2ReproForSequenceClassification, GPT2ForSequenceClassification),
         (GPT2ReproForQuestionAnswering, GPT2ForQuestionAnswering),
+        (GPT2ReproForTokenClassification, GPT2ForTokenClassification),
     ):
         ours = kind(GPT2ReproConfig(**shape)).eval()
         theirs = their_kind(GPT2Config(**shape, **NO_DROPOUT)).eval()
