@@ -21,7 +21,7 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 def main() -> None:
     options = parse()
     if missing := [str(path) for path in options.text if not path.is_file()]:
-        raise SystemExit(f"--text: no such file: {', '.join(missing)}")
+        raise SystemExit(f"--text: no such file: {', '.join(missing)} (of a directory, DIR/*.txt)")
     set_seed(options.seed)
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
@@ -75,7 +75,11 @@ def rows_of(paths: list[Path], tokenizer, length: int) -> tuple[torch.Tensor, to
     """
     ids = []
     for path in paths:
-        ids += [tokenizer.eos_token_id, *tokenizer(path.read_text(encoding="utf-8"))["input_ids"]]
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"--text {path}: no UTF-8 (`iconv` makes it so): {error}") from None
+        ids += [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
     if len(ids) < 2 * length + 1:
         raise SystemExit(f"--text: {len(ids)} tokens are too few for rows of {length}")
     rows = torch.tensor(ids).unfold(0, length + 1, length)

@@ -188,8 +188,10 @@ def parse_arguments(argv: list[str]) -> dict[str, Any]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
+            several = "; several data_files take commas between them, and a pattern quotes around"
             raise UserError(
                 f"unexpected argument {brief(word)}: options are --recipe FILE and --FIELD VALUE"
+                + (several if [*values][-1:] == ["data_files"] else "")
             )
         key, equals, text = underscored(word)[2:].partition("=")
         key = ALIASES.get(key, key)

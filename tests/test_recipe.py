@@ -176,6 +176,7 @@ BAD_ARGUMENTS = [
     (["--nmu_steps", "3"], "--nmu_steps: no such field; did you mean num_steps"),
     (["--zzz", "3"], "--zzz: no such field; `train_accelerate.py --help` lists them"),
     (["3"], "unexpected argument '3'"),
+    (["--data_files", "a.txt", "b.txt"], "several data_files take commas"),
     (["--seed"], "--seed needs a value: a whole number, at least 0"),
     (["--recipe"], "--recipe needs a value"),
     (["--seed", "1", "--seed", "2"], "--seed is given twice"),

@@ -251,14 +251,17 @@ def _validation(
 
 
 def _open_corpus(arguments: Namespace) -> "Corpus":
+    from gpt2repro.data.dataset import split_at_commas
     from gpt2repro.data.opening import open_corpus
 
+    given = arguments.data_files or ()  # words, or with commas as in a recipe
+    files = [file for word in given for file in split_at_commas(word)]
     return open_corpus(
         arguments.dataset_name,
         config=arguments.dataset_config,
         split=arguments.dataset_split,
         revision=arguments.dataset_revision,
-        data_files=arguments.data_files,
+        data_files=files or None,
         text_column=arguments.text_column,
         document=arguments.document,
         if_unreachable="; give a local dataset with --dataset_name",

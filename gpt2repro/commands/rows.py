@@ -81,7 +81,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None, 
     try:
         state = read_state(options.checkpoint)
     except UserError as error:
-        raise UserError(str(error).replace("--resume", "--checkpoint", 1)) from None
+        said, _, _ = str(error).partition(", and --resume")
+        raise UserError(said.replace("--resume", "--checkpoint")) from None
     saved = {key: value for key, value in state["recipe"].items() if key in Recipe.model_fields}
     return options, state, Recipe(**(load_recipe([]).model_dump() | saved))
 

@@ -143,8 +143,8 @@ def upload(
 ) -> str:
     """Commit the files of `directory` to `repo_id` (created if absent), patiently; returns its URL.
 
-    The card that is uploaded shows how to load from `repo_id`; the one on disk stays. Weight files
-    of an earlier push that this one does not have are removed in the same commit. A new branch
+    The card that is uploaded shows how to load from `repo_id`; the one on disk stays. Files of
+    an earlier push's model that this one does not have are removed in the same commit. A new branch
     begins with nothing: until it has this model, no other is loaded by its name.
 
     Args:

@@ -42,6 +42,8 @@ def locate(name: str, option: str = "--model") -> str:
         for candidate in _candidates(path):
             if (candidate / "config.json").is_file():
                 return str(candidate)
+        if (path / "adapter_config.json").is_file():
+            raise UserError(f"{option} {name}: an adapter: merge it into its model first, and save")
         raise UserError(f"{option} {name}: a directory without a config.json")
     if path.exists() or not is_hub_id(name):
         raise UserError(f"{option} {name}: no such directory, and no Hub id either")

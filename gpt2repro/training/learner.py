@@ -21,7 +21,7 @@ from gpt2repro.recipe import accumulation_steps
 from gpt2repro.recipe_fields import Recipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import Start
-from gpt2repro.records.saved_models import load_causal_lm
+from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
 from gpt2repro.speed import attention, cpu_attention, cpu_memory, lm_head
 from gpt2repro.speed.compilation import compile_in_place
 from gpt2repro.speed.low_precision import SIDE, has_fp8, hold_stream_in_bf16
@@ -113,6 +113,7 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
         raise UserError(f"attn_implementation {recipe.attn_implementation}: {error}") from None
     if start:
         model.load_state_dict(start.state_dict())
+        _check_tokenizer(recipe, tokenizer)
     if (needed := num_ids(tokenizer)) > model.config.vocab_size:
         raise UserError(
             f"tokenizer_name has {needed} tokens, init_from only {model.config.vocab_size}"
@@ -128,6 +129,19 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
     return model
+
+
+def _check_tokenizer(recipe: Recipe, tokenizer) -> None:
+    """Refuse ids that mean something else to the weights, where those come with a tokenizer."""
+    known: dict[str, int] = {}
+    with contextlib.suppress(UserError):  # there is none, or none that is fast
+        known = find_tokenizer(str(recipe.init_from), option="init_from").get_vocab()
+    for token, number in tokenizer.get_vocab().items():
+        if known.get(token, number) != number:
+            raise UserError(
+                f"tokenizer_name {recipe.tokenizer_name}: it gives {token!r} as {number}, and "
+                f"init_from was trained with {known[token]}; set it to {recipe.init_from}"
+            )
 
 
 def _architecture(recipe: Recipe, tokenizer) -> GPT2ReproConfig:

@@ -258,6 +258,17 @@ def test_mistakes_are_one_line_that_names_the_option(model, capsys, arguments, n
     assert error.startswith("gpt2repro evaluate: error: ") and named in error
 
 
+def test_several_data_files_are_words_or_have_commas_as_in_a_recipe(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "of {name}"}}\n')
+    given = ["--model", "x", "--tasks", "val", "--dataset_name", str(tmp_path)]
+    given += ["--num_validation_units", "1", "--data_files"]
+    for files in (["a.jsonl", "b.jsonl"], ["a.jsonl,b.jsonl"]):
+        corpus = evaluate._open_corpus(evaluate._parse([*given, *files]))
+        texts = [text for unit in range(corpus.num_units) for text in corpus.read_unit(unit)]
+        assert texts == ["of a", "of b"]
+
+
 def test_weights_that_are_not_all_there_are_refused(saved):
     """transformers would fill them with random numbers and a warning."""
     directory = Path(saved(3))

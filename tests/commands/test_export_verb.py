@@ -124,6 +124,7 @@ def test_the_licence_of_a_run_is_ours_unless_it_began_with_others_weights(tmp_pa
         (["--model", "./nowhere", "--output", "out"], "--model ./nowhere: no such directory"),
         (["--model", "a/b/c", "--output", "out"], "--model a/b/c: no such directory"),
         (["--model", ".", "--output", "out"], "a directory without a config.json"),
+        (["--model", "lora", "--output", "out"], "an adapter: merge it into its model first"),
         (["--model", ".", "--output", "out", "--dtype", "int3"], "--dtype"),
         (["--model", ".", "--output", "a" * 300], "--output.*too long"),
         (["--model", ".", "--output", "a\0b"], "--output.*null"),
@@ -132,6 +133,8 @@ def test_the_licence_of_a_run_is_ours_unless_it_began_with_others_weights(tmp_pa
 )
 def test_the_verb_names_the_option_to_mend(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=said):
         export.main(arguments)
 

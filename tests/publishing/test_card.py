@@ -184,7 +184,9 @@ def test_muon_and_a_start_from_other_weights_are_told():
     }
     text = card(recipe=recipe)
     assert "Muon on the hidden matrices (lr 0.02" in text
-    assert "started from openai-community/gpt2 |" in text
+    assert "| Model | started from openai-community/gpt2, in rows of " in text
+    assert "M parameters, trained further on " in text
+    assert "Its context is" not in text  # it is that of the other
     assert ModelCard(text).data.base_model == "openai-community/gpt2"
     assert ModelCard(text).data.license is None  # theirs goes on
     old_name = card(recipe=recipe | {"init_from": "gpt2"})
@@ -345,7 +347,7 @@ def test_a_published_card_names_what_lies_here_without_its_path(tmp_path, monkey
     for path in ("private/", "customer x/", "/srv", "~/", "../", "/home", str(tmp_path)):
         assert path not in shown, path
     for kept in (
-        "pretrained on corpus",
+        "trained further on corpus",
         "tokenizer mine",
         "openai-community/gpt2",
         "launch/cpu.yaml train_accelerate.py",

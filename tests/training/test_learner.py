@@ -12,6 +12,7 @@ from torch import nn
 
 from gpt2repro import UserError
 from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.run_directory import Start
 from gpt2repro.speed import cpu_attention
@@ -101,3 +102,16 @@ def test_a_head_of_its_own_stays_one_where_the_configuration_says_it_is_tied(tmp
     ids = torch.arange(10)[None]
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
     assert ours.config.tie_word_embeddings is False  # as an export must have it
+
+
+def test_weights_are_not_trained_on_by_other_ids_than_their_own(tmp_path):
+    """Which fit, and mean something else: nothing would tell but the losses."""
+    tiny_model().save_pretrained(tmp_path / "theirs")
+    names = ["--init_from", str(tmp_path / "theirs"), "--sequence_length", "32"]
+    recipe = load_recipe([*names, "--batch_tokens", "512", "--num_lanes", "16"])
+    other = train_bpe(["Words of another kind, such as zebras." * 9], 290)
+    build_model(recipe, other)  # they came with none
+    tiny_tokenizer().save_pretrained(tmp_path / "theirs")
+    build_model(recipe, tiny_tokenizer())
+    with pytest.raises(UserError, match=r"tokenizer_name .* init_from was trained with .*set it"):
+        build_model(recipe, other)
