@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from gpt2repro.evaluation.likelihoods import Reduce, evaluating
 from gpt2repro.speed.attention import for_generation
-from gpt2repro.system import ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +68,27 @@ def continuations(
     if not prompts:
         return []
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].num_new, len(prompts[i].ids)))
-    batches: list[list[int]] = []
-    # Of one number of new tokens: a prompt that asks for few may leave no room for more.
+    batches: list[tuple[list[int], bool]] = []  # and whether it counts
+    # Of one number of new tokens: a prompt that asks for few may leave no room for more. Ranks are
+    # at the same number too, and generate equally often: those of a sharded model go on with whom
+    # it still writes for.
     for _, alike in groupby(order, key=lambda i: prompts[i].num_new):
         same = list(alike)
-        batches += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
-    # Every rank generates as often as the others, which a sharded model needs.
-    batches += [[]] * (-len(batches) % world_size)
+        batches += [(same[i : i + batch_size], True) for i in range(0, len(same), batch_size)]
+        batches += [(same[:1], False)] * (-len(batches) % world_size)
     most = max(prompt.num_new for prompt in prompts)
     found = torch.zeros(len(prompts), most, dtype=torch.float64)  # ids + 1; 0 is none
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     eager: AbstractContextManager = torch.compiler.set_stance("force_eager")
     with evaluating(model), eager, for_generation(), _plainly(inner):
-        for batch in batches[rank::world_size]:
+        for batch, counts in batches[rank::world_size]:
             if should_stop is not None and should_stop():
                 return None
-            asked = [prompts[i] for i in batch or order[:1]]
-            for i, new in zip(batch, _greedy(inner, asked), strict=False):
+            written = _greedy(inner, [prompts[i] for i in batch])
+            for i, new in zip(batch, written if counts else (), strict=counts):
                 found[i, : len(new)] = torch.tensor(new, dtype=torch.float64) + 1
             if on_batch is not None:
-                on_batch(len(batch))
+                on_batch(counts * len(batch))
     if world_size > 1:
         assert reduce is not None, "several ranks need a reduce"
         found = reduce(found.to(next(inner.parameters()).device)).cpu()
@@ -122,7 +123,7 @@ def _greedy(inner: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
         max_new_tokens=max(prompt.num_new for prompt in prompts),
         stopping_criteria=StoppingCriteriaList([over]),
         pad_token_id=0,
-        synced_gpus=ranks.world_size() > 1,
+        synced_gpus=isinstance(inner, FSDPModule),
     )
     new = written[:, longest:].tolist()
     return [row[:length] for row, length in zip(new, over.lengths, strict=True)]

@@ -210,7 +210,7 @@ def test_hellaswag_stops():
 
 
 class Writing(Task):
-    """Prompts of several lengths, to be continued by up to nine ids; an even one ends a text."""
+    """Prompts of several lengths, to be continued by so many ids; an even one ends a text."""
 
     name, prefix, asked = "writing", "writing/", "prompt"
 
@@ -218,7 +218,7 @@ class Writing(Task):
         return row
 
     def encode(self, tokenizer, examples):
-        self.prompts = [Prompt(ids, 9, lambda new: new[-1] % 2 == 0) for ids in examples]
+        self.prompts = [Prompt(*each, lambda new: new[-1] % 2 == 0) for each in examples]
         return [[] for _ in examples]
 
     def score(self, scores):
@@ -226,7 +226,9 @@ class Writing(Task):
 
 
 def _evaluate(model, **how):
-    prompts = [list(range(7 * n, 9 * n + 1)) for n in range(1, 6)]
+    prompts = [(list(range(7 * n, 9 * n + 1)), 9) for n in range(1, 6)]
+    # There is no room for the nine of the others.
+    prompts += [([*range(50)] * 10 + [*range(n, n + 10)], 2) for n in range(3)]
     tasks = [*hellaswag(), Writing(prompts, None, max_length=512)]
     loss = validation_loss(model, ROWS, batch_size=2, **how)
     return loss.loss, score_tasks(model, tasks, batch_size=8, **how)
