@@ -33,8 +33,13 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether it multiplies in 8 bits. A CPU does, slowly: for tests."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether it multiplies in 8 bits. A CPU does, slowly: for tests.
+
+    AMD's count their capabilities otherwise, and some have 8 bits of another kind: none is trusted.
+    """
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Fp8Products:

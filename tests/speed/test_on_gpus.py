@@ -190,7 +190,7 @@ def test_muon_in_bfloat16_compiled_or_not(shape):
     maps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     exact = orthogonalize(maps).double()
     for function in (orthogonalize, torch.compile(orthogonalize, dynamic=False)):
-        ours = function(maps.to(CUDA))
+        ours = function(maps.to(CUDA), torch.bfloat16)
         assert ours.dtype == torch.bfloat16  # what ranks send to each other
         ours = ours.cpu().double()
         # Fifteen products in bfloat16 with coefficients up to 5.

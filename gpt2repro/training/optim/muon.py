@@ -1,6 +1,7 @@
 """Muon (Jordan et al. 2024) on the hidden matrices, AdamW on the rest."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from gpt2repro.recipe_fields import Recipe
+from gpt2repro.speed.low_precision import has_bf16
 from gpt2repro.system import ranks
 from gpt2repro.training.optim.adamw import AdamW, like, settings
 from gpt2repro.training.optim.groups import MATRICES, parameter_groups
@@ -21,9 +23,12 @@ def build(model: nn.Module, recipe: Recipe) -> Optimizer:
         group["maps"] = 1
         if group["name"] == "qkv":
             group["maps"] = 3 * (config.n_head if recipe.muon_heads else 1)
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
     return MuonAdamW(
         groups,
-        compiled=recipe.compile and next(model.parameters()).is_cuda,
+        compiled=recipe.compile and on_gpu,
+        dtype=torch.bfloat16 if on_gpu and has_bf16(device) else torch.float32,
         momentum=recipe.muon_momentum,
         normalized=recipe.muon_normalize,
         **settings(recipe),
@@ -62,7 +67,16 @@ class MuonAdamW(AdamW):
     "NorMuon", arXiv 2510.05491.
     """
 
-    def __init__(self, params: Iterable, *, compiled: bool = False, **defaults: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable,
+        *,
+        compiled: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **defaults: Any,
+    ) -> None:
+        """`dtype`: what maps are orthogonalized in."""
+        self._dtype = dtype
         # One compiled form for each shape: there are four.
         self._orthogonalize = (
             torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
@@ -82,7 +96,8 @@ class MuonAdamW(AdamW):
         for parameters in by_shape.values():
             ahead = [ranks.whole(self._look_ahead(p, group)) for p in parameters]
             stacked = torch.cat([a.T.unflatten(0, (maps, -1)) for a in ahead])
-            updates = ranks.share(self._orthogonalize, stacked).to(stacked.dtype)
+            orthogonalize = partial(self._orthogonalize, dtype=self._dtype)
+            updates = ranks.share(orthogonalize, stacked).to(stacked.dtype)
             updates = self._unless_skipped(updates, torch.zeros_like(updates))
             # A tall map has more outputs than directions to fill them from: keep their size.
             rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
@@ -116,18 +131,17 @@ class MuonAdamW(AdamW):
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, to need 5 steps only
 
 
-def orthogonalize(maps: Tensor) -> Tensor:
+def orthogonalize(maps: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """U Vᵀ, nearly, for each matrix U S Vᵀ in `maps` (N, out, in), by Newton-Schulz.
 
     X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X leaves U and V alone and sends every singular value s in
     (0, 1] to a s + b s³ + c s⁵. Five times, and all but the smallest lie between 0.7 and 1.2, which
-    serves as well as exactly 1. GPUs multiply in bfloat16, whose rounding is smaller than that, and
-    the result stays in it: ranks have less to send.
+    serves as well as exactly 1. GPUs multiply in bfloat16 where they have it, whose rounding is
+    smaller than that, and the result stays of this `dtype`: ranks have less to send.
     """
     a, b, c = NEWTON_SCHULZ
     tall = maps.shape[1] > maps.shape[2]
     wide = maps.mT if tall else maps  # has the smaller Gram matrix
-    dtype = torch.bfloat16 if maps.is_cuda else torch.float32
     x = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(5):
         gram = x @ x.mT
