@@ -11,6 +11,7 @@ from tiny_run import reset_accelerate, write_inputs
 from torch import nn
 
 from gpt2repro import UserError
+from gpt2repro.data.rows.producer import StepRows
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.recipe import load_recipe
@@ -18,6 +19,7 @@ from gpt2repro.records.run_directory import Start
 from gpt2repro.speed import cpu_attention
 from gpt2repro.training import learner
 from gpt2repro.training.learner import build_model, open_learner, place
+from gpt2repro.training.step import train_step
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,31 @@ def test_weights_are_not_trained_on_by_other_ids_than_their_own(tmp_path):
     build_model(recipe, tiny_tokenizer())
     with pytest.raises(UserError, match=r"tokenizer_name .* init_from was trained with .*set it"):
         build_model(recipe, other)
+
+
+def test_training_is_compiled_for_its_shape_whatever_was_scored_before(tmp_path, monkeypatch):
+    """A run that resumes where benchmarks are due has met their lengths first."""
+    graphs = []
+
+    def backend(graph, inputs):
+        numbers = [each for each in inputs if not isinstance(each, torch.Tensor)]
+        graphs.append((torch.is_grad_enabled(), numbers))
+        return graph.forward
+
+    monkeypatch.setattr(
+        learner, "compile_in_place", lambda module, **how: module.compile(backend=backend)
+    )
+    names = ["--recipe", str(write_inputs(tmp_path)), "--compile", "true"]
+    recipe = load_recipe([*names, "--micro_batch_size", "4"])
+    tokenizer = load_tokenizer(recipe.tokenizer_name)
+    torch._dynamo.reset()
+    opened = open_learner(recipe, Accelerator(cpu=True), tokenizer, Start(None, {}, ""))
+    opened.model.eval()
+    with torch.no_grad():
+        for length in (16, 12, 8):
+            opened.model(input_ids=torch.zeros(2, length, dtype=torch.long))
+    assert graphs[-1][1], "lengths have become a variable"
+    opened.model.train()
+    tokens = torch.zeros(recipe.rows_per_step, recipe.sequence_length + 1, dtype=torch.long)
+    train_step(opened, StepRows(tokens, 0, {}), 0.1, lambda: False)
+    assert graphs[-1] == (True, [])
