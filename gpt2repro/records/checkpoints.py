@@ -16,6 +16,7 @@ them back. No file is a pickle. Rank 0 alone touches the disk.
 
 import contextlib
 import copy
+import itertools
 import json
 import shutil
 from collections.abc import Iterable
@@ -209,10 +210,11 @@ def newer(directory: Path, step: int) -> list[Path]:
 def supersede(directory: Path, step: int) -> None:
     """Set aside what is newer than `step`: a run that goes back there starts another line."""
     for path in newer(directory, step):
-        place = directory / "superseded" / path.name
-        shutil.rmtree(place, ignore_errors=True)
-        place.parent.mkdir(exist_ok=True)
-        path.rename(place)
+        aside = directory / "superseded"
+        aside.mkdir(exist_ok=True)
+        # Of an earlier line there may be one: step_00000500, then step_00000500.2, ...
+        names = (f"{path.name}.{n}" if n > 1 else path.name for n in itertools.count(1))
+        path.rename(next(aside / name for name in names if not (aside / name).exists()))
 
 
 # --- Finding --------------------------------------------------------------------------------------
@@ -283,16 +285,18 @@ def record_of(path: Path) -> Record | None:
     )
 
 
-def chain_after(path: Path | None, *, is_own: bool) -> Chain:
+def chain_after(path: Path | None, *, is_own: bool, again: bool = False) -> Chain:
     """The chain as it goes on from the checkpoint `path`, or as it begins without one.
 
     From one of another run, which is not `is_own`, another chain begins, of all the rows so far.
+    One that is to be written `again` has the same record then, and is linked when it is.
     """
     if path is None:
         return Chain()
     state = integrity.read_saved_state(path)
     chain = state.chain or Chain(begin=Point(step=state.step))
-    chain.link(record_of(path))
+    if not again:
+        chain.link(record_of(path))
     if not is_own:
         chain.begin_here()
         chain.previous = None

@@ -126,7 +126,8 @@ class RunDirectory:
         self.final = path / "final"
         self.average = path / "final-ema"  # of the weights, where it is better on held-out text
         self.preempted = path / "PREEMPTED"
-        self.finished = path / FINISHED  # its step: `final/` is of it, and was pushed if asked
+        # Its step: `final/` is of it, and was pushed if asked. 0: of a line that was left.
+        self.finished = path / FINISHED
         self._lock: IO[str] | None = None
 
     def find_start(self, resume: str) -> Start:
@@ -228,6 +229,8 @@ class RunDirectory:
                     left.unlink()  # nobody else writes them
             self._write_recipe(recipe)
             self.preempted.unlink(missing_ok=True)
+            if (finished_step(self.path) or 0) > first_step:
+                self.mark_finished(0)
             for directory in (self.stable, self.checkpoints):
                 checkpoints.supersede(directory, first_step)
             if self.taken_in(start) != start:

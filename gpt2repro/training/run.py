@@ -20,6 +20,7 @@ from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import as_saved, refuse_changes
 from gpt2repro.recipe_fields import Recipe, ResolvedRecipe
 from gpt2repro.records import checkpoints
+from gpt2repro.records.integrity import is_whole
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.records.provenance import branch_of
 from gpt2repro.records.run_directory import RunDirectory, Start
@@ -235,9 +236,10 @@ def _before_cooldown(recipe: Recipe, directory: RunDirectory) -> Start:
     has_cooled = is_longer and start.step > (stable_until(before) or start.step)
     if start.path and not has_cooled and not checkpoints.newer(directory.stable, start.step):
         return start
-    path, _ = checkpoints.find_latest(directory.stable)
+    path, broken = checkpoints.find_latest(directory.stable)
     if path is None:
-        return start
+        notes = [f"stable/{each.name} is passed over: {why}." for each, why in broken.items()]
+        return replace(start, note=" ".join([*notes, start.note]))
     state = checkpoints.state_of(path)
     is_behind = start.step < state["step"] <= (stable_until(recipe) or 0)
     if start.path and not has_cooled and not is_behind:
@@ -280,7 +282,11 @@ def _claim(
     )
     stop = StopRequest(ranks.any_rank)
     becomes_permanent = recipe.keeps(start.step) and not start.state.get("permanent")
-    becomes_kept = becomes_permanent or start.step == stable_until(resolved)
+    lacks_stable = start.step == stable_until(resolved) and not ranks.on_rank_0(
+        lambda: is_whole(checkpoints.checkpoint_path(directory.stable, start.step))
+    )
+    is_saved = bool(start.path) and not becomes_permanent and not lacks_stable
+    again = is_own and not is_saved
     return Run(
         recipe=resolved,
         directory=directory,
@@ -292,8 +298,10 @@ def _claim(
             recipe=resolved,
             newest=newest,
             first_step=start.step,
-            saved_step=start.step if start.path and not becomes_kept else -1,
-            chain=ranks.on_rank_0(lambda: checkpoints.chain_after(newest, is_own=is_own)),
+            saved_step=start.step if is_saved else -1,
+            chain=ranks.on_rank_0(
+                lambda: checkpoints.chain_after(newest, is_own=is_own, again=again)
+            ),
             push=_open_push(resolved, directory, start, inputs, learner, launch),
         ),
         stop=stop,

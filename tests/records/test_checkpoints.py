@@ -152,14 +152,15 @@ def test_what_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
     assert names == {"step_00000004"}, "what was busy is an empty directory"
 
 
-def test_going_back_twice_sets_the_later_one_aside(tmp_path):
+def test_going_back_twice_keeps_what_was_set_aside_the_first_time(tmp_path):
     model, optimizer = make()
     save(tmp_path, model, optimizer, 1)
-    for _ in range(2):
+    for name in ("step_00000002", "step_00000002.2"):
         save(tmp_path, model, optimizer, 2)
         checkpoints.supersede(tmp_path, 1)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "superseded"]
-        assert integrity.is_whole(tmp_path / "superseded" / "step_00000002")
+        assert checkpoints.read_state(tmp_path / "superseded" / name)["step"] == 2
+    assert len([*(tmp_path / "superseded").iterdir()]) == 2
 
 
 def test_a_copy_that_somebody_keeps_is_no_later_checkpoint(tmp_path):

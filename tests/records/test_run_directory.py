@@ -12,7 +12,7 @@ from tiny_checkpoint import save_checkpoint
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, run_directory
 from gpt2repro.records.metrics import MetricsLog, read_metrics
-from gpt2repro.records.run_directory import RunDirectory
+from gpt2repro.records.run_directory import RunDirectory, finished_step
 from gpt2repro.system import atomic
 
 
@@ -93,6 +93,19 @@ def test_going_back_sets_later_checkpoints_aside(run):
     assert names == ["step_00000004", "superseded"]
     assert (directory.checkpoints / "superseded" / "step_00000008" / "COMPLETE").exists()
     assert directory.find_start("auto").step == 4
+
+
+def test_a_run_that_goes_back_is_not_finished_any_more(run):
+    """Killed before its new end, it would be said to be, with the model of its old one."""
+    directory = RunDirectory(run)
+    directory.final.mkdir()
+    directory.mark_finished(4)
+    assert directory.is_finished(4)
+    directory.open(4, "recipe: 1")  # to be made longer: its model is the newest still
+    assert directory.is_finished(4)
+    directory.open(2, "recipe: 1")
+    assert not directory.is_finished(4) and finished_step(run) == 0
+    directory.close()
 
 
 def test_the_same_command_goes_on_when_it_names_a_checkpoint(run):

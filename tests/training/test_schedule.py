@@ -1,5 +1,6 @@
 """Rates as pure functions of the step, and what becomes of them when a run is made longer."""
 
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.training import finish
 from gpt2repro.training import run as run_module
+from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.schedule import endless_warmup, jump, lr_at, momentum_at, stable_until
 
 
@@ -160,6 +162,45 @@ def test_its_permanent_checkpoints_are_those_of_a_run_that_was_so_long(recipe, t
         found.append({step: checkpoints.record_of(path).content() for step, path in kept})
     whole, parts = found
     assert [*whole] == [2, 4, 6, 8, 10, 12] and parts == whole
+
+
+def test_killed_soon_after_the_cooldown_began_its_chain_is_that_of_a_run_that_was_not(
+    recipe, tmp_path, monkeypatch
+):
+    """Its checkpoint is there in both places: written once more, it would name another before."""
+    kept = ("--keep_every", "2")
+    assert train(recipe, tmp_path / "plain", *WSD, *kept, "--num_steps", "8") == 0
+    for lost in (False, True):
+        run = tmp_path / f"lost {lost}"
+        with monkeypatch.context() as patch:
+
+            def killed(self, step, *_, report=Monitor.report):
+                if step == 5:
+                    raise KeyboardInterrupt
+                return report(self, step, *_)
+
+            patch.setattr(Monitor, "report", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe, run, *WSD, *kept, "--num_steps", "8")
+        if lost:
+            shutil.rmtree(run / "checkpoints" / "stable")
+        assert train(recipe, run, *WSD, *kept, "--num_steps", "8") == 0
+        for step in (2, 4, 6, 8):
+            ours, theirs = (
+                checkpoints.record_of(checkpoints.checkpoint_path(each / "checkpoints", step))
+                for each in (run, tmp_path / "plain")
+            )
+            assert ours == theirs
+        assert (run / "checkpoints" / "stable" / "step_00000004").is_dir()
+
+
+def test_a_damaged_checkpoint_from_before_the_cooldown_is_told(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(recipe, run, *WSD, "--num_steps", "8") == 0
+    (weights,) = (run / "checkpoints" / "stable").glob("step_*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert train(recipe, run, *WSD, "--num_steps", "12") == 0
+    assert "stable/step_00000004 is passed over: " in capsys.readouterr().out
 
 
 def test_there_is_one_checkpoint_from_before_a_cooldown_at_a_time(recipe, tmp_path):
