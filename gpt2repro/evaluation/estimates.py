@@ -44,6 +44,16 @@ def mean(values: ArrayLike) -> Estimate:
     return Estimate(float(values.mean()), values)
 
 
+def nanmean(values: ArrayLike) -> Estimate:
+    """The mean of those that are a number; the others are examples too, without influence."""
+    values = np.asarray(values, dtype=np.float64)
+    counts = ~np.isnan(values)
+    if not counts.any():
+        return mean(values)
+    value = float(values[counts].mean())
+    return Estimate(value, np.where(counts, values - value, 0) / counts.mean())
+
+
 def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     """Sum over sum, each example (a row, a document) a cluster: the usual ratio estimator."""
     numerators, denominators = np.asarray(numerators), np.asarray(denominators)

@@ -59,7 +59,8 @@ def encode_pairs(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
 
     Spaces at the end of a context move to the continuation, since a byte-level BPE keeps them with
     the next word. The pair is encoded as one text, and what follows the context's own number of
-    tokens is the continuation; `num_scored` is 0 where nothing follows. An empty context is
+    tokens is the continuation, after the context's own tokens (a token may span the join);
+    `num_scored` is 0 where nothing follows. An empty context is
     replaced by `prefix_token`, lm-evaluation-harness' name for what begins a text.
     """
     contexts = [context.rstrip() for context, _ in pairs]
@@ -69,7 +70,7 @@ def encode_pairs(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
     requests = []
     for context, text, head, ids in zip(contexts, texts, context_ids, text_ids, strict=True):
         if context:
-            requests.append(Request(ids, max(0, len(ids) - len(head))))
+            requests.append(Request([*head, *ids[len(head) :]], max(0, len(ids) - len(head))))
             continue
         ids = tokenizer(well_formed(text), add_special_tokens=False, verbose=False)["input_ids"]
         starts_itself = ids[:1] == [prefix_token(tokenizer)]

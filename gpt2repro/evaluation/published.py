@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NANOGPT = "karpathy/build-nanogpt"
+PLOTS = "karpathy/build-nanogpt, the baselines of its plots"
 HARNESS = "lm-evaluation-harness, as reported by build-nanogpt and the harness' issue 2159"
 NANOCHAT = "karpathy/nanochat (dev/estimate_gpt3_core.ipynb), under bfloat16 autocast"
 VALIDATION_LOSS = 3.2924  # nats per token, OpenAI's 124M on the first 100 units of sample-10BT
@@ -20,15 +21,18 @@ PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {
         "core": (0.1139, NANOCHAT),
     },
     "gpt2-medium": {
-        "hellaswag/completion_acc_norm": (0.3752, NANOGPT),
+        "hellaswag/completion_acc_norm": (0.3752, PLOTS),
         "core": (0.1849, NANOCHAT),
     },
     "gpt2-large": {
-        "hellaswag/completion_acc_norm": (0.4320, NANOGPT),
+        "hellaswag/completion_acc_norm": (0.4320, PLOTS),
         "core": (0.2146, NANOCHAT),
     },
     "gpt2-xl": {
-        "hellaswag/completion_acc_norm": (0.4889, NANOGPT),
+        "hellaswag/completion_acc": (0.3842, NANOGPT),
+        "hellaswag/completion_acc_norm": (0.4893, NANOGPT),
+        "hellaswag/acc": (0.4004, HARNESS),
+        "hellaswag/acc_norm": (0.5089, HARNESS),
         "core": (0.2565, NANOCHAT),
     },
 }

@@ -93,12 +93,12 @@ def differences(ours: Scored, theirs: Scored) -> dict[str, Difference]:
 def write_row_scores(path: Path, scores: Scored) -> None:
     """`path`, whole or not at all."""
     figures = {name: figure for name, figure in scores.figures.items() if figure.rows}
+    names = [name for name, each in figures.items() for _ in each.rows]
     columns = {
-        "figure": np.repeat([*figures], [len(each.rows) for each in figures.values()]),
+        "figure": pa.array(names, pa.string()).dictionary_encode(),
         "row": [row for each in figures.values() for row in each.rows],
-        "influence": np.concatenate([each.estimate.influence for each in figures.values()]),
+        "influence": np.array([i for each in figures.values() for i in each.estimate.influence]),
     }
-    columns["figure"] = pa.array(columns["figure"]).dictionary_encode()
     about = {
         "model": scores.model,
         "settings": scores.settings,

@@ -445,8 +445,40 @@ def test_a_nanmean_leaves_out_the_rows_that_are_none():
         raise AssertionError("ours, which knows its error")
 
     found = harness._estimate([0.0, math.nan, 1.0, 1.0], nanmean)
-    assert found.value == 2 / 3 and found.stderr == pytest.approx((1 / 3 / 3) ** 0.5)
+    # Of all four, by the delta method: residuals of -2/3, 0, 1/3, 1/3, divided by 3/4.
+    assert found.value == 2 / 3 and found.stderr == pytest.approx((6 / 9 * 16 / 9 / 3 / 4) ** 0.5)
     assert math.isnan(harness._estimate([math.nan] * 2, nanmean).value)
+    other = harness._estimate([0.0, 1.0, 1.0, math.nan], nanmean)
+    assert len(found.influence) == len((found - other).influence) == 4  # row by row
+
+
+def test_a_figure_that_a_task_does_not_announce_is_a_mean(tmp_path):
+    """As the summary length of the harness' CNN/DailyMail."""
+    rows = [{"question": q, "choices": ["runs", "sits"], "answer": 0} for q in "abc"]
+    write_task(tmp_path, "extra", rows)
+    [task] = opened(tmp_path, "extra")
+    task._task.process_results = lambda doc, answers: {"acc": 1.0, "size": len(doc["question"])}
+    found = score_task(random_gpt2(), task, batch_size=4).estimates
+    assert found["extra/size"].value == 1.0 and found["extra/size"].stderr == 0
+
+
+def test_choices_are_shuffled_as_the_harness_seeds_them(tmp_path):
+    """GPQA's are, by Python's own generator, which stays what it was."""
+    rows = [{"question": q, "choices": [*"abcdefgh"], "answer": 0} for q in "ab"]
+    write_task(tmp_path, "shuffled", rows, doc_to_choice="SHUFFLE")
+    (tmp_path / "shuffled.py").write_text(
+        "import random\ndef shuffle(doc):\n    return random.sample(doc['choices'], 8)\n"
+    )
+    file = tmp_path / "shuffled.yaml"
+    file.write_text(file.read_text().replace('"SHUFFLE"', "!function shuffled.shuffle"))
+    seen = []
+    for seed in (1, 2):
+        random.seed(seed)
+        state = random.getstate()
+        [task] = opened(tmp_path, "shuffled")
+        assert random.getstate() == state
+        seen.append([request.ids for request in task.requests])
+    assert seen[0] == seen[1]
 
 
 def test_half_a_surrogate_pair_of_a_task_of_code_is_replaced():

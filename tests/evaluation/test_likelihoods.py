@@ -247,6 +247,16 @@ def test_pairs_are_split_where_the_context_ends():
     assert tokenizer.decode(first.ids) == "The lamp fell down"
 
 
+def test_a_context_keeps_its_own_tokens_where_one_would_span_the_join():
+    """As the harness has it: what follows their number in the tokens of both is scored."""
+    tokenizer = tiny_tokenizer()
+    head, both = (tokenizer(text)["input_ids"] for text in ("This func", "This function returns"))
+    assert both[: len(head)] != head
+    [request] = encode_pairs(tokenizer, [("This func", "tion returns")])
+    assert list(request.ids) == [*head, *both[len(head) :]]
+    assert request.num_scored == len(both) - len(head)
+
+
 def test_a_tokenizer_without_bos_begins_texts_with_eos_and_without_either_is_refused():
     tokenizer = SimpleNamespace(bos_token_id=7, eos_token_id=9)
     assert prefix_token(tokenizer) == 7

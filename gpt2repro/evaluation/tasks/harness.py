@@ -9,7 +9,9 @@ import contextlib
 import difflib
 import logging
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 from gpt2repro import UserError
 from gpt2repro.data.corpora.corpus import in_a_line
 from gpt2repro.data.tokens.token_ids import begin_id, end_ids, ids_to_continue
-from gpt2repro.evaluation.estimates import Estimate, mean, ratio, weighted
+from gpt2repro.evaluation.estimates import Estimate, mean, nanmean, ratio, weighted
 from gpt2repro.evaluation.likelihoods import Request, Scores, encode_pairs
 from gpt2repro.evaluation.task import MalformedRow, OnHub, Task, TaskGroup, checked
 from gpt2repro.evaluation.writing import Prompt
@@ -122,7 +124,7 @@ class LmEvalTask(Task):
                 values.setdefault(name, []).append(value)
         aggregation = self._task.aggregation()
         found = {
-            name: _estimate(each, aggregation[name.partition(",")[0]])
+            name: _estimate(each, aggregation.get(name.partition(",")[0], np.mean))
             for name, each in values.items()
         }
         golds = [_gold(self._task, example) for example, _ in counted]
@@ -266,9 +268,7 @@ def _estimate(values: list[Any], aggregate: Callable[[list[Any]], Any]) -> Estim
     """The harness' figure, with an influence of each document where we know its formula."""
     how, n = getattr(aggregate, "__name__", ""), len(values)
     if how in ("mean", "nanmean"):
-        numbers = np.array(values, np.float64)
-        counts = ~np.isnan(numbers) if how == "nanmean" else np.ones(n, bool)
-        return mean(numbers[counts] if counts.any() else numbers)
+        return (mean if how == "mean" else nanmean)(np.array(values, np.float64))
     if how == "perplexity":
         return (mean(values) * -1).exp()
     if how in ("weighted_perplexity", "bits_per_byte"):
@@ -320,15 +320,29 @@ def open_lm_eval_tasks(
             return [checked(LmEvalTask(each, tokenizer, **how))]
 
     found: dict[str, list[Task]] = {}
-    for name in names:
-        with _opening(option), in_a_line(f"{option}: {name} cannot be opened"):
-            loaded = patiently(
-                partial(manager.load, [name]), f"open {name} ({option})", reaches_hub=False
-            )
-            group = loaded["groups"].get(name)
-            each_of = [group] if group else loaded["tasks"].values()
-            found[name] = [task for each in each_of for task in opened(each)]
+    with _seeded():
+        for name in names:
+            with _opening(option), in_a_line(f"{option}: {name} cannot be opened"):
+                loaded = patiently(
+                    partial(manager.load, [name]), f"open {name} ({option})", reaches_hub=False
+                )
+                group = loaded["groups"].get(name)
+                each_of = [group] if group else loaded["tasks"].values()
+                found[name] = [task for each in each_of for task in opened(each)]
     return found
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """As the harness seeds what some tasks (GPQA) shuffle their choices by."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _manager_of(names: Sequence[str], tasks_dir: str | None, option: str) -> Any:
