@@ -74,9 +74,9 @@ def _facts(records: list[Any], name: str) -> list[tuple[str, str]]:
     from gpt2repro.publishing.redaction import redacted
     from gpt2repro.recipe_fields import FIELDS
 
-    for path in (Path(name) / "final" / "README.md", Path(name) / "README.md"):
-        if path.is_file():
-            return facts(redacted(path.read_text("utf-8", "replace")))
+    readme = Path(_model_of(name) or name) / "README.md"  # a longer run's checkpoints have none
+    if readme.is_file():
+        return facts(redacted(readme.read_text("utf-8", "replace")))
     for record in records:
         if FIELDS.keys() <= record.recipe.keys():  # else of another version, or edited
             card = model_card(name=record.name, recipe=record.recipe, metrics=record.metrics)

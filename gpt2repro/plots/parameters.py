@@ -3,6 +3,7 @@
 Each is measured as plain arrays first, then drawn. Shapes: L layers, V the vocabulary, N positions.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,8 +107,11 @@ def weight_samples(model: Any) -> dict[str, list[np.ndarray]]:
     """Evenly spaced weights of the four matrices of every block: name -> one array a layer."""
     samples: dict[str, list[np.ndarray]] = {}
     for name in MATRICES:
-        weights = [block.get_submodule(name).weight.flatten() for block in model.transformer.h]
-        samples[name] = [w[:: -(-len(w) // SAMPLED_WEIGHTS)].float().numpy() for w in weights]
+        weights = [block.get_submodule(name).weight for block in model.transformer.h]
+        stride = -(-weights[0].numel() // SAMPLED_WEIGHTS)
+        while math.gcd(stride, weights[0].shape[1]) > 1:  # it would meet the same few columns
+            stride += 1
+        samples[name] = [w.flatten()[::stride].float().numpy() for w in weights]
     return samples
 
 

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from jinja2 import Template
 
 from gpt2repro import UserError
+from gpt2repro.data.rows.lanes import Batches
 from gpt2repro.publishing.card_markdown import (
     BENCHMARKS,
     LOADING,
@@ -57,6 +58,7 @@ def model_card(
     num_parameters: int | None = None,
     environment: Mapping[str, str] | None = None,
     metrics: Metrics = (),
+    step: int | None = None,
     command: str | None = None,
     commit: str | None = None,
     num_processes: int | None = None,
@@ -72,18 +74,18 @@ def model_card(
         recipe: every field of the run's recipe, resolved (`dataset_revision` is a commit).
         environment: hardware and versions, as `machine.describe()` gives them.
         metrics: the run's `metrics.jsonl`; throughput and losses come from it.
+        step: of a checkpoint within a run. What `metrics` last say is then of an earlier model.
         command, commit: what trained it, its launcher's options included, and of which code.
         published_loss: whose loss on the same held-out text others published, and the loss.
         averaged: which average the weights are, if they are one; `metrics` then tell of both.
         licence: where it is known from elsewhere than a recipe.
     """
-    known = recipe or {}
+    known, environment, validations = recipe or {}, environment or {}, _validations(metrics)
     shown = {k: cell(v) if isinstance(v, str) else v for k, v in known.items()}
-    datasets = datasets_of(known)
+    datasets, own_metrics = datasets_of(known), metrics if step is None else ()
     recipe_yaml = yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True).rstrip()
-    environment, validations = environment or {}, _validations(metrics)
     card = ModelCard.from_template(
-        metadata(name, known, _validations(metrics, "_ema" if averaged else ""), licence),
+        metadata(name, known, _validations(own_metrics, "_ema" if averaged else ""), licence),
         template_path=str(CARD),
         name=name,
         num_parameters=num_parameters,
@@ -98,7 +100,7 @@ def model_card(
         environment=environment,
         versions=[f"{key} {value}" for key, value in environment.items() if key != "hardware"],
         num_processes=num_processes,
-        tokens=max((r["tokens"] for r in metrics if is_number(r.get("tokens"))), default=None),
+        tokens=_tokens_seen(metrics, known, step),
         rate=_median_of(metrics, "tokens_per_second"),
         mfu=_median_of(metrics, "mfu"),
         loss_curve=loss_curve,
@@ -107,7 +109,7 @@ def model_card(
         averaged=averaged,
     )
     text = f"{str(card).rstrip()}\n"
-    table = _benchmark_table(_benchmarks_of_run(() if averaged else metrics, known))
+    table = _benchmark_table(_benchmarks_of_run(() if averaged else own_metrics, known))
     return with_section(text, BENCHMARKS, table, before=VERIFICATION) if table else text
 
 
@@ -265,6 +267,12 @@ def _validations(metrics: Metrics, of: str = "") -> list[tuple[str, float, float
         for bits in [line.get(f"val_bits_per_byte{of}")]
         if is_number(line.get(f"val_loss{of}"))
     ]
+
+
+def _tokens_seen(metrics: Metrics, recipe: Mapping[str, Any], step: int | None) -> int | None:
+    if step is not None:
+        return Batches(recipe["batch_multiples"]).before(step) * recipe["batch_tokens"]
+    return max((r["tokens"] for r in metrics if is_number(r.get("tokens"))), default=None)
 
 
 def _median_of(metrics: Metrics, key: str) -> float | None:

@@ -259,19 +259,20 @@ def _write_generation_config(
     """
     ids = {key: getattr(tokenizer, key) for key in SPECIAL_IDS}
     ends = end_ids(tokenizer)
-    if own is None or own._from_model_config:  # nobody's choice
-        own = GenerationConfig()
-    elif own.eos_token_id is not None:
+    own = copy.deepcopy(own or GenerationConfig())
+    if own._from_model_config:  # its one end is nobody's choice, nor whether to cache
+        own.use_cache, own._from_model_config = GenerationConfig().use_cache, False
+        also = own.eos_token_id if isinstance(own.eos_token_id, list) else []
+    else:
         also = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        ends = [*dict.fromkeys((*ends, *also))]
+    ends = [*dict.fromkeys(end for end in (*ends, *also) if end is not None)]
     if ends:
         ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = next(iter(ends), None)
-    generation = copy.deepcopy(own)
-    generation.update(**ids)
+    own.update(**ids)
     try:
-        generation.save_pretrained(directory)
+        own.save_pretrained(directory)
     except ValueError as error:  # settings that contradict each other
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the model's generation_config.json: {reason}") from None

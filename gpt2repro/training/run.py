@@ -331,7 +331,7 @@ def _open_push(
     def tell(step: int) -> background.Told:
         lines = [line for line in read_metrics(directory.metrics) if line["step"] < step]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        return background.Told(card_of(recipe, learner, launch, lines), text)
+        return background.Told(card_of(recipe, learner, launch, lines, step=step), text)
 
     how = background.Checkpoints(inputs.tokenizer, recipe.export_format, recipe.hub_state, tell)
     private, step = recipe.hub_private, start.step
@@ -348,14 +348,16 @@ def card_of(
     metrics: list[dict[str, Any]],
     loss_curve: str | None = None,
     averaged: str | None = None,
+    step: int | None = None,
 ) -> str:
-    """The card of the model that has come to the end of `metrics`."""
+    """The card of the model that has come to the end of `metrics`, or of a checkpoint before."""
     return model_card(
         name=str(recipe.exp_name),
         recipe=recipe.model_dump(),
         num_parameters=learner.num_parameters,
         environment=machine.describe(learner.accelerator.device.type),
         metrics=metrics,
+        step=step,
         command=launch.command,
         commit=launch.commit,
         num_processes=learner.accelerator.num_processes,

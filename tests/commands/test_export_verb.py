@@ -81,14 +81,17 @@ def test_a_licence_is_the_sources_or_none(tmp_path, monkeypatch, no_verification
             assert said == ([licence] if licence else [])
 
 
-def test_what_lies_beside_a_model_goes_along_or_is_told(tmp_path, capsys, no_verification):
+@pytest.mark.parametrize("derived", [False, True])
+def test_what_lies_beside_a_model_goes_along_or_is_told(tmp_path, capsys, no_verification, derived):
+    """`derived` as OpenAI's file says of itself, and whatever was made of it."""
     directory = save_official(tiny_model(), tmp_path / "theirs")
     tiny_tokenizer().save_pretrained(directory)
     (directory / "LICENSE").write_text("Theirs.\n")
     for picture in ("curve.png", "loss curve.png", "fig.1.png"):
         (directory / picture).touch()
     own = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.7}
-    (directory / "generation_config.json").write_text(json.dumps(own))
+    written = own | ({"_from_model_config": True} if derived else {})
+    (directory / "generation_config.json").write_text(json.dumps(written))
     tensors = load_file(directory / "model.safetensors")
     more = {f"h.{layer}.lora_A.weight": torch.ones(4, 64) for layer in range(4)}
     save_file(tensors | more, directory / "model.safetensors", metadata={"format": "pt"})

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from markupsafe import escape
 from matplotlib import image
+from tiny_checkpoint import save_checkpoint
 from tiny_language_models import random_gpt2, tiny_tokenizer
 from tiny_metrics import run_metrics
 
@@ -97,7 +98,13 @@ def test_facts_are_the_cards(run, text, tmp_path):
     card = "# x\n\n## Training\n\n| | |\n| --- | --- |\n| Batch | `4,096` tokens |\n\n## More\n"
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "README.md").write_text(card)
-    assert plots._facts(None, str(tmp_path)) == [("Batch", "4,096 tokens")]
+    for file in ("metrics.jsonl", "final/config.json"):
+        (tmp_path / file).touch()
+    assert plots._facts([], str(tmp_path)) == [("Batch", "4,096 tokens")]
+    # Made longer, it has a newer model, of which that card says nothing.
+    (tmp_path / "FINISHED").write_text("4\n")
+    save_checkpoint(tmp_path / "checkpoints", 8)
+    assert plots._facts([], str(tmp_path)) == []
 
 
 def test_a_model_alone_and_two_runs(run, tmp_path, monkeypatch):

@@ -64,6 +64,14 @@ def test_large_matrices_are_sampled_evenly(model, monkeypatch):
     np.testing.assert_array_equal(sample, theirs)
 
 
+def test_a_sample_meets_all_columns(model, monkeypatch):
+    """Every 16th of 16 x 64 weights would be of four columns."""
+    monkeypatch.setattr(parameters, "SAMPLED_WEIGHTS", 64)
+    sample = parameters.weight_samples(model)["mlp.c_fc"][0]
+    theirs = model.transformer.h[0].mlp.c_fc.weight.detach().flatten()[::17]
+    np.testing.assert_array_equal(sample, theirs)
+
+
 def test_the_title_names_the_matrix_that_grew(model):
     samples = parameters.weight_samples(model)
     samples["mlp.c_proj"][1] = samples["mlp.c_proj"][1] * 9

@@ -405,3 +405,14 @@ def test_a_run_is_repeated_from_its_card_alone(tmp_path, monkeypatch):
     assert digests(tmp_path / "second") == digests(tmp_path / "first")
     record = checkpoints.record_of(tmp_path / "second" / "checkpoints" / "step_00000003")
     assert f"| Digest of all rows so far | `{record.rows_digest}` |" in text
+
+
+def test_a_checkpoint_is_not_given_the_figures_of_an_earlier_model():
+    """A line of a step is measured before the step trains: the last ones are of models before."""
+    metrics = [{"step": 0, "tokens": 8, "loss": 9.0, "val_loss": 9.0, "val_bits_per_byte": 2.0}]
+    recipe = RECIPE | {"batch_tokens": 8, "batch_multiples": [[2, 3]]}
+    text = card(recipe=recipe, metrics=metrics, step=4)
+    assert ModelCard(text).data.eval_results is None
+    assert "| Tokens seen | 64 |" in text  # of two steps of one batch, and two of three
+    assert "| Batch | 8 tokens, 3 times that from step 2 |" in text
+    assert ModelCard(card(recipe=recipe, metrics=metrics)).data.eval_results is not None
