@@ -69,9 +69,9 @@ def continuations(
         return []
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].num_new, len(prompts[i].ids)))
     batches: list[tuple[list[int], bool]] = []  # and whether it counts
-    # Of one number of new tokens: a prompt that asks for few may leave no room for more. Ranks are
-    # at the same number too, and generate equally often: those of a sharded model go on with whom
-    # it still writes for.
+    # Of one number of new tokens: a prompt that asks for few may leave no room for more. All ranks
+    # are at the same number, equally often: of a sharded model, one that is done goes on as long as
+    # another writes.
     for _, alike in groupby(order, key=lambda i: prompts[i].num_new):
         same = list(alike)
         batches += [(same[i : i + batch_size], True) for i in range(0, len(same), batch_size)]

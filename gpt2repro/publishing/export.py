@@ -260,9 +260,10 @@ def _write_generation_config(
     ids = {key: getattr(tokenizer, key) for key in SPECIAL_IDS}
     ends = end_ids(tokenizer)
     own = copy.deepcopy(own or GenerationConfig())
-    if own._from_model_config:  # its one end is nobody's choice, nor whether to cache
-        own.use_cache, own._from_model_config = GenerationConfig().use_cache, False
+    if own._from_model_config:  # then its one end is nobody's choice, nor what any model's has
         also = own.eos_token_id if isinstance(own.eos_token_id, list) else []
+        for field in GenerationConfig.from_model_config(GPT2Config()).to_diff_dict():
+            setattr(own, field, getattr(GenerationConfig(), field, None))
     else:
         also = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = [*dict.fromkeys(end for end in (*ends, *also) if end is not None)]

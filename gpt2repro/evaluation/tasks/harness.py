@@ -11,7 +11,6 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -332,7 +331,7 @@ def open_lm_eval_tasks(
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def _seeded() -> Iterator[None]:
     """As the harness seeds what some tasks (GPQA) shuffle their choices by."""
     states = random.getstate(), np.random.get_state()
