@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         write_page(
             output / "page.html",
             title=" and ".join(record.name for record in records) or arguments.run_or_model,
-            facts=[] if arguments.compare else _facts(records, arguments.run_or_model),
+            facts=[] if arguments.compare else _facts(records, source),
             runs=runs,
             pictures=pictures,
             neighbours=neighbours,
@@ -68,14 +68,14 @@ def _page_writer() -> Any:
     return write_page
 
 
-def _facts(records: list[Any], name: str) -> list[tuple[str, str]]:
+def _facts(records: list[Any], source: str | None) -> list[tuple[str, str]]:
     """What the card says of the training: the model's own, or of a run so far."""
     from gpt2repro.publishing.card import facts, model_card
     from gpt2repro.publishing.redaction import redacted
     from gpt2repro.recipe_fields import FIELDS
 
-    readme = Path(_model_of(name) or name) / "README.md"  # a longer run's checkpoints have none
-    if readme.is_file():
+    # The checkpoints of a run, which has not ended or was made longer, have no card.
+    if source and (readme := Path(source) / "README.md").is_file():
         return facts(redacted(readme.read_text("utf-8", "replace")))
     for record in records:
         if FIELDS.keys() <= record.recipe.keys():  # else of another version, or edited

@@ -78,11 +78,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None, 
         raise UserError(f"{rest[0]}: the checkpoint has its recipe; leave it out")
     from gpt2repro.records.checkpoints import read_state
 
-    try:
-        state = read_state(options.checkpoint)
-    except UserError as error:
-        said, _, _ = str(error).partition(", and --resume")
-        raise UserError(said.replace("--resume", "--checkpoint")) from None
+    state = read_state(options.checkpoint, "--checkpoint")
     saved = {key: value for key, value in state["recipe"].items() if key in Recipe.model_fields}
     return options, state, Recipe(**(load_recipe([]).model_dump() | saved))
 

@@ -97,7 +97,7 @@ def write_row_scores(path: Path, scores: Scored) -> None:
     columns = {
         "figure": pa.array(names, pa.string()).dictionary_encode(),
         "row": [row for each in figures.values() for row in each.rows],
-        "influence": np.array([i for each in figures.values() for i in each.estimate.influence]),
+        "influence": np.concatenate([[], *(f.estimate.influence for f in figures.values())]),
     }
     about = {
         "model": scores.model,

@@ -85,10 +85,11 @@ def continuations(
             if should_stop is not None and should_stop():
                 return None
             written = _greedy(inner, [prompts[i] for i in batch])
-            for i, new in zip(batch, written if counts else (), strict=counts):
+            counted = batch if counts else []
+            for i, new in zip(counted, written, strict=False):
                 found[i, : len(new)] = torch.tensor(new, dtype=torch.float64) + 1
             if on_batch is not None:
-                on_batch(counts * len(batch))
+                on_batch(len(counted))
     if world_size > 1:
         assert reduce is not None, "several ranks need a reduce"
         found = reduce(found.to(next(inner.parameters()).device)).cpu()

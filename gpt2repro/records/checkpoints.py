@@ -248,22 +248,23 @@ def state_of(path: Path) -> dict[str, Any]:
     return json.loads((path / integrity.STATE).read_bytes())
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """`state_of` a checkpoint that a user names.
+def read_state(path: Path, option: str = "--resume") -> dict[str, Any]:
+    """`state_of` a checkpoint that a user names with `option`.
 
     Raises:
         UserError: there is no checkpoint at `path` that a run can go on from.
     """
     if not path.is_dir():
-        raise UserError(f"--resume {path}: no such checkpoint directory")
+        raise UserError(f"{option} {path}: no such checkpoint directory")
     try:
         problem = integrity.find_problem(path)
     except OSError as error:
-        raise UserError(f"--resume {path} cannot be read: {error}") from None
+        raise UserError(f"{option} {path} cannot be read: {error}") from None
     if problem:
+        newest = ", and --resume auto takes the newest valid one" if option == "--resume" else ""
         raise UserError(
-            f"--resume {path}: no complete checkpoint: {problem}; a run's are in its checkpoints/, "
-            "and --resume auto takes the newest valid one"
+            f"{option} {path}: no complete checkpoint: {problem}; a run's are in its checkpoints/"
+            f"{newest}"
         )
     return state_of(path)
 

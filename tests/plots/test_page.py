@@ -100,11 +100,11 @@ def test_facts_are_the_cards(run, text, tmp_path):
     (tmp_path / "final" / "README.md").write_text(card)
     for file in ("metrics.jsonl", "final/config.json"):
         (tmp_path / file).touch()
-    assert plots._facts([], str(tmp_path)) == [("Batch", "4,096 tokens")]
+    assert plots._facts([], plots._model_of(str(tmp_path))) == [("Batch", "4,096 tokens")]
     # Made longer, it has a newer model, of which that card says nothing.
     (tmp_path / "FINISHED").write_text("4\n")
     save_checkpoint(tmp_path / "checkpoints", 8)
-    assert plots._facts([], str(tmp_path)) == []
+    assert plots._facts([], plots._model_of(str(tmp_path))) == []
 
 
 def test_a_model_alone_and_two_runs(run, tmp_path, monkeypatch):

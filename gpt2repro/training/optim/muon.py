@@ -76,11 +76,9 @@ class MuonAdamW(AdamW):
         **defaults: Any,
     ) -> None:
         """`dtype`: what maps are orthogonalized in."""
-        self._dtype = dtype
         # One compiled form for each shape: there are four.
-        self._orthogonalize = (
-            torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
-        )
+        function = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
+        self._orthogonalize = partial(function, dtype=dtype)
         super().__init__(params, **defaults)
 
     def _step_of(self, group: dict) -> None:
@@ -96,8 +94,7 @@ class MuonAdamW(AdamW):
         for parameters in by_shape.values():
             ahead = [ranks.whole(self._look_ahead(p, group)) for p in parameters]
             stacked = torch.cat([a.T.unflatten(0, (maps, -1)) for a in ahead])
-            orthogonalize = partial(self._orthogonalize, dtype=self._dtype)
-            updates = ranks.share(orthogonalize, stacked).to(stacked.dtype)
+            updates = ranks.share(self._orthogonalize, stacked).to(stacked.dtype)
             updates = self._unless_skipped(updates, torch.zeros_like(updates))
             # A tall map has more outputs than directions to fill them from: keep their size.
             rows_per_column = max(1.0, updates.shape[1] / updates.shape[2])
