@@ -113,7 +113,8 @@ def build_model(recipe: Recipe, tokenizer) -> GPT2ReproForCausalLM:
         raise UserError(f"attn_implementation {recipe.attn_implementation}: {error}") from None
     if start:
         model.load_state_dict(start.state_dict())
-        _check_tokenizer(recipe, tokenizer)
+        if recipe.tokenizer_name != recipe.init_from:  # else it is the same, read twice
+            _check_tokenizer(recipe, tokenizer)
     if (needed := num_ids(tokenizer)) > model.config.vocab_size:
         raise UserError(
             f"tokenizer_name has {needed} tokens, init_from only {model.config.vocab_size}"
