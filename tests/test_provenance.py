@@ -536,7 +536,7 @@ def test_no_answer_is_not_the_answer_that_there_is_no_record(run, hub, tmp_path)
         assert look()
         hub.faults.remove(outage)
         assert outage.num_hits > 6
-    assert push.finish(30) == []
+    assert push.finish() == []
 
 
 def test_what_cannot_be_gone_on_from_is_one_line(recipe, hub, tmp_path):

@@ -30,12 +30,12 @@ def main(argv: list[str]) -> int:
     from gpt2repro.records.saved_models import locate
     from gpt2repro.system import machine
 
-    places = {Path(locate(name, "MODEL")).resolve() for name in options.models}
-    if options.output.resolve() in places:
+    models = [locate(name, "MODEL") for name in options.models]
+    if options.output.resolve() in [Path(name).resolve() for name in models]:
         raise UserError(f"--output {options.output} is one of the models; give another directory")
-    model, tokenizer = _average(options.models, options.decay, options.tokenizer)
+    model, tokenizer = _average(models, options.decay, options.tokenizer)
     which = "mean" if options.decay is None else f"moving average, of decay {options.decay},"
-    licences = {licence_of(name, "MODEL") for name in options.models}
+    licences = {licence_of(name, "MODEL") for name in models}
     card = model_card(
         name=options.output.resolve().name,
         num_parameters=model.num_parameters(),

@@ -24,16 +24,17 @@ def main(argv: list[str]) -> int:
     from gpt2repro.publishing.licence import licence_of
     from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm, locate
 
-    card, figures = _beside(Path(locate(options.model)))
+    source = locate(options.model)  # once: both are of one model, also of a run that goes on
+    card, figures = _beside(Path(source))
     name = options.output.resolve().name
     verification = export(
-        load_causal_lm(options.model),
-        find_tokenizer(options.model, options.tokenizer),
+        load_causal_lm(source),
+        find_tokenizer(source, options.tokenizer),
         options.output,
         format=options.format,
         dtype=getattr(torch, DTYPES[options.dtype]) if options.dtype else None,
         max_shard_size=options.max_shard_size or MAX_SHARD_SIZE,
-        card=card or model_card(name=name, licence=licence_of(options.model, "--model")),
+        card=card or model_card(name=name, licence=licence_of(source, "--model")),
         figures=figures,
     )
     print(f"{options.output}: verified")

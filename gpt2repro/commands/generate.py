@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     from transformers import LogitsProcessor, TextStreamer
 
     from gpt2repro.data.tokens.token_ids import end_ids
-    from gpt2repro.records.saved_models import check_ids, find_tokenizer, load_causal_lm
+    from gpt2repro.records.saved_models import check_ids, find_tokenizer, load_causal_lm, locate
     from gpt2repro.speed import attention, lm_head
 
     class Printer(TextStreamer):
@@ -40,11 +40,11 @@ def main(argv: list[str]) -> int:
                 )
             return scores
 
-    device = find_device(options.device)
-    model: Any = load_causal_lm(options.model, dtype=DTYPES.get(options.dtype, options.dtype))
+    device, source = find_device(options.device), locate(options.model)
+    model: Any = load_causal_lm(source, dtype=DTYPES.get(options.dtype, options.dtype))
     lm_head.use_in(model)
     model.to(device)
-    tokenizer = find_tokenizer(options.model, options.tokenizer)
+    tokenizer = find_tokenizer(source, options.tokenizer)
     inputs = _encode(tokenizer, _read_prompt(options.prompt), device)
     check_ids(inputs["input_ids"][0].tolist(), model)
     room = model.config.n_positions - inputs["input_ids"].shape[1]

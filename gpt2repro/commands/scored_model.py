@@ -30,17 +30,18 @@ def load_for_scoring(name: str, option: str, arguments: Namespace) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
+    from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm, locate
 
+    source = locate(name, option)  # once: both are of one model, also of a run that goes on
     model = load_causal_lm(
-        name,
+        source,
         option=option,
         model_class=AutoModelForCausalLM,  # type: ignore[arg-type]
         dtype=getattr(torch, DTYPES[arguments.dtype]),
         trust_remote_code=arguments.trust_remote_code,
     )
     tokenizer = find_tokenizer(
-        name,
+        source,
         arguments.tokenizer,
         option=option,
         trust_remote_code=arguments.trust_remote_code,

@@ -95,11 +95,11 @@ def _measure(
 
 def _time_stream(stream: "TokenStream", step_tokens: int, seconds: float) -> tuple[float, float]:
     """Seconds to the first step, and the tokens a second of the steps after it."""
-    began = time.perf_counter()
-    next(stream)
-    first = time.perf_counter() - began
     began, num_steps = time.perf_counter(), 0
     try:
+        next(stream)
+        first = time.perf_counter() - began
+        began = time.perf_counter()
         while num_steps < 2 or time.perf_counter() - began < seconds:
             next(stream)
             num_steps += 1

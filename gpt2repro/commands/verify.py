@@ -11,7 +11,6 @@ such as the place of a dataset that is a directory (the repository goes first).
 """
 
 import argparse
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ import yaml
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.publishing.card_markdown import recipe_block
 from gpt2repro.recipe import load_recipe, parse_arguments
 from gpt2repro.recipe_fields import Recipe
 from gpt2repro.system.text import printable
@@ -74,14 +74,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _recipe_of(card: str, fields: list[str]) -> Recipe:
     """The recipe in a card, with `fields` instead of its own."""
-    block = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", card, re.M | re.S)
+    block = recipe_block(card)
     if block is None:
         raise UserError("--data: the card has no recipe")
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "card.yaml"
         here = dict.fromkeys(("token_cache_dir", "unit_digests_dir"))  # are of another machine
         try:
-            values = {**yaml.safe_load(block[2]), **here, **parse_arguments(fields)}
+            values = {**yaml.safe_load(block), **here, **parse_arguments(fields)}
             file.write_text(yaml.safe_dump(values), encoding="utf-8")
             return load_recipe(["--recipe", str(file)])
         except (yaml.YAMLError, TypeError) as error:

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from gpt2repro.data.tokens.token_ids import begin_id as prefix_token
-from gpt2repro.data.tokens.token_ids import ids_to_continue, well_formed
+from gpt2repro.data.tokens.token_ids import begin_id, ids_to_continue, well_formed
 
 NUM_SHAPES = 6  # lengths a compiled model is asked for; dynamo gives up at 8 recompilations
 POSITIONS_AT_ONCE = 1024  # positions turned to float32 together: 1024 x 50257 x 4 bytes = 206 MB
@@ -61,7 +60,7 @@ def encode_pairs(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
     the next word. The pair is encoded as one text, and what follows the context's own number of
     tokens is the continuation, after the context's own tokens (a token may span the join);
     `num_scored` is 0 where nothing follows. An empty context is
-    replaced by `prefix_token`, lm-evaluation-harness' name for what begins a text.
+    replaced by what begins a text, lm-evaluation-harness' `prefix_token_id`.
     """
     contexts = [context.rstrip() for context, _ in pairs]
     texts = ["".join(pair) for pair in pairs]
@@ -73,8 +72,8 @@ def encode_pairs(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
             requests.append(Request([*head, *ids[len(head) :]], max(0, len(ids) - len(head))))
             continue
         ids = tokenizer(well_formed(text), add_special_tokens=False, verbose=False)["input_ids"]
-        starts_itself = ids[:1] == [prefix_token(tokenizer)]
-        ids = ids if starts_itself else [prefix_token(tokenizer), *ids]
+        starts_itself = ids[:1] == [begin_id(tokenizer)]
+        ids = ids if starts_itself else [begin_id(tokenizer), *ids]
         requests.append(Request(ids, len(ids) - 1))
     return requests
 

@@ -102,7 +102,6 @@ def loss_curve(
     metrics: Metrics,
     output: Path,
     *,
-    title: str | None = None,
     baseline: tuple[str, float] | None = None,
     resumed_at: Sequence[int] = (),
 ) -> list[Path]:
@@ -111,7 +110,6 @@ def loss_curve(
     Args:
         metrics: the records of a metrics.jsonl; any key may be missing.
         output: it is written as .png and as .svg, whatever its ending, atomically.
-        title: instead of the finding, e.g. "Validation loss 8.34 → 4.41 ...".
         baseline: a label and its loss in nats per token, drawn as a dashed line.
         resumed_at: steps where a launch went on, drawn as dotted lines.
 
@@ -119,7 +117,7 @@ def loss_curve(
         The files written; none if drawing failed, which is logged: no picture is worth a run.
     """
     try:
-        figure = draw_losses({"": metrics}, title=title, baseline=baseline, resumed_at=resumed_at)
+        figure = draw_losses({"": metrics}, baseline=baseline, resumed_at=resumed_at)
         return save(figure, output.with_suffix(""))
     except Exception as error:
         logger.warning("the loss curve %s could not be drawn: %s", output, error)
@@ -129,12 +127,11 @@ def loss_curve(
 def draw_losses(
     runs: Mapping[str, Metrics],
     *,
-    title: str | None = None,
     baseline: tuple[str, float] | None = None,
     resumed_at: Sequence[int] = (),
 ) -> Figure:
     """Training and validation loss of one run, or of several overlaid, against tokens seen."""
-    figure, ((ax,),) = new_figure(title or _loss_finding(runs, baseline))
+    figure, ((ax,),) = new_figure(_loss_finding(runs, baseline))
     x_key = x_key_of(runs)
     curves = []
     for color, (name, metrics) in zip(PALETTE, runs.items(), strict=False):

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from gpt2repro.plots import curves
 from gpt2repro.plots.gallery import Runs
 from gpt2repro.plots.style import DPI, INK, MUTED, PALETTE, finding, rendering
+from gpt2repro.records.metrics import scored
 from gpt2repro.system import atomic
 
 TEMPLATE = Path(__file__).with_name("page_template.html")
@@ -204,10 +205,9 @@ def _evaluations(runs: Runs | None) -> list[list[str]]:
         (run, line)
         for run, metrics in (runs.metrics.items() if runs else ())
         for line in metrics
-        if any(map(_is_evaluation, line))
+        if _evaluated(line)
     ]
-    names = list(dict.fromkeys(name for _, line in lines for name in line if _is_evaluation(name)))
-    names = [name for name in names if not name.endswith("_stderr")]
+    names = list(dict.fromkeys(name for _, line in lines for name in _evaluated(line)))
     several = bool(runs and len(runs.metrics) > 1)
     head = [*(["run"] if several else []), "step", *names]
     rows = [
@@ -217,8 +217,8 @@ def _evaluations(runs: Runs | None) -> list[list[str]]:
     return [head, *rows] if rows else []
 
 
-def _is_evaluation(name: str) -> bool:
-    return name.startswith("val_") or "/" in name
+def _evaluated(line: Mapping[str, Any]) -> list[str]:
+    return [*(name for name in line if name.startswith("val_")), *scored(line)]
 
 
 def _figure(line: Mapping[str, Any], name: str) -> str:

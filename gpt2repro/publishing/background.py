@@ -59,7 +59,7 @@ class BackgroundPush:
 
         push = BackgroundPush("me/gpt2", checkpoints=how)
         push.submit(directory, "Step 500")     # returns at once
-        for problem in push.finish(600): print(problem)
+        for problem in push.finish(): print(problem)
 
     A submission is held by hard links, so that pruning or replacing the directory does no harm. It
     becomes `main`. One that waits is superseded by the next: after an outage the newest is
@@ -113,16 +113,13 @@ class BackgroundPush:
             self._waiting.append(_Submission(directory, held, message, branch))
             self._changed.notify()
 
-    def finish(self, timeout: float | None = None) -> list[str]:
-        """Wait up to `timeout` seconds for what was submitted; one line for each problem."""
+    def finish(self) -> list[str]:
+        """Wait for what was submitted; one line for each problem."""
         with self._changed:
             self._finishing = True
             self._changed.notify()
-        self._thread.join(timeout)
-        with self._changed:
-            late = [each for each in (self._current, *self._waiting) if each]
-            what = f"was not done after {timeout} s"
-            return self._problems + [_advice(each, self._repo_id, what) for each in late]
+        self._thread.join()
+        return self._problems
 
     def _work(self) -> None:
         while True:
@@ -152,7 +149,7 @@ class BackgroundPush:
                 self._upload(submission.snapshot, submission)
         except Exception as error:  # a push must never end a run
             reason = printable(" ".join(str(error).split()))[:300]
-            return _advice(submission, self._repo_id, f"failed: {reason}")
+            return _advice(submission, self._repo_id, reason)
         return None
 
     def _push_checkpoint(self, submission: _Submission) -> None:
@@ -193,13 +190,13 @@ class BackgroundPush:
         self.url = upload(directory, self._repo_id, message=message, private=private, **more)
 
 
-def _advice(submission: _Submission, repo_id: str, what: str) -> str:
+def _advice(submission: _Submission, repo_id: str, reason: str) -> str:
     again = f"`gpt2repro push --model DIR --repo {repo_id}` uploads it"
     if submission.branch:
         again = "the same training command pushes it again"
     return (
-        f"the push of {submission.directory} ({submission.message}) to {repo_id} {what}. Nothing "
-        f"is lost: {again}"
+        f"the push of {submission.directory} ({submission.message}) to {repo_id} failed: {reason}. "
+        f"Nothing is lost: {again}"
     )
 
 

@@ -9,6 +9,7 @@ exported or pushed.
 import json
 import re
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,9 @@ def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
     card = with_section(card, BENCHMARKS, _benchmark_table(evaluation), before=VERIFICATION)
     parsed = ModelCard(card)
     data: Any = parsed.data
-    results = eval_results(evaluation)
-    names = {each.metric_name for each in results}
-    kept = [each for each in data.eval_results or [] if each.metric_name not in names]
-    data.eval_results = kept + results or None
+    # An evaluation's figures are `task/metric`; what the run measured itself stays.
+    kept = [each for each in data.eval_results or [] if "/" not in (each.metric_name or "")]
+    data.eval_results = kept + eval_results(evaluation) or None
     data.model_name = data.model_name or name
     return str(parsed)
 
@@ -209,7 +209,7 @@ def add_evaluation(card: Path, evaluation: Path, name: str) -> str | None:
         raise UserError(f"{card}: its metadata cannot be read: {reason}") from None
     try:
         results = read_json(evaluation)
-        text = with_evaluation(text, {"results": results.pop("results"), **results}, name)
+        text = with_evaluation(text, results, name)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"--evaluation {evaluation}: not what `gpt2repro evaluate --output` writes"
@@ -277,8 +277,8 @@ def _tokens_seen(metrics: Metrics, recipe: Mapping[str, Any], step: int | None) 
 
 def _median_of(metrics: Metrics, key: str) -> float | None:
     """The middle value of a column, which start-up and evaluation steps do not move."""
-    values = sorted(record[key] for record in metrics if is_number(record.get(key)))
-    return values[len(values) // 2] if values else None
+    values = [record[key] for record in metrics if is_number(record.get(key))]
+    return statistics.median_high(values) if values else None
 
 
 # --- Benchmarks -----------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def _benchmarks_of_run(metrics: Metrics, recipe: Mapping) -> dict[str, Any]:
 
 def _benchmark_table(evaluation: Mapping) -> str:
     """Ours, the baseline computed beside it, and what others published, each in a column."""
-    ours = evaluation.get("results", {})
+    ours = evaluation["results"]
     if not ours:
         return ""
     baseline = evaluation.get("baseline", {})

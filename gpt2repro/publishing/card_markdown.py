@@ -13,8 +13,8 @@ def with_section(card: str, title: str, text: str, before: str | None = None) ->
     section = f"## {title}\n\n{text}\n\n"
     if span := section_span(card, title):
         card = card[: span[0]] + section + card[span[1] :]
-    elif before and f"\n## {before}\n" in card:
-        card = card.replace(f"\n## {before}\n", f"\n{section}## {before}\n", 1)
+    elif before and (span := section_span(card, before)):
+        card = card[: span[0]] + section + card[span[0] :]
     else:
         card = f"{card.rstrip()}\n\n{section}"
     return card.rstrip() + "\n"
@@ -35,6 +35,12 @@ def section_span(card: str, title: str) -> tuple[int, int] | None:
             begin = here
         here += len(line) + 1
     return None if begin is None else (begin, len(card))
+
+
+def recipe_block(card: str) -> str | None:
+    """The YAML of the run's recipe, if the card has one."""
+    block = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", card, re.M | re.S)
+    return block[2] if block else None
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

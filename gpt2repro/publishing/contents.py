@@ -4,7 +4,6 @@ Looked at before anything in it is loaded, let alone run. `SHA256SUMS` cannot vo
 whoever changed a file can write it anew.
 """
 
-import inspect
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -19,10 +18,8 @@ from gpt2repro.system.hub import refuse_pointers
 
 SUMS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks it anywhere
 SHIPPED_CODE = {
-    path.name: path
-    for path in (
-        Path(inspect.getfile(each)) for each in (configuration_gpt2repro, modeling_gpt2repro)
-    )
+    f"{each.__name__}.py": Path(str(each.__file__))
+    for each in (configuration_gpt2repro, modeling_gpt2repro)
 }
 CLASSES = {"gpt2repro": "GPT2ReproForCausalLM", "gpt2": "GPT2LMHeadModel"}
 INDEX = "model.safetensors.index.json"

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from gpt2repro.publishing.card_markdown import BENCHMARKS, TRAINING, section_span
+from gpt2repro.publishing.card_markdown import BENCHMARKS, TRAINING, recipe_block, section_span
 from gpt2repro.system.hub import is_hub_id
 from gpt2repro.system.text import printable
 
@@ -30,13 +30,12 @@ ABSOLUTE = re.compile(
     r"|(?<![\w:/.<~-])~?(?:/[^\s/\"'`|,<>()\[\]{}]+)+/?"
 )
 # Options of launchers that name machines.
-ADDRESS = re.compile(r"(--(?:main.process.ip|master.addr|rdzv.endpoint)[= ])[^\s\\]+")
+ADDRESS = re.compile(r"(--(?:main.process.ip|master.addr|local.addr|rdzv.endpoint)[= ])[^\s\\]+")
 
 
 def redacted(card: str) -> str:
     """`card` as others may see it: nothing but text, and of what lies here names without paths."""
-    block = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", card, re.M | re.S)
-    for path in sorted(_local_paths(block[2] if block else ""), key=len, reverse=True):
+    for path in sorted(_local_paths(recipe_block(card) or ""), key=len, reverse=True):
         words = r"\s+".join(map(re.escape, path.split()))  # YAML folds long lines
         name = _name(path).replace("\\", r"\\")  # no reference to a group
         card = re.sub(rf"(?<![\w/.-]){words}(?![\w/-])", name, card)

@@ -29,7 +29,7 @@ from gpt2repro.publishing.redaction import redacted
 from gpt2repro.records import integrity
 from gpt2repro.system.diagnosis import FEW_ATTEMPTS, PassingFault
 from gpt2repro.system.hub import has_owner, is_content, read_file, read_tree
-from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS, patiently
+from gpt2repro.system.patience import patiently
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # A checkpoint's files that nobody loads a model from.
@@ -139,7 +139,6 @@ def upload(
     revision: str | None = None,
     allow_code: bool = False,
     beside: Mapping[str, Path] = MappingProxyType({}),
-    give_up_after_seconds: float = GIVE_UP_AFTER_SECONDS,
 ) -> str:
     """Commit the files of `directory` to `repo_id` (created if absent), patiently; returns its URL.
 
@@ -152,7 +151,7 @@ def upload(
 
     Raises:
         UserError: when `directory` holds what is not published (see `to_publish`), the Hub refused,
-            could not be reached for `give_up_after_seconds`, or holds something else afterwards.
+            could not be reached for half an hour, or holds something else afterwards.
     """
 
     def attempt() -> str:
@@ -183,11 +182,7 @@ def upload(
         _check_arrived(tree, additions, f"{repo_id} ({revision or 'main'})")
         return commit.oid
 
-    patiently(
-        lambda: _explained(attempt, repo_id),
-        f"push to {repo_id}",
-        give_up_after_seconds=give_up_after_seconds,
-    )
+    patiently(lambda: _explained(attempt, repo_id), f"push to {repo_id}")
     at = f"/tree/{revision}" if revision else ""
     return f"{constants.ENDPOINT}/{repo_id}{at}"
 

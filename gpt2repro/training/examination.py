@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -212,11 +213,13 @@ class Examination:
             return WARNING, "not timed without dataset and tokenizer"
         encoder = BulkEncoder(self.tokenizer)
         stream = open_stream(self.recipe, self.sources, encoder, 0, self.num_processes)
+        step_tokens = self.recipe.batch_tokens // self.num_processes
         try:
             next(stream)  # the start-up
             began, tokens = time.perf_counter(), 0
             while (seconds := time.perf_counter() - began) < STREAM_SECONDS:
-                tokens += next(stream).tokens.numel()
+                next(stream)
+                tokens += step_tokens
         finally:
             stream.close()
         rate = tokens / seconds
@@ -238,14 +241,17 @@ class Examination:
         kept += self.recipe.schedule in ("wsd", "power")  # that from before its cooldown
         needed = (kept + 1) * state + (1 + bool(self.recipe.ema_decay)) * 4 * num_parameters
         place = self.recipe.run_dir.absolute()
+        saved = [*place.glob("checkpoints/*/*"), *place.glob("stable/*/*")]
+        there = sum(path.stat().st_size for path in saved)
         existing = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         text = f"{needed / 2**30:.1f} GiB needed"
         if num_kept:
             checkpoints = count_of(num_kept, "permanent checkpoint")
             text += f" ({num_kept * state / 2**30:.1f} of them for {checkpoints})"
+        text += f", {there / 2**30:.1f} GiB there" if there else ""
         text += f", {free / 2**30:.1f} GiB free in {existing}"
-        if free <= needed:
+        if there + free <= needed:
             fewer = ", or keep fewer steps for good" if num_kept else ""
             return FAILURE, f"{text}: set output_dir or lower keep_last{fewer}"
         if self.recipe.num_steps is None and self.recipe.keeps_any:
@@ -294,9 +300,7 @@ def _multiplies_bf16_faster() -> bool:
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype)
         matrix @ matrix  # the first product builds its kernel
-        began = time.perf_counter()
-        matrix @ matrix
-        return time.perf_counter() - began
+        return min(timeit.repeat(lambda: matrix @ matrix, repeat=5, number=1))
 
     return seconds(torch.bfloat16) <= seconds(torch.float32)
 

@@ -1,6 +1,7 @@
 """All that a run says of itself: its first lines, metrics, incidents, the bar on the screen."""
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -305,18 +306,16 @@ class Report:
 
 
 class SpikeDetector:
-    """How many standard deviations a loss lies above the mean of the last `window` losses."""
+    """How many standard deviations a loss lies above the mean of the last 128 losses."""
 
-    def __init__(self, losses: Iterable[float] = (), window: int = 128, least: int = 32) -> None:
-        self._losses: deque[float] = deque(losses, maxlen=window)
-        self._least = least  # fewer losses say nothing about their spread
+    def __init__(self, losses: Iterable[float] = ()) -> None:
+        self._losses: deque[float] = deque(losses, maxlen=128)
 
     def z_score(self, loss: float) -> float:
         """Score `loss` against those before it, then remember it; 0 while too few are known."""
         score = 0.0
-        if len(self._losses) >= self._least:
-            mean = sum(self._losses) / len(self._losses)
-            variance = sum((x - mean) ** 2 for x in self._losses) / (len(self._losses) - 1)
-            score = (loss - mean) / math.sqrt(variance) if variance else 0.0
+        if len(self._losses) >= 32:  # fewer say nothing about their spread
+            spread = statistics.stdev(self._losses)
+            score = (loss - statistics.fmean(self._losses)) / spread if spread else 0.0
         self._losses.append(loss)
         return score

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from tqdm import tqdm
 
@@ -44,11 +44,9 @@ class Progress:
         )
         self._bar.update()
 
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], object]]:
+    def phase(self, name: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
         """A bar below, for what interrupts the steps; yields what moves it on."""
-        with phase(name, total, enabled=self._enabled, position=1) as move_on:
-            yield move_on
+        return phase(name, total, enabled=self._enabled, position=1)
 
     def note(self, text: str) -> None:
         """Print a line above the bars, on the main process only."""

@@ -92,11 +92,18 @@ def test_a_failure_names_the_field(recipe, capsys, options, check, field):
     assert field in said[check][1]
 
 
-def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch):
+def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 9 * 10**5, 10**5))
     status, said = examine(capsys, recipe)
     assert status == 1 and said["disk"][0] == FAILURE
     assert "keep_last" in said["disk"][1] and "output_dir" in said["disk"][1]
+    # What a run that goes on has saved already is not needed again.
+    run = load_recipe(["--recipe", str(recipe), "--output_dir", str(tmp_path)]).run_dir
+    saved = run / "checkpoints" / "step_00000004"
+    saved.mkdir(parents=True)
+    (saved / "model.safetensors").write_bytes(bytes(10**7))
+    status, said = examine(capsys, recipe, "--output_dir", str(tmp_path))
+    assert status == 0 and said["disk"][0] == OK and " there, " in said["disk"][1]
 
 
 def test_a_checkpoint_needs_main_memory(recipe, monkeypatch):

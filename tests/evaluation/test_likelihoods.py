@@ -12,6 +12,7 @@ from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, unifor
 from tokenizers.processors import TemplateProcessing
 
 from gpt2repro import UserError
+from gpt2repro.data.tokens.token_ids import begin_id
 from gpt2repro.evaluation.likelihoods import (
     NUM_SHAPES,
     Request,
@@ -19,7 +20,6 @@ from gpt2repro.evaluation.likelihoods import (
     encode_pairs,
     loglikelihoods,
     plan_batches,
-    prefix_token,
 )
 
 POSITIONS = 64
@@ -259,12 +259,12 @@ def test_a_context_keeps_its_own_tokens_where_one_would_span_the_join():
 
 def test_a_tokenizer_without_bos_begins_texts_with_eos_and_without_either_is_refused():
     tokenizer = SimpleNamespace(bos_token_id=7, eos_token_id=9)
-    assert prefix_token(tokenizer) == 7
+    assert begin_id(tokenizer) == 7
     tokenizer.bos_token_id = None
-    assert prefix_token(tokenizer) == 9
+    assert begin_id(tokenizer) == 9
     tokenizer.eos_token_id = None
     with pytest.raises(UserError, match="neither an eos nor a bos token"):
-        prefix_token(tokenizer)
+        begin_id(tokenizer)
 
 
 def test_of_a_pair_without_a_continuation_nothing_is_scored():

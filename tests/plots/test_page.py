@@ -63,6 +63,7 @@ def run(tmp_path_factory) -> Path:
     tiny_tokenizer().save_pretrained(run / "final")
     metrics = run_metrics()
     metrics[10] |= {"hellaswag/acc": 0.25, "hellaswag/acc_stderr": 0.01}
+    metrics[20] |= {"core": 0.125, "core_stderr": 0.02}
     metrics[20]["sample"] = "</pre><script>document.title = 'foreign'</script>"
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     recipe = load_recipe(["--recipe", "gpt2", "--dataset_name", "/home/me/secret/corpus"])
@@ -84,6 +85,7 @@ def test_all_parts_are_in_it(run, text):
         assert re.search(rf'<h3 id="{name}">.+</h3><img src="data:image/webp;base64,', text)
     assert "Validation loss 8.00 → 4.07 nats per token in 40 steps" in text
     assert "0.2500 ± 0.0100" in text and "8.0000" in text
+    assert "<th>core</th>" in text and "0.1250 ± 0.0200" in text
     assert len(text.encode()) < MOST_BYTES
 
 

@@ -228,6 +228,17 @@ def test_an_evaluation_is_replaced_by_another():
     found = {each.metric_name: each.metric_value for each in ModelCard(text).data.eval_results}
     assert found["hellaswag/completion_acc_norm"] == 0.31 and found["loss"] == 3.25
     assert text.index("## Benchmarks") < text.index("## Verification")
+    # Of a part of the rows nothing is told there, and the figure of all goes with its table.
+    text = with_evaluation(text, EVALUATION | {"settings": {"limit": 10}}, "gpt2")
+    names = {each.metric_name for each in ModelCard(text).data.eval_results}
+    assert names == {"loss", "bits_per_byte"} and "first 10 rows" in text
+
+
+def test_a_heading_in_a_block_of_code_is_none():
+    code = "```\n## Verification\n```\n"
+    text = with_evaluation(f"# Theirs\n\n{code}\n## Verification\n\nYes.\n", EVALUATION, "gpt2")
+    assert code in text
+    assert text.index(code) < text.index("## Benchmarks") < text.rindex("## Verification")
 
 
 @pytest.mark.parametrize(
@@ -378,7 +389,14 @@ def test_a_published_card_has_no_path_however_yaml_spells_it(name):
 
 
 @pytest.mark.parametrize(
-    "option", ["--main_process_ip ", "--main-process-ip=", "--rdzv-endpoint=", "--master_addr "]
+    "option",
+    [
+        "--main_process_ip ",
+        "--main-process-ip=",
+        "--rdzv-endpoint=",
+        "--master_addr ",
+        "--local-addr=",
+    ],
 )
 def test_a_published_card_names_no_machine(option):
     text = card(command=f"accelerate launch {option}10.1.2.3:29500 train.py --seed 1")

@@ -135,7 +135,7 @@ def test_a_checkpoint_with_other_code_is_not_pushed(exported, tmp_path):
     (checkpoint / "modeling_gpt2repro.py").write_text("raise SystemExit")
     push = background.BackgroundPush("me/name")
     push.submit(checkpoint, "Step 1")
-    (problem,) = push.finish(30)
+    (problem,) = push.finish()
     assert "modeling_gpt2repro.py is not this package's" in problem
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
@@ -203,7 +203,7 @@ def test_links_are_not_published(copy, nothing_runs, tmp_path, secret, name):
             look(copy)
     push = background.BackgroundPush("me/name")
     push.submit(copy, "Step 1")
-    assert "is a symbolic link" in push.finish(30)[0]
+    assert "is a symbolic link" in push.finish()[0]
 
 
 def test_what_is_neither_file_nor_directory_is_not_published(copy, nothing_runs):

@@ -14,6 +14,7 @@ from tiny_export import export_unverified
 
 from gpt2repro import UserError
 from gpt2repro.publishing import upload
+from gpt2repro.system import patience
 from gpt2repro.system.diagnosis import FEW_ATTEMPTS
 
 BRANCHES = ("main", "step00000002", "stock")
@@ -31,7 +32,7 @@ def hub(monkeypatch):
         yield hub
 
 
-def test_an_interrupted_upload_sends_only_what_is_missing(hub, tmp_path):
+def test_an_interrupted_upload_sends_only_what_is_missing(hub, tmp_path, monkeypatch):
     """Two weight files; the second never arrives, then the same call again."""
     directory = tmp_path / "sharded"
     directory.mkdir()
@@ -42,8 +43,10 @@ def test_an_interrupted_upload_sends_only_what_is_missing(hub, tmp_path):
     second = hashlib.sha256((directory / shards[1]).read_bytes()).hexdigest()
     outage = Fault("status:503", path=second, method="PUT", times=float("inf"))
     hub.faults.append(outage)
-    with pytest.raises(UserError, match=r"cannot push to me/name: gave up after"):
-        upload.upload(directory, "me/name", message="m", give_up_after_seconds=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(patience, "GIVE_UP_AFTER_SECONDS", 0.3)
+        with pytest.raises(UserError, match=r"cannot push to me/name: gave up after"):
+            upload.upload(directory, "me/name", message="m")
     assert hub.files("me/name").keys() == {".gitattributes"}  # nothing half-done is visible
     first_puts = hub.put()
     assert first_puts == 1

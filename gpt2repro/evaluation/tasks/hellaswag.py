@@ -72,10 +72,10 @@ def read_rows(file: str | None) -> list[Row | MalformedRow]:
     Raises:
         UserError: the file or the Hub cannot be read; names `hellaswag_file`.
     """
-    import datasets
-
     if file is not None:
         return read_jsonl(file, "hellaswag_file")
+    import datasets
+
     advice = "; give a local copy with --hellaswag_file"
     try:
         return list(
