@@ -226,7 +226,7 @@ def measure_traffic(files: list[Path], encoder: BulkEncoder) -> dict:
         "requests_per_unit": round(len(reads) / len(units), 3),
         "bytes_over_text_column_bytes": round(num_bytes / text_bytes, 3),
         "text_column_share_of_the_files": round(
-            sum(map(corpus.num_bytes, range(corpus.num_units))) / sum(map(len, contents.values())),
+            int(corpus.num_bytes.sum()) / sum(map(len, contents.values())),
             3,
         ),
     }

@@ -3,7 +3,6 @@
 recipe.py reads and checks them. Rooms below `training` see no recipe: they are handed plain values.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -12,23 +11,14 @@ import yaml
 from annotated_types import Ge, Le, Len
 from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from gpt2repro.data.dataset import Dataset, Place, Text, held_out_of, split_at_commas
+from gpt2repro.data.dataset import Dataset, Place, Text, held_out_of, number, split_at_commas
 from gpt2repro.data.rows.lanes import Batches
 
 # --- Types: what pydantic takes for each, as YAML and the command line spell it -------------------
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 6e-4 as text, and Python takes True for 1."""
-    if isinstance(value, bool):
-        raise ValueError
-    with suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value  # which is refused
-
-
 def _whole_number(value: Any) -> Any:
-    return value if isinstance(value, str) and value.lstrip("+-").isdigit() else _number(value)
+    return value if isinstance(value, str) and value.lstrip("+-").isdigit() else number(value)
 
 
 def _steps(value: Any) -> Any:
@@ -42,7 +32,7 @@ def _no_as_a_word(value: Any) -> Any:
     return "no" if value is False else value
 
 
-Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
+Number = Annotated[float, BeforeValidator(number), AllowInfNan(False)]
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Switch = Annotated[bool, Field(strict=True)]
 Precision = Annotated[Literal["no", "bf16"], BeforeValidator(_no_as_a_word)]
@@ -168,7 +158,11 @@ class Recipe(BaseModel):
     micro_batch_size: Annotated[WholeNumber, Ge(1), Le(10**9)] | Literal["auto"] = knob(
         "rows of one forward pass on one device; auto finds the largest that fits"
     )
-    num_steps: WholeNumber | None = knob("optimizer steps; set this or num_epochs", ge=1, le=10**9)
+    num_steps: WholeNumber | None = knob(
+        "optimizer steps; set this or num_epochs",
+        ge=1,
+        le=10**8 - 1,  # a checkpoint's name has eight digits
+    )
     num_epochs: WholeNumber | None = knob(
         "passes over the training text, whose tokens are counted first", ge=1, le=10**6
     )

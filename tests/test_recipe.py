@@ -188,6 +188,7 @@ BAD_ARGUMENTS = [
     (["--max_lr", ".nan"], "--max_lr: nan is not allowed"),
     (["--max_lr", ".inf"], "--max_lr: inf is not allowed"),
     (["--num_steps", "0"], "--num_steps: 0 is not allowed"),
+    (["--num_steps", "100000000"], "--num_steps: 100000000 is not allowed"),  # nine digits
     (["--micro_batch_size", "big"], "it takes a whole number or auto, at least 1"),
     (["--compile", "perhaps"], "--compile: 'perhaps' is not allowed; it takes true or false"),
     (["--optimizer", "sgd"], "it takes adamw or muon"),

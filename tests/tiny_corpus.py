@@ -82,14 +82,12 @@ class MemoryCorpus(Corpus):
         self.units = units
         self.num_units = len(units)
         self.identity = {"dataset": name, "revision": None}
+        self.num_documents = np.array([*map(len, units)])
         self.reads: list[int] = []
 
     def read_arrow(self, unit_index: int) -> pa.LargeStringArray:
         self.reads.append(unit_index)
         return pa.array(self.units[unit_index], pa.large_string())
-
-    def num_documents(self, unit_index: int) -> int:
-        return len(self.units[unit_index])
 
 
 def in_units(texts: Sequence[str | None], documents_per_unit: int) -> list[Sequence[str | None]]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -20,8 +21,10 @@ def split_at_commas(value: Any) -> Any:
     return [item for item in value.split(",") if item] if isinstance(value, str) else value
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-1 as text."""
+def number(value: Any) -> Any:
+    """YAML 1.1 reads 6e-4 as text, and Python takes True for 1."""
+    if isinstance(value, bool):
+        raise ValueError
     with suppress(ValueError):
         return float(value) if isinstance(value, str) else value
     return value  # which is refused
@@ -44,7 +47,7 @@ class Dataset(BaseModel):
     data_files: Annotated[list[Place], BeforeValidator(split_at_commas)] | None = None
     text_column: Text = "text"
     document: Literal["file", "line"] | None = None
-    weight: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1e9, allow_inf_nan=False)] = (
+    weight: Annotated[float, BeforeValidator(number), Field(gt=0, le=1e9, allow_inf_nan=False)] = (
         1.0
     )
     epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
@@ -71,7 +74,9 @@ def named(fields: Mapping[str, Any]) -> Dataset:
             f"datasets: {fields!r} is no mapping such as {{'name': ..., 'weight': ...}}"
         )
     try:
-        return Dataset.model_validate({**fields, "name": str(fields.get("name", ""))})
+        name = fields.get("name")
+        name = str(name) if isinstance(name, Path) else name
+        return Dataset.model_validate({**fields, "name": name})
     except ValidationError as error:
         raise UserError(f"datasets: {wrong_fields(error)}") from None
 

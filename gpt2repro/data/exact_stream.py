@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gpt2repro import UserError
-from gpt2repro.data.dataset import held_out_of, named
+from gpt2repro.data.dataset import Dataset, held_out_of, named
 from gpt2repro.data.opening import open_sources
 from gpt2repro.data.rows.order import LaneState
 from gpt2repro.data.rows.stream import TokenStream, refuse_different
@@ -95,10 +95,10 @@ class ExactStream(IterableDataset):
         super().__init__()
         num_validation_units = _whole_or_none("num_validation_units", num_validation_units, least=0)
         self._rows_per_step = _whole("rows_per_step", rows_per_step)
-        self._micro_batch_size = _whole_or_none("micro_batch_size", micro_batch_size)
+        micro_batch_size = _whole_or_none("micro_batch_size", micro_batch_size)
         largest_power_of_two = self._rows_per_step & -self._rows_per_step
         most_lanes = min(MOST_LANES, largest_power_of_two)
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "sequence_length": _whole("sequence_length", sequence_length),
             "rows_per_step": self._rows_per_step,
             "num_lanes": _whole_or_none("num_lanes", num_lanes) or most_lanes,
@@ -110,53 +110,27 @@ class ExactStream(IterableDataset):
             "unit_digests_dir": unit_digests_dir,
         }
         files = [data_files] if isinstance(data_files, str) else data_files
-        one = {"config": config, "split": split, "revision": revision, "data_files": files}
-        one |= {"name": str(dataset_name), "text_column": text_column, "document": document}
-        mixture = [one] if isinstance(dataset_name, str | Path) else dataset_name
-        if not isinstance(mixture, Sequence):
-            raise UserError(f"dataset_name: {dataset_name!r} is neither a name nor a list of them")
-        self._sources = open_sources(
-            [held_out_of(named(each), num_validation_units) for each in mixture]
-        )
-        if isinstance(tokenizer, str | Path):
-            tokenizer = load_tokenizer(str(tokenizer))
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError("tokenizer: it takes a fast tokenizer, or the name of one")
-        self._encoder = BulkEncoder(tokenizer)
-        self._batches: deque[torch.Tensor] = deque()  # what is left of the step that was begun
-        self._stream: TokenStream | None = None
-        self.set_world(*_world(rank, world_size))
-        self._is_given = rank is not None
-
-    def set_world(self, rank: int, world_size: int) -> None:
-        """Deal the lanes out anew. Begins at the beginning: `load_state_dict` goes on."""
-        rank, world_size = _whole("rank", rank, least=0), _whole("world_size", world_size)
-        if rank >= world_size:
-            raise UserError(f"rank {rank} is not in a world of {world_size}: they count from 0")
+        of_one = {"config": config, "split": split, "revision": revision, "data_files": files}
+        of_one |= {"text_column": text_column, "document": document}
+        datasets = _datasets(dataset_name, of_one)
+        sources = open_sources([held_out_of(each, num_validation_units) for each in datasets])
+        self._is_given, (rank, world_size) = rank is not None, _world(rank, world_size)
+        options |= {"rank": rank, "world_size": world_size}
+        self.stream = TokenStream(sources, _encoder(tokenizer), **options)
         rows = self._rows_per_step // world_size
-        size = self._micro_batch_size or rows
-        stream = TokenStream(
-            self._sources, self._encoder, **self._options, rank=rank, world_size=world_size
-        )
-        if rows % size:
+        self._place, self._rows = (rank, world_size), micro_batch_size or rows
+        if rows % self._rows:
             raise UserError(
-                f"micro_batch_size {size} does not divide the {rows} rows that each of "
+                f"micro_batch_size {self._rows} does not divide the {rows} rows that each of "
                 f"{world_size} processes has of a step"
             )
-        self.close()
-        self._stream, self._place, self._is_given = stream, (rank, world_size), True
-        self._rows = size
+        self._batches: deque[torch.Tensor] = deque()  # what is left of the step that was begun
         self._begin_at(0)
 
     def _begin_at(self, step: int) -> None:
         self.step, self.digest = step, 0
         self._lanes_after = {step: self.lanes}  # by number of steps, the last few
         self._batches.clear()
-
-    @property
-    def stream(self) -> TokenStream:
-        assert self._stream is not None
-        return self._stream
 
     @property
     def batches_per_step(self) -> int:
@@ -199,7 +173,7 @@ class ExactStream(IterableDataset):
         if world_size > 1:
             raise UserError(
                 f"rank, world_size: the stream was made as 0 of 1, this process is {rank} of "
-                f"{world_size}: make it after torch.distributed is initialized, or call set_world"
+                f"{world_size}: make it after torch.distributed is initialized, or give both"
             )
 
     def state_dict(
@@ -248,8 +222,23 @@ class ExactStream(IterableDataset):
 
     def close(self) -> None:
         """End the background threads. Iterating again goes on."""
-        if self._stream is not None:
-            self._stream.close()
+        self.stream.close()
+
+
+def _datasets(names: Any, of_one: dict[str, Any]) -> list[Dataset]:
+    """What is named: one, whose fields are `of_one`, or several with fields of their own."""
+    mixture = [{"name": names, **of_one}] if isinstance(names, str | Path) else names
+    if not isinstance(mixture, Sequence):
+        raise UserError(f"dataset_name: {names!r} is neither a name nor a list of them")
+    return [named(each) for each in mixture]
+
+
+def _encoder(tokenizer: Any) -> BulkEncoder:
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(str(tokenizer))
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("tokenizer: it takes a fast tokenizer, or the name of one")
+    return BulkEncoder(tokenizer)
 
 
 def _whole(name: str, value: Any, least: int = 1) -> int:
@@ -267,6 +256,9 @@ def _whole_or_none(name: str, value: Any, least: int = 1) -> int | None:
 def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Rank and world size: as they are given, of torch.distributed, of the environment."""
     if rank is not None and world_size is not None:
+        rank, world_size = _whole("rank", rank, least=0), _whole("world_size", world_size)
+        if rank >= world_size:
+            raise UserError(f"rank {rank} is not in a world of {world_size}: they count from 0")
         return rank, world_size
     if rank is not None or world_size is not None:
         raise UserError("rank and world_size go together")

@@ -121,7 +121,7 @@ def open_corpus(
             )
         found = Found(name, *files, split, text_column, identity, on_hub, document)
         corpus = next(filter(None, (open_format(found) for open_format in FORMATS)))
-    if all(corpus.num_documents(unit_index) == 0 for unit_index in range(corpus.num_units)):
+    if corpus.num_units == 0 or corpus.total_documents(range(corpus.num_units)) == 0:
         raise UserError(f"dataset_split: {name} has no documents in split {split!r}")
     if not on_hub and "content" not in corpus.identity:
         corpus.identity["content"] = digest(content_hashes(found.files))

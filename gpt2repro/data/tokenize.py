@@ -59,7 +59,7 @@ def begin(directory: Path, corpus: Corpus, encoder: BulkEncoder, **how: Any) -> 
             )
     listed = {str(directory / shard.name): shard.blake2b for shard in found.shards}
     there = [file for file in listed if Path(file).is_file()]
-    hashes = dict(zip(there, content_hashes(there), strict=True))
+    hashes = dict(zip(there, content_hashes(there, "--output"), strict=True))
     for name, blake2b in listed.items():
         if hashes.get(name) != blake2b:
             raise UserError(
@@ -99,10 +99,11 @@ def write_shards(
         for split, first, end, most in splits:
             tokens = _Tokens(units(first, end), start, encoder)
             while not tokens.at_end():
-                number = len(manifest.shards) + (not held_out)  # those to train on begin with 1
+                has_val = any("_val_" in shard.name for shard in manifest.shards)
+                number = len(manifest.shards) + (split == "train" and not has_val)  # from 1
                 path = directory / f"tokens_{split}_{number:06d}.{how['format']}"
                 size = _write(path, tokens, most, encoder.dtype)
-                [blake2b] = content_hashes([str(path)])
+                [blake2b] = content_hashes([str(path)], "--output")
                 shard: dict[str, Any] = {"name": path.name, "tokens": size, "blake2b": blake2b}
                 manifest.shards.append(WrittenShard(**shard, next=tokens.place))
                 manifest.save(directory)

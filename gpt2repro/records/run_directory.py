@@ -247,8 +247,10 @@ class RunDirectory:
 
     def _record_launch(self, first_step: int) -> None:
         line = {"step": first_step, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        with atomic.naming(self.launches), self.launches.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with atomic.naming(self.launches), self.launches.open("ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            ended = file.read() in (b"", b"\n")  # else a loss of power cut the last line off
+            file.write(b"\n" * (not ended) + json.dumps(line).encode() + b"\n")
 
     def mark_finished(self, step: int) -> None:
         """The run is at its end, and nothing is left to do."""

@@ -164,17 +164,6 @@ def test_the_same_while_a_hub_that_has_it_misbehaves(make, source, monkeypatch):
         assert sum(fault.num_hits for fault in hub.faults) > 10
 
 
-def test_a_world_that_changes_in_place(make):
-    expected, _ = steps(world(make, 1), 6)
-    stream = make()
-    first, state = steps([stream], 3)
-    stream.set_world(0, 1)
-    stream.load_state_dict(state)
-    assert first + steps([stream], 3)[0] == expected
-    stream.set_world(0, 1)
-    assert steps([stream], 6)[0] == expected, "without a state it begins at the beginning"
-
-
 def test_micro_batches_are_the_steps_rows_in_order(make):
     whole, parts = make(), make(micro_batch_size=4)
     assert parts.batches_per_step == 6
@@ -287,8 +276,7 @@ def test_a_stream_that_was_made_before_the_processes_knew_themselves_is_refused(
             UserError, match="was made as 0 of 1, this process is 1 of 2: make it af"
         ):
             use()
-    stream.set_world(1, 2)
-    assert steps([make(rank=0, world_size=2), stream], 3)[0] == steps(world(make, 1), 3)[0]
+    assert steps([make(rank=0, world_size=2), make()], 3)[0] == steps(world(make, 1), 3)[0]
 
 
 def test_processes_of_other_data_are_noticed_where_a_state_is_made(make, monkeypatch):
@@ -303,15 +291,6 @@ def test_processes_of_other_data_are_noticed_where_a_state_is_made(make, monkeyp
     monkeypatch.setattr(dist, "all_gather_object", gather)
     with pytest.raises(UserError, match=r"processes of this launch see different data \(seed\)"):
         streams[0].state_dict()
-
-
-def test_a_world_that_is_refused_leaves_the_stream_as_it_was(make):
-    expected = steps([make()], 3)[0]
-    stream = make(micro_batch_size=4)
-    before = steps([stream], 2)[0]
-    with pytest.raises(UserError, match="micro_batch_size 4 does not divide the 3 rows"):
-        stream.set_world(0, 8)
-    assert stream.step == 2 and before + steps([stream], 1)[0] == expected
 
 
 def test_a_state_that_is_written_into_changes_no_stream(make):
@@ -408,7 +387,12 @@ def test_a_mixture_is_named_as_in_a_recipe(inputs, make, tmp_path):
     assert [each["weight"] for each in datasets] == ["3/4", "1/4"]
     next(iter(stream))
     stream.close()
-    for wrong, message in ((["a"], "'a' is no mapping"), ([], "datasets: there is none")):
+    nameless = [{"name": None}]
+    for wrong, message in (
+        (["a"], "'a' is no mapping"),
+        ([], "datasets: there is none"),
+        (nameless, "datasets: name"),
+    ):
         with pytest.raises(UserError, match=message):
             ExactStream(wrong, **options)
     with pytest.raises(UserError, match="the stream's state is damaged"):

@@ -77,10 +77,10 @@ def footer_like(codec: str, created_by: str) -> bytes:
     content, metadata = buffer.getvalue(), pq.read_metadata(buffer)
     chunk = metadata.row_group(0).column(0)
     column = Column.of(metadata.schema, 0, created_by)
-    place = chunk.data_page_offset, chunk.total_compressed_size, chunk.total_uncompressed_size
-    length = int.from_bytes(content[-8:-4], "little") + 8
-    footer = footer_of_chunk(column, len(TEXTS), *place, CODECS.index(codec))
-    return content[:-length] + footer
+    start, length = chunk.data_page_offset, chunk.total_compressed_size
+    sizes = length, chunk.total_uncompressed_size
+    footer = footer_of_chunk(column, len(TEXTS), *sizes, CODECS.index(codec))
+    return content[start : start + length] + footer
 
 
 @pytest.mark.parametrize("created_by", ["", "parquet-mr version 1.2.8", "é version 1"])

@@ -46,7 +46,7 @@ def test_json_lines_csv_and_text_are_read_in_units_of_1000(tmp_path, monkeypatch
         units = read_all(source)
         assert [len(unit) for unit in units] == [40, 40, 15]
         assert joined(source) == TEXTS
-        assert [source.num_documents(unit) for unit in range(3)] == [40, 40, 15]
+        assert source.num_documents.tolist() == [40, 40, 15]
 
 
 def test_a_unit_ends_at_four_megabytes(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ REFUSED = {
     "no_gz.txt.gz": (b"hello\n", "gzip"),
     "no_xz.txt.xz": (b"hello\n", "format"),
     "no_zst.txt.zst": (b"hello\n", "line 1"),
-    "cut.jsonl.bz2": (bz2.compress(b'{"text": "a"}\n')[:-5], "end-of-stream"),
+    "cut.jsonl.bz2": (bz2.compress(b'{"text": "a"}\n')[:-5], "Truncated"),
     "empty.csv": (b"", "it is empty"),
     "header_only.csv": (b"text\n", "it is empty"),
 }
@@ -250,18 +250,21 @@ def test_formats_by_name(tmp_path, suffix, compression):
 def test_several_members_of_a_compressed_file_are_all_read(tmp_path):
     """`cat a.gz b.gz > c.gz` is a file too."""
     for compression, compress in COMPRESSED.items():
-        (tmp_path / f"0.txt{compression}").write_bytes(compress(b"one\n") + compress(b"two\n"))
+        padding = bytes(8) if compression == ".xz" else b""
+        members = compress(b"one\n") + padding + compress(b"two\n") + padding
+        (tmp_path / f"0.txt{compression}").write_bytes(members)
         assert joined(open_corpus(tmp_path / f"0.txt{compression}")) == ["one", "two"]
 
 
 @pytest.mark.parametrize("suffix", [".bz2", ".xz", ".gz", ".zst"])
 def test_a_member_that_is_damaged_is_no_end(tmp_path, suffix):
-    """Python's own readers of two of them take it for one: a torn copy would be half a text."""
+    """Python's own readers of some take it for one: a torn copy would be half a text."""
     one, two = (COMPRESSED[suffix](text) for text in (b"one\n", b"two\n"))
     for rest in (b"X" + two[1:], bytes(len(two)), two[:-5]):
         (tmp_path / f"0.txt{suffix}").write_bytes(one + rest)
-        if suffix == ".gz" and not any(rest):
-            continue  # zeros are padding to gzip
+        if suffix in (".gz", ".xz") and not any(rest):
+            assert joined(open_corpus(tmp_path / f"0.txt{suffix}")) == ["one"]  # they are padding
+            continue
         assert "no documents can be read from 0.txt" in refusal(tmp_path / f"0.txt{suffix}")
 
 

@@ -66,6 +66,12 @@ def test_shards_are_the_documents_in_order(tmp_path, suffix, held_out):
     assert manifest == read_manifest(tmp_path / "ours") and manifest.complete
 
 
+def test_the_first_shard_to_train_on_is_number_one(tmp_path):
+    """Also where the units to be held out have no documents."""
+    manifest = tokenize(tmp_path, MemoryCorpus([[], ["abc"]]), num_validation_units=1)
+    assert [shard.name for shard in manifest.shards] == ["tokens_train_000001.bin"]
+
+
 def test_wide_ids(tmp_path):
     class WideEncoder(ByteEncoder):
         dtype = np.dtype(np.uint32)

@@ -306,4 +306,8 @@ def test_launches_are_recorded_and_those_that_were_left_are_no_resumes(run):
         directory.close()
     (run / "launches.jsonl").open("a").write('{"step": 7, "da')  # torn
     assert run_directory.read_resumes(run) == [4, 6]
+    directory = RunDirectory(run)
+    directory.open(8, RECIPE)  # in a line of its own
+    directory.close()
+    assert run_directory.read_resumes(run) == [4, 6, 8]
     assert run_directory.read_resumes(run / "nowhere") == []

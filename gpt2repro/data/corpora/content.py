@@ -51,13 +51,13 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
         yield
 
 
-def content_hashes(files: list[str]) -> list[str]:
+def content_hashes(files: list[str], option: str = "dataset_name") -> list[str]:
     """BLAKE2b of each file, in hexadecimal.
 
     Raises:
         UserError: one cannot be read, or changes meanwhile.
     """
-    with in_a_line("dataset_name"):
+    with in_a_line(option):
         keys = {file: _key(file) for file in map(Path, files)}
         try:
             records = cache_directory() / "content.json"

@@ -7,7 +7,7 @@ documents of another format (other_formats.py). No reader has state: reads are r
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +30,16 @@ class Corpus(ABC):
             ones also of what they hold, the text column), as plain JSON values. Equal identities
             give equal units.
         num_held_out_units: how many at the beginning are for validation by their files' names.
+        num_documents, num_bytes: (num_units,) of integers: how many documents each unit has, and
+            what reading it moves, compressed; None where only reading would tell.
         tokens_per_byte: as stored, where that is known without encoding.
     """
 
     num_units: int
     identity: dict[str, Any]
     num_held_out_units: int = 0
+    num_documents: np.ndarray | None = None
+    num_bytes: np.ndarray | None = None
     tokens_per_byte: float | None = None
 
     @abstractmethod
@@ -44,8 +48,8 @@ class Corpus(ABC):
 
     def read_unit(self, unit_index: int) -> list[str]:
         """The unit's documents in order; a null is an empty document."""
-        documents = self.read_arrow(unit_index)
-        return [_as_text(document) for document in documents]
+        # What is no UTF-8 becomes U+FFFD.
+        return [as_bytes(each).decode("utf-8", "replace") for each in self.read_arrow(unit_index)]
 
     def read_tokens(self, unit_index: int, encoder: BulkEncoder) -> TokenArrays | None:
         """The unit's documents as token ids, back to back, where each ends, and its bytes of text.
@@ -58,37 +62,23 @@ class Corpus(ABC):
         """The unit's place in the dataset, for people."""
         return f"unit {unit_index}"
 
-    def num_documents(self, unit_index: int) -> int | None:
-        """How many documents the unit has; None where only reading it would tell."""
-        return None
-
-    def num_bytes(self, unit_index: int) -> int | None:
-        """What reading the unit moves, compressed; None where unknown."""
-        return None
-
     def total_documents(self, units: range) -> int | None:
         """`num_documents` of consecutive units in all."""
-        return _total(map(self.num_documents, units))
+        return _total(self.num_documents, units)
 
     def total_bytes(self, units: range) -> int | None:
         """`num_bytes` of consecutive units in all."""
-        return _total(map(self.num_bytes, units))
+        return _total(self.num_bytes, units)
 
 
-def _total(counts: Iterable[int | None]) -> int | None:
-    known = [*counts]
-    return None if None in known else sum(filter(None, known))
+def _total(counts: np.ndarray | None, units: range) -> int | None:
+    return None if counts is None else int(counts[units.start : units.stop].sum(dtype=np.int64))
 
 
 def as_bytes(document: pa.LargeStringScalar) -> bytes:
     """A document's UTF-8; a null is empty."""
     buffer = document.as_buffer()
     return b"" if buffer is None else buffer.to_pybytes()
-
-
-def _as_text(document: pa.LargeStringScalar) -> str:
-    """A document as `str`; bytes that are no UTF-8 become U+FFFD."""
-    return as_bytes(document).decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,11 @@ class Column(NamedTuple):
 
 
 def footer_of_chunk(
-    column: Column, num_rows: int, start: int, length: int, uncompressed: int, codec: int
+    column: Column, num_rows: int, length: int, uncompressed: int, codec: int
 ) -> bytes:
-    """The end of a parquet file that has this column chunk, of flat values, and nothing else.
+    """The end of a parquet file that begins with this column chunk, of flat values, as all it has.
 
-    start, length: where its pages lie, the dictionary's included: each says itself what it is.
+    length: of its pages, the dictionary's included: each says itself what it is.
     uncompressed: bytes of the pages, decompressed.
     codec: of the enum CompressionCodec.
     """
@@ -61,7 +61,7 @@ def footer_of_chunk(
     if column.meaning in LOGICAL_TYPES:
         leaf[10] = _struct({LOGICAL_TYPES[column.meaning]: _struct({})})
     described = {1: type_, 2: _list(I32), 3: _list(BINARY, name), 4: _i32(codec)}
-    described |= {5: _i64(num_rows), 6: _i64(uncompressed), 7: _i64(length), 9: _i64(start)}
+    described |= {5: _i64(num_rows), 6: _i64(uncompressed), 7: _i64(length), 9: _i64(0)}
     chunk = _struct({2: _i64(0), 3: _struct(described)})
     row_group = {1: _list(STRUCT, chunk), 2: _i64(uncompressed), 3: _i64(num_rows)}
     footer = {1: _i32(2), 2: _list(STRUCT, _struct(root), _struct(leaf)), 3: _i64(num_rows)}

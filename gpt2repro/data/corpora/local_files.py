@@ -92,6 +92,8 @@ def find_local(
         raise UserError(f"data_files: say which files the {name!r} reader is to read")
     else:
         return None
+    if config and (path.is_file() or data_files):
+        raise UserError(f"dataset_config: files have none, and it is {config!r}: set it to null")
     _check_split(split, splits, name)
     if not splits[split]:
         raise UserError(f"dataset_name: no data files in {path}")
@@ -110,13 +112,15 @@ def find_local(
 
 
 def _only_shards(directory: Path) -> list[Path]:
-    """The files of token ids in a directory that has no other data."""
-    files = sorted(file for file in directory.iterdir() if file.is_file())
+    """The files of token ids in a directory that has no other data, also not further down."""
+    files = sorted(file for file in directory.iterdir() if file.is_file() and is_shard(file))
     files = [file for file in files if not file.name.startswith(".")]  # macOS' `._x.bin` is none
     beside = (".md", ".json")  # a card, a manifest
-    if any(format_of(file) for file in files if file.suffix.lower() not in beside):
-        return []
-    return [file for file in files if is_shard(file)]
+    for file in directory.rglob("*") if files else ():
+        hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
+        if format_of(file) and file.suffix.lower() not in beside and not hidden:
+            return []
+    return files
 
 
 def files_of(builder: Any, split: str, name: str) -> Files:

@@ -8,7 +8,6 @@ Other Hub formats are streamed by `datasets`, a file being one unit that is held
 prefer the Hub's own parquet copy, revision `refs/convert/parquet`.
 """
 
-import bz2
 import csv
 import gzip
 import io
@@ -61,12 +60,12 @@ def open_prepared(found: Found) -> Corpus | None:
     how += [found.format, found.text_column, found.document]
     path = _prepare(found, f"{digest([content, names, how])}.parquet", before)
     corpus = ParquetCorpus([LocalSource(str(path), path, path.stat().st_size)], "text", {})
-    in_units = [corpus.num_documents(unit_index) for unit_index in range(corpus.num_units)]
-    if not any(in_units):
+    assert corpus.num_documents is not None  # parquet tells
+    if not corpus.num_documents.any():
         raise UserError(f"dataset_name: no documents can be read from {names[0]}: it is empty")
     corpus.copy_of = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} files more"
     corpus.identity = found.identity | {
-        "files": digest([names, in_units]),  # other units are another order
+        "files": digest([names, corpus.num_documents.tolist()]),  # other units are another order
         "content": content,
         "text_column": found.text_column,
     }
@@ -203,14 +202,14 @@ class StreamedCorpus(Corpus):
 # --- Files from end to end ------------------------------------------------------------------------
 
 
-class _Streams(io.RawIOBase):
-    """A file of compressed streams, decompressed to its end.
+class _XzStreams(io.RawIOBase):
+    """A .xz file, decompressed to its end: streams, and zeros that pad them.
 
-    By hand: what comes after a whole stream and is none, Python's own readers take for the end.
+    By hand: what comes after a whole stream and is none, Python's own reader takes for the end.
     """
 
-    def __init__(self, file: Path, new: Callable[[], Any]) -> None:
-        self._file, self._new, self._stream = file.open("rb"), new, new()
+    def __init__(self, file: Path) -> None:
+        self._file, self._stream = file.open("rb"), lzma.LZMADecompressor()
 
     def readable(self) -> bool:
         return True
@@ -220,10 +219,11 @@ class _Streams(io.RawIOBase):
         while not content:
             more = b""
             if self._stream.eof:
-                more = self._stream.unused_data or self._file.read(COMPRESSED_BYTES)
-                if not more:
-                    return 0
-                self._stream = self._new()
+                more = self._stream.unused_data
+                while not (more := more.lstrip(b"\0")):
+                    if not (more := self._file.read(COMPRESSED_BYTES)):
+                        return 0
+                self._stream = lzma.LZMADecompressor()
             elif self._stream.needs_input and not (more := self._file.read(COMPRESSED_BYTES)):
                 raise EOFError("it ended before the end-of-stream marker")
             content = self._stream.decompress(more, len(buffer))
@@ -238,8 +238,8 @@ class _Streams(io.RawIOBase):
 OPENERS: dict[str, Callable[[Path], Any]] = {
     "": lambda file: file.open("rb"),
     ".gz": gzip.open,
-    ".bz2": lambda file: _Streams(file, bz2.BZ2Decompressor),
-    ".xz": lambda file: _Streams(file, lzma.LZMADecompressor),
+    ".bz2": lambda file: pa.input_stream(str(file), compression="bz2"),
+    ".xz": _XzStreams,
     ".zst": lambda file: pa.input_stream(str(file), compression="zstd"),
 }
 

@@ -137,6 +137,9 @@ class TokenShards(Corpus):
         ]
         self.num_units = len(self._units)
         self.num_held_out_units = sum(shard.is_held_out for shard, _ in self._units)
+        # But for what the first and last documents of a unit have in other units.
+        sizes = [(min(UNIT_TOKENS, s.num_tokens - b), s.dtype.itemsize) for s, b in self._units]
+        self.num_bytes = np.array(sizes, dtype=np.int64).reshape(-1, 2).prod(axis=1)
         self.tokens_per_byte = 1 / shards[0].dtype.itemsize
         files = digest([[shard.source.name, shard.num_tokens] for shard in shards])
         self.identity = identity | {"files": files}
@@ -147,11 +150,6 @@ class TokenShards(Corpus):
     def where(self, unit_index: int) -> str:
         shard, begin = self._units[unit_index]
         return f"{Path(shard.source.name).name}, from token {begin}"
-
-    def num_bytes(self, unit_index: int) -> int:
-        """But for what its first and last documents have in other units."""
-        shard, begin = self._units[unit_index]
-        return min(UNIT_TOKENS, shard.num_tokens - begin) * shard.dtype.itemsize
 
     def read_tokens(self, unit_index: int, encoder: BulkEncoder) -> TokenArrays:
         check_encoder(self, encoder)

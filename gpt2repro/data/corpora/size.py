@@ -4,7 +4,7 @@ The tokens of a sample stand for all, in proportion to the bytes in which text i
 dataset tells its sizes only by being read, nothing is known (None).
 """
 
-from itertools import accumulate
+import numpy as np
 
 from gpt2repro.data.corpora.corpus import Corpus
 from gpt2repro.data.tokens.encoder import BulkEncoder
@@ -23,8 +23,7 @@ def tokens_per_byte(corpus: Corpus, encoder: BulkEncoder) -> float | None:
         return corpus.tokens_per_byte
     num_tokens, num_bytes, room = 0.0, 0, SAMPLE_CHARACTERS
     for unit_index in range(0, corpus.num_units, -(-corpus.num_units // SAMPLE_UNITS)):
-        stored = corpus.num_bytes(unit_index)
-        if stored is None or room <= 0:
+        if corpus.num_bytes is None or room <= 0:
             break
         sample, length, taken = [], 0, 0
         for text in corpus.read_unit(unit_index):
@@ -34,7 +33,8 @@ def tokens_per_byte(corpus: Corpus, encoder: BulkEncoder) -> float | None:
                 taken += len(sample[-1]) + 1
         if sample:
             counted = len(sample) + sum(map(len, encoder.encode(sample)))
-            num_tokens, num_bytes = num_tokens + counted * length / taken, num_bytes + stored
+            num_tokens += counted * length / taken
+            num_bytes += int(corpus.num_bytes[unit_index])
             room -= taken
     return num_tokens / num_bytes if num_bytes else None
 
@@ -48,10 +48,10 @@ def estimate_tokens(corpus: Corpus, units: range, rate: float | None) -> int | N
 def units_to_hold_out(corpus: Corpus, num_tokens: int, rate: float | None) -> int:
     """As many from the beginning as hold about `num_tokens`: at least one, at most a tenth."""
     most = max(1, corpus.num_units // 10)
-    if rate is None:
+    if rate is None or corpus.num_bytes is None:
         return 1
-    sizes = accumulate(corpus.num_bytes(unit_index) or 0 for unit_index in range(most - 1))
-    return 1 + sum(rate * size < num_tokens for size in sizes)
+    sizes = np.cumsum(corpus.num_bytes[: most - 1], dtype=np.int64)
+    return 1 + int(np.sum(rate * sizes < num_tokens))
 
 
 def in_words(corpus: Corpus, units: range, num_tokens: int | None) -> str:

@@ -411,12 +411,9 @@ def _check_units(source: Source, num_lanes: int) -> None:
         )
     if num_training_units >= num_lanes:
         return
-    num_documents = 0
-    for unit_index in range(num_validation_units, corpus.num_units):
-        if (count := corpus.num_documents(unit_index)) is None:
-            return  # a lane without documents is told when it is read
-        num_documents += count
-    if num_documents < num_lanes:
+    num_documents = corpus.total_documents(range(num_validation_units, corpus.num_units))
+    # Where none is known, a lane without documents is told when it is read.
+    if num_documents is not None and num_documents < num_lanes:
         raise UserError(
             f"num_lanes: {num_lanes} lanes are more than the {num_documents} documents to train on "
             f"of {source.label}"
