@@ -246,8 +246,7 @@ def _validation(
         num_units=arguments.num_validation_units,
         max_tokens=arguments.validation_tokens,
     )
-    rate = held_out.num_bytes / held_out.num_tokens
-    return Validation(held_out.rows[: arguments.limit], bytes_per_token=rate)
+    return Validation(held_out.rows[: arguments.limit], held_out.num_bytes[: arguments.limit])
 
 
 def _open_corpus(arguments: Namespace) -> "Corpus":

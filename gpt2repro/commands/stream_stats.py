@@ -85,7 +85,7 @@ def _measure(
             round(run_tokens / epoch_tokens, 3) if run_tokens and epoch_tokens else None
         ),
         "requests_per_epoch": num_pieces,
-        "tokens_per_step": recipe.batch_tokens,
+        "tokens_per_batch": recipe.batch_tokens,
         "first_step_seconds": round(first, 2),
         # Of one process, this machine as loaded as it is.
         "tokens_per_second": round(rate),

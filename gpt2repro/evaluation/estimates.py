@@ -66,11 +66,13 @@ def weighted(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimat
 
     The examples of each are a sample of their own, and of a single one the error is not known.
     """
-    n = sum(len(each.influence) for each in estimates)
+    counts = np.array([len(each.influence) for each in estimates], dtype=float)
+    n = counts.sum()
+    with np.errstate(divide="ignore"):  # the spread of each is estimated from its own examples
+        scales = np.sqrt(counts / (counts - 1) * (n - 1) / n) * n / counts
     influences = [
-        (each.influence - each.influence.mean())
-        * (weight * n / len(each.influence) if len(each.influence) > 1 else np.nan)
-        for each, weight in zip(estimates, weights, strict=True)
+        (each.influence - each.influence.mean()) * (weight * scale if scale < np.inf else np.nan)
+        for each, weight, scale in zip(estimates, weights, scales, strict=True)
     ]
     value = sum(w * each.value for each, w in zip(estimates, weights, strict=True))
     return Estimate(value, np.concatenate(influences))

@@ -19,9 +19,9 @@ class ValidationResult:
     loss: float
     num_tokens: int
 
-    def bits_per_byte(self, num_tokens: int, num_bytes: int) -> float:
-        """For a text of `num_bytes` bytes in `num_tokens` tokens: how tokenizers compare."""
-        return self.loss / math.log(2) * num_tokens / num_bytes
+    def bits_per_byte(self, num_bytes: float) -> float:
+        """The tokens being `num_bytes` bytes of text: how tokenizers compare."""
+        return self.loss / math.log(2) * self.num_tokens / num_bytes
 
 
 def validation_loss(

@@ -341,21 +341,29 @@ def rate_limits(rates: Sequence[np.ndarray]) -> tuple[float, float] | tuple[None
 
 def _throughput_finding(runs: Mapping[str, Metrics]) -> str:
     def describe(metrics: Metrics) -> str:
-        rates, mfu, waits = (
-            series(metrics, key, "step")[1]
-            for key in ("tokens_per_second", "mfu", "data_wait_fraction")
-        )
+        rates, mfu = (series(metrics, key, "step")[1] for key in ("tokens_per_second", "mfu"))
+        waited = _share_waited(metrics)
         parts = []
         if len(rates):
             parts.append(f"{np.median(rates):,.0f} tokens per second in the median")
         if len(mfu):
             parts.append(f"{np.median(mfu):.0%} MFU")
-        if len(waits):
-            share = f"{waits.mean():.1%}" if waits.mean() >= 0.001 else "under 0.1%"
+        if waited is not None:
+            share = f"{waited:.1%}" if waited >= 0.001 else "under 0.1%"
             parts.append(f"{share} of the time waiting for data")
         return ", ".join(parts) or "nothing logged yet"
 
     return _each_run(runs, describe)
+
+
+def _share_waited(metrics: Metrics) -> float | None:
+    """Of all the time that the lines are of, each as long as its tokens took."""
+    keys = ("tokens", "tokens_per_second", "data_wait_fraction")
+    lines = [[line.get(key) for key in keys] for line in metrics]
+    known = np.array([line for line in lines if all(map(is_number, line))], dtype=float)
+    tokens, rates, shares = known.reshape(-1, 3).T
+    seconds = np.diff(tokens, prepend=0) / np.maximum(rates, 1e-9)
+    return float(shares @ seconds / seconds.sum()) if seconds.sum() > 0 else None
 
 
 def _each_run(runs: Mapping[str, Metrics], describe: Callable[[Metrics], str]) -> str:

@@ -278,7 +278,7 @@ def _tokens_seen(metrics: Metrics, recipe: Mapping[str, Any], step: int | None) 
 def _median_of(metrics: Metrics, key: str) -> float | None:
     """The middle value of a column, which start-up and evaluation steps do not move."""
     values = [record[key] for record in metrics if is_number(record.get(key))]
-    return statistics.median_high(values) if values else None
+    return statistics.median(values) if values else None
 
 
 # --- Benchmarks -----------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from gpt2repro.training.inputs import (
 )
 from gpt2repro.training.learner import build_model
 from gpt2repro.training.micro_batch import largest_that_fits
+from gpt2repro.training.optim.registry import build_optimizer
 from gpt2repro.training.schedule import endless_warmup
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -135,7 +136,7 @@ class Examination:
             return WARNING, "not built without a tokenizer"
         self.model = build_model(self.recipe, self.tokenizer)
         num_parameters = self.model.num_parameters()
-        state = _state_bytes(num_parameters, self.recipe)
+        state = _state_bytes(self.model, self.recipe)
         copy = state * (_pinned_share(self.model) if self.device.type == "cuda" else 1)
         text = (
             f"{num_parameters:,} parameters; {(state + 4 * num_parameters) / 2**30:.2f} GiB of "
@@ -235,7 +236,7 @@ class Examination:
         if self.model is None:
             return WARNING, "not checked without a model"
         num_parameters = self.model.num_parameters()
-        state = _state_bytes(num_parameters, self.recipe)
+        state = _state_bytes(self.model, self.recipe)
         num_kept = self.recipe.num_kept(self.recipe.num_steps or 0)
         kept = self.recipe.keep_last + num_kept
         kept += self.recipe.schedule in ("wsd", "power")  # that from before its cooldown
@@ -282,10 +283,16 @@ class Examination:
         return OK, text
 
 
-def _state_bytes(num_parameters: int, recipe: Recipe) -> float:
-    """Weights, average and optimizer state in fp32; Muon keeps one for its matrices, AdamW two."""
-    tensors = (3 if recipe.optimizer == "adamw" else 2.5) + bool(recipe.ema_decay)
-    return 4 * num_parameters * tensors
+def _state_bytes(model: GPT2ReproForCausalLM, recipe: Recipe) -> int:
+    """Weights, their average and the optimizer's state: of an update that computes nothing."""
+    with torch.device("meta"):
+        model = type(model)(model.config)
+    optimizer = build_optimizer(model, recipe)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = [each for state in optimizer.state.values() for each in state.values()]
+    return sum(each.nbytes for each in [*model.parameters(), *states])
 
 
 def _pinned_share(model: torch.nn.Module) -> float:

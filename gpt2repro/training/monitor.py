@@ -1,19 +1,19 @@
 """All that a run says of itself: its first lines, metrics, incidents, the bar on the screen."""
 
-import math
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 from accelerate.utils import DistributedType
 
 from gpt2repro.data.corpora.size import estimate_tokens, in_words
 from gpt2repro.data.dataset import Dataset
-from gpt2repro.data.rows.mixture import Source
+from gpt2repro.data.rows.mixture import tokens_of_each
 from gpt2repro.data.rows.producer import StepRows
 from gpt2repro.evaluation.published import published_loss
 from gpt2repro.plots.curves import loss_curve
@@ -95,7 +95,7 @@ class Monitor:
             "run": f"{self.directory.path}",
             "model": f"GPT-2, {in_short(self.learner.num_parameters)} parameters, "
             f"{recipe.sequence_length:,} tokens of context",
-            "data": "; ".join(map(self._share_of_data, recipe.all_datasets, self.inputs.sources)),
+            "data": "; ".join(starmap(self._share_of_data, enumerate(recipe.all_datasets))),
             "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
             f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens"
             + "".join(f"; {n} such from step {at:,}" for at, n in recipe.batch_multiples),
@@ -114,21 +114,23 @@ class Monitor:
             print(folded(f"{name:>10}  {value}", indent=12))
         print(flush=True)
 
-    def _share_of_data(self, dataset: Dataset, source: Source) -> str:
+    def _share_of_data(self, number: int, dataset: Dataset) -> str:
         """What of a dataset is trained on, how often, and what is held out."""
-        sources, corpus = self.inputs.sources, source.corpus
+        sources = self.inputs.sources
+        source, corpus = sources[number], sources[number].corpus
         held_out = range(source.num_validation_units)
-        training = range(held_out.stop, corpus.num_units)
         run_tokens = self.recipe.tokens_before(self.recipe.num_steps)
-        run_tokens = int(run_tokens * source.weight / sum(each.weight for each in sources))
-        tokens, tokens_held_out = (
-            estimate_tokens(corpus, units, source.tokens_per_byte) for units in (training, held_out)
-        )
+        sizes = [
+            estimate_tokens(each.corpus, each.training_units, each.tokens_per_byte)
+            for each in sources
+        ]
+        tokens_held_out = estimate_tokens(corpus, held_out, source.tokens_per_byte)
         if self.inputs.num_epochs:  # for which they were counted
-            tokens = run_tokens // self.inputs.num_epochs
-        said = f"{dataset}: {in_words(corpus, training, tokens)} to train on"
+            sizes = [run_tokens // self.inputs.num_epochs]
+        tokens = sizes[number]
+        said = f"{dataset}: {in_words(corpus, source.training_units, tokens)} to train on"
         if tokens:
-            epochs = min(run_tokens / tokens, source.epochs or math.inf)
+            epochs = tokens_of_each(sources, sizes, run_tokens)[number] / tokens
             said += f", {epochs:{',.1f' if epochs >= 1 else '.2g'}} epochs in this run"
         said += f"; {in_words(corpus, held_out, tokens_held_out)} held out"
         if self.recipe.order != "shuffled":
@@ -203,7 +205,7 @@ class Monitor:
                 "its recent mean"
             )
         rate = self._throughput.tokens_per_second
-        seconds = batch_tokens / rate if rate else 0.0
+        seconds = self._throughput.lap() / batches.of(step)
         left = batches.before(self.recipe.num_steps) - batches.before(step + 1)
         self.progress.update(
             loss=result.loss, tokens_per_second=rate, seconds=seconds, batches_left=left

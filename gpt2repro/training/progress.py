@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, *, first_step: int, num_steps: int, enabled: bool) -> None:
         self._enabled = enabled
         self._watched = sys.stderr.isatty()  # else it is a log file, which wants few lines
-        self._seconds = 0.0  # of a batch, averaged
+        self._seconds, self._is_under_way = 0.0, False  # of a batch, averaged
         self._bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -36,9 +36,11 @@ class Progress:
         self, *, loss: float, tokens_per_second: float, seconds: float, batches_left: int
     ) -> None:
         """Another step is done, whose batches took so many seconds each."""
-        before = self._seconds or seconds
-        self._seconds = MEMORY * before + (1 - MEMORY) * seconds
-        left = tqdm.format_interval(batches_left * self._seconds)
+        if self._is_under_way:
+            before = self._seconds or seconds
+            self._seconds = MEMORY * before + (1 - MEMORY) * seconds
+        self._is_under_way = True  # the first step may wait for the compiler
+        left = tqdm.format_interval(batches_left * (self._seconds or seconds))
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s, {left} left", refresh=False
         )

@@ -18,6 +18,7 @@ from gpt2repro.recipe import load_recipe
 from gpt2repro.speed import low_precision
 from gpt2repro.training import engine, examination
 from gpt2repro.training.examination import FAILURE, OK, WARNING, Examination
+from gpt2repro.training.optim.groups import MATRICES, parameter_groups
 
 CHECKS = ["batch", "precision", "tokenizer", "dataset", "model", "attention", "training", "data"]
 CHECKS += ["disk", "hub", "time"]
@@ -109,7 +110,10 @@ def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch, tmp_path):
 def test_a_checkpoint_needs_main_memory(recipe, monkeypatch):
     exam = Examination(load_recipe(["--recipe", str(recipe), "--ema_decay", "0.9"]), 1, None)
     exam._tokenizer()
-    memory = Namespace(available=36_096 * 16, total=2**40)  # weights, average, two moments
+    exam._model()
+    num_tensors = len([*exam.model.parameters()])
+    # Weights, average, two moments; the number of updates of each tensor.
+    memory = Namespace(available=36_096 * 16 + 4 * num_tensors, total=2**40)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert exam._model()[0] == OK
     memory.available -= 1
@@ -135,7 +139,7 @@ def test_permanent_checkpoints_are_counted(recipe, monkeypatch):
     verdict, text = disk("--keep_steps", "log", "--keep_every", "5", "--num_steps", "1000000")
     # 36,096 parameters, 12 bytes each; 0, 1, 2, 4 and 200,000 of them
     assert verdict == OK and "80.7 GiB needed (80.7 of them for 200,004 permanent" in text
-    verdict, text = disk("--keep_every", "1", "--num_steps", "1000000000")
+    verdict, text = disk("--keep_every", "1", "--num_steps", "99999999")
     assert verdict == FAILURE and text.endswith("or keep fewer steps for good")
     verdict, text = disk("--keep_every", "5", "--num_epochs", "1")
     assert verdict == WARNING and "num_epochs does not say yet how many" in text
@@ -212,3 +216,23 @@ def test_a_compiler_is_tried_where_the_recipe_wants_one(recipe, capsys):
         status, said = examine(capsys, recipe, "--compile", "true")
     assert status != 0 and said["compiler"][0] == FAILURE
     assert "no-such-compiler" in said["compiler"][1] and "compile to false" in said["compiler"][1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "num_kept"),
+    [
+        (["--optimizer", "adamw"], lambda kind: 2),
+        (["--optimizer", "muon"], lambda kind: 1 if kind in MATRICES else 2),
+        (["--optimizer", "muon", "--ema_decay", "0.9"], lambda kind: 2 + (kind not in MATRICES)),
+    ],
+)
+def test_the_optimizers_state_is_counted_by_kind_of_parameter(recipe, optimizer, num_kept):
+    read = load_recipe(["--recipe", str(recipe), *optimizer])
+    exam = Examination(read, 1, torch.device("cpu"))
+    exam._tokenizer(), exam._model()
+    expected, groups = 0, parameter_groups(exam.model, read)
+    for group in groups:
+        for parameter in group["params"]:
+            expected += 4 * parameter.numel() * (1 + num_kept(group["name"]))
+            expected += 4 * (num_kept(group["name"]) - bool(read.ema_decay) == 2)  # its step
+    assert examination._state_bytes(exam.model, read) == expected

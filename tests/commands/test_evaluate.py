@@ -90,12 +90,13 @@ def test_held_out_text(model, tmp_path):
     arguments += ["--num-validation-units", num_units, "--max-length=64"]
     found = evaluated(tmp_path, *arguments)
     loss = found["results"]["val/loss"]["value"]
-    ids = tiny_tokenizer()(texts)["input_ids"]
-    num_tokens = sum(map(len, ids)) + len(texts)  # an end-of-text before each
-    num_bytes = sum(len(text.encode()) for text in texts)
-    bits = loss / 0.6931471805599453 * num_tokens / num_bytes
+    tokenizer = tiny_tokenizer()
+    ids = [id for text in texts for id in (tokenizer.eos_token_id, *tokenizer(text)["input_ids"])]
+    num_tokens = (len(ids) - 1) // 64 * 64  # in whole rows
+    scored = tokenizer.decode(ids[1 : num_tokens + 1], skip_special_tokens=True)
+    bits = loss / 0.6931471805599453 * num_tokens / len(scored.encode())
     assert found["results"]["val/bits_per_byte"]["value"] == pytest.approx(bits)
-    assert found["tasks"]["val"]["num_scored"] == (num_tokens - 1) // 64
+    assert found["tasks"]["val"]["num_scored"] == num_tokens // 64
     assert not found["tasks"]["val"].get("dataset"), "not on the Hub: no link on a model card"
     few = evaluated(tmp_path, *arguments, "--limit", "2")
     assert few["tasks"]["val"]["num_scored"] == 2

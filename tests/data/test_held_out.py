@@ -14,8 +14,8 @@ def test_validation_set_is_the_first_units_in_order():
     num_rows = (len(expected) - 1) // 32
     theirs = [expected[32 * i : 32 * i + 33] for i in range(num_rows)]
     assert held_out.rows.tolist() == theirs
-    assert held_out.num_tokens == len(expected)
-    assert held_out.num_bytes == len("".join(TEXTS[:30]))
+    # A byte a token, but for ends of text; those of the first token of all are not predicted.
+    assert held_out.num_bytes.tolist() == [32 - row[1:].count(256) for row in theirs]
     assert held_out.rows.dtype == ByteEncoder.dtype, "a training set's worth takes 2 bytes a token"
 
 
@@ -28,7 +28,22 @@ def test_validation_reading_stops_at_max_tokens():
     assert held_out.rows.shape == (200 // 32, 33)
     assert (held_out.rows == whole.rows[:6]).all()
     assert source.reads == [0]
-    assert held_out.num_tokens > 200  # of what was encoded, as are its bytes
+    assert (held_out.num_bytes == whole.num_bytes[:6]).all(), "of the rows, not of what was read"
+
+
+class Halved(ByteEncoder):
+    """A tokenizer that drops every other byte, as one may that normalizes text."""
+
+    def encode(self, texts):
+        return [ids[::2] for ids in super().encode(texts)]
+
+
+def test_bytes_are_those_of_the_text_also_where_a_tokenizer_drops_some():
+    units = MemoryCorpus([["ab" * 8], ["cd" * 8]])
+    held_out = validation_set(units, Halved(), sequence_length=3, num_units=2)
+    # <end> aaa aaa aa | <end> ccc ccc cc: 8 tokens for 16 bytes
+    assert held_out.rows[:, 1:].tolist()[2] == [97, 97, 256]
+    assert held_out.num_bytes.tolist() == [6, 6, 4, 6, 6]
 
 
 def rows_of(*texts: str, **how) -> list[list[int]]:

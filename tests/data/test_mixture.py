@@ -9,7 +9,7 @@ from tiny_corpus import ByteEncoder, MemoryCorpus, documents, in_units
 from tiny_streams import OPTIONS, run
 
 from gpt2repro import UserError
-from gpt2repro.data.rows.mixture import Mixture, Source
+from gpt2repro.data.rows.mixture import Mixture, Source, tokens_of_each
 from gpt2repro.data.rows.order import LaneState, Position
 from gpt2repro.data.rows.stream import TokenStream
 
@@ -172,3 +172,19 @@ def test_what_one_entry_holds_out_another_may_not_train_on():
 def test_a_mixture_that_would_end_is_refused():
     with pytest.raises(UserError, match=r"datasets: each of them ends \(epochs\)"):
         TokenStream(sources(epochs=(1, 2, 3)), ByteEncoder(), **MIXED)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sizes", "num_tokens", "expected"),
+    [
+        ((None, None, None), (100, 100, 100), 1000, (600, 300, 100)),
+        # The second gives 60 of its 300; the others share 940 as 6 to 1.
+        ((None, 2, None), (100, 30, 100), 1000, (940 * 6 / 7, 60, 940 / 7)),
+        # What the first leaves is too much for the second as well.
+        ((1, 4, None), (100, 100, 7), 1000, (100, 400, 500)),
+        ((None, 2, None), (None, None, None), 1000, (600, 300, 100)),
+        ((1, 1, 1), (10, 10, 10), 1000, (10, 10, 10)),
+    ],
+)
+def test_what_one_leaves_that_ends_is_the_others(epochs, sizes, num_tokens, expected):
+    assert tokens_of_each(sources(epochs=epochs), sizes, num_tokens) == pytest.approx(expected)

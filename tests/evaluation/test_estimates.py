@@ -6,7 +6,7 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from gpt2repro.evaluation.estimates import Estimate, mean, perplexity, ratio
+from gpt2repro.evaluation.estimates import Estimate, mean, perplexity, ratio, weighted
 from gpt2repro.evaluation.evaluate_metrics import MultipleChoiceAccuracy
 
 
@@ -33,6 +33,18 @@ def test_ratio_weighs_by_size():
     # Residuals 2 - 2.75 and 9 - 8.25, over the mean size 2: +-0.375, whose deviation is 0.53.
     assert estimate.stderr == pytest.approx(0.375)
     assert ratio([2.0, 4.0], [1.0, 2.0]).stderr == 0, "equal rates have no error"
+
+
+@pytest.mark.parametrize("counts", [(4,), (2, 2, 2), (3, 50), (40, 20, 10)])
+def test_the_error_of_a_weighted_mean_is_that_of_its_parts(counts):
+    """Of which each is estimated from its own examples, also where these are few."""
+    rng = np.random.default_rng(0)
+    parts = [mean(rng.normal(size=count)) for count in counts]
+    weights = [1 / len(counts)] * len(counts)
+    expected = sum((w * part.stderr) ** 2 for w, part in zip(weights, parts, strict=True)) ** 0.5
+    assert weighted(parts, weights).stderr == pytest.approx(expected)
+    if len(counts) > 1:
+        assert math.isnan(weighted([mean([1.0]), parts[0]], [0.5, 0.5]).stderr)
 
 
 def test_exp_by_the_delta_method():

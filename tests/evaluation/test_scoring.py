@@ -113,7 +113,7 @@ def test_sums_are_in_float64_and_each_batch_is_told():
 def test_a_uniform_model_scores_ln_v_and_bits_per_byte():
     result = validation_loss(ours(uniform_gpt2), ROWS, batch_size=4)
     assert result.loss == pytest.approx(math.log(VOCAB_SIZE), rel=1e-6)
-    bits = result.bits_per_byte(num_tokens=100, num_bytes=400)
+    bits = result.bits_per_byte(4 * result.num_tokens)
     assert bits == pytest.approx(math.log2(VOCAB_SIZE) / 4, rel=1e-6)
 
 

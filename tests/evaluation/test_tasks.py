@@ -188,7 +188,7 @@ def test_validation_is_paired_by_its_tokens():
 
 def test_validation_bits_per_byte():
     rows = np.zeros((3, 9), dtype=np.uint16)
-    found = scored(uniform_gpt2(), Validation(rows, bytes_per_token=4.0))
+    found = scored(uniform_gpt2(), Validation(rows, np.array([8, 32, 56])))
     assert found["val/loss"] == pytest.approx(np.log(VOCAB_SIZE))
     assert found["val/bits_per_byte"] == pytest.approx(np.log2(VOCAB_SIZE) / 4)
 

@@ -209,3 +209,15 @@ def test_gradient_norm_and_throughput_say_their_findings():
     assert finding(throughput) == (
         "9,000 tokens per second in the median, 0.1% of the time waiting for data"
     )
+
+
+def test_time_spent_waiting_is_weighed_by_time():
+    """A line of 100 s, 90 of them waiting, then 100 of a tenth of a second each."""
+    first = {"step": 0, "tokens": 1000, "tokens_per_second": 10.0, "data_wait_fraction": 0.9}
+    others = [
+        {"step": n, "tokens": 1000 * (n + 1), "tokens_per_second": 1e4, "data_wait_fraction": 0.0}
+        for n in range(1, 101)
+    ]
+    said = finding(curves.draw_throughput({"": [first, *others]}))
+    assert said.endswith("81.8% of the time waiting for data")  # 90 of 110 s
+    assert "waiting" not in finding(curves.draw_throughput({"": [{"step": 0, "mfu": 0.5}]}))

@@ -170,4 +170,4 @@ def test_rank_0_asks_the_hub_for_all(tmp_path, monkeypatch, place):
         assert one.sources[0].corpus.read_unit(7) == zero.sources[0].corpus.read_unit(7)
     assert one.stream.identity == zero.stream.identity
     assert (one.validation.rows == zero.validation.rows).all()
-    assert one.validation.num_bytes == zero.validation.num_bytes
+    assert (one.validation.num_bytes == zero.validation.num_bytes).all()

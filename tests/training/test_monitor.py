@@ -11,6 +11,7 @@ from torch import nn
 from gpt2repro.training.evaluations import LOGIT_BYTES, Evaluations, sample_text
 from gpt2repro.training.monitor import Monitor, SpikeDetector
 from gpt2repro.training.progress import Progress
+from gpt2repro.training.throughput import Throughput
 
 PROMPT = "This function"
 
@@ -34,6 +35,24 @@ def test_only_the_main_process_shows_progress(capsys):
         shown = capsys.readouterr()
         assert ("something happened" in shown.out) == enabled
         assert ("3/4 steps, loss 1.5000, 1,000 tok/s, 01:30 left" in shown.err) == enabled
+
+
+def test_the_time_that_is_left_is_not_that_of_a_first_step(capsys):
+    """Which compiles: a minute, where the others take half a second."""
+    progress = Progress(first_step=0, num_steps=4, enabled=True)
+    for seconds, batches_left in ((60.0, 1000), (0.5, 999), (0.5, 998)):
+        progress.update(loss=1.5, tokens_per_second=1.0, seconds=seconds, batches_left=batches_left)
+    progress.close()
+    assert capsys.readouterr().err.rstrip().endswith("08:19 left")  # 499 s
+
+
+def test_a_lap_is_what_was_added_whatever_was_read():
+    throughput = Throughput(flops_per_token=1.0, peak=None, num_devices=1)
+    throughput.add(10, 2.0, 0.0)
+    throughput.read()
+    throughput.add(10, 1.0, 0.5)
+    assert throughput.lap() == 3.0 and throughput.lap() == 0.0
+    assert throughput.tokens_per_second == 10.0
 
 
 def test_only_steps_are_timed_and_the_wait_for_rows_is_part_of_them():

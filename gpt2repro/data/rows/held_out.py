@@ -20,13 +20,13 @@ class ValidationSet:
     """Held-out rows in dataset order.
 
     rows: (N, T+1) token ids, the last of a row being the first of the next; never shuffled.
-    num_tokens, num_bytes: of all the encoded text, end-of-text tokens counted as tokens, so that
-    bits per byte = (nats per token / ln 2) * num_tokens / num_bytes.
+    num_bytes: (N,) float64, of the UTF-8 that each row's T targets stand for, an end of text none.
+        Where a tokenizer leaves something out or changes it, a few documents' bytes are shared out
+        among their tokens in proportion.
     """
 
     rows: np.ndarray
-    num_tokens: int
-    num_bytes: int
+    num_bytes: np.ndarray
 
 
 def validation_set(
@@ -60,17 +60,19 @@ def validation_set(
         encode_whole_units=num_ahead > 1,
     )
     end_of_text = np.array([encoder.eot_id], dtype=encoder.dtype)
-    held, num_tokens, num_bytes = [], 0, 0
+    held, sizes, num_tokens = [], [np.zeros(0)], 0
     try:
-        for documents, size in documents_in_order(reader, range(num_units), num_ahead):
-            held += [part for ids in documents for part in (end_of_text, ids)]
-            num_tokens += len(documents) + sum(map(len, documents))
-            num_bytes += size
+        for documents, num_bytes in documents_in_order(reader, range(num_units), num_ahead):
+            held.append(np.concatenate([p for ids in documents for p in (end_of_text, ids)]))
+            size = encoder.bytes_of_ids[held[-1]]
+            sizes.append(size * (num_bytes / max(1, size.sum())))
+            num_tokens += len(size)
             if max_tokens is not None and num_tokens > max_tokens:
                 break
     finally:
         reader.close()
-    if num_bytes == 0:
+    bytes_of_each = np.concatenate(sizes)
+    if not bytes_of_each.any():
         raise UserError("text_column: the validation units hold no text, only empty documents")
     usable = num_tokens - 1 if max_tokens is None else min(num_tokens - 1, max_tokens)
     num_rows = usable // sequence_length
@@ -79,15 +81,16 @@ def validation_set(
             f"num_validation_units: the {num_tokens} validation tokens do not fill one row of "
             f"{sequence_length} + 1"
         )
-    flat = np.concatenate(held)[: num_rows * sequence_length + 1]
+    end = num_rows * sequence_length + 1
+    flat = np.concatenate(held)[:end]
     rows = np.lib.stride_tricks.sliding_window_view(flat, sequence_length + 1)[::sequence_length]
-    return ValidationSet(np.ascontiguousarray(rows), num_tokens, num_bytes)
+    of_rows = bytes_of_each[1:end].reshape(num_rows, sequence_length).sum(axis=1)
+    return ValidationSet(np.ascontiguousarray(rows), of_rows)
 
 
 def together_held_out(parts: Sequence[ValidationSet]) -> ValidationSet:
     """The rows of several datasets, one after the other."""
     return ValidationSet(
         np.concatenate([part.rows for part in parts]),
-        sum(part.num_tokens for part in parts),
-        sum(part.num_bytes for part in parts),
+        np.concatenate([part.num_bytes for part in parts]),
     )

@@ -7,6 +7,7 @@ So the choice is a pure function of seed, step and the row's place, on any numbe
 a step's share of a dataset is its weight to within a row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,9 +45,36 @@ class Source:
     label: str = THE_DATASET
     tokens_per_byte: float | None = None
 
+    @property
+    def training_units(self) -> range:
+        return range(self.num_validation_units, self.corpus.num_units)
+
     def goes_on(self, lane: LaneState, index: int) -> bool:
         """Whether the lane, in which this is source number `index`, has rows of it left."""
         return self.epochs is None or lane.positions[index].epoch < self.epochs
+
+
+def tokens_of_each(
+    sources: Sequence[Source], sizes: Sequence[float | None], num_tokens: float
+) -> list[float]:
+    """Of so many tokens of a run those of each source; `sizes` has how many a pass over one is.
+
+    What a source leaves that ends is the others', in proportion to their weights.
+    """
+    limits = [
+        source.epochs * size if source.epochs and size else math.inf
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+    given, going_on = [0.0] * len(sources), {*range(len(sources))}
+    while going_on:
+        total = sum(sources[n].weight for n in going_on)
+        shares = {n: num_tokens * float(sources[n].weight / total) for n in going_on}
+        ended = {n for n, share in shares.items() if share >= limits[n]}
+        for n in ended or going_on:
+            given[n] = min(shares[n], limits[n])
+        going_on = going_on - ended if ended else set()
+        num_tokens -= sum(limits[n] for n in ended)
+    return given
 
 
 class Mixture:

@@ -4,6 +4,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gpt2repro.evaluation.estimates import Estimate, perplexity
 from gpt2repro.evaluation.likelihoods import Request, Scores
@@ -15,9 +16,9 @@ class Validation(Task):
 
     name, prefix, asked = "val", "val/", "row"
 
-    def __init__(self, rows: np.ndarray, *, bytes_per_token: float = 0.0) -> None:
-        """`rows` (N, T+1) integers; `bytes_per_token` of the text behind them, 0 if unknown."""
-        self.bytes_per_token = bytes_per_token
+    def __init__(self, rows: np.ndarray, num_bytes: ArrayLike = 0.0) -> None:
+        """`rows` (N, T+1) integers; `num_bytes` (N,) of the text of their targets, 0 if unknown."""
+        self._num_bytes = num_bytes
         self._crc32 = zlib.crc32(np.ascontiguousarray(rows).data)
         super().__init__(rows, None, max_length=rows.shape[1] - 1)
 
@@ -29,5 +30,4 @@ class Validation(Task):
 
     def score(self, scores: Scores) -> dict[str, Estimate]:
         num_tokens = np.full(len(self.requests), float(self.max_length))
-        num_bytes = num_tokens * self.bytes_per_token
-        return perplexity(scores.log_likelihood, num_tokens, num_bytes)
+        return perplexity(scores.log_likelihood, num_tokens, self._num_bytes)
