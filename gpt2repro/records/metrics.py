@@ -60,7 +60,9 @@ class MetricsLog:
         """
         with atomic.naming(self.path):
             os.fsync(self._file.fileno())
-            if not self._is_in_place():  # what was written is still in the file that we hold
+            if not atomic.is_at(
+                self._file, self.path
+            ):  # what was written is still in the file that we hold
                 self._file.seek(0)
                 lines = self._file.read()
                 self._file.close()
@@ -68,12 +70,6 @@ class MetricsLog:
                 self._file.write(lines)
                 self._file.flush()
                 os.fsync(self._file.fileno())
-
-    def _is_in_place(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a line that could not be written, which is told

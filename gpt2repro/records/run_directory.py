@@ -8,7 +8,6 @@ runs/<exp_name>/
 import errno
 import fcntl
 import json
-import os
 import re
 import shutil
 import time
@@ -271,17 +270,9 @@ class RunDirectory:
                 f"{self.path} was removed or moved while it was written; what was left to save is "
                 "there again, and the same command goes on from it"
             )
-        if self._lock is not None and not self._holds_lock():
+        if self._lock is not None and not atomic.is_at(self._lock, self.path / LOCK):
             self.close()
             self._keep_others_out(patience=0.0)
-
-    def _holds_lock(self) -> bool:
-        """Whether the file that is locked is the one that others would lock."""
-        assert self._lock is not None
-        try:
-            return os.path.samestat(os.fstat(self._lock.fileno()), (self.path / LOCK).stat())
-        except FileNotFoundError:
-            return False
 
     def restore(self, recipe: str) -> None:
         """If it was removed, make the directory anew, so that a checkpoint in it is a run's."""

@@ -17,6 +17,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from gpt2repro.system.text import printable
 
@@ -140,6 +141,14 @@ def move_into_place(scratch: Path, path: Path) -> None:
         flush(path.absolute().parent.parent)  # where that one may be as new
     with contextlib.suppress(OSError):
         remove(previous)
+
+
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Whether the open `file` is the one that `path` names now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def let_umask_decide(path: Path) -> None:

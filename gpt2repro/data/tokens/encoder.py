@@ -125,17 +125,13 @@ class BulkEncoder:
         merges) "</s>" is a word of the vocabulary. A single character is text all the same: to a
         tokenizer by characters, which ends a text with one of them.
         """
-        found = self._always_left_out()
+        found = {self.eot_id} if isinstance(self._fast.model, Unigram) else set()
         for id in {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}:
             word = str(tokenizer.convert_ids_to_tokens(id))
             texts = [word, f"a {word} b"] if len(word) > 1 else []
             encoded = self._fast.encode_batch(texts, add_special_tokens=False)
             found |= {id for each in encoded if id in each.ids}
         return found
-
-    def _always_left_out(self) -> set[int]:
-        """What is no part of the fingerprint, as older versions left it out too."""
-        return {self.eot_id} if isinstance(self._fast.model, Unigram) else set()
 
     def _hash(self, tokenizer: PreTrainedTokenizerFast) -> str:
         """Vocabulary, merges and behaviour on the probe: independent of any file's spelling.
@@ -152,8 +148,7 @@ class BulkEncoder:
         if self._tiktoken is None:
             parts = ("model", "normalizer", "pre_tokenizer")
             content += [_said(description[part]) for part in parts]
-            more = set(self._left_out.tolist()) - self._always_left_out()
-            content += [sorted(more)] if more else []
+            content += [self._left_out.tolist()] if len(self._left_out) else []
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
