@@ -66,7 +66,8 @@ def fetch(name: str, place: Path) -> Path:
             "hub_state is set, to their branches such as step00001000"
         )
     for path in (integrity.WEIGHTS, provenance.FILE, *wanted):
-        patiently(partial(_download, repo_id, path, commit, place), f"download {path} of {name}")
+        download = partial(hf_hub_download, repo_id, path, revision=commit, local_dir=place)
+        patiently(download, f"download {path} of {name}")
     try:
         return _assemble(place, tree)
     except OSError as error:
@@ -90,10 +91,6 @@ def _find(repo_id: str, revision: str) -> tuple[str, dict[str, RepoFile]]:
         if has_state(tree):
             return branch.target_commit, tree
     return found
-
-
-def _download(repo_id: str, path: str, commit: str, place: Path) -> None:
-    hf_hub_download(repo_id, path, revision=commit, local_dir=place)
 
 
 def _assemble(place: Path, tree: dict[str, RepoFile]) -> Path:

@@ -60,9 +60,7 @@ class MetricsLog:
         """
         with atomic.naming(self.path):
             os.fsync(self._file.fileno())
-            if not atomic.is_at(
-                self._file, self.path
-            ):  # what was written is still in the file that we hold
+            if not atomic.is_at(self._file, self.path):  # we hold a file with what was written
                 self._file.seek(0)
                 lines = self._file.read()
                 self._file.close()
