@@ -32,6 +32,7 @@ def _no_as_a_word(value: Any) -> Any:
     return "no" if value is False else value
 
 
+MOST_STEPS = 10**8 - 1  # a checkpoint's name has eight digits
 Number = Annotated[float, BeforeValidator(number), AllowInfNan(False)]
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Switch = Annotated[bool, Field(strict=True)]
@@ -161,7 +162,7 @@ class Recipe(BaseModel):
     num_steps: WholeNumber | None = knob(
         "optimizer steps; set this or num_epochs",
         ge=1,
-        le=10**8 - 1,  # a checkpoint's name has eight digits
+        le=MOST_STEPS,
     )
     num_epochs: WholeNumber | None = knob(
         "passes over the training text, whose tokens are counted first", ge=1, le=10**6

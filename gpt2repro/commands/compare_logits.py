@@ -24,8 +24,9 @@ def main(argv: list[str]) -> int:
     from transformers import GPT2LMHeadModel
 
     from gpt2repro.publishing.agreement import compare, differing_parameters
-    from gpt2repro.records.saved_models import load_causal_lm
+    from gpt2repro.records.saved_models import load_causal_lm, locate
 
+    options.reference = locate(options.reference, "--reference")  # one, also of a run that goes on
     source = options.model or options.reference
     option = "--model" if options.model else "--reference"
     theirs = load_causal_lm(

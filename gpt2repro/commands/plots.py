@@ -131,10 +131,10 @@ def _default_output(arguments: argparse.Namespace, is_run: bool) -> Path:
 
 def _model_of(name: str) -> str | None:
     """Where the model of `name` is: as it is, or a run's newest checkpoint until it is finished."""
-    if not (Path(name) / "metrics.jsonl").is_file():
-        return name
     from gpt2repro.records.saved_models import locate
 
+    if not (Path(name) / "metrics.jsonl").is_file():
+        return locate(name, "RUN_OR_MODEL")
     with suppress(UserError):
         return locate(name)
     return None

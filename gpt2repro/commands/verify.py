@@ -81,7 +81,10 @@ def _recipe_of(card: str, fields: list[str]) -> Recipe:
         file = Path(scratch) / "card.yaml"
         here = dict.fromkeys(("token_cache_dir", "unit_digests_dir"))  # are of another machine
         try:
-            values = {**yaml.safe_load(block), **here, **parse_arguments(fields)}
+            given = parse_arguments(fields)
+            if Path(str(given.get("dataset_name", ""))).expanduser().exists():
+                here["dataset_config"] = None  # a copy on this machine has none
+            values = {**yaml.safe_load(block), **here, **given}
             file.write_text(yaml.safe_dump(values), encoding="utf-8")
             return load_recipe(["--recipe", str(file)])
         except (yaml.YAMLError, TypeError) as error:

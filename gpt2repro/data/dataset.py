@@ -24,7 +24,7 @@ def split_at_commas(value: Any) -> Any:
 def number(value: Any) -> Any:
     """YAML 1.1 reads 6e-4 as text, and Python takes True for 1."""
     if isinstance(value, bool):
-        raise ValueError
+        raise ValueError("it takes a number")
     with suppress(ValueError):
         return float(value) if isinstance(value, str) else value
     return value  # which is refused

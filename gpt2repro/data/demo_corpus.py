@@ -7,6 +7,7 @@ the same loop. Nothing is downloaded and nothing is committed.
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import json
@@ -66,8 +67,13 @@ def prepare(directory: Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
             build = Path(scratch) / directory.name
             _write(build)
+            for each in [*build.rglob("*"), build]:
+                atomic.flush(each)
             if not _is_whole(directory):
-                atomic.move_into_place(build, directory)
+                with contextlib.suppress(FileNotFoundError):
+                    directory.rename(Path(scratch) / "torn")
+                build.rename(directory)
+                atomic.flush(directory.parent)
     except (OSError, RuntimeError) as error:
         if not (directory and _is_whole(directory)):  # else another process was faster
             raise UserError(

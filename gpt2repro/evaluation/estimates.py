@@ -68,11 +68,12 @@ def weighted(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimat
     """
     counts = np.array([len(each.influence) for each in estimates], dtype=float)
     n = counts.sum()
-    with np.errstate(divide="ignore"):  # the spread of each is estimated from its own examples
-        scales = np.sqrt(counts / (counts - 1) * (n - 1) / n) * n / counts
+    # The spread of each is estimated from its own examples: divided by one less than they are.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = weights * np.sqrt(counts / (counts - 1) * (n - 1) / n) * n / counts
     influences = [
-        (each.influence - each.influence.mean()) * (weight * scale if scale < np.inf else np.nan)
-        for each, weight, scale in zip(estimates, weights, scales, strict=True)
+        (each.influence - each.influence.mean()) * (scale if np.isfinite(scale) else np.nan)
+        for each, scale in zip(estimates, scales, strict=True)
     ]
     value = sum(w * each.value for each, w in zip(estimates, weights, strict=True))
     return Estimate(value, np.concatenate(influences))

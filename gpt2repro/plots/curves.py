@@ -349,7 +349,7 @@ def _throughput_finding(runs: Mapping[str, Metrics]) -> str:
         if len(mfu):
             parts.append(f"{np.median(mfu):.0%} MFU")
         if waited is not None:
-            share = f"{waited:.1%}" if waited >= 0.001 else "under 0.1%"
+            share = f"{waited:.1%}" if waited >= 0.0005 else "under 0.1%"
             parts.append(f"{share} of the time waiting for data")
         return ", ".join(parts) or "nothing logged yet"
 
@@ -358,12 +358,17 @@ def _throughput_finding(runs: Mapping[str, Metrics]) -> str:
 
 def _share_waited(metrics: Metrics) -> float | None:
     """Of all the time that the lines are of, each as long as its tokens took."""
-    keys = ("tokens", "tokens_per_second", "data_wait_fraction")
-    lines = [[line.get(key) for key in keys] for line in metrics]
-    known = np.array([line for line in lines if all(map(is_number, line))], dtype=float)
-    tokens, rates, shares = known.reshape(-1, 3).T
-    seconds = np.diff(tokens, prepend=0) / np.maximum(rates, 1e-9)
-    return float(shares @ seconds / seconds.sum()) if seconds.sum() > 0 else None
+    waited = total = 0.0
+    seen: float | None = None
+    for line in metrics:
+        share, rate = line.get("data_wait_fraction"), line.get("tokens_per_second") or 0.0
+        if (tokens := line.get("tokens")) is None:
+            continue
+        # The first line does not say of how many tokens it is: of a step, then.
+        own, seen = tokens / (line["step"] + 1) if seen is None else tokens - seen, tokens
+        if is_number(share) and rate > 0:
+            waited, total = waited + share * own / rate, total + own / rate
+    return waited / total if total else None
 
 
 def _each_run(runs: Mapping[str, Metrics], describe: Callable[[Metrics], str]) -> str:

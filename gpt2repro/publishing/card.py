@@ -173,12 +173,15 @@ def facts(card: str) -> list[tuple[str, str]]:
 
 def with_evaluation(card: str, evaluation: Mapping[str, Any], name: str) -> str:
     """`card` with table and metadata of `gpt2repro evaluate --output`, earlier ones replaced."""
+    begin, end = section_span(card, BENCHMARKS) or (0, 0)
+    earlier, results = card[begin:end], eval_results(evaluation)
     card = with_section(card, BENCHMARKS, _benchmark_table(evaluation), before=VERIFICATION)
     parsed = ModelCard(card)
     data: Any = parsed.data
-    # An evaluation's figures are `task/metric`; what the run measured itself stays.
-    kept = [each for each in data.eval_results or [] if "/" not in (each.metric_name or "")]
-    data.eval_results = kept + eval_results(evaluation) or None
+    gone = {each.metric_name for each in results}
+    gone |= {*re.findall(r"^\| (\S+) \|", earlier, re.M)}  # the table that is replaced
+    kept = [each for each in data.eval_results or [] if each.metric_name not in gone]
+    data.eval_results = kept + results or None
     data.model_name = data.model_name or name
     return str(parsed)
 

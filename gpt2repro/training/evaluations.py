@@ -82,7 +82,7 @@ class Evaluations:
             )
         if result is None:
             return {}
-        bits_per_byte = result.bits_per_byte(held_out.num_bytes.sum())
+        bits_per_byte = result.bits_per_byte(float(held_out.num_bytes.sum()))
         self.progress.note(
             f"step {step}: validation loss{of} {result.loss:.4f} "
             f"({bits_per_byte:.4f} bits per byte)"

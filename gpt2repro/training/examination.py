@@ -10,6 +10,7 @@ import shutil
 import time
 import timeit
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -22,6 +23,8 @@ from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.publishing.upload import check_hub_rights
 from gpt2repro.recipe import accumulation_steps
 from gpt2repro.recipe_fields import Recipe
+from gpt2repro.records.checkpoints import state_of
+from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.speed.attention import kernel_taken
 from gpt2repro.speed.low_precision import has_bf16
 from gpt2repro.system import failure, machine
@@ -242,8 +245,7 @@ class Examination:
         kept += self.recipe.schedule in ("wsd", "power")  # that from before its cooldown
         needed = (kept + 1) * state + (1 + bool(self.recipe.ema_decay)) * 4 * num_parameters
         place = self.recipe.run_dir.absolute()
-        saved = [*place.glob("checkpoints/*/*"), *place.glob("stable/*/*")]
-        there = sum(path.stat().st_size for path in saved)
+        there = _saved_bytes(self.recipe)
         existing = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         text = f"{needed / 2**30:.1f} GiB needed"
@@ -293,6 +295,17 @@ def _state_bytes(model: GPT2ReproForCausalLM, recipe: Recipe) -> int:
     optimizer.step()
     states = [each for state in optimizer.state.values() for each in state.values()]
     return sum(each.nbytes for each in [*model.parameters(), *states])
+
+
+def _saved_bytes(recipe: Recipe) -> int:
+    """Of the checkpoints that the run's directory has already, among those that are kept."""
+    directory, found = RunDirectory(recipe.run_dir), 0
+    for path in [*directory.checkpoints.glob("step_*"), *directory.stable.glob("step_*")]:
+        with suppress(OSError, ValueError):  # it is being pruned, or is none
+            state = state_of(path)
+            if not state.get("permanent") or recipe.keeps(state["step"]):
+                found += sum(file.stat().st_size for file in path.iterdir())
+    return found
 
 
 def _pinned_share(model: torch.nn.Module) -> float:

@@ -28,7 +28,7 @@ from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.task import Task
-from gpt2repro.recipe_fields import Recipe
+from gpt2repro.recipe_fields import MOST_STEPS, Recipe
 from gpt2repro.records.run_directory import Start
 from gpt2repro.system import ranks
 from gpt2repro.training.progress import phase
@@ -305,4 +305,6 @@ def _steps_of_epochs(recipe: Recipe, source: Source, encoder: BulkEncoder) -> in
     steps = recipe.batches.steps_in(batches)
     if steps == 0:
         raise UserError("num_epochs is less than one step: lower batch_tokens or raise num_epochs")
+    if steps > MOST_STEPS:
+        raise UserError(f"num_epochs is {steps:,} steps, more than {MOST_STEPS:,}: lower it")
     return steps

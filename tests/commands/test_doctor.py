@@ -1,5 +1,6 @@
 """The doctor: a line for each check, a field for each failure, and nothing written."""
 
+import json
 import shutil
 from argparse import Namespace
 from collections import namedtuple
@@ -9,12 +10,14 @@ from unittest import mock
 import psutil
 import pytest
 import torch
+from tiny_checkpoint import save_checkpoint
 from tiny_language_models import HELLASWAG
 from tiny_run import without_a_compiler, write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.commands import doctor
 from gpt2repro.recipe import load_recipe
+from gpt2repro.records import integrity
 from gpt2repro.speed import low_precision
 from gpt2repro.training import engine, examination
 from gpt2repro.training.examination import FAILURE, OK, WARNING, Examination
@@ -100,11 +103,14 @@ def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch, tmp_path):
     assert "keep_last" in said["disk"][1] and "output_dir" in said["disk"][1]
     # What a run that goes on has saved already is not needed again.
     run = load_recipe(["--recipe", str(recipe), "--output_dir", str(tmp_path)]).run_dir
-    saved = run / "checkpoints" / "step_00000004"
-    saved.mkdir(parents=True)
-    (saved / "model.safetensors").write_bytes(bytes(10**7))
-    status, said = examine(capsys, recipe, "--output_dir", str(tmp_path))
-    assert status == 0 and said["disk"][0] == OK and " there, " in said["disk"][1]
+    for place, step in (("checkpoints", 4), ("checkpoints/stable", 8)):
+        saved = save_checkpoint(run / place, step)
+        (saved / "more").write_bytes(bytes(10**7))
+        status, said = examine(capsys, recipe, "--output_dir", str(tmp_path))
+        assert status == 0 and said["disk"][0] == OK and " there, " in said["disk"][1]
+        (saved / integrity.STATE).write_text(json.dumps({"step": step, "permanent": True}))
+        status, said = examine(capsys, recipe, "--output_dir", str(tmp_path))
+        assert status == 1, "it is not of those that are kept"
 
 
 def test_a_checkpoint_needs_main_memory(recipe, monkeypatch):

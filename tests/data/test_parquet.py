@@ -21,6 +21,7 @@ from tiny_corpus import (
 
 from gpt2repro import UserError
 from gpt2repro.data.corpora import parquet
+from gpt2repro.data.corpora.footers import CODECS, Column, footer_of_chunk
 from gpt2repro.data.opening import open_corpus
 
 TEXTS = documents(95)
@@ -229,12 +230,21 @@ def _written(path, content):
     return path
 
 
-@pytest.mark.parametrize("rows_per_group", [10, 95])
-def test_chunks_of_old_writers_are_read_with_a_hundred_bytes_more(tmp_path, rows_per_group):
-    """As far as the file has them: pyarrow takes the length that they tell for too short."""
-    content = parquet_bytes(TEXTS, rows_per_group)
-    name = pq.read_metadata(io.BytesIO(content)).created_by.encode()
-    old = b"parquet-mr version 1.2.8".ljust(len(name))
-    assert len(old) == len(name) and content.count(name) == 1
-    path = _written(tmp_path / "a.parquet", content.replace(name, old))
-    assert joined(open_corpus(path)) == TEXTS
+@pytest.mark.parametrize("version", ["1.2.8", "1.2.9"])
+def test_chunks_of_old_writers_are_longer_than_they_say(tmp_path, version):
+    """By the header of their dictionary; pyarrow knows in which versions."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": TEXTS}), buffer, compression="none")
+    metadata = pq.read_metadata(buffer)
+    chunk = metadata.row_group(0).column(0)
+    start, length = chunk.dictionary_page_offset, chunk.total_compressed_size
+    column = Column.of(metadata.schema, 0, f"parquet-mr version {version}")
+    told = length - 15, chunk.total_uncompressed_size, CODECS.index("UNCOMPRESSED")
+    pages = buffer.getvalue()[start : start + length]
+    footer = footer_of_chunk(column, len(TEXTS), *told)
+    corpus = open_corpus(_written(tmp_path / "a.parquet", pages + footer))
+    if version == "1.2.8":
+        assert corpus.read_unit(0) == TEXTS
+    else:
+        with pytest.raises(UserError, match="cannot read row group 0"):
+            corpus.read_unit(0)

@@ -308,8 +308,15 @@ def test_an_order_of_files_is_that_of_one_dataset_of_shards(tmp_path):
         TokenStream([Source(corpus, 3)], ByteEncoder(), **given)
 
 
-def test_an_array_beside_a_folder_of_texts_is_not_the_data(tmp_path):
+def test_shards_above_texts_are_named(tmp_path):
     np.save(tmp_path / "labels.npy", np.arange(4000))
     write_parquet(tmp_path / "data" / "train-0.parquet", TEXTS[:20])
-    assert joined(open_corpus(tmp_path)) == TEXTS[:20]
-    assert open_corpus(tmp_path, data_files="*.npy").num_bytes is not None
+    said = refusal(tmp_path)
+    assert said.startswith("data_files: ") and "(labels.npy)" in said
+    assert "(data/train-0.parquet): name those that are meant" in said
+    assert joined(open_corpus(tmp_path, data_files="data/*")) == TEXTS[:20]
+    assert isinstance(open_corpus(tmp_path, data_files="*.npy"), shards.TokenShards)
+    (tmp_path / "data" / "train-0.parquet").rename(tmp_path / ".train-0.parquet")
+    (tmp_path / "data" / "notes.md").write_text("what it is")
+    assert isinstance(open_corpus(tmp_path), shards.TokenShards)
+    assert refusal(tmp_path, config="x").startswith("dataset_config: files have none")

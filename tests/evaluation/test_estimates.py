@@ -45,6 +45,7 @@ def test_the_error_of_a_weighted_mean_is_that_of_its_parts(counts):
     assert weighted(parts, weights).stderr == pytest.approx(expected)
     if len(counts) > 1:
         assert math.isnan(weighted([mean([1.0]), parts[0]], [0.5, 0.5]).stderr)
+    assert math.isnan(weighted([mean([1.0])], [1.0]).stderr)
 
 
 def test_exp_by_the_delta_method():

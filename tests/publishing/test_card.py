@@ -228,6 +228,11 @@ def test_an_evaluation_is_replaced_by_another():
     found = {each.metric_name: each.metric_value for each in ModelCard(text).data.eval_results}
     assert found["hellaswag/completion_acc_norm"] == 0.31 and found["loss"] == 3.25
     assert text.index("## Benchmarks") < text.index("## Verification")
+    # Somebody else's figure is left alone.
+    theirs = with_evaluation(
+        text.replace("hellaswag/completion_acc_norm\n", "wer/clean\n", 1), EVALUATION, "gpt2"
+    )
+    assert "wer/clean" in {each.metric_name for each in ModelCard(theirs).data.eval_results}
     # Of a part of the rows nothing is told there, and the figure of all goes with its table.
     text = with_evaluation(text, EVALUATION | {"settings": {"limit": 10}}, "gpt2")
     names = {each.metric_name for each in ModelCard(text).data.eval_results}

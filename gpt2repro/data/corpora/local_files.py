@@ -78,7 +78,7 @@ def find_local(
     """
     path = Path(name).expanduser()
     reader = name if name in FORMAT_OF_SUFFIX.values() and not path.exists() else None
-    base = (Path() if reader else path).absolute()
+    base, shards = (Path() if reader else path).absolute(), []
     if path.is_file():
         if data_files:
             raise UserError(f"data_files: {name} is a file itself: set it to null")
@@ -87,12 +87,13 @@ def find_local(
         given = [data_files] if isinstance(data_files, str) else data_files
         splits = {"train": _each_once([file for name in given for file in _meant(name, base)])}
     elif path.is_dir():
-        splits = {"train": shards} if (shards := _only_shards(base)) else _splits_of(base, config)
+        shards = _only_shards(base)
+        splits = {"train": shards} if shards else _splits_of(base, config)
     elif reader:
         raise UserError(f"data_files: say which files the {name!r} reader is to read")
     else:
         return None
-    if config and (path.is_file() or data_files):
+    if config and (path.is_file() or data_files or shards):
         raise UserError(f"dataset_config: files have none, and it is {config!r}: set it to null")
     _check_split(split, splits, name)
     if not splits[split]:
@@ -112,15 +113,24 @@ def find_local(
 
 
 def _only_shards(directory: Path) -> list[Path]:
-    """The files of token ids in a directory that has no other data, also not further down."""
-    files = sorted(file for file in directory.iterdir() if file.is_file() and is_shard(file))
+    """The files of token ids in a directory that has no other data.
+
+    Raises:
+        UserError: it has some further down, and nothing says which are meant.
+    """
+    files = sorted(file for file in directory.iterdir() if file.is_file())
     files = [file for file in files if not file.name.startswith(".")]  # macOS' `._x.bin` is none
     beside = (".md", ".json")  # a card, a manifest
-    for file in directory.rglob("*") if files else ():
-        hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
-        if format_of(file) and file.suffix.lower() not in beside and not hidden:
-            return []
-    return files
+    if any(format_of(file) for file in files if file.suffix.lower() not in beside):
+        return []
+    shards = [file for file in files if is_shard(file)]
+    for file in sorted(directory.glob("[!.]*/**/[!.]*")) if shards else ():
+        if format_of(file) and file.suffix.lower() != ".md" and file.is_file():
+            raise UserError(
+                f"data_files: {directory} has shards of token ids ({shards[0].name}) and, below, "
+                f"texts ({file.relative_to(directory)}): name those that are meant, such as '*.npy'"
+            )
+    return shards
 
 
 def files_of(builder: Any, split: str, name: str) -> Files:

@@ -228,7 +228,8 @@ def _decode(source: Source, column: Column, place: list[int]) -> pa.LargeStringA
     num_rows, start, length, uncompressed, codec = place
     metadata = _parse(footer_of_chunk(column, num_rows, length, uncompressed, codec))
     at_a_time = min(ROWS_AT_A_TIME, LARGEST_UNIT_BYTES // max(uncompressed, 1))
-    # Of a writer before 2013 a length leaves a header out, for which pyarrow reads 100 bytes more.
+    # Of old versions of parquet-mr a length leaves a header out; pyarrow knows of which, and reads
+    # up to 100 bytes more.
     spare = 100 * column.created_by.startswith("parquet-mr")
     content = source.read(start, min(length + spare, source.size - start))
     options: dict[str, Any] = {"pre_buffer": False, "page_checksum_verification": True}

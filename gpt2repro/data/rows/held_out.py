@@ -65,15 +65,13 @@ def validation_set(
         for documents, num_bytes in documents_in_order(reader, range(num_units), num_ahead):
             held.append(np.concatenate([p for ids in documents for p in (end_of_text, ids)]))
             size = encoder.bytes_of_ids[held[-1]]
+            size = size if size.any() else held[-1] != encoder.eot_id
             sizes.append(size * (num_bytes / max(1, size.sum())))
             num_tokens += len(size)
             if max_tokens is not None and num_tokens > max_tokens:
                 break
     finally:
         reader.close()
-    bytes_of_each = np.concatenate(sizes)
-    if not bytes_of_each.any():
-        raise UserError("text_column: the validation units hold no text, only empty documents")
     usable = num_tokens - 1 if max_tokens is None else min(num_tokens - 1, max_tokens)
     num_rows = usable // sequence_length
     if num_rows < 1:
@@ -84,7 +82,9 @@ def validation_set(
     end = num_rows * sequence_length + 1
     flat = np.concatenate(held)[:end]
     rows = np.lib.stride_tricks.sliding_window_view(flat, sequence_length + 1)[::sequence_length]
-    of_rows = bytes_of_each[1:end].reshape(num_rows, sequence_length).sum(axis=1)
+    of_rows = np.concatenate(sizes)[1:end].reshape(num_rows, sequence_length).sum(axis=1)
+    if not of_rows.any():
+        raise UserError("text_column: the validation rows hold no text, only empty documents")
     return ValidationSet(np.ascontiguousarray(rows), of_rows)
 
 
