@@ -1,5 +1,6 @@
 """Held-out rows: the first units, in dataset order."""
 
+import numpy as np
 import pytest
 from tiny_corpus import ByteEncoder, MemoryCorpus
 from tiny_streams import TEXTS, corpus
@@ -44,6 +45,30 @@ def test_bytes_are_those_of_the_text_also_where_a_tokenizer_drops_some():
     # <end> aaa aaa aa | <end> ccc ccc cc: 8 tokens for 16 bytes
     assert held_out.rows[:, 1:].tolist()[2] == [97, 97, 256]
     assert held_out.num_bytes.tolist() == [6, 6, 4, 6, 6]
+
+
+def test_rows_of_empty_documents_alone_are_refused():
+    """Whatever text comes after them; and whatever is too short for a row is not empty."""
+    texts = MemoryCorpus([[""] * 15, ["abc"]])
+    how = {"sequence_length": 8, "num_units": 2}
+    with pytest.raises(UserError, match="text_column: the validation rows hold no text"):
+        validation_set(texts, ByteEncoder(), max_tokens=8, **how)
+    with pytest.raises(UserError, match="do not fill one row"):
+        validation_set(MemoryCorpus([["a"], ["b"]]), ByteEncoder(), **how)
+    assert validation_set(texts, ByteEncoder(), **how).num_bytes.tolist() == [0, 1]  # its a
+
+
+class Unknowing(ByteEncoder):
+    """All that it knows is that there is a word."""
+
+    bytes_of_ids = np.zeros(257, int)
+
+
+def test_bytes_of_words_that_no_token_spells_are_shared_out():
+    held_out = validation_set(
+        MemoryCorpus([["abcd"], ["ef"]]), Unknowing(), sequence_length=3, num_units=2
+    )
+    assert held_out.num_bytes.tolist() == [3, 2]  # abc; d, <end>, e
 
 
 def rows_of(*texts: str, **how) -> list[list[int]]:

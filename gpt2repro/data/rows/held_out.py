@@ -74,17 +74,17 @@ def validation_set(
         reader.close()
     usable = num_tokens - 1 if max_tokens is None else min(num_tokens - 1, max_tokens)
     num_rows = usable // sequence_length
+    end, bytes_of_each = num_rows * sequence_length + 1, np.concatenate(sizes)
+    if not (bytes_of_each[1:end] if num_rows else bytes_of_each).any():
+        raise UserError("text_column: the validation rows hold no text, only empty documents")
     if num_rows < 1:
         raise UserError(
             f"num_validation_units: the {num_tokens} validation tokens do not fill one row of "
             f"{sequence_length} + 1"
         )
-    end = num_rows * sequence_length + 1
     flat = np.concatenate(held)[:end]
     rows = np.lib.stride_tricks.sliding_window_view(flat, sequence_length + 1)[::sequence_length]
-    of_rows = np.concatenate(sizes)[1:end].reshape(num_rows, sequence_length).sum(axis=1)
-    if not of_rows.any():
-        raise UserError("text_column: the validation rows hold no text, only empty documents")
+    of_rows = bytes_of_each[1:end].reshape(num_rows, sequence_length).sum(axis=1)
     return ValidationSet(np.ascontiguousarray(rows), of_rows)
 
 
