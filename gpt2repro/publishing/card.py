@@ -3,7 +3,7 @@
 The values are computed here and laid out by `card_template.md`. Only known facts are stated: a
 value that nobody handed in leaves no row behind. The two sections that depend on where and in which
 form the model lies, loading and verification, are filled in (again) by `completed` whenever it is
-exported or pushed.
+exported; a push fills in the first.
 """
 
 import json

@@ -1,7 +1,8 @@
 """Everything that can be known to fail, before hours are spent: what `gpt2repro doctor` asks.
 
 It builds the parts of the run as the training script would, one after the other, and says of each
-whether it will do. A failure names the field to change. Nothing is written.
+whether it will do. A failure names the field to change. Nothing is written but
+to the caches of data.
 """
 
 import math

@@ -73,7 +73,7 @@ def test_push_with_faults_and_reload_by_a_fresh_process(exported, tmp_path):
         assert pushed.returncode == 0, pushed.stderr
         assert "Traceback" not in pushed.stderr
         assert pushed.stdout.endswith(f"{hub.url}/me/name\n")
-        assert "equal bit for bit" in pushed.stdout and "was created" in pushed.stdout
+        assert "equal bit for bit" in pushed.stdout and "is new: this makes it" in pushed.stdout
         files = hub.files("me/name")
         assert files.keys() - {".gitattributes"} == {path.name for path in exported.iterdir()}
         for path in exported.iterdir():
