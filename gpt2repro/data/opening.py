@@ -238,7 +238,7 @@ def _tell_of_conversion(files: list[str], commit: str) -> None:
     if len(configurations := sorted({name.partition("/")[0] for name in names})) > 1:
         logger.warning(
             "dataset_revision: %s has %d configurations (%s), and all are read as one: data_files "
-            "'%s/train/*.parquet' takes the training split of one",
+            "'%s/*train/*.parquet' takes the training split of one",
             *(CONVERTED, len(configurations), ", ".join(configurations), configurations[0]),
         )
     if cut := next((name for name in names if "/partial-" in name), None):
