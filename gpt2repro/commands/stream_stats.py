@@ -66,7 +66,7 @@ def _measure(
         raise UserError("datasets: stream-stats counts one; name it with --dataset_name")
     corpus = sources[0].corpus
     stream = inputs.open_stream(recipe, sources, encoder, 0, num_processes)
-    training = range(sources[0].num_validation_units, corpus.num_units)
+    training = sources[0].training_units
     num_bytes = corpus.total_bytes(training)
     epoch_tokens = size.estimate_tokens(corpus, training, sources[0].tokens_per_byte)
     run_tokens = recipe.tokens_before(recipe.num_steps) if recipe.num_steps else None

@@ -6,13 +6,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import starmap
 from typing import Any
 
 from accelerate.utils import DistributedType
 
 from gpt2repro.data.corpora.size import estimate_tokens, in_words
-from gpt2repro.data.dataset import Dataset
 from gpt2repro.data.rows.mixture import tokens_of_each
 from gpt2repro.data.rows.producer import StepRows
 from gpt2repro.evaluation.published import published_loss
@@ -95,7 +93,7 @@ class Monitor:
             "run": f"{self.directory.path}",
             "model": f"GPT-2, {in_short(self.learner.num_parameters)} parameters, "
             f"{recipe.sequence_length:,} tokens of context",
-            "data": "; ".join(starmap(self._share_of_data, enumerate(recipe.all_datasets))),
+            "data": "; ".join(self._shares_of_data()),
             "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
             f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens"
             + "".join(f"; {n} such from step {at:,}" for at, n in recipe.batch_multiples),
@@ -114,28 +112,27 @@ class Monitor:
             print(folded(f"{name:>10}  {value}", indent=12))
         print(flush=True)
 
-    def _share_of_data(self, number: int, dataset: Dataset) -> str:
-        """What of a dataset is trained on, how often, and what is held out."""
-        sources = self.inputs.sources
-        source, corpus = sources[number], sources[number].corpus
-        held_out = range(source.num_validation_units)
-        run_tokens = self.recipe.tokens_before(self.recipe.num_steps)
-        sizes = [
-            estimate_tokens(each.corpus, each.training_units, each.tokens_per_byte)
-            for each in sources
-        ]
-        tokens_held_out = estimate_tokens(corpus, held_out, source.tokens_per_byte)
+    def _shares_of_data(self) -> Iterator[str]:
+        """What of each dataset is trained on, how often, and what is held out."""
+        recipe, sources = self.recipe, self.inputs.sources
+        run_tokens = recipe.tokens_before(recipe.num_steps)
+        sizes = [estimate_tokens(s.corpus, s.training_units, s.tokens_per_byte) for s in sources]
         if self.inputs.num_epochs:  # for which they were counted
             sizes = [run_tokens // self.inputs.num_epochs]
-        tokens = sizes[number]
-        said = f"{dataset}: {in_words(corpus, source.training_units, tokens)} to train on"
-        if tokens:
-            epochs = tokens_of_each(sources, sizes, run_tokens)[number] / tokens
-            said += f", {epochs:{',.1f' if epochs >= 1 else '.2g'}} epochs in this run"
-        said += f"; {in_words(corpus, held_out, tokens_held_out)} held out"
-        if self.recipe.order != "shuffled":
-            said += f"; {self.inputs.stream.plans[0]}"
-        return said
+        shares = tokens_of_each(sources, sizes, run_tokens)
+        for dataset, source, tokens, share in zip(
+            recipe.all_datasets, sources, sizes, shares, strict=True
+        ):
+            corpus, held_out = source.corpus, range(source.num_validation_units)
+            tokens_held_out = estimate_tokens(corpus, held_out, source.tokens_per_byte)
+            said = f"{dataset}: {in_words(corpus, source.training_units, tokens)} to train on"
+            if tokens:
+                epochs = share / tokens
+                said += f", {epochs:{',.1f' if epochs >= 1 else '.2g'}} epochs in this run"
+            said += f"; {in_words(corpus, held_out, tokens_held_out)} held out"
+            if recipe.order != "shuffled":
+                said += f"; {self.inputs.stream.plans[0]}"
+            yield said
 
     # --- Before a step ----------------------------------------------------------------------------
 

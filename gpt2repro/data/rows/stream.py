@@ -411,7 +411,7 @@ def _check_units(source: Source, num_lanes: int) -> None:
         )
     if num_training_units >= num_lanes:
         return
-    num_documents = corpus.total_documents(range(num_validation_units, corpus.num_units))
+    num_documents = corpus.total_documents(source.training_units)
     # Where none is known, a lane without documents is told when it is read.
     if num_documents is not None and num_documents < num_lanes:
         raise UserError(

@@ -113,7 +113,7 @@ def find_documents(
     `texts_of(source, unit)` are the texts of a unit.
     """
     for n, source in enumerate(stream.sources):
-        for unit in range(source.num_validation_units, source.corpus.num_units):
+        for unit in source.training_units:
             for document, text in enumerate(texts_of(n, unit)):
                 if matches(text):
                     yield Place(n, unit, document)
