@@ -99,18 +99,22 @@ def test_an_interrupted_making_leaves_nothing(few_documents, tmp_path, monkeypat
 
 
 def test_a_faster_process_wins(few_documents, tmp_path, monkeypatch):
-    """Two launches at once: the second finds the first one's result when it wants to rename."""
-    write_parquet = demo_corpus._write_parquet
+    """Two launches at once: the second finds the first one's result when it wants to rename.
+
+    Which stays where it is, as somebody may read it.
+    """
+    write_parquet, theirs = demo_corpus._write_parquet, []
 
     def overtaken(*arguments) -> None:
         write_parquet(*arguments)
         with monkeypatch.context() as patch:
             patch.setattr(demo_corpus, "_write_parquet", write_parquet)
-            demo_corpus.prepare(tmp_path / "demo")
+            theirs.append(demo_corpus.prepare(tmp_path / "demo").stat().st_ino)
 
     monkeypatch.setattr(demo_corpus, "_write_parquet", overtaken)
     made = demo_corpus.prepare(tmp_path / "demo")
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert theirs == [made.stat().st_ino]
     assert len(pq.read_table(made / "train.parquet")) == 50
 
 

@@ -284,7 +284,7 @@ def test_processes_of_other_data_are_noticed_where_a_state_is_made(make, monkeyp
     streams[1] = make(rank=1, world_size=2, seed=8)
 
     def gather(parts: list, mine: Any) -> None:
-        parts[:] = [(stream.lanes, stream.stream.identity) for stream in streams]
+        parts[:] = [mine, (streams[1].lanes, streams[1].stream.identity)]
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)

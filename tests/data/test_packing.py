@@ -40,16 +40,17 @@ def test_an_epoch_has_every_training_document_exactly_once(documents_per_unit):
     assert not set(validation[:-1]) & set(trained_on)
 
 
-def test_the_next_unit_is_read_before_this_one_is_used_up():
+def test_the_next_unit_is_read_when_half_of_this_one_is_used_up():
     source = MemoryCorpus([["held out"], *[["text"] * 32] * 5])
     plan = Plan(source.num_units, num_lanes=1, num_validation_units=1, seed=0)
     reader = UnitReader(source, ByteEncoder())
     lane = LaneDocuments(plan, reader, ByteEncoder(), 0, Position(0, 0, 0, 0))
     segments = iter(lane)
-    next(segments)
-    assert len(source.reads) == 1, "not sooner either: lanes are many, and each holds its units"
-    for _ in range(24):
+    for _ in range(16):
         next(segments)
+    time.sleep(0.1)
+    assert len(source.reads) == 1, "not sooner either: lanes are many, and each holds its units"
+    next(segments)
     deadline = time.monotonic() + 10
     while len(source.reads) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -15,6 +15,7 @@ from gpt2repro.data import opening
 from gpt2repro.data.corpora import shards
 from gpt2repro.data.corpora.local_files import find_local
 from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.rows import file_order
 from gpt2repro.data.rows.held_out import validation_set
 from gpt2repro.data.rows.mixture import Source
 from gpt2repro.data.rows.stream import TokenStream
@@ -108,11 +109,12 @@ def numbers(rows) -> set[int]:
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize(("B", "W", "accumulation"), [(4, 1, 4), (4, 2, 2), (2, 4, 2), (4, 4, 1)])
-def test_batches_are_those_of_their_loader(tmp_path, B, W, accumulation, together):
-    """Rank by rank and micro-batch by micro-batch, through shards' and epochs' ends.
+def test_batches_are_those_of_their_loader(tmp_path, monkeypatch, B, W, accumulation, together):
+    """Rank by rank and micro-batch by micro-batch, through blocks', shards' and epochs' ends.
 
     With 4 processes of 4 rows the last ones leave the first shard a turn before the first ones.
     """
+    monkeypatch.setattr(file_order, "BLOCK_TOKENS", 50)
     parts = write(tmp_path, suffix=".npy", lengths=(9000, 7003 + 32 * together, 4001))[1:]
     corpus, order = open_corpus(tmp_path), "file" if together else "build-nanogpt"
     options = {"num_lanes": 16 // B, "order": order, "chunk_rows": B * W}

@@ -16,7 +16,7 @@ from tiny_streams import OPTIONS, TEXTS, corpus, run, stream_of, streams
 from gpt2repro import UserError
 from gpt2repro.data.corpora.content import one_at_a_time
 from gpt2repro.data.rows.lanes import check_lanes
-from gpt2repro.data.rows.order import permutation
+from gpt2repro.data.rows.order import LaneState, Position, permutation
 from gpt2repro.data.rows.packing import rows_digest
 from gpt2repro.data.rows.producer import Producer
 from gpt2repro.system.threads import PoolClosed
@@ -50,6 +50,15 @@ def test_resume_at_every_step_twice_over_with_changed_worlds():
         tail, tail_rows, _ = run(streams(1, state), 2)
         assert head + middle + tail == digests[: stop + 4]
         assert head_rows + middle_rows + tail_rows == rows[: stop + 4]
+
+
+def test_the_share_of_an_epoch_that_was_read():
+    """Of a lane with 4 pieces that has read one epoch and two of them; the others wait."""
+    [stream] = streams()
+    lanes = {0: LaneState(0, (Position(1, 2, 0, 0),)), 4: LaneState(0, (Position(0, 0, 9, 9),))}
+    assert [stream.plans[0].num_pieces(lane) for lane in (0, 4)] == [4, 3]
+    assert stream.epochs(lanes) == {"epoch": 0.75}
+    stream.close()
 
 
 def test_resume_past_the_end_of_an_epoch():

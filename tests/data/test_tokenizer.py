@@ -31,10 +31,11 @@ def test_a_directory_that_holds_no_tokenizer_is_refused(tmp_path):
 def test_a_torn_file_is_one_line(theirs, tmp_path, file, torn):
     theirs.save_pretrained(tmp_path)
     (tmp_path / file).write_text(torn)
-    try:  # `{}` is a configuration that says nothing
+    if file == "tokenizer_config.json" and torn.startswith("{"):  # it says nothing
+        assert load_tokenizer(tmp_path)("a").input_ids == theirs("a").input_ids
+        return
+    with pytest.raises(UserError, match="tokenizer_name"):
         load_tokenizer(tmp_path)
-    except UserError as error:
-        assert "tokenizer_name" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_loading_from_the_hub_and_then_from_its_cache(hub, theirs, monkeypatch):
 
 
 def test_a_name_that_does_not_exist_is_refused_at_once(hub):
-    with pytest.raises(UserError, match=r"the tokenizer 'a/b' \(tokenizer_name\).*404|401"):
+    with pytest.raises(UserError, match=r"the tokenizer 'a/b' \(tokenizer_name\).*(404|401)"):
         load_tokenizer("a/b")
 
 

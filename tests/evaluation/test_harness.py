@@ -123,8 +123,11 @@ def tasks_dir(tmp_path_factory):
     group = {"group": "ours_group", "task": ["ours_choice", "ours_last_word"]}
     (directory / "group.yaml").write_text(json.dumps(group))
     rules = [{"metric": "acc"}, {"metric": "acc_norm", "weight_by_size": False}]
+    fewer = dict(TASKS["choice"], task="ours_fewer", dataset_path="json", test_split="train")
+    fewer |= {"dataset_kwargs": {"data_files": files}}
+    (directory / "fewer.yaml").write_text(json.dumps(fewer))
     inner = {"group": "ours_inner", "task": ["ours_few_shot"], "aggregate_metric_list": rules[:1]}
-    members = ["ours_choice", "ours_inner"]
+    members = ["ours_choice", "ours_fewer", "ours_inner"]
     outer = {"group": "ours_means", "task": members, "aggregate_metric_list": rules}
     for name, each in (("inner", inner), ("means", outer)):
         (directory / f"{name}.yaml").write_text(json.dumps(each))
@@ -171,7 +174,7 @@ def theirs(request, tasks_dir):
     model = random_gpt2(3, positions=positions, n_embd=32, vocab_size=num_ids(tokenizer))
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer_of(kind), batch_size=4, device="cpu"),
-        tasks=[f"ours_{name}" for name in TASKS],
+        tasks=[f"ours_{name}" for name in (*TASKS, "fewer")],
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
         bootstrap_iters=2,  # 0 is no standard errors, not even of means
     )
@@ -323,7 +326,7 @@ def test_what_cannot_be_opened_is_one_line(tasks_dir, tmp_path, shipped):
 
 
 def test_means_of_groups_are_those_of_the_harness(theirs, tasks_dir):
-    """By rows and by tasks, with a group within a group."""
+    """By rows and by tasks, of which one has fewer rows, with a group within a group."""
     from lm_eval.tasks import TaskManager
 
     model, tokenizer, positions, found = theirs
@@ -338,7 +341,7 @@ def test_means_of_groups_are_those_of_the_harness(theirs, tasks_dir):
         # Theirs pools the variance of both tasks with a degree of freedom less for each.
         assert ours.stderr == pytest.approx(expected[f"{metric}_stderr,none"], rel=0.03)
     assert estimates["ours_inner/acc"].value == estimates["ours_few_shot/acc"].value
-    assert len(task.rows) == 28 and task.rows[0] == "ours_choice 1"
+    assert len(task.rows) == 34 and task.rows[0] == "ours_choice 1"
 
 
 def write_task(directory, name, rows, **changes):
@@ -463,22 +466,33 @@ def test_a_figure_that_a_task_does_not_announce_is_a_mean(tmp_path):
 
 
 def test_choices_are_shuffled_as_the_harness_seeds_them(tmp_path):
-    """GPQA's are, by Python's own generator, which stays what it was."""
+    """GPQA's are, by Python's own generator, others by NumPy's; both stay what they were."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     rows = [{"question": q, "choices": [*"abcdefgh"], "answer": 0} for q in "ab"]
     write_task(tmp_path, "shuffled", rows, doc_to_choice="SHUFFLE")
     (tmp_path / "shuffled.py").write_text(
-        "import random\ndef shuffle(doc):\n    return random.sample(doc['choices'], 8)\n"
+        "import random\nimport numpy as np\ndef shuffle(doc):\n"
+        "    choices = [doc['choices'][n] for n in np.random.permutation(8)]\n"
+        "    return random.sample(choices, 8)\n"
     )
     file = tmp_path / "shuffled.yaml"
     file.write_text(file.read_text().replace('"SHUFFLE"', "!function shuffled.shuffle"))
-    seen = []
-    for seed in (1, 2):
-        random.seed(seed)
-        state = random.getstate()
-        [task] = opened(tmp_path, "shuffled")
-        assert random.getstate() == state
-        seen.append([request.ids for request in task.requests])
-    assert seen[0] == seen[1]
+    random.seed(1)
+    np.random.seed(1)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    [task] = opened(tmp_path, "shuffled")
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=random_gpt2(), tokenizer=tiny_tokenizer(), device="cpu"),
+        tasks=["shuffled"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )["samples"]["shuffled"]
+    for example, sample in zip(task.examples, theirs, strict=True):
+        ordered = sorted(example.instances, key=lambda instance: instance.idx)
+        assert [instance.args for instance in ordered] == [*map(tuple, sample["arguments"])]
 
 
 def test_half_a_surrogate_pair_of_a_task_of_code_is_replaced():

@@ -1,5 +1,7 @@
 """Steps that take more batches later: which rows, with what loss and gradient; resumed; told."""
 
+import math
+
 import pytest
 import torch
 from tiny_run import (
@@ -68,6 +70,33 @@ def test_loss_and_gradient_are_means_over_all_of_them(run, step):
     # Sums in another order.
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_an_update_is_adamws_of_the_clipped_gradient_at_the_rate_of_its_step(run):
+    """Step 3 by torch's own means, from the checkpoint before it to the one after it."""
+    checkpoint = run / "checkpoints" / "step_00000003"
+    reader = rows.Reader(load_recipe(["--recipe", str(run / "recipe.yaml")]), is_decided=True)
+    reader.go_on_from(checkpoints.state_of(checkpoint))
+    tokens = reader.take().tokens
+    model = saved_models.load_causal_lm(str(checkpoint), option="--model", dtype=torch.float32)
+    named, saved = dict(model.named_parameters()), tensors(run, 3)
+    lr = 1e-3 + (1e-2 - 1e-3) * (1 + math.cos(math.pi * 1 / 6)) / 2  # a step after the warm-up's 2
+    groups = [
+        {"params": [p for p in named.values() if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    for name, parameter in named.items():
+        optimizer.state[parameter] = {
+            key: saved[f"optimizer {name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()).loss.backward()
+    assert torch.nn.utils.clip_grad_norm_(named.values(), 1.0) > 1
+    optimizer.step()
+    for name, after in tensors(run, 4).items():
+        if name in named:  # sums in another order; without clipping the difference is 1e-4
+            torch.testing.assert_close(named[name].data, after, rtol=0, atol=1e-5)
+    assert metrics(run)[3]["lr"] == pytest.approx(lr)
 
 
 def test_it_goes_on_bitwise_from_any_step(recipe, run, tmp_path):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_hub import FakeHub
-from tiny_corpus import documents
+from tiny_corpus import documents, parquet_bytes
 from tiny_run import digests, train, write_inputs
 
 from gpt2repro import UserError
+from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.recipe import load_recipe
@@ -97,6 +98,37 @@ def test_one_document_cannot_be_held_out(tmp_path, monkeypatch, capsys):
     assert train(recipe, run, *words, "--num_validation_units", "0") == 0
     said = capsys.readouterr().out
     assert "1 document, about " in said and "2.0 epochs in this run; nothing held out" in said
+    [ids] = BulkEncoder(load_tokenizer(tmp_path / "tokenizer")).encode([text.read_text()])
+    assert len(digests(run)) == 2 * (1 + len(ids)) // 256  # batch_tokens
+
+
+def test_a_resumed_run_reads_the_commit_that_it_began_with(tmp_path, monkeypatch):
+    """Somebody pushes other texts meanwhile; a run of today must not see them tomorrow."""
+    recipe, run = write_inputs(tmp_path), tmp_path / "run"
+    texts = documents(240, max_words=40)
+    monkeypatch.setattr(finish, "finish", lambda run: 0)
+    with FakeHub() as hub:
+        hub.use_in_process(monkeypatch)
+        corpus = hub.add("datasets", "me/texts", {"0.parquet": parquet_bytes(texts, 30)})
+        first = corpus.resolve("main")
+        assert train(recipe, run, "--dataset_name", "me/texts", "--num_steps", "4") == 0
+        corpus.commit({"0.parquet": parquet_bytes(texts[::-1], 30)})
+        assert corpus.resolve("main") != first
+        assert train(recipe, run, "--dataset_name", "me/texts", "--num_steps", "6") == 0
+    assert train(recipe, tmp_path / "here", "--num_steps", "6") == 0
+    assert digests(run) == digests(tmp_path / "here")
+
+
+def test_units_are_hashed_and_cached_where_a_recipe_says(tmp_path, monkeypatch):
+    """Those that are trained on, and those that are held out."""
+    recipe = write_inputs(tmp_path)
+    monkeypatch.setattr(finish, "finish", lambda run: 0)
+    places = ["--unit_digests_dir", tmp_path / "digests", "--token_cache_dir", tmp_path / "cache"]
+    assert train(recipe, tmp_path / "run", "--num_steps", "60", *map(str, places)) == 0
+    [record] = (tmp_path / "digests").rglob("*.units")
+    assert {line.split()[0] for line in record.read_text().split("\n") if line} == set("01234567")
+    cached = {int(path.stem) for path in (tmp_path / "cache").rglob("*.tokens")}
+    assert cached == set(range(8))
 
 
 def test_only_what_is_here_is_made_absolute(tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ def test_only_steps_are_timed_and_the_wait_for_rows_is_part_of_them():
         time.sleep(0.2)  # an evaluation
         with Monitor.timing(parts):
             parts.inputs.stream.wait_seconds += 0.25
+    assert len(added) == 2
     for tokens, seconds, waited in added:
         assert (tokens, waited) == (0, 0.25) and 0 <= seconds < 0.2
 

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+import time
 
 import pytest
 from tiny_run import assert_same_tensors, metrics, tensors, train, without_export, write_inputs
@@ -85,14 +86,22 @@ def test_training_goes_on_meanwhile_and_changes_nothing_in_it(recipe, waiting, t
     assert metrics(tmp_path) == metrics(waiting)
 
 
-def test_the_end_of_a_run_waits_for_it_also_where_it_fails(recipe, tmp_path, events, monkeypatch):
+def test_the_end_of_a_run_waits_for_it_also_where_it_fails(recipe, tmp_path, monkeypatch):
+    """Step 4 is still being written when the run closes: the disk takes its time."""
+    closing, commit, close = threading.Event(), checkpoints.commit, Checkpoints.close
+
+    def slow(scratch, path):
+        assert closing.wait(LONG)
+        time.sleep(0.3)
+        commit(scratch, path)
+
     def break_down(self, step, *rest):
         if step == 6:
             raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(Monitor, "report", break_down)
-    close = Checkpoints.close
-    monkeypatch.setattr(Checkpoints, "close", lambda self: (self.wait(), close(self)))
+    monkeypatch.setattr(checkpoints, "commit", slow)
+    monkeypatch.setattr(Checkpoints, "close", lambda self: (closing.set(), close(self)))
     with pytest.raises(ZeroDivisionError):
         train(recipe, tmp_path)
     assert integrity.find_problem(tmp_path / "checkpoints" / "step_00000004") is None
