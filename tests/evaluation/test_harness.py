@@ -471,11 +471,12 @@ def test_choices_are_shuffled_as_the_harness_seeds_them(tmp_path):
     from lm_eval.tasks import TaskManager
 
     rows = [{"question": q, "choices": [*"abcdefgh"], "answer": 0} for q in "ab"]
-    write_task(tmp_path, "shuffled", rows, doc_to_choice="SHUFFLE")
+    write_task(tmp_path, "shuffled", rows, process_docs="SHUFFLE")
     (tmp_path / "shuffled.py").write_text(
-        "import random\nimport numpy as np\ndef shuffle(doc):\n"
-        "    choices = [doc['choices'][n] for n in np.random.permutation(8)]\n"
-        "    return random.sample(choices, 8)\n"
+        "import random\nimport numpy as np\nfrom datasets import Dataset\ndef shuffle(docs):\n"
+        "    order = np.random.permutation(8)\n"
+        "    by = lambda doc: random.sample([doc['choices'][n] for n in order], 8)\n"
+        "    return Dataset.from_list([doc | {'choices': by(doc)} for doc in docs])\n"
     )
     file = tmp_path / "shuffled.yaml"
     file.write_text(file.read_text().replace('"SHUFFLE"', "!function shuffled.shuffle"))
