@@ -465,25 +465,31 @@ def test_a_figure_that_a_task_does_not_announce_is_a_mean(tmp_path):
     assert found["extra/size"].value == 1.0 and found["extra/size"].stderr == 0
 
 
-def test_choices_are_shuffled_as_the_harness_seeds_them(tmp_path):
-    """GPQA's are, by Python's own generator, others by NumPy's; both stay what they were."""
+@pytest.mark.parametrize("field", ["process_docs", "doc_to_choice"])
+def test_choices_are_shuffled_as_the_harness_seeds_them(tmp_path, field):
+    """GPQA's are, by Python's own generator, others by NumPy's; both stay what they were.
+
+    Whatever else is opened beside it, they are those of `lm_eval --tasks` with this name alone.
+    """
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     rows = [{"question": q, "choices": [*"abcdefgh"], "answer": 0} for q in "ab"]
-    write_task(tmp_path, "shuffled", rows, process_docs="SHUFFLE")
+    write_task(tmp_path, "shuffled", rows, **{field: "SHUFFLE"})
     (tmp_path / "shuffled.py").write_text(
-        "import random\nimport numpy as np\nfrom datasets import Dataset\ndef shuffle(docs):\n"
-        "    order = np.random.permutation(8)\n"
-        "    by = lambda doc: random.sample([doc['choices'][n] for n in order], 8)\n"
-        "    return Dataset.from_list([doc | {'choices': by(doc)} for doc in docs])\n"
+        "import random\nimport numpy as np\nfrom datasets import Dataset\n"
+        "def doc_to_choice(doc):\n"
+        "    return random.sample([doc['choices'][n] for n in np.random.permutation(8)], 8)\n"
+        "def process_docs(docs):\n"
+        "    return Dataset.from_list([doc | {'choices': doc_to_choice(doc)} for doc in docs])\n"
     )
     file = tmp_path / "shuffled.yaml"
-    file.write_text(file.read_text().replace('"SHUFFLE"', "!function shuffled.shuffle"))
+    file.write_text(file.read_text().replace('"SHUFFLE"', f"!function shuffled.{field}"))
+    write_task(tmp_path, "another", rows)
     random.seed(1)
     np.random.seed(1)
     states = random.getstate(), np.random.get_state()[1].tolist()
-    [task] = opened(tmp_path, "shuffled")
+    _, task = opened(tmp_path, "another", "shuffled")
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
     theirs = lm_eval.simple_evaluate(
         model=HFLM(pretrained=random_gpt2(), tokenizer=tiny_tokenizer(), device="cpu"),

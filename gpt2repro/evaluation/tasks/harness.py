@@ -58,10 +58,11 @@ class LmEvalTask(Task):
         stride: int | None = None,
     ) -> None:
         self._task, self._tokenizer, self._stride = task, tokenizer, stride or max_length
-        self.name, self.prefix = task.task_name, f"{task.task_name}/"
+        # Its `task_name` would draw a random name beside it, and shuffled choices be others.
+        self.name, self.prefix = task.config.task, f"{task.config.task}/"
         path = task.config.dataset_path or ""
         if "/" in path and not Path(path).exists():
-            self.dataset = OnHub(path, task.task_name)
+            self.dataset = OnHub(path, self.name)
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             self.note = f"; stride {self._stride}"
         super().__init__(_documents(task, limit), tokenizer, max_length=max_length)
@@ -177,7 +178,7 @@ class LmEvalGroup(TaskGroup):
 def _documents(task: Any, limit: int | None) -> Iterator[list[Any] | MalformedRow]:
     """What the harness asks of each document, or why that is nothing."""
     for number, doc in task.doc_iterator(limit=limit):
-        metadata = (task.task_name, number, task.config.repeats)
+        metadata = (task.config.task, number, task.config.repeats)
         shots = {"num_fewshot": task.config.num_fewshot or 0}
         try:
             if prefix := task.doc_to_prefix(doc):
@@ -313,30 +314,38 @@ def open_lm_eval_tasks(
         if each.OUTPUT_TYPE == "generate_until" and (
             how.get("do_sample") or float(how.get("temperature") or 0) > 0
         ):
-            raise UserError(f"{option}: {each.task_name} samples what it writes; `lm_eval` does it")
+            raise UserError(
+                f"{option}: {each.config.task} samples what it writes; `lm_eval` does it"
+            )
         how = {"max_length": max_length, "limit": limit, "stride": stride}
         with in_a_line(f"{option}: {_of_data(each, vars(each.config))}"):
             return [checked(LmEvalTask(each, tokenizer, **how))]
 
+    def load(name: str) -> Any:
+        _seed()  # also where it is tried again
+        return manager.load([name])
+
     found: dict[str, list[Task]] = {}
-    with _seeded():
+    with _random_numbers_kept():
         for name in names:
             with _opening(option), in_a_line(f"{option}: {name} cannot be opened"):
-                loaded = patiently(
-                    partial(manager.load, [name]), f"open {name} ({option})", reaches_hub=False
-                )
+                what = f"open {name} ({option})"
+                loaded = patiently(partial(load, name), what, reaches_hub=False)
                 group = loaded["groups"].get(name)
                 each_of = [group] if group else loaded["tasks"].values()
                 found[name] = [task for each in each_of for task in opened(each)]
     return found
 
 
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """As the harness seeds what some tasks (GPQA) shuffle their choices by."""
-    states = random.getstate(), np.random.get_state()
+def _seed() -> None:
+    """As `lm_eval --tasks` seeds what some tasks (GPQA) shuffle their choices by."""
     random.seed(0)
     np.random.seed(1234)
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
