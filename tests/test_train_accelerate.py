@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,8 +31,13 @@ from tiny_run import (
 
 import train_accelerate
 from gpt2repro import UserError
+from gpt2repro.data.opening import open_corpus
 from gpt2repro.data.rows import producer
+from gpt2repro.data.rows.held_out import validation_set
 from gpt2repro.data.rows.stream import TokenStream
+from gpt2repro.data.tokenizer import load_tokenizer
+from gpt2repro.data.tokens.encoder import BulkEncoder
+from gpt2repro.recipe import load_recipe
 from gpt2repro.records import checkpoints, incidents, integrity
 from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.speed import cpu_memory
@@ -118,7 +124,42 @@ def test_metrics_have_the_promised_fields(uninterrupted):
         assert len(line["rows_digest"]) == 16 and int(line["rows_digest"], 16) >= 0
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 5, 10, 12]
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
-    assert 0 < lines[-1]["val_bits_per_byte"] < lines[0]["val_bits_per_byte"]
+    assert [line["step"] for line in lines[:-1] if line["save_seconds"]] == [4, 8]
+
+
+def test_bits_per_byte_are_of_the_text_that_was_scored(uninterrupted):
+    recipe = load_recipe(["--recipe", str(uninterrupted / "recipe.yaml")])
+    encoder = BulkEncoder(load_tokenizer(recipe.tokenizer_name))
+    units = {"num_units": 1, "max_tokens": recipe.validation_tokens}
+    corpus = open_corpus(recipe.dataset_name)
+    held_out = validation_set(corpus, encoder, sequence_length=32, **units)
+    for line in metrics(uninterrupted):
+        if "val_loss" in line:
+            assert line["val_tokens"] == held_out.rows[:, 1:].size
+            bits = line["val_loss"] / math.log(2) * line["val_tokens"] / held_out.num_bytes.sum()
+            assert line["val_bits_per_byte"] == pytest.approx(bits)
+
+
+def test_between_the_lines_that_are_due_are_those_that_say_more(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    """Steps of an evaluation or a spike, and no others; validation that takes long is told once."""
+    z_scores = iter([0.0, 0.0, 6.0, *[0.0] * 9])
+    monkeypatch.setattr(monitor.SpikeDetector, "z_score", lambda self, loss: next(z_scores))
+    validate = Evaluations._validate
+
+    def slowly(self, step):
+        figures, self.validation_seconds = validate(self, step), 99.0
+        return figures
+
+    monkeypatch.setattr(Evaluations, "_validate", slowly)
+    assert train(recipe, tmp_path, "--log_every", "4") == 0
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [0, 2, 4, 5, 8, 10, 12]
+    assert [line.get("loss_z_score") for line in lines] == [None, 6.0, *[None] * 5]
+    said = capsys.readouterr().out
+    assert re.search(r"step 2: loss [\d.]+ is 6.0 standard deviations above its recent mean", said)
+    assert said.count("A validation takes 99 s, the steps between two of them 0 s: raise ev") == 1
 
 
 def test_the_resolved_recipe_reproduces_the_run(uninterrupted, tmp_path):
