@@ -193,6 +193,18 @@ def unigram(scores: tuple[float, float] = (-1.0, -9.0), **parts) -> PreTrainedTo
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
 
+def test_the_fingerprint_is_fixed_for_ever():
+    """Checkpoints, caches and manifests have it: another one orphans them all."""
+    assert BulkEncoder(byte_level([("a", "b")])).fingerprint == "c3666441a270e449fce07f3f08de438a"
+
+
+def test_an_end_is_in_the_fingerprint():
+    """Rows begin with it."""
+    one, other = byte_level([("a", "b")]), byte_level([("a", "b")])
+    other.eos_token = "ab"
+    assert BulkEncoder(one).fingerprint != BulkEncoder(other).fingerprint
+
+
 def test_what_no_probe_shows_is_in_the_fingerprint():
     https = normalizers.Replace("https://", "")
     different = (unigram(), unigram((-9.0, -1.0)), unigram(normalizer=https))

@@ -4,6 +4,7 @@ import copy
 import json
 import multiprocessing
 import pickle
+import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fake_hub import FakeHub, Fault, impatient
-from tiny_corpus import documents, write_lines
+from tiny_corpus import documents, parquet_bytes, read_all, write_lines
 from tiny_run import write_inputs
 from tiny_shards import write_bin
 from tiny_streams import stream_of
@@ -291,6 +292,44 @@ def test_processes_of_other_data_are_noticed_where_a_state_is_made(make, monkeyp
     monkeypatch.setattr(dist, "all_gather_object", gather)
     with pytest.raises(UserError, match=r"processes of this launch see different data \(seed\)"):
         streams[0].state_dict()
+
+
+def test_what_is_given_reaches_the_stream(make, tmp_path):
+    (tmp_path / "texts").mkdir()
+    lines = "".join(json.dumps({"words": text}) + "\n" for text in documents(90))
+    (tmp_path / "texts" / "test.jsonl").write_text(lines)
+    given = {"dataset_name": tmp_path / "texts", "split": "test", "text_column": "words"}
+    places = {"token_cache_dir": tmp_path / "tokens", "unit_digests_dir": tmp_path / "digests"}
+    stream, plain = make(**given, **places), make(**given)
+    assert steps([stream], 10)[0] == steps([plain], 10)[0]
+    assert [*(tmp_path / "tokens").rglob("*.tokens")] and [*(tmp_path / "digests").rglob("*.units")]
+    known = str([*range(2, 11)])
+    with pytest.raises(UserError, match=re.escape(f"step 1: the stream knows {known}")):
+        stream.state_dict(step=1)
+    (tmp_path / "shards").mkdir()
+    write_bin(tmp_path / "shards" / "train_0.bin", np.arange(256))
+    with pytest.raises(UserError, match="chunk_rows: a shard does not hold 999 rows"):
+        make(dataset_name=tmp_path / "shards", order="file", chunk_rows=999, num_validation_units=0)
+
+
+@pytest.mark.parametrize(("document", "count"), [("line", 2), ("file", 1)])
+def test_what_a_document_is_reaches_the_stream(make, tmp_path, document, count):
+    (tmp_path / "a.txt").write_text("one line\nand another")
+    given = {"num_validation_units": 0, "num_lanes": 1}
+    stream = make(dataset_name=tmp_path / "a.txt", document=document, **given)
+    [source] = stream.stream.sources
+    assert sum(map(len, read_all(source.corpus))) == count
+
+
+def test_a_commit_reaches_the_stream(make, monkeypatch):
+    with FakeHub() as hub:
+        hub.use_in_process(monkeypatch)
+        texts = hub.add("datasets", "me/texts", {"0.parquet": parquet_bytes(documents(90), 30)})
+        first = texts.resolve("main")
+        texts.commit({"0.parquet": parquet_bytes(documents(90)[::-1], 30)})
+        streams = [make(dataset_name="me/texts", revision=each) for each in (first, None)]
+        one, other = (steps([stream], 2)[0] for stream in streams)
+    assert one != other
 
 
 def test_a_state_that_is_written_into_changes_no_stream(make):

@@ -395,6 +395,21 @@ def test_a_file_is_hashed_once(tmp_path, records, monkeypatch):
         hashed.clear()
 
 
+def test_records_of_hashes_are_those_of_the_newest_files(tmp_path, records, monkeypatch):
+    """And at least of all that one dataset has, or it would be hashed at every start."""
+    monkeypatch.setattr(content, "NUM_RECORDS", 2)
+    for name in ("a", "b", "c"):
+        write_parquet(tmp_path / name / "0.parquet", TEXTS)
+        open_corpus(tmp_path / name)
+    known = [key.split()[-1] for key in json.loads(records.read_text())]
+    assert known == [str(tmp_path / name / "0.parquet") for name in ("b", "c")]
+    for number in range(3):
+        write_parquet(tmp_path / "d" / f"{number}.parquet", TEXTS)
+    first = open_corpus(tmp_path / "d").identity
+    monkeypatch.setattr(content, "_hash", lambda file, key: pytest.fail("hashed again"))
+    assert open_corpus(tmp_path / "d").identity == first
+
+
 def test_young_files_are_hashed_again(tmp_path, records, monkeypatch):
     """One that changes within a tick of the clock keeps its times."""
     monkeypatch.setattr(content, "SETTLED_SECONDS", 60)

@@ -295,6 +295,15 @@ def test_turns_that_cannot_be(tmp_path, options, message):
         streams(open_corpus(tmp_path), **{"order": "file"} | options)
 
 
+def test_a_damaged_position_is_no_other_row(tmp_path):
+    write(tmp_path)
+    corpus = open_corpus(tmp_path)
+    _, _, state = run(streams(corpus, order="file"), 3)
+    state["lanes"][3][0][2] = 10**6
+    with pytest.raises(UserError, match="stream position is beyond the rows of the shard"):
+        run(streams(corpus, state=state, order="file"), 1)
+
+
 def test_an_order_of_files_is_that_of_one_dataset_of_shards(tmp_path):
     write(tmp_path / "shards")
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))

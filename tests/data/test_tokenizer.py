@@ -56,6 +56,16 @@ def test_the_file_says_how_words_are_split_and_not_the_class(theirs, tmp_path, n
     assert loaded.eos_token == theirs.eos_token
 
 
+def test_an_end_that_only_the_class_knows_is_kept(theirs, tmp_path):
+    backend = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eos_token == loaded.bos_token == "<|endoftext|>"
+
+
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
 def test_a_space_that_nobody_asks_for_is_not_put_there(tmp_path, name):
     words = {"<unk>": 0, "</s>": 1, "a": 2, "▁a": 3, "b": 4, "▁b": 5, "▁": 6}

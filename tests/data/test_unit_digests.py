@@ -1,6 +1,7 @@
 """Digests of units: recorded once, compared on later passes, by any number of processes."""
 
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -51,6 +52,19 @@ def test_another_text_is_refused_in_a_line(tmp_path):
     with pytest.raises(UserError, match="unit 5 holds another text than when it was first") as told:
         run(streams(tmp_path, changed), 60)
     assert "\n" not in str(told.value)
+
+
+def test_a_full_disk_costs_the_record_not_the_run(tmp_path, monkeypatch, caplog):
+    open_file = Path.open
+
+    def full(self, mode="r", *rest, **options):
+        if mode == "ab":
+            raise OSError(28, "No space left on device")
+        return open_file(self, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert run(streams(tmp_path), 60)[0] == run(streams(None), 60)[0]
+    assert caplog.text.count("unit_digests_dir: cannot write") == 1
 
 
 def test_what_another_process_has_recorded_meanwhile_counts(tmp_path):

@@ -58,6 +58,14 @@ def test_a_corrupt_cache_entry_is_read_again(tmp_path, caplog):
     assert last.reads == []
 
 
+def test_a_unit_that_lanes_share_is_read_once():
+    source = MemoryCorpus([["held out"], [f"text {n}" for n in range(64)]])
+    stream = stream_of(source, ByteEncoder(), **OPTIONS | {"num_validation_units": 1})
+    next(stream)
+    stream.close()
+    assert source.reads == [1]
+
+
 def test_another_tokenizer_or_revision_never_meets_an_old_entry(tmp_path):
     run(streams(token_cache_dir=tmp_path), 3)
     other = MemoryCorpus(in_units(TEXTS, 10), "other")

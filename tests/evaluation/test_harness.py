@@ -85,6 +85,10 @@ TASKS: dict[str, dict] = {
         "doc_to_target": "{{choices[0]}}",
         "generation_kwargs": {"until": ["ou", "q"], "max_gen_toks": 24},
         "num_fewshot": 1,
+        "filter_list": [
+            {"name": "none", "filter": [{"function": "take_first"}]},
+            {"name": "loud", "filter": [{"function": "uppercase"}, {"function": "take_first"}]},
+        ],
     }
     | metrics("exact_match", "chrf", chrf="chrf"),
 }
@@ -128,6 +132,10 @@ def tasks_dir(tmp_path_factory):
     (directory / "fewer.yaml").write_text(json.dumps(fewer))
     inner = {"group": "ours_inner", "task": ["ours_few_shot"], "aggregate_metric_list": rules[:1]}
     members = ["ours_choice", "ours_fewer", "ours_inner"]
+    of_filters = {"metric": "chrf", "filter_list": "loud"}
+    filtered = {"group": "ours_filtered", "task": ["ours_writing"]}
+    filtered |= {"aggregate_metric_list": [of_filters]}
+    (directory / "filtered.yaml").write_text(json.dumps(filtered))
     outer = {"group": "ours_means", "task": members, "aggregate_metric_list": rules}
     for name, each in (("inner", inner), ("means", outer)):
         (directory / f"{name}.yaml").write_text(json.dumps(each))
@@ -209,7 +217,8 @@ def test_equal_to_the_harness_row_for_row(theirs, tasks_dir, name, world_size):
         assert task.truncated, "some contexts are cut"
     score = partial(score_task, model, task, batch_size=8)
     estimates = on_ranks(world_size, score).estimates
-    samples = sorted(found["samples"][f"ours_{name}"], key=lambda sample: sample["doc_id"])
+    samples = [each for each in found["samples"][f"ours_{name}"] if each["filter"] == "none"]
+    samples.sort(key=lambda sample: sample["doc_id"])
     for example, sample in zip(task.examples, samples, strict=True):
         ordered = sorted(example.instances, key=lambda instance: instance.idx)
         for instance, [answer] in zip(ordered, sample["resps"], strict=True):
@@ -344,6 +353,13 @@ def test_means_of_groups_are_those_of_the_harness(theirs, tasks_dir):
     assert len(task.rows) == 34 and task.rows[0] == "ours_choice 1"
 
 
+def test_a_group_has_the_means_of_the_filters_that_it_names(tasks_dir):
+    [task] = opened(tasks_dir, "ours_filtered")
+    found = score_task(random_gpt2(), task, batch_size=8).estimates
+    assert [key for key in found if key.startswith("ours_filtered/")] == ["ours_filtered/chrf,loud"]
+    assert found["ours_filtered/chrf,loud"].value == found["ours_writing/chrf,loud"].value
+
+
 def write_task(directory, name, rows, **changes):
     """A task of these rows; None leaves a field of the choice out."""
     (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -365,6 +381,18 @@ def test_the_gold_answers_bits_per_byte(tmp_path):
     tokens = task.requests[1].num_scored + task.requests[2].num_scored
     num_bytes = len(" sings é".encode()) + len(" stands")
     assert found.value == pytest.approx(tokens * np.log2(VOCAB_SIZE) / num_bytes)
+
+
+def test_the_gold_answer_of_blanks_is_after_the_right_context(tmp_path):
+    rows = [{"answer": 1, "choices": ["a man", "a woman"]}]
+    blanks = {"doc_to_text": "{{answer}}", "doc_to_target": "{{choices[0]}}"}
+    write_task(tmp_path, "blanks", rows, **blanks)
+    [task] = opened(tmp_path, "blanks")
+    model = random_gpt2()
+    found = score_task(model, task, batch_size=4).estimates["blanks/gold_bits_per_byte"].value
+    nats = loglikelihoods(model, task.requests, max_length=64, batch_size=4).log_likelihood
+    assert found == pytest.approx(-nats[1] / math.log(2) / len(" a man")) != -nats[0]
+    assert nats[0] != pytest.approx(nats[1], rel=1e-3)
 
 
 def test_a_stride_gives_whole_texts_more_context(tasks_dir):
@@ -622,12 +650,14 @@ def test_what_asks_for_more_than_there_is_room_is_named(tmp_path):
     write = {"output_type": "generate_until", "doc_to_choice": None, **metrics("exact_match")}
     write |= {"generation_kwargs": {"until": ["."]}}
     write_task(tmp_path, "long", rows, **write)
-    write["generation_kwargs"] |= {"do_sample": True}
-    write_task(tmp_path, "sampling", rows, **write)
+    for name, how in (("sampling", {"do_sample": True}), ("warm", {"temperature": 0.7})):
+        changed = {"generation_kwargs": write["generation_kwargs"] | how}
+        write_task(tmp_path, name, rows, **write | changed)
     with pytest.raises(UserError, match="row 1: asks for 256 new tokens of a model of 64 positi"):
         open_tasks(["long"], tiny_tokenizer(), max_length=64, tasks_dir=str(tmp_path))
-    with pytest.raises(UserError, match="--tasks: sampling samples what it writes"):
-        opened(tmp_path, "sampling")
+    for name in ("sampling", "warm"):
+        with pytest.raises(UserError, match=f"--tasks: {name} samples what it writes"):
+            opened(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["cbt_cn", "cbt_ne"])

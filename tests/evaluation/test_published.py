@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpt2repro.evaluation.estimates import Estimate
+from gpt2repro.evaluation.estimates import Estimate, mean
 from gpt2repro.evaluation.published import PUBLISHED, VALIDATION_TEXT, published_loss
 from gpt2repro.evaluation.tables import Table
 from gpt2repro.recipe import load_recipe
@@ -27,3 +27,9 @@ def test_a_file_of_other_rows_does_not(num_rows):
     shown = Table(["gpt2"], [found], published=PUBLISHED["gpt2"]).as_json()
     expected = {"hellaswag/acc", "val/loss"} if num_rows == 10_042 else {"val/loss"}
     assert shown["published_not_computed"].keys() == expected, "a loss has its text to decide"
+
+
+def test_an_error_that_is_not_known_is_null_in_json_and_large_figures_are_short():
+    table = Table(["one row"], [{"a": mean([1.0]), "ppl": Estimate(50257.123, np.zeros(2))}])
+    assert table.as_json()["results"]["a"] == {"value": 1.0, "stderr": None}
+    assert table.cells()[2][1].startswith("50257 ")
