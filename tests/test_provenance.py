@@ -384,6 +384,27 @@ def test_a_hostile_record_does_nothing_to_a_terminal(hub, capsys, field):
     assert "\x1b" not in said and "\x07" not in said and "step1\\x1b" in said
 
 
+def test_rows_begin_where_those_before_end(hub, capsys):
+    """All that comes after was written anew, by somebody who left out what came before."""
+    files, main = hub.files("me/run", "step00000004"), hub.files("me/run")
+    record = Record.model_validate_json(files["provenance.json"])
+    record = record.model_copy(update={"begin": Point(step=2, rows_digest="1" * 64)})
+    record = record.model_copy(update={"rows_digest": record.digest_of_rows()})
+    last = Record.model_validate_json(main["provenance.json"])
+    begin = Point(step=4, rows_digest=record.rows_digest)
+    last = last.model_copy(update={"begin": begin, "previous": record.sha256})
+    last = last.model_copy(update={"rows_digest": last.digest_of_rows()})
+    for branch, its, new in (("step00000004", files, record), ("main", main, last)):
+        before = hashlib.sha256(its["provenance.json"]).hexdigest().encode()
+        sums = its["SHA256SUMS"].replace(before, new.sha256.encode())
+        card = with_provenance(its["README.md"].decode(), new).encode()
+        edit(hub, branch, provenance__json=new.content(), SHA256SUMS=sums, README__md=card)
+    status, said = check(capsys)
+    problem = "its rows do not begin where step00000002 ends"
+    assert (status, said["step00000004"]) == (1, [problem]), said
+    assert said["main"][0].startswith("right")
+
+
 def test_one_branch_is_compared_with_the_one_before(hub, capsys):
     another_config(hub, {})
     for one, before in (("step00000002", "step00000001"), ("step00000004", "step00000002")):
@@ -517,6 +538,12 @@ def test_a_run_goes_on_from_the_hub_in_an_empty_directory(recipe, run, hub, tmp_
     assert_same_tensors(tensors(tmp_path / "run", 6), tensors(path, 6))
     assert chain(hub) == before and check(capsys)[0] == 0
     assert not (tmp_path / "run" / ".hub").exists()
+
+
+def test_a_record_of_another_commit_is_not_gone_on_from(hub, tmp_path):
+    a_record_that_hides_it(hub, {})
+    with pytest.raises(UserError, match=r"not what was pushed: provenance\.json is another"):
+        hub_checkpoints.fetch("hub:me/run@step00000002", tmp_path / "x")
 
 
 def test_no_answer_is_not_the_answer_that_there_is_no_record(run, hub, tmp_path):

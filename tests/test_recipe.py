@@ -172,6 +172,7 @@ def test_a_saved_recipe_reads_back(tmp_path):
     assert [*yaml.safe_load((tmp_path / "recipe.yaml").read_text())] == [*FIELDS]
 
 
+PUSH = ["--push_to_hub", "--hub_model_id", "me/x"]
 BAD_ARGUMENTS = [
     (["--nmu_steps", "3"], "--nmu_steps: no such field; did you mean num_steps"),
     (["--zzz", "3"], "--zzz: no such field; `train_accelerate.py --help` lists them"),
@@ -223,6 +224,19 @@ BAD_ARGUMENTS = [
     (["--document", "page"], "it takes null or file or line"),
     (["--num_steps", "null"], "set exactly one of num_steps and num_epochs"),
     (["--push_to_hub"], "push_to_hub needs hub_model_id"),
+    (
+        [*PUSH, "--hub_state", "--hub_strategy", "final"],
+        "hub_state goes with checkpoints: set hub_strategy to permanent or all",
+    ),
+    (
+        [*PUSH, "--hub_strategy", "permanent"],
+        "hub_strategy permanent: say which with keep_every or keep_steps",
+    ),
+    (["--mixed_precision", "no", "--bf16_residual"], "bf16_residual needs mixed_precision bf16"),
+    (["--mixed_precision", "no", "--fp8_head"], "fp8_head needs mixed_precision bf16"),
+    (["--compile", "false", "--max_autotune"], "it needs compile"),
+    (["--muon_heads"], "muon_heads needs optimizer muon"),
+    (["--muon_momentum_warmup_steps", "9"], "muon_momentum_warmup_steps needs optimizer muon"),
     (
         ["--batch_tokens", str(2**60)],
         "1152921504606846976 is not allowed; it takes a whole number, at",
@@ -422,6 +436,18 @@ def test_what_may_change_within_a_run():
     with pytest.raises(UserError, match=r"embedding_second_moment is row but .* with element"):
         refuse_changes(by_rows, saved)
     refuse_changes(by_rows, {})
+
+
+# Each decides what a checkpoint holds or what its steps are; of some, shapes would not tell.
+FIXED = "model_size n_layer n_head n_embd sequence_length batch_tokens batch_multiples optimizer"
+FIXED += " embedding_second_moment muon_normalize"
+
+
+@pytest.mark.parametrize("field", FIXED.split())
+def test_what_weights_and_state_depend_on_may_not_change(field):
+    recipe = load_recipe([])
+    with pytest.raises(UserError, match=f"^{field} is .* but the checkpoint was made with other"):
+        refuse_changes(recipe, recipe.model_dump() | {field: "other"})
 
 
 def test_every_field_says_what_it_means():

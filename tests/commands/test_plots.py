@@ -160,4 +160,4 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
 
 def test_chosen_heads_are_drawn(stock, tmp_path, capsys):
     plots.main([str(stock), "--output", str(tmp_path), "--heads", "1.0,0.1"])
-    assert re.search(r"(None of these 2 heads|Head (1\.0|0\.1)) looks ", capsys.readouterr().out)
+    assert "None of these 2 heads looks mostly" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import pytest
 from tiny_corpus import documents, parquet_bytes
 
 from gpt2repro import UserError
+from gpt2repro.commands import stream_stats
 from gpt2repro.commands.stream_stats import main
 from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.data.tokens.encoder import BulkEncoder
@@ -42,6 +43,31 @@ def test_figures_of_a_stream(recipe, tmp_path, capsys):
     assert stats["epoch_tokens_estimate"] == pytest.approx(true, rel=0.3)  # from one unit of ten
     shown = capsys.readouterr().out
     assert "keeps up: " in shown and "training units" in shown
+
+
+def test_the_rate_is_that_of_the_steps_after_the_first(monkeypatch):
+    class Stream:
+        def __next__(self):
+            return None
+
+        def close(self):
+            return None
+
+    times = iter([0.0, 5.0, 5.0, 20.0, 25.0])  # 5 s to the first step, then two in 20 s
+    monkeypatch.setattr(stream_stats.time, "perf_counter", lambda: next(times))
+    assert stream_stats._time_stream(Stream(), 256, 10.0) == (5.0, 2 * 256 / 20)
+
+
+def test_a_process_has_its_share_of_a_step(recipe, monkeypatch, tmp_path):
+    timed = []
+    monkeypatch.setattr(
+        stream_stats, "_time_stream", lambda _, tokens, seconds: timed.append(tokens) or (1.0, 2.0)
+    )
+    assert main([*recipe, "--num_processes", "4"]) == 0
+    assert timed == [256]
+    two = f"[{{name: {tmp_path / 'data'}, weight: 1}}, {{name: {tmp_path / 'data'}, weight: 1}}]"
+    with pytest.raises(UserError, match="datasets: stream-stats counts one"):
+        main([*recipe[:2], *recipe[4:], "--datasets", two])
 
 
 def test_a_rate_that_is_not_reached_is_in_the_exit_status(recipe, capsys):

@@ -32,6 +32,15 @@ def fresh_compiler():
         yield
 
 
+def test_what_the_compiler_is_told(monkeypatch):
+    told = {}
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: told.update(how))
+    compile_in_place(nn.Linear(4, 4), max_autotune=True, fullgraph=True)
+    assert told == {"mode": "max-autotune-no-cudagraphs", "fullgraph": True}
+    assert torch._inductor.config.cpp.use_decompose_tanh
+    assert isinstance(torch._inductor.config.post_grad_custom_pre_pass, ScatterIntoSum)
+
+
 @pytest.mark.parametrize(
     ("skip_logits", "loop", "backend"),
     [

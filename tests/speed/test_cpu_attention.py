@@ -56,6 +56,42 @@ def test_the_operators_keep_their_promises_to_autograd_and_the_compiler():
     torch.library.opcheck(cpu_attention.causal_attention, (*parts, 0.25))
 
 
+@pytest.mark.parametrize(
+    ("case", "is_taken"),
+    [
+        ("plain", True),
+        ("mask", False),
+        ("dropout", False),
+        ("one query", False),
+        ("some queries", False),
+        ("float32", False),
+    ],
+)
+def test_it_is_taken_for_whole_rows_in_bfloat16_alone(monkeypatch, case, is_taken):
+    """What it has no room for (padding, a cache, dropout) is torch's."""
+    taken, fast = [], cpu_attention.causal_attention
+    monkeypatch.setattr(
+        cpu_attention, "causal_attention", lambda *parts: taken.append(1) or fast(*parts)
+    )
+    module, (query, key, value) = ours_and_theirs()[0].transformer.h[0].attn, heads(16)
+    full = torch.ones(16, 16, dtype=torch.bool).tril()
+    mask, dropout = (full[None, None] if case == "mask" else None), 0.5 * (case == "dropout")
+    if case == "float32":
+        query, key, value = query.float(), key.float(), value.float()
+    if case == "one query":
+        query = query[:, :, -1:]
+    if case == "some queries":
+        query, mask = query[:, :, -4:], full[None, None, -4:]
+    mixed, _ = cpu_attention.attend(module, query, key, value, mask, 0.25, dropout)
+    assert bool(taken) == is_taken
+    if not dropout:
+        parts = (part.float() for part in (query, key, value))
+        rows = full[-query.shape[2] :]
+        theirs = F.scaled_dot_product_attention(*parts, rows, scale=0.25).transpose(1, 2)
+        # bfloat16's 8 bits, rounded on the way too
+        torch.testing.assert_close(mixed.float(), theirs, rtol=2**-6, atol=2**-6)
+
+
 def test_a_model_trains_with_it_and_falls_back_where_it_must():
     ours, _ = ours_and_theirs()
     ids = random_ids(2, 24)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -52,12 +53,28 @@ def test_bugs_are_not_hidden():
 
 
 def test_rank_0_speaks_first(monkeypatch, capsys):
-    waited = []
-    monkeypatch.setattr(command_line.time, "sleep", waited.append)
-    for rank, waits in (("0", 0), ("1", 1)):
+    said_before = []
+    monkeypatch.setattr(
+        command_line.time, "sleep", lambda _: said_before.append(capsys.readouterr().err)
+    )
+    for rank, expected in (("0", []), ("1", [""])):
         monkeypatch.setenv("RANK", rank)
         assert command_line.run("prog", raising(UserError("no")), []) == 2
-        assert len(waited) == waits
+        assert said_before == expected and capsys.readouterr().err == "prog: error: no\n"
+
+
+def test_a_full_disk_costs_the_lines_of_its_time_alone(tmp_path, monkeypatch):
+    with (tmp_path / "log").open("w") as file:
+        stream = command_line.LastingStream(file)
+
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "_stream", mock.Mock(write=full, fileno=file.fileno))
+            assert stream.write("lost") == 4
+        stream.write("there again")
+    assert (tmp_path / "log").read_text() == "there again"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

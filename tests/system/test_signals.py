@@ -96,7 +96,9 @@ def test_a_second_ctrl_c_leaves_at_once():
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
-    assert "the last checkpoint stands" in process.communicate()[1]
+    assert process.communicate()[1] == (
+        f"{signals.ANSWER[True].decode()}\nStopping at once; the last checkpoint stands.\n"
+    )
 
 
 # --- The launcher ---------------------------------------------------------------------------------
