@@ -153,14 +153,32 @@ def test_every_picture_has_a_finding(ours):
     tokenizer = tiny_tokenizer()
     labels = token_labels(tokenizer, IDS)
     lens = lens_module.logit_lens(ours, IDS, 8)
+    norms = gradients.gradient_norms(ours, IDS)
     figures = [
         attention_module.draw_attention_maps(attention, habits),
         attention_module.draw_attention_heads(
             attention, habits, labels, [(1, 0)], attention_module.even_habits(IDS), "a text"
         ),
         lens_module.draw_logit_lens(lens, labels, tokenizer),
-        gradients.draw_gradient_norms(gradients.gradient_norms(ours, IDS)),
+        gradients.draw_gradient_norms(norms),
     ]
     assert all(finding(figure) for figure in figures)
     assert finding(figures[1]) == "None of these 1 heads looks mostly at one place"
     assert finding(figures[3]).startswith("The text's gradients are largest in layer ")
+
+    # What is drawn is what was measured: where a head may look; what is first; a layer's norm.
+    seen = np.tril(np.ones((8, 8), bool))
+    tiles, chosen = (figure.axes[0].images[0].get_array().filled(np.nan) for figure in figures[:2])
+    for layer, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        tile = tiles[9 * layer :, 9 * head :][:8, :8]  # a gap of one between them
+        np.testing.assert_array_equal(tile[seen], attention[layer, head][seen])
+        assert np.isnan(tile[~seen]).all()
+    np.testing.assert_array_equal(chosen[seen], attention[1, 0][seen])
+    ax, side = figures[2].axes[:2]
+    np.testing.assert_array_equal(ax.images[0].get_array(), lens.max(-1))
+    words = [text.get_text() for text in ax.texts[-8:]]
+    assert words == token_labels(tokenizer, lens[-1].argmax(-1), most=9)
+    np.testing.assert_array_equal(side.lines[0].get_xdata(), lens[:, -1, lens[-1, -1].argmax()])
+    of_layers = [[norm for name, norm in norms.items() if f".h.{n}." in name] for n in range(2)]
+    drawn = figures[3].axes[0].lines[0].get_ydata()
+    assert drawn == pytest.approx([np.linalg.norm(each) for each in of_layers])

@@ -6,7 +6,7 @@ import torch
 from tiny_language_models import random_gpt2, tiny_tokenizer
 
 from gpt2repro.plots import parameters
-from gpt2repro.plots.style import finding
+from gpt2repro.plots.style import finding, signed
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,13 @@ def test_position_similarity_is_the_cosine(model):
     weight = model.transformer.wpe.weight.detach()
     theirs = torch.nn.functional.cosine_similarity(weight[:, None], weight[None], dim=-1)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)  # float32
-    assert finding(parameters.draw_position_similarity(ours)).startswith("Neighbouring positions")
+    figure = parameters.draw_position_similarity(ours)
+    near, far = (np.diagonal(ours, apart).mean() for apart in (1, 16))
+    assert finding(figure) == (
+        f"Neighbouring positions have cosine similarity {signed(near)}, "
+        f"positions 16 apart {signed(far)}"
+    )
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), ours)
 
 
 def test_neighbours_are_the_nearest_by_cosine_and_never_the_token_itself(model):
@@ -77,3 +83,16 @@ def test_the_title_names_the_matrix_that_grew(model):
     samples["mlp.c_proj"][1] = samples["mlp.c_proj"][1] * 9
     title = finding(parameters.draw_weights(samples, initializer_range=0.5))
     assert title.startswith("mlp.c_proj of layer 1 has spread most: ")
+
+
+def test_bars_are_deviations_and_lines_those_at_initialization(model):
+    """Of what adds to the residual stream, the line is lower by the root of how many do."""
+    samples = parameters.weight_samples(model)
+    figure = parameters.draw_weights(samples, initializer_range=0.5)
+    panels = {ax.get_title("left"): ax.lines for ax in figure.axes}
+    assert panels.keys() == samples.keys()
+    for name, (*bars, below, above) in panels.items():
+        initial = 0.5 / (2 * 2) ** 0.5 if name.endswith("c_proj") else 0.5  # of two layers
+        assert (below.get_ydata()[0], above.get_ydata()[0]) == pytest.approx((-initial, initial))
+        for bar, sample in zip(bars, samples[name], strict=True):
+            assert [*bar.get_ydata()] == pytest.approx([-sample.std(), sample.std()])
