@@ -142,7 +142,8 @@ class UploadHandler(Handler):
         if self.account is None:
             raise Refused(401, "Unauthorized")
         access = {"accessToken": {"displayName": "test", "role": self.account.role}}
-        self.answer_json({"type": "user", "name": self.account.name, "orgs": [], "auth": access})
+        orgs = [{"name": "lab", "roleInOrg": "write"}, {"name": "shop", "roleInOrg": "read"}]
+        self.answer_json({"type": "user", "name": self.account.name, "orgs": orgs, "auth": access})
 
     def auth_check(self, name: str) -> None:
         self.writable(name)
@@ -245,6 +246,11 @@ class UploadHandler(Handler):
 
     # --- LFS --------------------------------------------------------------------------------------
 
+    @property
+    def storage(self) -> str:
+        """Another host, as the Hub's is."""
+        return self.hub.url.replace("127.0.0.1", "localhost")
+
     def lfs_batch(self, name: str) -> None:
         self.writable(name)
         answers = []
@@ -254,13 +260,13 @@ class UploadHandler(Handler):
             if digest not in self.hub.stored:
                 answer["actions"] = {
                     "upload": self.upload_action(digest, size),
-                    "verify": {"href": f"{self.hub.url}/lfs/verify"},
+                    "verify": {"href": f"{self.storage}/lfs/verify"},
                 }
             answers.append(answer)
         self.answer_json({"transfer": "basic", "objects": answers})
 
     def upload_action(self, digest: str, size: int) -> dict[str, Any]:
-        place, part_size = f"{self.hub.url}/lfs/{digest}", self.hub.part_size
+        place, part_size = f"{self.storage}/lfs/{digest}", self.hub.part_size
         if part_size is None or size <= part_size:
             return {"href": place}
         num_parts = -(-size // part_size)

@@ -27,7 +27,9 @@ class Disk:
             for path in self._lost:
                 if path.parent.stat().st_ino == stat.st_ino:
                     self._lost[path].discard(path.parent)
-                    self.names[path.parent] = {each.name for each in path.parent.iterdir()}
+                for above in path.parents:
+                    if above.stat().st_ino == stat.st_ino:
+                        self.names[above] = {each.name for each in above.iterdir()}
 
         def watch(rename):
             def watched(source, target) -> None:

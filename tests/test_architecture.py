@@ -194,6 +194,17 @@ def test_whether_foreign_code_is_trusted_is_always_said(path):
             assert passed_on or "trust_remote_code" in told, ast.unparse(call)
 
 
+def test_training_alone_outlives_whoever_reads_its_output():
+    """`train_accelerate.py | head` goes on; a verb ends."""
+    lasting = {
+        path.name
+        for path in OURS
+        for call in calls(ast.parse(path.read_text(encoding="utf-8")))
+        if "outlives_readers=True" in map(ast.unparse, call.keywords)
+    }
+    assert lasting == {"train_accelerate.py"}
+
+
 # --- Size -----------------------------------------------------------------------------------------
 
 # Flat records whose fields are the user's: every one is a line of a YAML or JSON file.

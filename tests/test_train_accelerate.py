@@ -347,9 +347,25 @@ def test_data_that_fail_cost_no_step(recipe, uninterrupted, tmp_path, monkeypatc
         with pytest.raises(type(error), match=str(error)):
             train(recipe, run)
     assert "Stopped at step 7, saved in" in capsys.readouterr().out
+    assert not (run / "PREEMPTED").exists(), "a scheduler would come back for ever"
     assert train(recipe, run) == 0
     assert metrics(run) == metrics(uninterrupted)
     assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+def test_a_process_alone_is_told_what_to_change(recipe, tmp_path, monkeypatch):
+    def too_large(self, step, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Run, "train_step", too_large)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        train(recipe, tmp_path)
+    assert any("gradient_checkpointing" in note for note in raised.value.__notes__)
+
+
+def test_the_statuses_are_those_that_schedulers_were_told():
+    """docs/training.md; 75 is EX_TEMPFAIL, upon which slurm.sh requeues."""
+    assert (train_accelerate.EXIT_DIVERGED, train_accelerate.EXIT_PREEMPTED) == (3, 75)
 
 
 def test_data_that_fail_at_once_leave_no_checkpoint(recipe, tmp_path, monkeypatch):

@@ -68,6 +68,9 @@ def test_what_is_of_another_kind_is_refused(tmp_path):
         ("heads", {"n_head": 2}, "n_head"),
         ("steep", {"activation_function": "relu"}, "activation_function"),
         ("untied", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ("exact", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ("unscaled", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("by layer", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ):
         other = save(tmp_path / run, 2, **overrides)
         with pytest.raises(UserError, match=f"MODEL {other} has another {field} than {first}$"):

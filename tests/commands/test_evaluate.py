@@ -57,6 +57,50 @@ def evaluated(tmp_path: Path, *arguments: str) -> dict:
     return json.loads(output.read_text())
 
 
+def test_foreign_code_is_not_run_unasked(saved, tmp_path):
+    directory = Path(saved(0))
+    config = json.loads((directory / "config.json").read_text()) | {"model_type": "theirs"}
+    config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "theirs.py").write_text(
+        "from pathlib import Path\nfrom transformers import GPT2Config, GPT2LMHeadModel\n"
+        f"Path({str(tmp_path / 'it ran')!r}).touch()\n"
+        "class Config(GPT2Config):\n    model_type = 'theirs'\n"
+        "class Model(GPT2LMHeadModel):\n    config_class = Config\n"
+    )
+    words = ["--model", str(directory), "--hellaswag_file", str(HELLASWAG), "--device", "cpu"]
+    words += ["--tasks", "hellaswag_completion"]
+    with pytest.raises(UserError, match="--model"):
+        evaluate.main(words)
+    assert not (tmp_path / "it ran").exists()
+    assert evaluate.main([*words, "--trust_remote_code"]) == 0
+    assert (tmp_path / "it ran").exists()
+
+
+def test_how_rows_were_asked_is_all_that_decides_it(tmp_path):
+    words = [
+        "--model",
+        "m",
+        "--tasks",
+        "piqa",
+        "--num_fewshot",
+        "3",
+        "--stride",
+        "64",
+        "--tasks_dir",
+        str(tmp_path),
+    ]
+    words += ["--hellaswag_file", str(tmp_path / "a"), "--core_dir", str(tmp_path / "b")]
+    assert evaluate._asked_by(evaluate._parse(words), 512) == {
+        "num_fewshot": 3,
+        "max_length": 512,
+        "stride": 64,
+        "tasks_dir": str(tmp_path),
+        "hellaswag_file": str(tmp_path / "a"),
+        "core_dir": str(tmp_path / "b"),
+    }
+
+
 def test_all_benchmarks(model, tmp_path, capsys):
     tasks = "hellaswag_completion,ours_hellaswag,ours_lambada,ours_wikitext"
     found = evaluated(tmp_path, "--model", model, "--tasks", tasks)

@@ -49,6 +49,12 @@ def test_the_verb_exports_checkpoints_and_official_files(tmp_path, capsys, no_ve
         for name, parameter in model.named_parameters():
             assert torch.equal(stored[name], parameter)
     assert "verified" in capsys.readouterr().out
+    small = ["--dtype", "bfloat16", "--max_shard_size", "20KB", "--output", str(tmp_path / "small")]
+    assert export.main([*arguments[:4], *small]) == 0
+    shards = sorted((tmp_path / "small").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    stored = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     # a run's directory means its final/, and its card goes along
     final = tmp_path / "run" / "final"
     publishing.export(model, tiny_tokenizer(), final, card="# Mine\n")

@@ -11,6 +11,7 @@ from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
 from gpt2repro.commands import generate
+from gpt2repro.speed import lm_head
 from gpt2repro.system.text import printable
 
 PROMPT = "This function returns"
@@ -140,6 +141,28 @@ def test_sizes_that_no_model_has_are_refused_before_it_is_built(directory, tmp_p
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"--model .*{next(iter(sizes))} must be at most"):
         generate.main(["--model", str(tmp_path / "model"), "--device", "cpu"])
+
+
+def test_a_penalty_another_tokenizer_and_another_dtype_are_used(run, tmp_path, monkeypatch):
+    greedy = ("--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "12")
+    plain = run(*greedy)
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 5.0}
+    with torch.inference_mode():
+        penalized = tokenizer.decode(tiny_model().generate(ids, **how)[0])
+    assert run(*greedy, "--repetition_penalty", "5").rstrip("\n") == printable(penalized).rstrip()
+    assert plain.rstrip("\n") != printable(penalized).rstrip()
+    dtypes, use_in = [], lm_head.use_in
+    monkeypatch.setattr(
+        lm_head, "use_in", lambda model, **how: (dtypes.append(model.dtype), use_in(model, **how))
+    )
+    run(*greedy, "--dtype", "bfloat16")
+    assert dtypes == [torch.bfloat16]
+    tokenizer.add_tokens(["This function"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="token 300, and the model has 300"):
+        run(*greedy, "--tokenizer", str(tmp_path / "other"))
 
 
 def test_without_a_prompt_a_text_begins(run):

@@ -120,7 +120,8 @@ def test_an_existing_repository_gets_a_commit_and_loses_stale_weights(
 
 def test_private_and_revision(hub, exported, verified):
     command = ["--model", str(exported), "--repo", "me/secret", "--private", "--revision", "v2"]
-    assert push.main(command) == 0
+    assert push.main([*command, "--message", "of today"]) == 0
+    assert hub.messages == ["of today"]
     assert "me/secret" in hub.private
     assert "model.safetensors" in hub.files("me/secret", "v2")
     assert "model.safetensors" not in hub.files("me/secret")

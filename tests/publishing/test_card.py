@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from tiny_run import digests, train, write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
+from gpt2repro.data.dataset import Dataset, Place
 from gpt2repro.publishing import verification
 from gpt2repro.publishing.card import (
     add_evaluation,
@@ -19,8 +21,9 @@ from gpt2repro.publishing.card import (
     model_card,
     with_evaluation,
 )
-from gpt2repro.publishing.redaction import redacted
+from gpt2repro.publishing.redaction import PATH_FIELDS, redacted
 from gpt2repro.recipe import load_recipe
+from gpt2repro.recipe_fields import Places, Recipe
 from gpt2repro.records import checkpoints
 from gpt2repro.training import finish
 
@@ -439,3 +442,17 @@ def test_a_checkpoint_is_not_given_the_figures_of_an_earlier_model():
     assert "| Tokens seen | 64 |" in text  # of two steps of one batch, and two of three
     assert "| Batch | 8 tokens, 3 times that from step 2 |" in text
     assert ModelCard(card(recipe=recipe, metrics=metrics)).data.eval_results is not None
+
+
+def test_every_field_that_may_name_a_place_is_redacted():
+    def places(model) -> set[str]:
+        hints = get_type_hints(model, include_extras=True)
+        return {
+            name
+            for name, hint in hints.items()
+            if {Place, Places}.intersection((hint, *get_args(hint)))
+        }
+
+    found = places(Recipe) | places(Dataset)
+    assert found >= {"output_dir", "unit_digests_dir", "data_files", "name"}
+    assert found - {"exp_name"} <= {*PATH_FIELDS}

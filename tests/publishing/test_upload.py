@@ -73,8 +73,10 @@ def test_asking_for_rights_makes_nothing(hub):
     assert not hub.requests("/api/repos/create", "POST")
     hub.add("models", "me/there", {"a": b"a"})
     assert upload.check_hub_rights("me/there") is True
-    with pytest.raises(UserError, match=r"no right to write there.*'somebody'"):
-        upload.check_hub_rights("somebody/new")
+    assert upload.check_hub_rights("lab/new") is False, "of an organization"
+    for owner in ("somebody", "shop"):  # in which the account may only read
+        with pytest.raises(UserError, match=f"no right to write there.*'{owner}'"):
+            upload.check_hub_rights(f"{owner}/new")
 
 
 def test_why_the_hub_refuses_is_told(exported, hub):
@@ -84,6 +86,12 @@ def test_why_the_hub_refuses_is_told(exported, hub):
     hub.faults.append(Fault("status:403", path="/commit/", method="POST", headers=quota))
     with pytest.raises(UserError, match=r"no right to write there \(Private .* reached\."):
         upload.upload(exported, "me/full", message="again")
+
+
+def test_a_link_of_the_storage_that_expires_is_no_lack_of_rights(hub, exported):
+    hub.faults.append(Fault("status:403", path="^/lfs/", method="PUT"))
+    upload.upload(exported, "me/name", message="again")
+    assert "model.safetensors" in hub.files("me/name")
 
 
 # --- Others commit at the same time ---------------------------------------------------------------

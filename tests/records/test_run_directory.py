@@ -144,9 +144,10 @@ def test_a_lock_that_was_removed_is_taken_again_or_told(run):
     other.close()
 
 
-def test_a_file_system_without_locks_is_told_and_written(run, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
+def test_a_file_system_without_locks_is_told_and_written(run, monkeypatch, capsys, number):
     def unsupported(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     directory = RunDirectory(run)
@@ -239,6 +240,9 @@ def test_files_of_something_else_are_left_alone(tmp_path):
         RunDirectory(tmp_path).find_start("auto")
     with pytest.raises(UserError, match="is a file"):
         RunDirectory(tmp_path / "thesis.tex").find_start("auto")
+    (tmp_path / "checkout" / ".git").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds files of something else \(.git\)"):
+        RunDirectory(tmp_path / "checkout").find_start("auto")
 
 
 def test_a_metrics_file_that_lost_lines_is_told_and_the_others_are_kept(run):

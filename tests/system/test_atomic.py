@@ -211,7 +211,7 @@ def test_a_durable_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
 
 def test_a_directory_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     """With all that is in it; the one before goes when the new one has the name there."""
-    disk, path = Disk(monkeypatch), tmp_path / "final"
+    disk, path = Disk(monkeypatch), tmp_path / "new" / "final"
     for text in ("first", "second"):
         scratch = atomic.partial(path)
         (scratch / "deep").mkdir()
@@ -219,8 +219,9 @@ def test_a_directory_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
         (scratch / "file").write_text(text)
         atomic.move_into_place(scratch, path)
         assert disk.lost(path) == set()
-    assert disk.names[tmp_path] == {"final", ".final.previous"}
-    assert names(tmp_path) == ["final"]
+    assert disk.names[path.parent] == {"final", ".final.previous"}
+    assert disk.names[tmp_path] == {"new"}
+    assert names(path.parent) == ["final"]
 
 
 def test_a_mode_that_the_file_system_decides_is_left_alone(tmp_path, monkeypatch):

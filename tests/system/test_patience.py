@@ -210,6 +210,10 @@ def test_ranks_do_not_come_back_at_the_same_moment(clock):
     for _ in range(8):
         patiently(failing(HttpError(429, Retry_After="1")), "read")
     assert len(set(clock.naps)) == 8 and min(clock.naps) >= 1 and max(clock.naps) <= 2
+    clock.naps.clear()
+    for _ in range(8):
+        patiently(failing(HttpError(503)), "read")
+    assert len(set(clock.naps)) == 8 and min(clock.naps) >= 0.5 and max(clock.naps) <= 1
 
 
 @pytest.mark.parametrize(

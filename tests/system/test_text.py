@@ -16,6 +16,8 @@ from gpt2repro.system.text import count_of, folded, in_short, printable
         ("\x07\x00\x7f\x9b", "\\x07\\x00\\x7f\\x9b"),
         ("over\rwritten", "over\\rwritten"),
         ("\u202egpj.exe", "\\u202egpj.exe"),
+        ("\u2066isolated\u2069", "\\u2066isolated\\u2069"),  # as in "Trojan Source"
+        ("another\u2028line\u2029", "another\\u2028line\\u2029"),
         (os.fsdecode(b"a\xff"), "a\\udcff"),
         ("lines\r\nand\ttabs\n", "lines\r\nand\ttabs\n"),
         ("naïve 中文 😀 👩\u200d🔬 \u200fשלום", "naïve 中文 😀 👩\u200d🔬 \u200fשלום"),
@@ -60,7 +62,13 @@ def test_counts_are_spoken(number, thing, said):
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(0, "0"), (40_960, "40,960"), (1_228_800, "1.2 M"), (124_439_808, "124.4 M")],
+    [
+        (0, "0"),
+        (40_960, "40,960"),
+        (1_228_800, "1.2 M"),
+        (124_439_808, "124.4 M"),
+        (10**10, "10.0 B"),
+    ],
 )
 def test_small_numbers_are_said_as_they_are(number, said):
     assert in_short(number) == said
