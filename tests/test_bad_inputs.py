@@ -257,12 +257,9 @@ def copy_of_the_run(place: Place) -> Path:
     ("damage", "part"),
     [
         (lambda path: (path / "COMPLETE").unlink(), "no complete checkpoint"),
-        (lambda path: os.truncate(path / "model.safetensors", 900), "no complete checkpoint"),
-        (lambda path: (path / "optimizer.safetensors").unlink(), "no complete checkpoint"),
         (lambda path: overwrite(path / "model.safetensors"), "was changed or damaged"),
-        (lambda path: overwrite(path / "state.json"), "state.json was changed or damaged"),
     ],
-    ids=["no marker", "truncated", "missing file", "garbage tensors", "garbage state"],
+    ids=["no marker", "garbage tensors"],
 )
 def test_a_damaged_checkpoint_named_by_path(damage: Callable, part: str, place, capsys):
     path = place.scratch / "step_00000004"

@@ -1,5 +1,7 @@
 """What `evaluate` writes: a table, a picture, rows of two models to be compared without either."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -35,11 +37,18 @@ def options(directory: Path) -> list[str]:
     ]
 
 
-def test_rows_compare_as_the_models_do(files, capsys):
-    """The same figures, differences and errors as with both models at once."""
+@pytest.fixture(scope="module")
+def together(files) -> list[str]:
+    """What is shown of both models at once; all kinds of `--output` lie beside them."""
+    outputs = [str(files / f"together.{kind}") for kind in ("json", "md", "svg", "png")]
     models = ["--model", str(files / "ours"), "--baseline", str(files / "theirs")]
-    assert evaluate.main([*models, *TASKS, *options(files)]) == 0
-    together = capsys.readouterr().out.splitlines()
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert evaluate.main([*models, *TASKS, *options(files), "--output", *outputs]) == 0
+    return shown.getvalue().splitlines()
+
+
+def test_rows_compare_as_the_models_do(files, together, capsys):
+    """The same figures, differences and errors as with both models at once."""
     both = [str(files / f"{name}.parquet") for name in ("ours", "theirs")]
     assert evaluate.main(["--compare", *both]) == 0
     apart = capsys.readouterr().out.splitlines()
@@ -103,19 +112,15 @@ def test_rows_of_other_texts_or_in_another_context_are_not_taken_for_the_same(
     assert "rows were asked otherwise: max_length 512 and 256" in capsys.readouterr().err
 
 
-def test_every_kind_of_output_in_one_run(files, tmp_path, capsys):
-    outputs = [tmp_path / f"results.{kind}" for kind in ("json", "md", "svg", "png")]
-    models = ["--model", str(files / "ours"), "--baseline", str(files / "theirs")]
-    given = [*models, *TASKS, *options(files), "--output", *map(str, outputs)]
-    assert evaluate.main(given) == 0
-    table = capsys.readouterr().out.splitlines()
+def test_every_kind_of_output_in_one_run(files, together):
+    outputs = [files / f"together.{kind}" for kind in ("json", "md", "svg", "png")]
     found = json.loads(outputs[0].read_text())
     markdown = outputs[1].read_text().splitlines()
     assert markdown[1] == "| --- | --- | --- | --- |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown]
     assert [line[0] for line in cells[2:]] == [*found["results"]]
     shown = [" ".join(line[1:]).split() for line in cells[2:]]
-    assert shown == [line.split()[1:] for line in table[1:]]
+    assert shown == [line.split()[1:] for line in together[1:]]
     assert outputs[3].stat().st_size > 10_000
     assert "<svg" in outputs[2].read_text()
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ import torch._dynamo.testing
 from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, uniform_gpt2
 from tokenizers.processors import TemplateProcessing
 
-from gpt2repro import UserError
-from gpt2repro.data.tokens.token_ids import begin_id
 from gpt2repro.evaluation.likelihoods import (
     NUM_SHAPES,
     Request,
@@ -255,16 +252,6 @@ def test_a_context_keeps_its_own_tokens_where_one_would_span_the_join():
     [request] = encode_pairs(tokenizer, [("This func", "tion returns")])
     assert list(request.ids) == [*head, *both[len(head) :]]
     assert request.num_scored == len(both) - len(head)
-
-
-def test_a_tokenizer_without_bos_begins_texts_with_eos_and_without_either_is_refused():
-    tokenizer = SimpleNamespace(bos_token_id=7, eos_token_id=9)
-    assert begin_id(tokenizer) == 7
-    tokenizer.bos_token_id = None
-    assert begin_id(tokenizer) == 9
-    tokenizer.eos_token_id = None
-    with pytest.raises(UserError, match="neither an eos nor a bos token"):
-        begin_id(tokenizer)
 
 
 def test_of_a_pair_without_a_continuation_nothing_is_scored():

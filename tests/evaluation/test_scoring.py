@@ -1,6 +1,5 @@
 """In a training loop: the same figures on any engine, and the rows it reads."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -24,16 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import UserError
 from gpt2repro.evaluation.benchmarks import open_tasks
 from gpt2repro.evaluation.estimates import mean
 from gpt2repro.evaluation.likelihoods import NUM_SHAPES
 from gpt2repro.evaluation.scoring import score_task, score_tasks
-from gpt2repro.evaluation.task import MalformedRow, Task, read_jsonl
-from gpt2repro.evaluation.tasks.hellaswag import read_rows
+from gpt2repro.evaluation.task import Task
 from gpt2repro.evaluation.validation import validation_loss
 from gpt2repro.evaluation.writing import Prompt
-from gpt2repro.system import patience, ranks
+from gpt2repro.system import ranks
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 T = 24
@@ -265,40 +262,3 @@ def test_two_processes_agree_with_one():
     for their_loss, their_hellaswag in found:
         assert their_loss == pytest.approx(loss, rel=1e-7)  # float64 sums in another order
         assert their_hellaswag == hellaswag
-
-
-# --- rows -----------------------------------------------------------------------------------------
-
-
-def test_row_numbers_are_line_numbers(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a b"}\n{"text": \n\n{"text": "c\u2028d"}\n\n', encoding="utf-8")
-    rows = read_jsonl(str(path), "rows_file")
-    assert len(rows) == 4, "U+2028 ends no line, and the end of the file is no row"
-    assert isinstance(rows[1], MalformedRow) and "not JSON" in str(rows[1])
-    assert str(rows[2]) == "an empty line"
-
-
-def test_a_missing_file_names_its_option(tmp_path):
-    with pytest.raises(UserError, match=r"--rows_file .*nowhere.jsonl"):
-        read_jsonl(str(tmp_path / "nowhere.jsonl"), "rows_file")
-
-
-def test_rows_that_are_all_bad_are_an_error(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"ctx": "a"}) + "\n")
-    with pytest.raises(UserError, match="none of its 1 rows can be scored; row 1: 'endings'"):
-        names = ["hellaswag_completion"]
-        open_tasks(names, tiny_tokenizer(), max_length=64, hellaswag_file=str(path))
-
-
-def test_without_a_network_one_line_names_the_file_option(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
-
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
-    monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0)
-    with pytest.raises(UserError) as raised:
-        read_rows(None)
-    assert "give a local copy with --hellaswag_file" in str(raised.value)
-    assert "\n" not in str(raised.value)

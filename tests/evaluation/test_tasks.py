@@ -196,6 +196,35 @@ def test_validation_bits_per_byte():
 # --- Files of rows --------------------------------------------------------------------------------
 
 
+def test_row_numbers_are_line_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": \n\n{"text": "c\u2028d"}\n\n', encoding="utf-8")
+    rows = read_jsonl(str(path), "rows_file")
+    assert len(rows) == 4, "U+2028 ends no line, and the end of the file is no row"
+    assert isinstance(rows[1], MalformedRow) and "not JSON" in str(rows[1])
+    assert str(rows[2]) == "an empty line"
+
+
+def test_rows_that_are_all_bad_are_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"ctx": "a"}) + "\n")
+    with pytest.raises(UserError, match="none of its 1 rows can be scored; row 1: 'endings'"):
+        names = ["hellaswag_completion"]
+        open_tasks(names, tiny_tokenizer(), max_length=64, hellaswag_file=str(path))
+
+
+def test_without_a_network_one_line_names_the_file_option(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr(patience, "OFFLINE_AFTER_SECONDS", 0)
+    with pytest.raises(UserError) as raised:
+        read_rows(None)
+    assert "give a local copy with --hellaswag_file" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_byte_order_mark_before_a_benchmark(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a b"}\n{"text": "c d"}\n')
     assert read_jsonl(str(tmp_path / "rows.jsonl"), "rows_file") == [

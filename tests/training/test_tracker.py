@@ -31,10 +31,14 @@ from gpt2repro.training.tracker import Tracker, TrackerRun, find_tracker
 Steps = list[tuple[int, float]]
 
 
-@pytest.fixture
-def recipe(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_published(monkeypatch):
     monkeypatch.setattr(finish, "_publish", lambda *_: None)
-    return write_inputs(tmp_path)
 
 
 class Killed(Exception):
