@@ -11,8 +11,6 @@ committed can be downloaded again through the routes of `fake_hub`.
 import base64
 import json
 import re
-import socket
-import struct
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +94,7 @@ class UploadHandler(Handler):
                 self.rfile.read(int(self.headers["Content-Length"]) // 2)
                 self.decoded_path = self.path
                 self.record(0, 0)
-                self.connection.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                )
-                self.connection.shutdown(socket.SHUT_RD)
-                self.close_connection = True
+                self.reset()
                 return
         super().serve()
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from tiny_export import without_fresh_processes
 from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 from tiny_run import reset_accelerate, write_inputs
 
@@ -35,11 +36,10 @@ from gpt2repro import recipe
 from gpt2repro.__main__ import VERBS
 from gpt2repro.commands import parser
 from gpt2repro.plots import gallery
-from gpt2repro.publishing import verification
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.system import command_line
 from gpt2repro.system.signals import SIGNALS
-from gpt2repro.training import examination, finish
+from gpt2repro.training import examination
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -261,8 +261,7 @@ def clone(tmp_path_factory) -> Iterator[Path]:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(recipe, "recipes_directory", lambda: clone / "recipes")
         # Fresh processes have tests of their own, in test_export.py and test_train_accelerate.py.
-        patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-        patch.setattr(finish, "_paragraph", lambda run: "")
+        without_fresh_processes(patch)
         patch.setattr(examination, "STREAM_SECONDS", 0.1)
         patch.setattr(examination, "STEP_SECONDS", 0.1)
         # Each picture has tests of its own, in tests/plots.

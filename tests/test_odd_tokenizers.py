@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_corpus import WORDS
-from tiny_export import VERIFIED
+from tiny_export import VERIFIED, without_fresh_processes
 from tiny_language_models import task_files
 from tiny_run import train, write_inputs
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -23,11 +23,11 @@ from gpt2repro.commands import export as export_verb
 from gpt2repro.data.tokens.encoder import BulkEncoder
 from gpt2repro.data.tokens.token_ids import begin_id, end_ids, ids_to_continue, num_ids
 from gpt2repro.evaluation.likelihoods import encode_pairs
-from gpt2repro.publishing import export, verification
+from gpt2repro.publishing import export
 from gpt2repro.publishing.agreement import next_tokens
 from gpt2repro.records import checkpoints
 from gpt2repro.records.saved_models import load_causal_lm
-from gpt2repro.training import finish, monitor
+from gpt2repro.training import monitor
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 BEGIN, END, GAP = 1, 2, 70_000
@@ -110,8 +110,7 @@ def run(request, tmp_path_factory) -> tuple[str, Path, dict[str, list]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT2ReproForCausalLM, "generate", generate)
         patch.setattr("gpt2repro.training.run.open_run.__defaults__", (Seen,))
-        patch.setattr(finish, "_paragraph", lambda run: "")
-        patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+        without_fresh_processes(patch)
         options = ["--num_steps", "4", "--sample_every", "2", "--sample_prompt", "the of"]
         options += ["--eval_tasks", "ours_lambada", "--eval_tasks_dir", str(tasks)]
         assert train(recipe, directory / "run", *options) == 0

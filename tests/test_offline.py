@@ -17,11 +17,10 @@ import huggingface_hub
 import pytest
 import yaml
 from fake_hub import FakeHub
+from tiny_export import without_fresh_processes
 from tiny_run import digests, train, write_inputs
 
 from gpt2repro import UserError
-from gpt2repro.publishing import verification
-from gpt2repro.training import finish
 
 PAGE = Path(__file__).parent.parent / "docs" / "clusters.md"
 DATASET, TOKENIZER = "HuggingFaceFW/fineweb-edu", "openai-community/gpt2"
@@ -76,8 +75,7 @@ def test_what_was_downloaded_trains_without_the_hub_on_the_same_rows(
 ):
     monkeypatch.chdir(tmp_path)
     # Fresh processes have tests of their own.
-    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-    monkeypatch.setattr(finish, "_paragraph", lambda run: "")
+    without_fresh_processes(monkeypatch)
     downloads = commands_of_the_page("hf download")
     assert len(downloads) == 2
     for words in downloads:

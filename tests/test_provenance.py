@@ -22,12 +22,12 @@ from fake_hub import Fault
 from fake_hub_uploads import UploadHub
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from tiny_export import WITHOUT_THE_PACKAGE
+from tiny_export import WITHOUT_THE_PACKAGE, without_fresh_processes
 from tiny_run import assert_same_tensors, metrics, tensors, train, write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.commands import verify
-from gpt2repro.publishing import background, verification
+from gpt2repro.publishing import background
 from gpt2repro.publishing.card import with_provenance
 from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints, hub_checkpoints
@@ -47,8 +47,7 @@ BRANCHES = [f"step{step:08d}" for step in (0, 1, 2, 4)]
 def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         # Exports have tests of their own.
-        patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-        patch.setattr(finish, "_paragraph", lambda run: "")
+        without_fresh_processes(patch)
         patch.setattr(Monitor, "draw_loss_curve", lambda self: None)
         yield patch
 

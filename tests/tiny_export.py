@@ -7,6 +7,7 @@ import pytest
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 
 from gpt2repro.publishing import export, verification
+from gpt2repro.training import finish
 
 # Put before a script that stands for a stranger's: the editable install would make a broken import
 # look sound, so this process must not find us.
@@ -22,8 +23,14 @@ sys.meta_path.insert(0, Absent())
 VERIFIED = verification.Verification("gpt2repro", "float32", 1, 1, True, 1, 1, 0.0, 1, "5")
 
 
+def without_fresh_processes(patch: pytest.MonkeyPatch) -> None:
+    """Exports are verified and samples shown without the processes that take seconds."""
+    patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    patch.setattr(finish, "_paragraph", lambda run: "")
+
+
 def export_unverified(output: Path, **how: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+        without_fresh_processes(patch)
         export.export(tiny_model(), tiny_tokenizer(), output, **how)
     return output

@@ -1,8 +1,10 @@
 """Language models small enough for tests: random, uniform, and one that knows given texts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -86,3 +88,15 @@ class KnowsByHeart(torch.nn.Module):
                 if (token := self.next_token.get(tuple(ids[:end]))) is not None:
                     logits[row, end - 1, token] = 100.0
         return SimpleNamespace(logits=logits)
+
+
+def on_ranks(world_size: int, score: Callable[..., Any]) -> Any:
+    """What rank 0 says, given what each rank has added to every sum."""
+    if world_size == 1:
+        return score()
+    parts: list[list[torch.Tensor]] = []
+    for rank in range(world_size):
+        parts.append([])
+        score(rank=rank, world_size=world_size, reduce=lambda t: parts[-1].append(t) or t)
+    sums = iter([sum(of_ranks) for of_ranks in zip(*parts, strict=True)])
+    return score(rank=0, world_size=world_size, reduce=lambda _: next(sums))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_checkpoint import save_now
+from tiny_export import without_fresh_processes
 from tiny_gpt2 import TEXTS, tiny_model, tiny_tokenizer
 from torch.optim import AdamW
 from transformers import AutoTokenizer, GPT2LMHeadModel
@@ -14,13 +15,12 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from gpt2repro import UserError
 from gpt2repro.commands import average
 from gpt2repro.data.tokens.bpe import train_bpe
-from gpt2repro.publishing import verification
 
 
 @pytest.fixture(autouse=True)
 def quick_exports(monkeypatch):
     """Fresh processes have tests of their own."""
-    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    without_fresh_processes(monkeypatch)
 
 
 def save(run: Path, step: int, **overrides) -> str:

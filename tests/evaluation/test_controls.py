@@ -1,11 +1,12 @@
 """Controls: the scored tokens stay, the contexts do not; choices keep one between them."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from tiny_core import write_bundle
-from tiny_language_models import HELLASWAG, LAMBADA, random_gpt2, read, tiny_tokenizer
+from tiny_language_models import HELLASWAG, LAMBADA, on_ranks, random_gpt2, read, tiny_tokenizer
 
 from gpt2repro.evaluation.controls import KINDS, NONE, OTHER, SHUFFLED, control
 from gpt2repro.evaluation.core import open_core
@@ -158,10 +159,5 @@ def test_tasks_of_the_harness(tmp_path):
 
 def test_the_same_on_two_ranks(bundle):
     made = control(open_core(bundle, "core", TOKENIZER, max_length=128), OTHER, BEGIN)
-    model, found = random_gpt2(positions=128), []
-    alone = score_tasks(model, [made], batch_size=4)
-    for rank in range(2):
-        how = {"rank": rank, "world_size": 2, "reduce": lambda t: found.append(t) or t}
-        score_tasks(model, [made], batch_size=4, **how)
-    how = {"rank": 0, "world_size": 2, "reduce": lambda _: sum(found)}
-    assert score_tasks(model, [made], batch_size=4, **how) == alone
+    score = partial(score_tasks, random_gpt2(positions=128), [made], batch_size=4)
+    assert on_ranks(2, score) == score()

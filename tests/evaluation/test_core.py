@@ -3,12 +3,13 @@
 import json
 import random
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from tiny_core import ROWS, TASKS, rows_of, write_bundle
-from tiny_language_models import KnowsByHeart, random_gpt2, tiny_tokenizer, uniform_gpt2
+from tiny_language_models import KnowsByHeart, on_ranks, random_gpt2, tiny_tokenizer, uniform_gpt2
 
 from gpt2repro import UserError
 from gpt2repro.evaluation.benchmarks import open_tasks
@@ -175,13 +176,8 @@ def test_equal_requests_tie_whatever_batch_they_are_in(bundle):
 def test_the_same_on_two_ranks(bundle):
     core = open_core(str(bundle), "core", tokenizer_with("<|endoftext|>"), max_length=128)
     model = random_gpt2(5, positions=128)
-    alone = score_tasks(model, [core], batch_size=4)
-    parts: list[torch.Tensor] = []
-    for rank in range(2):
-        how = {"rank": rank, "world_size": 2, "reduce": lambda t: parts.append(t) or t}
-        score_tasks(model, [core], batch_size=4, **how)
-    how = {"rank": 0, "world_size": 2, "reduce": lambda _: sum(parts)}
-    assert score_tasks(model, [core], batch_size=4, **how) == alone
+    score = partial(score_tasks, model, [core], batch_size=4)
+    assert on_ranks(2, score) == score()
 
 
 def test_the_error_of_the_mean_is_what_a_bootstrap_over_rows_gives(bundle):

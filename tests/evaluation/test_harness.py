@@ -3,15 +3,13 @@
 import json
 import math
 import random
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
-from tiny_language_models import VOCAB_SIZE, random_gpt2, tiny_tokenizer, uniform_gpt2
+from tiny_language_models import VOCAB_SIZE, on_ranks, random_gpt2, tiny_tokenizer, uniform_gpt2
 from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -193,18 +191,6 @@ def opened(tasks_dir, *names, tokenizer=None, max_length=512, **options):
     options |= {"max_length": max_length, "tasks_dir": str(tasks_dir)}
     found = open_lm_eval_tasks(names, tokenizer or tiny_tokenizer(), **options)
     return [task for each in found.values() for task in each]
-
-
-def on_ranks(world_size: int, score: Callable[..., Any]) -> Any:
-    """What rank 0 says, given what each rank has added to every sum."""
-    if world_size == 1:
-        return score()
-    parts: list[list[torch.Tensor]] = []
-    for rank in range(world_size):
-        parts.append([])
-        score(rank=rank, world_size=world_size, reduce=lambda t: parts[-1].append(t) or t)
-    sums = iter([sum(of_ranks) for of_ranks in zip(*parts, strict=True)])
-    return score(rank=0, world_size=world_size, reduce=lambda _: next(sums))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

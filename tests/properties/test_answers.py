@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub, Fault
+from fake_hub import FakeHub, Fault, NoSleep
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_corpus import documents, joined
@@ -57,14 +57,6 @@ def hub():
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
         hub.use_in_process(monkeypatch)
         yield hub
-
-
-class NoSleep:
-    """The Hub client's own backoff, without the waiting."""
-
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        assert seconds < 10
 
 
 REQUESTS = (

@@ -9,12 +9,12 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from tiny_export import without_fresh_processes
 from tiny_run import digests, train, write_inputs
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
 from gpt2repro.data.dataset import Dataset, Place
-from gpt2repro.publishing import verification
 from gpt2repro.publishing.card import (
     add_evaluation,
     completed,
@@ -419,8 +419,7 @@ def test_what_is_no_text_is_spelled_out():
 
 def test_a_run_is_repeated_from_its_card_alone(tmp_path, monkeypatch):
     """The same rows at every step, from nothing but the text of `final/README.md`."""
-    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-    monkeypatch.setattr(finish, "_paragraph", lambda run: "")
+    without_fresh_processes(monkeypatch)
     assert train(write_inputs(tmp_path), tmp_path / "first", "--num_steps", "3") == 0
     text = (tmp_path / "first" / "final" / "README.md").read_text(encoding="utf-8")
     assert "train_accelerate.py --recipe" in text

@@ -14,7 +14,7 @@ import torch
 from power_failure import Disk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_export import VERIFIED, WITHOUT_THE_PACKAGE, export_unverified
+from tiny_export import VERIFIED, WITHOUT_THE_PACKAGE, export_unverified, without_fresh_processes
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -328,7 +328,7 @@ def test_pickles_and_stray_files_are_refused(copy):
 
 def test_a_chat_template_travels_with_its_tokenizer(tmp_path, monkeypatch):
     """As `transformers serve` and `transformers chat` need one (docs/use/serve.md)."""
-    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    without_fresh_processes(monkeypatch)
     tokenizer = deepcopy(tiny_tokenizer())
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     directory = tmp_path / "chat"
@@ -353,7 +353,7 @@ def test_a_tokenizer_is_named_as_transformers_4_knows_it_and_not_as_it_was_found
     settings["tokenizer_class"] = "TokenizersBackend"
     settings["extra_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
     (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    without_fresh_processes(monkeypatch)
     model = tiny_model(vocab_size=302)
     export.export(model, load_tokenizer(tmp_path / "own"), tmp_path / "final")
     settings = read(tmp_path / "final" / "tokenizer_config.json")
@@ -459,7 +459,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 )
 def test_a_disk_that_is_full_while_verifying_is_named(tmp_path, monkeypatch, file, write, said):
     """The temporary directory, or the output's disk again: the weights do not stay on it."""
-    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    without_fresh_processes(monkeypatch)
     writes = getattr(Path, write)
 
     def full(self, *rest, **more):
@@ -495,7 +495,7 @@ def test_another_export_to_the_same_place_spoils_nothing(tmp_path, monkeypatch):
 
 
 def test_the_live_model_is_left_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
+    without_fresh_processes(monkeypatch)
     model = tiny_model(attn_pdrop=0.5)
     model.set_attn_implementation("eager")
     model.config.use_cache = False

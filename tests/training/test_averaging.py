@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_optimizers import build, give_gradients, tiny_model
+from tiny_export import without_fresh_processes
 from tiny_run import metrics, tensors, train, write_inputs
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from gpt2repro.publishing import verification
 from gpt2repro.training import finish
 from gpt2repro.training.optim.averaging import averaged, has_average
 
@@ -70,8 +70,7 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def quick_exports(monkeypatch):
     """Fresh processes have tests of their own."""
-    monkeypatch.setattr(verification, "run_fresh_process", lambda _: {"max_abs_difference": 0.0})
-    monkeypatch.setattr(finish, "_paragraph", lambda run: "")
+    without_fresh_processes(monkeypatch)
 
 
 def test_a_better_average_is_exported_beside_the_weights(recipe, tmp_path, capsys, monkeypatch):
