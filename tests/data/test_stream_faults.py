@@ -424,6 +424,14 @@ def test_tags_that_are_no_hash_of_the_listings_kind_say_nothing(hub, expected, t
     assert digests(5) == expected[:5]
 
 
+def test_what_the_storage_calls_its_tag_is_no_hash_of_ours(hub, expected):
+    """Where the Hub does not say its own before it redirects, as a mirror may not."""
+    hub.signed_links = True
+    hub.faults.append(Fault("", "10BT", times=10**9, headers={"X-Linked-ETag": ""}))
+    hub.faults.append(Fault("", "^/signed/", times=10**9, headers={"ETag": '"%s"' % ("0" * 64)}))
+    assert digests(5) == expected[:5]
+
+
 def test_a_parquet_copy_by_its_slashed_revision(hub, expected):
     repository = hub.repositories["datasets", NAME]
     repository.commit(repository_files(), "refs/convert/parquet")

@@ -5,13 +5,18 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from fake_hub import FakeHub
 from tiny_corpus import documents, parquet_bytes
+from tiny_language_models import HELLASWAG
 from tiny_run import digests, train, write_inputs
+from tiny_shards import write_bin
 
 from gpt2repro import UserError
+from gpt2repro.data.opening import open_corpus
+from gpt2repro.data.rows.mixture import Source
 from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.data.tokens.encoder import BulkEncoder
@@ -129,6 +134,29 @@ def test_units_are_hashed_and_cached_where_a_recipe_says(tmp_path, monkeypatch):
     assert {line.split()[0] for line in record.read_text().split("\n") if line} == set("01234567")
     cached = {int(path.stem) for path in (tmp_path / "cache").rglob("*.tokens")}
     assert cached == set(range(8))
+
+
+def test_limits_and_shares_of_a_recipe_hold(tmp_path):
+    recipe = load_recipe(["--recipe", str(write_inputs(tmp_path)), "--validation_fraction", "0.4"])
+    tokenizer = load_tokenizer(recipe.tokenizer_name)
+    encoder = BulkEncoder(tokenizer)
+    [source] = inputs.open_datasets(recipe, encoder)
+    assert (source.num_validation_units, source.corpus.num_units) == (3, 8)
+    tasks = {
+        "sequence_length": 64,
+        "eval_tasks": ["hellaswag_completion"],
+        "hellaswag_file": str(HELLASWAG),
+    }
+    for limit, count in ((None, 10), (2, 2)):
+        limited = recipe.model_copy(update=tasks | {"eval_tasks_limit": limit})
+        [task] = inputs.open_benchmarks(limited, tokenizer)
+        assert task.num_rows == count
+    (tmp_path / "shards").mkdir()
+    write_bin(tmp_path / "shards" / "train_0.bin", np.arange(3000) % 300)
+    shards = [Source(open_corpus(tmp_path / "shards"), 0)]
+    of_shards = recipe.model_copy(update={"order": "file", "chunk_rows": 16})
+    stream = inputs.open_stream(of_shards, shards, encoder, 0, 1)
+    assert stream.identity["chunk_rows"] == 16
 
 
 def test_only_what_is_here_is_made_absolute(tmp_path, monkeypatch):

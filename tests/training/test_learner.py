@@ -39,6 +39,26 @@ def test_on_a_cpu_bf16_has_its_attention(tmp_path, options, attention):
     assert model.config._attn_implementation == attention
 
 
+def test_what_a_recipe_asks_of_the_model_it_has(tmp_path):
+    path = str(write_inputs(tmp_path))
+    for asked in (False, True):
+        recipe = load_recipe(["--recipe", path, "--gradient_checkpointing", str(asked)])
+        model = build_model(recipe, load_tokenizer(recipe.tokenizer_name))
+        assert model.is_gradient_checkpointing == asked
+    streams = []
+    for asked in (False, True):
+        options = ("--mixed_precision", "bf16", "--bf16_residual", str(asked))
+        recipe = load_recipe(["--recipe", path, *options])
+        model, _ = place(recipe, Accelerator(cpu=True, mixed_precision="bf16"), tiny_model())
+        model.transformer.h[1].register_forward_hook(
+            lambda module, inputs, output: streams.append(inputs[0].dtype)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.zeros(1, 4, dtype=torch.long))
+        reset_accelerate()
+    assert streams == [torch.float32, torch.bfloat16]
+
+
 def test_ranks_drop_different_units_from_any_step_on(tmp_path, monkeypatch):
     recipe = load_recipe(["--recipe", str(write_inputs(tmp_path)), "--dropout", "0.5"])
     tokenizer = load_tokenizer(recipe.tokenizer_name)

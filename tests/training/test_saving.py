@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import assert_same_tensors, metrics, tensors, train, without_export, write_inputs
@@ -12,6 +13,7 @@ from tiny_run import assert_same_tensors, metrics, tensors, train, without_expor
 import train_accelerate
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, integrity
+from gpt2repro.training import run as run_module
 from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.saving import Checkpoints
 
@@ -105,6 +107,24 @@ def test_the_end_of_a_run_waits_for_it_also_where_it_fails(recipe, tmp_path, mon
     with pytest.raises(ZeroDivisionError):
         train(recipe, tmp_path)
     assert integrity.find_problem(tmp_path / "checkpoints" / "step_00000004") is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pushed"), [("all", [2, 3]), ("permanent", [3]), ("final", [])]
+)
+def test_which_checkpoints_go_to_the_hub(recipe, tmp_path, monkeypatch, strategy, pushed):
+    """That of step 3 is permanent, and has a branch; that of step 2 is not."""
+    told = []
+
+    def submit(path, message, branch):
+        told.append((path.name, message, branch))
+
+    push = SimpleNamespace(submit=submit, close=lambda *_: None)
+    monkeypatch.setattr(run_module, "_open_push", lambda *_: push)
+    options = ("--num_steps", "3", "--save_every", "2", "--keep_every", "3")
+    assert train(recipe, tmp_path, *options, "--hub_strategy", strategy) == 0
+    branches = {2: None, 3: "step00000003"}
+    assert told == [(f"step_{n:08d}", f"Step {n}", branches[n]) for n in pushed]
 
 
 @pytest.mark.parametrize("is_full", ["for good", "for a while"])
