@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from gpt2repro import UserError
 from gpt2repro.commands import verify
 from gpt2repro.publishing import background
 from gpt2repro.publishing.card import with_provenance
+from gpt2repro.publishing.chain import Published
 from gpt2repro.publishing.export import export
 from gpt2repro.records import checkpoints, hub_checkpoints
 from gpt2repro.records.provenance import BRANCH, Point, Record
@@ -129,6 +131,26 @@ def test_the_rows_are_those_that_the_recipe_gives(recipe, hub, capsys):
     status, said = check(capsys, "--data", *here, "--seed", "7")
     assert status == 1
     assert said["step00000004"] == ["was not trained on what the recipe gives at step 2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"tokens": 999}, "says 999 tokens, not what the recipe has"),
+        (
+            {"begin": Point(step=2, rows_digest="1" * 64)},
+            "the recipe gives other rows before step 2",
+        ),
+    ],
+)
+def test_rows_before_a_checkpoint_and_its_tokens_are_compared_too(recipe, hub, change, problem):
+    inputs, files = recipe.parent, hub.files("me/run", "step00000004")
+    here = ["--dataset_name", str(inputs / "corpus"), "--tokenizer_name", str(inputs / "tokenizer")]
+    record = Record.model_validate_json(files["provenance.json"]).model_copy(update=change)
+    problems = defaultdict(list)
+    verify._compare_with_data([Published("it", {}, {}, files, record)], here, problems)
+    assert problems["it"] == [problem] * bool(problem)
 
 
 @pytest.mark.parametrize("block", ["[1]", "7", "", "a: [", "no_such_field: 1"])
