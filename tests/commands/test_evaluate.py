@@ -78,19 +78,9 @@ def test_foreign_code_is_not_run_unasked(saved, tmp_path):
 
 
 def test_how_rows_were_asked_is_all_that_decides_it(tmp_path):
-    words = [
-        "--model",
-        "m",
-        "--tasks",
-        "piqa",
-        "--num_fewshot",
-        "3",
-        "--stride",
-        "64",
-        "--tasks_dir",
-        str(tmp_path),
-    ]
-    words += ["--hellaswag_file", str(tmp_path / "a"), "--core_dir", str(tmp_path / "b")]
+    words = ["--model", "m", "--tasks", "piqa", "--num_fewshot", "3", "--stride", "64"]
+    words += ["--tasks_dir", str(tmp_path), "--hellaswag_file", str(tmp_path / "a")]
+    words += ["--core_dir", str(tmp_path / "b")]
     assert evaluate._asked_by(evaluate._parse(words), 512) == {
         "num_fewshot": 3,
         "max_length": 512,

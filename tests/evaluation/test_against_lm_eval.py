@@ -86,13 +86,17 @@ def save(model, directory: Path) -> str:
 
 
 # 512 positions hold every row; 80 cut most contexts on the left and give WikiText several windows.
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    return task_files(tmp_path_factory.mktemp("tasks"))
+
+
 @pytest.fixture(scope="module", params=["stock-512", "ours-512", "ours-80"])
-def harness(request, tmp_path_factory):
+def harness(request, tasks, tmp_path_factory):
     """What the harness says of a model: (model, results, {task: samples in order}, task files)."""
     from lm_eval.tasks import TaskManager
 
     kind, positions = request.param.split("-")
-    tasks = task_files(tmp_path_factory.mktemp("tasks"))
     model = half_trained(tasks, int(positions))
     if kind == "stock":
         weights, model = model.state_dict(), random_gpt2(n_embd=48, n_layer=1)
@@ -150,10 +154,9 @@ def test_the_comparison_can_tell_rows_apart(harness):
 
 
 @pytest.mark.sweep  # it reads all of its thousands of task files; docs/use/lm_eval.md runs it too
-def test_its_command_line_takes_our_checkpoint(tmp_path):
+def test_its_command_line_takes_our_checkpoint(tasks, tmp_path):
     """As docs/evaluation.md says: the code comes from the directory, in a process without ours."""
     directory = tmp_path / "checkpoint"
-    tasks = task_files(tmp_path / "tasks")
     model = half_trained(tasks, 512)
     save(model, directory)
     environment = os.environ | {

@@ -94,7 +94,7 @@ def test_an_update_is_adamws_of_the_clipped_gradient_at_the_rate_of_its_step(run
     assert torch.nn.utils.clip_grad_norm_(named.values(), 1.0) > 1
     optimizer.step()
     for name, after in tensors(run, 4).items():
-        if name in named:  # sums in another order; without clipping the difference is 1e-4
+        if name in named:  # sums in another order; without clipping some differ by 7e-4
             torch.testing.assert_close(named[name].data, after, rtol=0, atol=1e-5)
     assert metrics(run)[3]["lr"] == pytest.approx(lr)
 
