@@ -49,20 +49,8 @@ LAUNCH_SECONDS = 900  # longer than any launch takes; then something hangs
 SPEED_MARGIN = 0.6  # a launch may be faster than the one that was timed
 LOOK_SECONDS = 0.0005  # a checkpoint of this model is written in milliseconds
 WORDS = (
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "a",
-    "is",
-    "was",
-    "which",
-    "on",
-    "that",
-    "by",
-    "with",
-    "it",
+    *("the", "of", "and", "to", "in", "a", "is", "was", "which"),
+    *("on", "that", "by", "with", "it"),
 )
 
 

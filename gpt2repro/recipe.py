@@ -440,11 +440,6 @@ FIXED_BY_CHECKPOINT = (
 )
 
 
-def as_saved(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
-    """`recipe` with what `saved`, that of a checkpoint, had in place of it."""
-    return recipe.model_copy(update=saved)
-
-
 def refuse_changes(recipe: Recipe, saved: dict[str, Any]) -> None:
     """Raise `UserError` for a field that cannot change within a run that `saved` began."""
     for key, then, now in differences(recipe, saved):

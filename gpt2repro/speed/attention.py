@@ -15,16 +15,12 @@ def activate(implementation: str) -> str:
     """transformers' name for an implementation, whose kernel torch takes from now on.
 
     Raises:
-        ImportError: the kernel's package is missing, or torch cannot take another's kernel.
+        ImportError: the kernel's package is missing, or not as torch needs it.
     """
     if implementation not in IN_TORCH:
         return implementation
     try:
         attention.activate_flash_attention_impl(IN_TORCH[implementation])
-    except AttributeError:
-        raise ImportError(
-            f"torch {torch.__version__} takes no kernel of others; 2.11 does"
-        ) from None
     except RuntimeError as error:  # the package is there, and is another version's
         raise ImportError(str(error)) from None
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper torch would prefer it

@@ -35,10 +35,8 @@ class DaemonPool:
     def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
         future: Future = Future()
         with self._lock:
-            if self._closed:
-                raise PoolClosed
             self._pending.add(future)
-            if self._closed:
+            if self._closed:  # perhaps only just now
                 raise PoolClosed
         self._calls.put((future, call, arguments))
         return future

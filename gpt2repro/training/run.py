@@ -17,7 +17,7 @@ from gpt2repro.publishing.background import BackgroundPush
 from gpt2repro.publishing.branches import refuse_another_run
 from gpt2repro.publishing.card import model_card
 from gpt2repro.publishing.upload import check_hub_rights
-from gpt2repro.recipe import as_saved, refuse_changes
+from gpt2repro.recipe import refuse_changes
 from gpt2repro.recipe_fields import Recipe, ResolvedRecipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.integrity import is_whole
@@ -228,7 +228,8 @@ def _before_cooldown(recipe: Recipe, directory: RunDirectory) -> Start:
     start = directory.find_start(recipe.resume)
     if recipe.resume != "auto":
         return start
-    before, num_steps = as_saved(recipe, start.recipe), counted_steps(recipe, start)
+    # The checkpoint's recipe, with this one's fields where it has none yet.
+    before, num_steps = recipe.model_copy(update=start.recipe), counted_steps(recipe, start)
     if num_steps is None:  # epochs that are not counted yet; the run may have had none
         is_longer = (recipe.num_epochs or 0) > (start.state.get("num_epochs") or 0)
     else:
@@ -274,7 +275,7 @@ def _claim(
     if not start.path:
         remarks.append(inputs.uneven_epochs())
     else:
-        remarks.append(jump(resolved, as_saved(recipe, start.recipe), start.step))
+        remarks.append(jump(resolved, recipe.model_copy(update=start.recipe), start.step))
     start = replace(start, note=" ".join(filter(None, remarks)))
     # May ask for a login: signals end the process.
     ranks.on_rank_0(
