@@ -42,7 +42,7 @@ from gpt2repro.data.rows.lanes import Batches
 from gpt2repro.records import integrity
 from gpt2repro.records.provenance import Chain, Point, Record
 from gpt2repro.system import atomic
-from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, whole, world_size
+from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, reshard, whole, world_size
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -73,7 +73,7 @@ def take_snapshot(
         state: JSON values that the caller wants back from `state_of`; with a true `permanent` the
             checkpoint is never pruned.
     """
-    weights = model_tensors(model)
+    weights = model_tensors(model)  # whose parameters are the optimizer's own from here on
     its_state = _host_copies(
         (f"{name}/{key}", value)
         for name, parameter in innermost(model).named_parameters()
@@ -126,6 +126,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Every rank must call, as a sharded parameter is gathered from all of them; the others get {}.
     """
+    reshard(model)
     return _host_copies(innermost(model).named_parameters())
 
 

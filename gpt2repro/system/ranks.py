@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from gpt2repro import UserError
@@ -86,6 +88,17 @@ def share(compute: Callable[[torch.Tensor], torch.Tensor], items: torch.Tensor) 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, gathered from all ranks if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every parameter be the optimizer's own again: this rank's part, in its own type.
+
+    FSDP2 keeps what it gathered for the outermost ones, in the type of the products, until a
+    backward pass. After an evaluation there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def all_ranks(flag: bool) -> bool:

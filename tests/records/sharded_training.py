@@ -20,10 +20,12 @@ from gpt2repro.training.optim.registry import build_optimizer
 
 
 def sharded(optimizer_name: str):
-    """The tiny model with each block and the rest sharded, and its optimizer."""
+    """The tiny model with each block and the rest sharded as accelerate does, and its optimizer."""
     model, _ = make(optimizer_name)
-    for block in model.transformer.h:
+    body = model.transformer
+    for block in body.h:
         fully_shard(block)
+    fully_shard([body.ln_f, body.wte, model.lm_head], reshard_after_forward=False)
     fully_shard(model)
     recipe = load_recipe(["--optimizer", *optimizer_name.split(), "--max_lr", "1e-2"])
     optimizer = build_optimizer(model, recipe)
@@ -55,6 +57,11 @@ def evaluate(model) -> float:
         return model(input_ids=ids, labels=ids).loss.item()
 
 
+def snapshot_of(model, optimizer) -> dict[str, torch.Tensor]:
+    taken = checkpoints.take_snapshot(step=6, model=model, optimizer=optimizer, state={})
+    return taken.weights | taken.optimizer
+
+
 def main(mode: str, optimizer_name: str, directory: Path) -> None:
     assert mode == "fsdp2"
     dist.init_process_group("gloo")
@@ -65,13 +72,20 @@ def main(mode: str, optimizer_name: str, directory: Path) -> None:
     model, optimizer = sharded(optimizer_name)
     checkpoints.load(path, model=model, optimizer=optimizer)
     resumed, _ = train(model, optimizer, range(3, 6))
+    before = snapshot_of(model, optimizer)
     evaluated = [evaluate(model)]  # after which FSDP2 keeps what it gathered of the outermost
     with averaged(model, optimizer):
         evaluated.append(evaluate(model))
     evaluated.append(evaluate(model))
+    after = snapshot_of(model, optimizer)
     if dist.get_rank() == 0:
         report = {"losses": losses + more[0], "norms": norms + more[1], "resumed": resumed}
         report["evaluated"] = evaluated
+        report["differences"] = [
+            name
+            for name in before.keys() | after.keys()
+            if not (name in before and name in after and torch.equal(before[name], after[name]))
+        ]
         (directory / "report.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

@@ -312,6 +312,7 @@ def test_sharded_training_saves_resumes_and_exports_like_one_process(tmp_path, o
     torch.testing.assert_close(report["losses"], losses, rtol=1e-3, atol=0)
     torch.testing.assert_close(report["norms"], norms, rtol=5e-3, atol=0)
     assert report["resumed"] == report["losses"][3:]
+    assert report["differences"] == [], "what is saved after an evaluation is what it was before"
 
     unsharded, unsharded_opt = make(optimizer)
     path = checkpoints.checkpoint_path(tmp_path / "checkpoints", 3)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
+
+from gpt2repro.system.ranks import reshard
 
 AVERAGE = "ema"  # in the optimizer's state, so a checkpoint has it as `<parameter>/ema`
 
@@ -60,9 +61,7 @@ def averaged(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
 @torch.no_grad()
 def _exchange(model: nn.Module, optimizer: Optimizer) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # what it gathered for a forward pass it may keep until a backward one
+    reshard(model)
     for weight, average in _pairs(optimizer):
         held = weight.clone()
         weight.copy_(average)
