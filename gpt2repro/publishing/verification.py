@@ -306,14 +306,19 @@ def _live_answers(
 
 @contextlib.contextmanager
 def _evaluating(model: PreTrainedModel, ends: int | list[int] | None):
-    """Evaluation mode, SDPA and plain `generate` for a while: what the fresh process uses."""
+    """Evaluation mode, SDPA and plain `generate` for a while: what the fresh process uses.
+
+    And exact products: what a run on a GPU has set would be TF32 on some CPUs, too.
+    """
     was_training, attention = model.training, model.config._attn_implementation
-    settings = model.generation_config
+    settings, precision = model.generation_config, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     model.eval().set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
     try:
         yield
     finally:
+        torch.set_float32_matmul_precision(precision)
         model.generation_config = settings
         model.train(was_training).set_attn_implementation(attention)
 

@@ -107,3 +107,16 @@ def test_every_check_is_made_and_the_base_model_has_the_same_states(expected, mo
     model.generation_config.pad_token_id = tiny_tokenizer().eos_token_id
     with pytest.raises(CheckFailed, match="AutoModel gives other hidden states"):
         fresh_process._examine(asked(), expected)
+
+
+def test_live_answers_have_exact_products_whatever_a_run_on_a_gpu_has_set(tmp_path):
+    """Its "high" is TF32 on some CPUs, too, and the fresh process has not set it."""
+    directory, model, seen = export_unverified(tmp_path / "final"), tiny_model(), []
+    model.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        verification._live_answers(directory, "float32", model, 8, 4)
+        assert {*seen} == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
