@@ -235,6 +235,14 @@ BAD_ARGUMENTS = [
     (["--mixed_precision", "no", "--bf16_residual"], "bf16_residual needs mixed_precision bf16"),
     (["--mixed_precision", "no", "--fp8_head"], "fp8_head needs mixed_precision bf16"),
     (["--compile", "false", "--max_autotune"], "it needs compile"),
+    (
+        ["--attn_implementation", "sdpa_flash_3", "--mixed_precision", "no"],
+        "attn_implementation sdpa_flash_3 needs mixed_precision bf16",
+    ),
+    (
+        ["--attn_implementation", "sdpa_flash_4", "--dropout", "0.1"],
+        "attn_implementation sdpa_flash_4 knows no dropout: set it to 0",
+    ),
     (["--muon_heads"], "muon_heads needs optimizer muon"),
     (["--muon_momentum_warmup_steps", "9"], "muon_momentum_warmup_steps needs optimizer muon"),
     (

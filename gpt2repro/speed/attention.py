@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend
 
 # What a recipe calls torch's attention with a kernel that its authors' package brings.
 IN_TORCH = {"sdpa_flash_3": "FA3", "sdpa_flash_4": "FA4"}
+GENERATIONS = {"sdpa_flash_3": (9,), "sdpa_flash_4": (9, 10)}  # of GPUs that have it: 9 is Hopper
 
 
 def activate(implementation: str) -> str:
@@ -25,6 +26,14 @@ def activate(implementation: str) -> str:
         raise ImportError(str(error)) from None
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper torch would prefer it
     return "sdpa"
+
+
+def runs_on(implementation: str, device: torch.device) -> bool:
+    """Whether the device may have the kernel; torch says so at its first use."""
+    if implementation not in GENERATIONS:
+        return True
+    is_cuda = device.type == "cuda" and torch.version.hip is None
+    return is_cuda and torch.cuda.get_device_capability(device)[0] in GENERATIONS[implementation]
 
 
 def kernel_taken(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> str:

@@ -36,7 +36,7 @@ from gpt2repro.training.inputs import (
     open_stream,
     open_tokenizer,
 )
-from gpt2repro.training.learner import build_model
+from gpt2repro.training.learner import build_model, check_device
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.optim.registry import build_optimizer
 from gpt2repro.training.schedule import endless_warmup
@@ -48,7 +48,8 @@ STREAM_SECONDS = 5.0  # how long the data stream is timed
 STEP_SECONDS = 5.0  # how long training is timed
 LARGEST_ON_CPU = 500e6  # parameters; a larger model would take minutes and much memory to time
 BUSY = 0.5  # share of the cores that others use, from which on a timing says little
-ASSUMED_MFU = 0.40  # where training cannot be timed here
+ASSUMED_MFU = 0.40  # at least, of a compiled run
+SMALL = 100e6  # parameters, with which no run reaches that
 
 Finding = tuple[str, str]  # status, what it says
 
@@ -105,6 +106,7 @@ class Examination:
         return OK, f"{self.recipe.batch_tokens:,} tokens = {steps} x {size} rows a process"
 
     def _precision(self) -> Finding:
+        check_device(self.recipe, self.device)
         if self.recipe.mixed_precision == "no":
             return OK, "fp32"
         if not has_bf16(self.device):
@@ -182,19 +184,30 @@ class Examination:
         if self.device.type == "cpu" and model.num_parameters() > LARGEST_ON_CPU:
             return WARNING, "not timed: the model is too large for this CPU"
         rows = self._rows_at_once()
+        state = 0  # the optimizer's, which lies beside them from the first update on
+        if self.device.type == "cuda":
+            state = _state_bytes(model, self.recipe) - 4 * model.num_parameters()
         try:
+            _beside = torch.empty(state, dtype=torch.uint8, device=self.device)
             rate = _training_rate(model, self.recipe, rows, self.device)
+            rate, rows = self._with_more_rows(model, rate, rows)
         except torch.OutOfMemoryError:
             lower = "lower micro_batch_size or " if rows > 1 else ""
             what = f"out of memory with {count_of(rows, 'row')} at once"
-            return FAILURE, f"{what}: {lower}set gradient_checkpointing"
+            what += " beside the optimizer's state" * bool(state)
+            mend = f"{lower}set gradient_checkpointing"
+            if state and self.num_processes > 1:
+                return WARNING, f"{what}: {mend}, or shard it (launch/fsdp2.yaml)"
+            return FAILURE, f"{what}: {mend}"
         self.need = rate * self.num_processes
         per_token = model_flops_per_token(model, self.recipe.sequence_length)
         peak = peak_flops(self.device)
         note = ""
-        if peak:  # an uncompiled micro-batch of this size understates what the run will reach
-            self.need = max(self.need, ASSUMED_MFU * peak / per_token * self.num_processes)
+        if peak:
             note = f", {rate * per_token / peak:.0%} MFU uncompiled"
+        # Uncompiled passes understate what the run will reach.
+        if peak and self.recipe.mixed_precision == "bf16" and model.num_parameters() > SMALL:
+            self.need = max(self.need, ASSUMED_MFU * peak / per_token * self.num_processes)
         load = os.getloadavg()[0] / (os.cpu_count() or 1)
         if self.device.type == "cpu" and load > BUSY:
             note += f"; the machine is busy ({load:.0%} of its cores were): it can do more"
@@ -211,6 +224,23 @@ class Examination:
             return 1
         rows = divisors(self.recipe.rows_per_step // self.num_processes)
         return largest_that_fits(rows, lambda _: None, device=self.device, reserve_bytes=0)
+
+    def _with_more_rows(
+        self, model: GPT2ReproForCausalLM, rate: float, rows: int
+    ) -> tuple[float, int]:
+        """Tokens/s and rows where a GPU gains nothing by more, if the run is to find them."""
+        most = self.recipe.rows_per_step // self.num_processes
+        if self.recipe.micro_batch_size != "auto" or self.device.type == "cpu":
+            return rate, rows
+        while most % (2 * rows) == 0:
+            try:
+                faster = _training_rate(model, self.recipe, 2 * rows, self.device)
+            except torch.OutOfMemoryError:
+                break
+            if faster < 1.1 * rate:
+                break
+            rate, rows = faster, 2 * rows
+        return rate, rows
 
     def _data(self) -> Finding:
         """Time the stream of one process against what training takes."""

@@ -173,16 +173,27 @@ def _architecture(recipe: Recipe, tokenizer) -> GPT2ReproConfig:
     return config
 
 
+def check_device(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what the recipe asks of a device that has it not."""
+    implementation = recipe.attn_implementation
+    if device.type == "cpu" and implementation == "flex_attention":
+        raise UserError("attn_implementation flex_attention: on CPUs it does not train; use sdpa")
+    if not attention.runs_on(implementation, device):
+        raise UserError(
+            f"attn_implementation {implementation}: this device has no such kernel (3 is for "
+            "Hopper, 4 for Hopper and Blackwell); use sdpa"
+        )
+    if recipe.fp8_head and not has_fp8(device):
+        raise UserError("fp8_head: this GPU has no 8-bit products (Ada and Hopper do)")
+
+
 def place(
     recipe: Recipe, accelerator: Accelerator, model: GPT2ReproForCausalLM
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """Suit the model to its device, compile it in place, and hand it and an optimizer over."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     on_cpu = accelerator.device.type == "cpu"
-    if on_cpu and recipe.attn_implementation == "flex_attention":
-        raise UserError("attn_implementation flex_attention: on CPUs it does not train; use sdpa")
-    if recipe.fp8_head and not has_fp8(accelerator.device):
-        raise UserError("fp8_head: this GPU has no 8-bit products (Ada and Hopper do)")
+    check_device(recipe, accelerator.device)
     if recipe.fp8_head and model.config.n_embd % SIDE:
         raise UserError(f"fp8_head needs a multiple of {SIDE} for n_embd {model.config.n_embd}")
     # With FSDP the model around the head is not compiled; see below.

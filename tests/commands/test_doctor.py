@@ -21,6 +21,7 @@ from gpt2repro.records import integrity
 from gpt2repro.speed import low_precision
 from gpt2repro.training import engine, examination
 from gpt2repro.training.examination import FAILURE, OK, WARNING, Examination
+from gpt2repro.training.learner import check_device
 from gpt2repro.training.optim.groups import MATRICES, parameter_groups
 
 CHECKS = ["batch", "precision", "tokenizer", "dataset", "model", "attention", "training", "data"]
@@ -167,6 +168,51 @@ def test_a_micro_batch_that_does_not_fit(recipe, capsys, monkeypatch):
     verdict, text = said["training"]
     assert verdict == FAILURE and "out of memory with 2 rows at once" in text
     assert "micro_batch_size" in text and "gradient_checkpointing" in text
+
+
+@pytest.mark.parametrize(
+    ("most", "gains", "found", "tries"),
+    [
+        (4, 8, (400.0, 4), [2, 4, 8]),
+        (8, 2, (200.0, 2), [2, 4]),
+        (8, 8, (800.0, 8), [2, 4, 8]),
+    ],
+)
+def test_a_gpu_is_timed_with_as_many_rows_as_it_gains_by(
+    recipe, monkeypatch, most, gains, found, tries
+):
+    """Of 8 rows a step: up to `most` fit, and more than `gains` are no faster."""
+    exam = Examination(load_recipe(["--recipe", str(recipe), "--micro_batch_size", "auto"]), 1)
+    exam.device, tried = torch.device("cuda"), []
+
+    def rate(model, recipe, rows, device):
+        tried.append(rows)
+        if rows > most:
+            raise torch.OutOfMemoryError
+        return min(rows, gains) * 100.0
+
+    monkeypatch.setattr(examination, "_training_rate", rate)
+    assert exam._with_more_rows(torch.nn.Identity(), 100.0, 1) == found and tried == tries
+    exam.recipe = exam.recipe.model_copy(update={"micro_batch_size": 2})
+    assert exam._with_more_rows(torch.nn.Identity(), 100.0, 2) == (100.0, 2) and tried == tries
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels"), [((8, 0), set()), ((9, 0), {"3", "4"}), ((10, 0), {"4"})]
+)
+def test_a_kernel_that_a_gpu_has_not_is_told_before_the_run(
+    recipe, monkeypatch, capability, kernels
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for number in ("3", "4"):
+        name = f"sdpa_flash_{number}"
+        given = load_recipe(["--recipe", str(recipe)])
+        given = given.model_copy(update={"attn_implementation": name})
+        if number in kernels:
+            check_device(given, torch.device("cuda"))
+            continue
+        with pytest.raises(UserError, match=f"attn_implementation {name}: this device has no"):
+            check_device(given, torch.device("cuda"))
 
 
 def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch):
