@@ -50,7 +50,8 @@ def validation_loss(
     assert rows.ndim == 2 and len(rows) > 0, "rows are (N, T+1), at least one"
     device = next(model.parameters()).device
     num_batches = -(-len(rows) // (batch_size * world_size)) * world_size
-    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    losses: list[torch.Tensor] = []  # on the device, which nobody waits for in between
+    counts: list[int] = []
     with evaluating(model):
         for batch in range(rank, num_batches, world_size):
             if should_stop is not None and should_stop():
@@ -63,11 +64,14 @@ def validation_loss(
             num_tokens = num_counted * targets.shape[1]
             # As training has it: a compiler takes rows of another stride for a model of its own.
             inputs, options = tokens[:, :-1].contiguous(), {"skip_logits": True, "use_cache": False}
-            loss = model(input_ids=inputs, shift_labels=targets, **options).loss.item()
-            if num_tokens:
-                sums += torch.tensor([loss * num_tokens, num_tokens], dtype=torch.float64)
+            losses.append(model(input_ids=inputs, shift_labels=targets, **options).loss)
+            counts.append(num_tokens)
             if on_batch is not None:
                 on_batch(num_counted)
+    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    for loss, num_tokens in zip(torch.stack(losses).tolist(), counts, strict=True):
+        if num_tokens:  # where no row counts, the mean is none
+            sums += torch.tensor([loss * num_tokens, num_tokens], dtype=torch.float64)
     if world_size > 1:
         assert reduce is not None, "several ranks need a reduce"
         sums = reduce(sums.to(device)).cpu()

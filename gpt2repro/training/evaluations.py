@@ -13,6 +13,7 @@ from torch import nn
 from gpt2repro.data.tokens.token_ids import begin_id, ids_to_continue
 from gpt2repro.evaluation.likelihoods import evaluating
 from gpt2repro.evaluation.scoring import score_tasks
+from gpt2repro.evaluation.task import Task
 from gpt2repro.evaluation.validation import validation_loss
 from gpt2repro.recipe_fields import ResolvedRecipe
 from gpt2repro.records.checkpoints import innermost
@@ -99,7 +100,7 @@ class Evaluations:
         requests = sum(len(task.requests) + len(task.prompts) for task in tasks)
         requests //= ranks.world_size()
         with self.progress.phase(f"benchmarks at step {step}", requests) as on_batch:
-            how = self._collectively() | {"batch_size": self._rows_with_logits()}
+            how = self._collectively() | {"batch_size": self._rows_with_logits(tasks)}
             figures = score_tasks(self.learner.model, tasks, on_batch=on_batch, **how)
         if figures is None:
             return {}
@@ -109,9 +110,12 @@ class Evaluations:
         self.progress.note(f"step {step}: {shown}")
         return figures
 
-    def _rows_with_logits(self) -> int:
+    def _rows_with_logits(self, tasks: list[Task]) -> int:
         """The micro-batch, or as many rows as have `LOGIT_BYTES` of logits, in bf16 and in fp32."""
-        row = 6 * self.recipe.sequence_length * innermost(self.learner.model).config.vocab_size
+        lengths = [len(request.ids) for task in tasks for request in task.requests]
+        lengths += [len(prompt.ids) + prompt.num_new for task in tasks for prompt in task.prompts]
+        length = min(self.recipe.sequence_length, max(lengths))
+        row = 6 * length * innermost(self.learner.model).config.vocab_size
         return min(self.recipe.micro_batch_size, max(1, LOGIT_BYTES // row))
 
     def _collectively(self) -> dict[str, Any]:

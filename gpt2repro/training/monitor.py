@@ -34,6 +34,7 @@ from gpt2repro.training.tracker import Tracker
 
 SPIKE_Z = 5.0  # standard deviations above the recent mean that make a loss worth a line
 STEPS_TO_WARM_UP = 4
+DRAWN_AT_MOST = 100  # the loss curve is not drawn more than a hundredth of the time
 # They work on a step while this process prepares the next one; only then is the first one told.
 DEVICES_BEHIND = ("cuda",)
 
@@ -74,7 +75,7 @@ class Monitor:
         self._incidents = IncidentLog(directory.incidents)
         self._tells_late = accelerator.device.type in DEVICES_BEHIND
         self._untold: Report | None = None
-        self._num_told = 0
+        self._num_told, self._draw_again_at = 0, 0.0
 
     def close(self) -> None:
         """End the bar and the file."""
@@ -215,8 +216,11 @@ class Monitor:
             record |= self.inputs.stream.epochs(report.rows.lanes) | self._throughput.read()
             record |= {"peak_memory_gib": peak_memory_gib(self.learner.accelerator.device)}
             self._write({**record, **figures})
-        if "val_loss" in figures:
+        if "val_loss" in figures and time.perf_counter() >= self._draw_again_at:
+            began = time.perf_counter()
             self.draw_loss_curve()
+            seconds = time.perf_counter() - began
+            self._draw_again_at = began + DRAWN_AT_MOST * seconds  # all GPUs wait for it
         if result.finite:
             self._incidents.over()
         else:

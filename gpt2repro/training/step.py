@@ -38,7 +38,7 @@ class LaunchedStep:
         self._figures = figures.to("cpu", non_blocking=figures.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if figures.is_cuda:
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event(blocking=True)  # else who waits keeps a core busy
             self._copied.record()
 
     def result(self) -> StepResult:

@@ -75,13 +75,17 @@ def test_only_steps_are_timed_and_the_wait_for_rows_is_part_of_them():
 def test_benchmarks_take_as_many_rows_as_their_logits_leave_room_for():
     """Training keeps no logits, so that a micro-batch may have hundreds of rows."""
 
-    def rows(micro_batch_size: int) -> int:
+    def rows(micro_batch_size: int, longest: int = 2000) -> int:
         recipe = SimpleNamespace(micro_batch_size=micro_batch_size, sequence_length=1024)
         model = tiny_model(vocab_size=50257, n_embd=8)
         parts = SimpleNamespace(recipe=recipe, learner=SimpleNamespace(model=model))
-        return Evaluations._rows_with_logits(parts)
+        request = SimpleNamespace(ids=range(longest))
+        tasks = [SimpleNamespace(requests=[request], prompts=[])]
+        return Evaluations._rows_with_logits(parts, tasks)
 
     assert [rows(size) for size in (1, 8, 512)] == [1, 8, 13]
+    assert rows(512, longest=170) == 83, "of short ones more"
+    assert LOGIT_BYTES > 83 * 170 * 50257 * (2 + 4)
     assert LOGIT_BYTES > 13 * 1024 * 50257 * (2 + 4)
 
 
