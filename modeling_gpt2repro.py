@@ -263,7 +263,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
-        kwargs |= {CACHE: cache, "position_ids": position_ids, "use_cache": use_cache}
+        kwargs |= {CACHE: cache, "position_ids": given[-1], "use_cache": use_cache}  # if packed
         for block in self.h:
             hidden_states = block(hidden_states, mask, **kwargs)  # (B, T, C)
         return BaseModelOutputWithPast(self.ln_f(hidden_states), cache if use_cache else None)

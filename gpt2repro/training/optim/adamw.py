@@ -58,6 +58,9 @@ class AdamW(Optimizer):
     def step(self, closure: Any = None) -> Any:
         assert closure is None, "closures are not supported"
         self._is_finite = None if self.found_inf is None else self.found_inf == 0
+        skips = self.found_inf
+        if skips is not None and skips.device.type == "mps" and skips:  # its kernel ignores it
+            return
         for group in self.param_groups:
             self._step_of(group)
 
