@@ -1,5 +1,6 @@
 """The verb `generate`: the same tokens as `model.generate`, streamed, and refusals in one line."""
 
+import copy
 import io
 import json
 import shutil
@@ -159,8 +160,9 @@ def test_a_penalty_another_tokenizer_and_another_dtype_are_used(run, tmp_path, m
     )
     run(*greedy, "--dtype", "bfloat16")
     assert dtypes == [torch.bfloat16]
-    tokenizer.add_tokens(["This function"])
-    tokenizer.save_pretrained(tmp_path / "other")
+    other = copy.deepcopy(tokenizer)  # all tests share it
+    other.add_tokens(["This function"])
+    other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="token 300, and the model has 300"):
         run(*greedy, "--tokenizer", str(tmp_path / "other"))
 
