@@ -238,7 +238,8 @@ def gpu_state() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {}
     names = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"]
-    card = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"  # its numbers may be others
+    uuid = str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-")
+    card = f"--id=GPU-{uuid}"  # by number it may be another than torch's first
     query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", card]
     try:
         said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
