@@ -66,15 +66,16 @@ def alone(recipe, tmp_path_factory) -> Path:
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("average", [(), AVERAGE], ids=["alone", "averaged"])
 def test_compiled_bf16_is_one_process_to_rounding_and_never_gives_up_compiling(
-    recipe, alone, tmp_path
+    recipe, alone, tmp_path, average
 ):
     run = tmp_path / "run"
-    options = (*MANY_BLOCKS, *STEPS, *BESIDES, "--mixed_precision", "bf16", "--compile")
+    options = (*MANY_BLOCKS, *STEPS, *average, *BESIDES, "--mixed_precision", "bf16", "--compile")
     stats = trained(recipe, run, *options, ENGINE="fsdp2")
     assert digests(run) == digests(alone)
     ours, theirs = metrics(run), metrics(alone)
-    for name in ("loss", "val_loss"):
+    for name in ("loss", "val_loss", *["val_loss_ema"] * bool(average)):
         # In bf16 numbers between 4 and 8 are multiples of 1/32, and means of 2**n of them of less.
         assert any(line[name] * 1024 % 1 for line in ours if name in line)
         pairs = zip(ours, theirs, strict=True)
