@@ -132,7 +132,12 @@ MUONS: dict[str, dict[str, Any]] = {
     "muon-slow-embedding": {"embedding_lr_scale": 0.5},
     "muon-fast-embedding": {"embedding_lr_scale": 2.0},
     "muon-fast-vectors": {"vector_lr_scale": 3.0},
-    "all": {**POWERCOOL, "muon_normalize": True, "cautious_weight_decay": True},
+    # what helped, together
+    "muon-linear-momentum": {"schedule": "linear", "muon_momentum_warmup_steps": 50},
+    "muon-linear-embedding": {"schedule": "linear", "embedding_lr_scale": 2.0},
+    "muon-together": {
+        **{"schedule": "linear", "muon_momentum_warmup_steps": 50, "embedding_lr_scale": 2.0}
+    },
 }
 ADAMWS: dict[str, dict[str, Any]] = {
     "adamw": {},
