@@ -28,10 +28,16 @@ def stream_of(source, encoder, *, num_validation_units, **options) -> TokenStrea
 
 
 def streams(world_size=1, state=None, source=None, **options) -> list[TokenStream]:
-    """The streams of all ranks of a world."""
-    source = source or corpus()
+    """The streams of one dataset, of all ranks of a world."""
+    options = OPTIONS | options
+    sources = [Source(source or corpus(), options.pop("num_validation_units"))]
+    return streams_of(sources, world_size, state, **options)
+
+
+def streams_of(sources, world_size=1, state=None, **options) -> list[TokenStream]:
+    """The streams of all ranks of a world, from a state if one is given."""
     ranks = [
-        stream_of(source, ByteEncoder(), **OPTIONS | options, rank=rank, world_size=world_size)
+        TokenStream(sources, ByteEncoder(), **options, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for stream in ranks:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 from tiny_corpus import ByteEncoder, MemoryCorpus, documents, in_units
-from tiny_streams import OPTIONS, run
+from tiny_streams import OPTIONS, run, streams_of
 
 from gpt2repro import UserError
 from gpt2repro.data.rows.mixture import Mixture, Source, tokens_of_each
@@ -35,14 +35,7 @@ def sources(weights=WEIGHTS, epochs=(None, 2, None), num_validation_units=1) -> 
 
 
 def streams(world_size=1, state=None, **options) -> list[TokenStream]:
-    ranks = [
-        TokenStream(sources(), ByteEncoder(), **MIXED | options, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    for stream in ranks:
-        if state:
-            stream.load_state_dict(state)
-    return ranks
+    return streams_of(sources(), world_size, state, **MIXED | options)
 
 
 def letters(rows) -> Counter:

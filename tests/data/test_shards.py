@@ -8,7 +8,7 @@ import pytest
 from fake_hub import FakeHub
 from tiny_corpus import ByteEncoder, documents, joined, read_back, refusal, write_parquet
 from tiny_shards import Loader, tokens_of, write_bin
-from tiny_streams import run
+from tiny_streams import run, streams_of
 
 from gpt2repro import UserError
 from gpt2repro.data import opening
@@ -48,15 +48,7 @@ def write(directory, lengths=(9000, 7003, 5000), suffix=".bin", name="edufineweb
 
 def streams(corpus, world_size=1, state=None, **options) -> list[TokenStream]:
     given = {"sequence_length": T, "rows_per_step": 16, "num_lanes": 8, "seed": 3} | options
-    source = Source(corpus, corpus.num_held_out_units)
-    made = [
-        TokenStream([source], ByteEncoder(), **given, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    for stream in made:
-        if state:
-            stream.load_state_dict(state)
-    return made
+    return streams_of([Source(corpus, corpus.num_held_out_units)], world_size, state, **given)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".npy"])

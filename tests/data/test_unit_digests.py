@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from tiny_corpus import ByteEncoder, documents, in_units, write_lines
-from tiny_streams import OPTIONS, MemoryCorpus, run, stream_of
+import tiny_streams
+from tiny_corpus import documents, write_lines
+from tiny_streams import corpus, run
 
 from gpt2repro import UserError
 from gpt2repro.data.opening import open_corpus
@@ -16,21 +17,9 @@ TEXTS = documents(120)
 
 
 def streams(directory, texts=TEXTS, world_size=1, state=None, **options):
-    made = [
-        stream_of(
-            MemoryCorpus(in_units(texts, 10)),
-            ByteEncoder(),
-            **OPTIONS | options,
-            unit_digests_dir=directory,
-            rank=rank,
-            world_size=world_size,
-        )
-        for rank in range(world_size)
-    ]
-    for stream in made:
-        if state:
-            stream.load_state_dict(state)
-    return made
+    return tiny_streams.streams(
+        world_size, state, corpus(texts), unit_digests_dir=directory, **options
+    )
 
 
 def test_a_later_pass_reads_the_same_text(tmp_path):
@@ -69,7 +58,7 @@ def test_a_full_disk_costs_the_record_not_the_run(tmp_path, monkeypatch, caplog)
 
 def test_what_another_process_has_recorded_meanwhile_counts(tmp_path):
     """Both began with an empty record; which unit comes to whom changes with the epoch."""
-    source = MemoryCorpus(in_units(TEXTS, 10))
+    source = corpus(TEXTS)
     one, other = UnitDigests(tmp_path, source), UnitDigests(tmp_path, source)
     one.check(3, source.read_arrow(3))
     other.check(3, source.read_arrow(3))
@@ -91,7 +80,7 @@ def test_other_local_files_of_the_same_name_are_another_dataset(tmp_path):
 
 
 def test_a_line_that_was_cut_off_makes_no_other_unit(tmp_path):
-    source = MemoryCorpus(in_units(TEXTS, 10))
+    source = corpus(TEXTS)
     UnitDigests(tmp_path, source)
     [file] = tmp_path.iterdir()
     file.write_bytes(b"1")
@@ -100,7 +89,7 @@ def test_a_line_that_was_cut_off_makes_no_other_unit(tmp_path):
 
 
 def test_another_process_line_that_was_cut_off_makes_no_other_unit_either(tmp_path):
-    source = MemoryCorpus(in_units(TEXTS, 10))
+    source = corpus(TEXTS)
     ours = UnitDigests(tmp_path, source)
     [file] = tmp_path.iterdir()
     file.write_bytes(b"1")  # its disk was full

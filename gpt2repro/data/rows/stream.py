@@ -392,7 +392,7 @@ def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
         if then != now:
             raise UserError(
                 f"cannot resume the data stream: {shown} was {then!r} in the checkpoint and is "
-                f"{now!r} now: set it back, or give another exp_name to start a new run"
+                f"{now!r} now: set it back, or start anew (a run does under another exp_name)"
             )
 
 
