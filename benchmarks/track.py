@@ -145,7 +145,11 @@ ADAMWS: dict[str, dict[str, Any]] = {
     "adamw-power": {"schedule": "power", "cooldown_fraction": 0.5},
     "adamw-cautious": {"cautious_weight_decay": True},
     "adamw-row": {"embedding_second_moment": "row"},
+    # Muon's vectors and positions have another rate than its matrices: would that help AdamW?
     "adamw-fast-vectors": {"vector_lr_scale": 3.0},
+    "adamw-faster-vectors": {"vector_lr_scale": 10.0},
+    "adamw-fast-positions": {"position_lr_scale": 10.0},
+    "adamw-bare-embedding": {"embedding_weight_decay": 0.0},
 }
 SIDES: dict[str, tuple[dict[str, Any], Knobs]] = {
     **{name: ({"optimizer": "adamw", **more}, OF_ADAMW) for name, more in ADAMWS.items()},
