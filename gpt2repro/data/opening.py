@@ -204,7 +204,9 @@ def _commit(name: str, revision: str | None) -> str:
             "needs HF_TOKEN)"
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"dataset_revision: {name} has no revision {revision!r}") from error
+        is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+        gone = " (any more: its history was rewritten?)" if is_commit else ""
+        raise UserError(f"dataset_revision: {name} has no revision {revision!r}{gone}") from error
     assert commit
     return commit
 
@@ -234,6 +236,11 @@ def _shards_on_hub(name: str, commit: str, data_files: str | list[str] | None) -
 
 def _tell_of_conversion(files: list[str], commit: str) -> None:
     """The Hub's own copies in parquet are CONFIGURATION/SPLIT/*, and no card says so."""
+    logger.warning(
+        "dataset_revision: the Hub writes %s anew now and then, without its history, and a run "
+        "cannot be resumed from a commit that is gone: for a long one download its files",
+        CONVERTED,
+    )
     names = [file.partition(f"@{commit}/")[2] for file in files]
     if len(configurations := sorted({name.partition("/")[0] for name in names})) > 1:
         logger.warning(

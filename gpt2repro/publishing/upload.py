@@ -182,7 +182,7 @@ def upload(
         _check_arrived(tree, additions, f"{repo_id} ({revision or 'main'})")
         return commit.oid
 
-    patiently(lambda: _explained(attempt, repo_id), f"push to {repo_id}")
+    patiently(lambda: _explained(attempt, repo_id), f"push to {repo_id}", passes_on=False)
     at = f"/tree/{revision}" if revision else ""
     return f"{constants.ENDPOINT}/{repo_id}{at}"
 

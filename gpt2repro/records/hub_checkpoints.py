@@ -67,7 +67,7 @@ def fetch(name: str, place: Path) -> Path:
         )
     for path in (integrity.WEIGHTS, provenance.FILE, *wanted):
         download = partial(hf_hub_download, repo_id, path, revision=commit, local_dir=place)
-        patiently(download, f"download {path} of {name}")
+        patiently(download, f"download {path} of {name}", passes_on=False)
     try:
         return _assemble(place, tree)
     except OSError as error:

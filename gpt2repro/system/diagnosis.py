@@ -114,6 +114,9 @@ def _diagnose_one(error: BaseException) -> Diagnosis | None:
         unreachable = any(_is_a(error, name, "") for name in names)
         return Diagnosis(reason, None, answered=not unreachable)
     if isinstance(error, ConnectionError | TimeoutError):
+        # hf_xet has no answer to show, only its words: "HTTP status client error (401 ...".
+        if status := re.search(r"client error \((4\d\d)", reason):
+            return Diagnosis(reason, None if passes(int(status[1])) else FEW_ATTEMPTS)
         # `datasets` raises a bare ConnectionError when the Hub does not answer at all.
         reset = isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError)
         return Diagnosis(reason, None, answered=reset)

@@ -1,6 +1,7 @@
 """Names of corpora: what counts as one, its identity, and how bad input is refused."""
 
 import gzip
+import itertools
 import json
 import os
 import time
@@ -418,6 +419,14 @@ def test_young_files_are_hashed_again(tmp_path, records, monkeypatch):
     assert json.loads(records.read_text()) == {}
 
 
+def test_a_file_of_the_future_is_hashed_once(tmp_path, records):
+    """As of an archive from a machine with another clock."""
+    write_parquet(tmp_path / "0.parquet", TEXTS)
+    os.utime(tmp_path / "0.parquet", (time.time() + 10**6,) * 2)
+    open_corpus(tmp_path / "0.parquet")
+    assert len(json.loads(records.read_text())) == 1
+
+
 def test_processes_of_a_machine_hash_once(tmp_path, records, monkeypatch):
     write_parquet(tmp_path / "0.parquet", TEXTS)
     files = [str(tmp_path / "0.parquet")]
@@ -453,6 +462,28 @@ def test_much_to_hash_is_told(tmp_path, records, monkeypatch, caplog):
     open_corpus(tmp_path / "0.parquet")
     open_corpus(tmp_path / "0.parquet")
     assert caplog.text.count("GB of local files, once") == 1
+
+
+def test_a_stamp_that_moves_without_the_file_is_no_change(tmp_path, records, monkeypatch, caplog):
+    """Reading sets the ctime on sshfs; gluster tells that of whichever replica answers."""
+    (tmp_path / "0.txt").write_text("one\n")
+    key, asked = content._key, itertools.count()
+
+    def moving(file: Path) -> str:
+        size, mtime, *_ = key(file).split(" ", 3)
+        return f"{size} {mtime} {next(asked)} 1 {file}"
+
+    monkeypatch.setattr(content, "_key", moving)
+    assert open_corpus(tmp_path / "0.txt").read_unit(0) == ["one"]
+
+    def growing(file: Path) -> str:
+        with file.open("a") as stream:
+            stream.write("two\n")
+        os.utime(file, ns=(0, 0))
+        return f"4 0 {next(asked)} 1 {file}"
+
+    monkeypatch.setattr(content, "_key", growing)
+    assert "changed while it was read" in refusal(tmp_path / "0.txt")
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_refused(tmp_path, records, monkeypatch):

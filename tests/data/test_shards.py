@@ -210,6 +210,16 @@ def test_bare_ids_are_read_too(tmp_path):
     assert bytes(ids[: ends[0]].astype(np.uint8)).decode() == TEXTS[0]
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+def test_bare_ids_of_more_bits_are_refused(tmp_path, dtype):
+    """Megatron's, LitData's and whoever wrote an array as it was: every second id would be 0."""
+    tokens_of(TEXTS).astype(dtype).tofile(tmp_path / "train.bin")
+    assert "train.bin looks like ids of 32 bits or more" in refusal(tmp_path)
+    large = tokens_of(TEXTS).astype(dtype) + 2**16 * (np.arange(len(tokens_of(TEXTS))) % 2 > 0)
+    large.astype(dtype).tofile(tmp_path / "train.bin")  # of a vocabulary beyond 16 bits
+    assert "looks like ids of 32 bits" in refusal(tmp_path)
+
+
 def header(*numbers: int) -> bytes:
     return np.array([*numbers, *[0] * (256 - len(numbers))], np.int32).tobytes()
 

@@ -192,6 +192,19 @@ def test_signed_links_are_followed_and_expired_ones_renewed(hub, expected):
     assert hub.requests("^/signed/")
 
 
+def test_links_that_the_storage_rejects_for_a_while_are_waited_out(hub, expected):
+    """As the Hub's did on 13 July 2026: nobody had lost a right. What never worked is told soon."""
+    hub.signed_links = True
+    hub.faults.append(Fault("status:403", "^/signed/", times=20, skip=5))
+    assert digests() == expected
+    assert hub.faults[0].num_hits == 20
+    parquet._served.clear()
+    hub.faults = [Fault("status:403", "^/signed/", times=10**9)]
+    with pytest.raises(UserError, match="403"):
+        open_fineweb().read_unit(0)
+    assert hub.faults[0].num_hits == FEW_ATTEMPTS
+
+
 def test_requests_and_bytes(hub):
     """Two requests a file at start, one a unit; of a unit nothing but its text travels."""
     source = open_fineweb()
@@ -475,6 +488,9 @@ def test_what_the_hub_has_made_of_a_dataset_is_told(hub, caplog):
     assert open_corpus("someone/many", revision="refs/convert/parquet").num_units == 2
     assert "2 configurations (en, fr), and all are read as one: data_files 'en/" in caplog.text
     assert "has the first 5 GB alone of some (en/partial-train/0000.parquet)" in caplog.text
+    assert "anew now and then, without its history" in caplog.text
+    gone = refusal("someone/many", revision="f" * 40)
+    assert gone.endswith("(any more: its history was rewritten?)")
 
 
 @pytest.mark.parametrize("status", [429, 503])

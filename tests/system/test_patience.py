@@ -103,6 +103,11 @@ def test_errors_of_the_hub_client_are_understood():
     assert diagnose(errors.OfflineModeIsEnabled("offline")).attempts == 0
 
 
+def test_what_passes_may_be_told_by_words_alone():
+    limited = ConnectionError(XET.format("429 Too Many Requests"))
+    assert patiently(failing(*[limited] * 3 * FEW_ATTEMPTS), "push") == "done"
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, 410, 416])
 def test_what_time_does_not_mend_fails_at_once(status, clock):
     with pytest.raises(UserError, match=rf"^cannot read a\.parquet: HttpError: status {status}$"):
@@ -110,7 +115,17 @@ def test_what_time_does_not_mend_fails_at_once(status, clock):
     assert clock.naps == []
 
 
-@pytest.mark.parametrize("error", [HttpError(403), pa.ArrowInvalid("bad page")], ids=repr)
+XET = "Data processing error: CAS Client Error: Reqwest Error: HTTP status client error ({})"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(HttpError(403), pa.ArrowInvalid("bad page")),
+        ConnectionError(XET.format("401 Unauthorized")),  # hf_xet's
+    ],
+    ids=repr,
+)
 def test_what_is_usually_final_is_tried_a_few_times(error):
     few = FEW_ATTEMPTS
     assert patiently(failing(*[error] * (few - 1)), "read") == "done"

@@ -58,7 +58,11 @@ def open_prepared(found: Found) -> Corpus | None:
         found = replace(found, document=document, identity=found.identity | cut)
     how: list[Any] = [VERSION, DOCUMENTS_PER_UNIT, BYTES_PER_UNIT, FEWEST_UNITS]
     how += [found.format, found.text_column, found.document]
-    path = _prepare(found, f"{digest([content, names, how])}.parquet", before)
+
+    def is_same() -> bool:
+        return stamps(found.files) == before or digest(content_hashes(found.files)) == content
+
+    path = _prepare(found, f"{digest([content, names, how])}.parquet", is_same)
     corpus = ParquetCorpus([LocalSource(str(path), path, path.stat().st_size)], "text", {})
     assert corpus.num_documents is not None  # parquet tells
     if not corpus.num_documents.any():
@@ -86,8 +90,11 @@ def open_streamed(found: Found) -> Corpus:
     return StreamedCorpus(dataset, found.text_column, identity)
 
 
-def _prepare(found: Found, name: str, before: list[str]) -> Path:
-    """The local files, which were hashed as of `before`, as one parquet file, made if it lacks."""
+def _prepare(found: Found, name: str, is_same: Callable[[], bool]) -> Path:
+    """The local files as one parquet file, made if it lacks. `is_same`: what was hashed is there.
+
+    It would stand under the hash of another text.
+    """
     from datasets import config
 
     place = Path(config.HF_DATASETS_CACHE) / "gpt2repro"
@@ -101,7 +108,7 @@ def _prepare(found: Found, name: str, before: list[str]) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             for left in atomic.leftovers(place / name):  # under the lock nobody writes it
                 left.unlink()
-            _write(found, place / name, before)
+            _write(found, place / name, is_same)
         except OSError as error:
             logger.warning(
                 "HF_DATASETS_CACHE: %s cannot be written (%s): the data are read again by every "
@@ -110,7 +117,7 @@ def _prepare(found: Found, name: str, before: list[str]) -> Path:
             )
             place = Path(_scratch().name)
             with in_a_line("HF_DATASETS_CACHE or TMPDIR: no place for a copy of the data"):
-                _write(found, place / name, before)
+                _write(found, place / name, is_same)
     return place / name
 
 
@@ -128,12 +135,12 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _write(found: Found, path: Path, before: list[str]) -> None:
+def _write(found: Found, path: Path, is_same: Callable[[], bool]) -> None:
     files = map(Path, found.files)
     documents = itertools.chain.from_iterable(_documents_of(file, found) for file in files)
     with atomic.new_file(path, durable=True) as scratch:
         _write_units(_in_units(documents, BYTES_PER_UNIT), scratch)
-        if stamps(found.files) != before:  # it would stand under the hash of another text
+        if not is_same():
             raise UserError(f"dataset_name: a file of {found.name} changed while it was read")
         with pq.ParquetFile(scratch) as whole:
             units = range(whole.num_row_groups)

@@ -80,6 +80,9 @@ class LocalSource:
         return content
 
 
+_served: set[str] = set()  # repositories that this process may read: so it is no missing right
+
+
 @dataclass(frozen=True)
 class HubSource:
     """A file of a Hub repository at one commit. Every read asks for its (signed) address anew.
@@ -126,6 +129,8 @@ class HubSource:
         with get_session().stream("GET", url, **request) as response:
             if response.status_code >= 400:
                 response.read()
+            if response.status_code == 403 and response.history and self.repository in _served:
+                raise PassingFault("HTTP 403 of the storage behind the Hub")
             hf_raise_for_status(response)
             self._check_unchanged([*response.history, response])
             served = response.headers.get("Content-Range", "")
@@ -142,6 +147,7 @@ class HubSource:
                     break
         if len(content) != length:
             raise PassingFault(f"asked for {length:,} bytes, {len(content):,} came")
+        _served.add(self.repository)
         return bytes(content)
 
     def _check_unchanged(self, answers: Sequence[Any]) -> None:
