@@ -23,6 +23,7 @@ from gpt2repro import UserError
 from gpt2repro.records import checkpoints, hub_checkpoints
 from gpt2repro.records.metrics import read_lines, rewind_metrics
 from gpt2repro.system import atomic
+from gpt2repro.system.diagnosis import PASSING_ERRNO
 from gpt2repro.system.text import printable
 
 LOCK = ".lock"
@@ -34,7 +35,8 @@ NOT_A_RUNS = re.compile(
     r"|.+\.(log|out|err|pid|sh|slurm|sbatch)"
 )
 # What some file systems of clusters answer, which have no locks.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+ENOTSUPP = 524  # the kernel's own, which leaks through some network file systems
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, ENOTSUPP)
 # How long a launch waits for one that was told to stop: it finishes its step and saves.
 PATIENCE_SECONDS = 60.0
 
@@ -220,6 +222,10 @@ class RunDirectory:
         Raises:
             UserError: another process writes this run, or the directory cannot be written.
         """
+        if self.path.is_symlink() and not self.path.exists():
+            raise UserError(
+                f"output_dir {self.path} is a link to {self.path.readlink()}: not there"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._keep_others_out(patience=0.0)  # who was here since has made another beginning
@@ -263,8 +269,16 @@ class RunDirectory:
     def check_still_there(self) -> None:
         """Raise `UserError` if somebody has removed or moved the run that this process writes.
 
-        Or has taken its lock for a stale one, and begun to write it as well.
+        Or has taken its lock for a stale one, and begun to write it as well. What a file system of
+        a network fails to answer now, it is asked for again before the next batch.
         """
+        try:
+            self._check_still_there()
+        except OSError as error:
+            if error.errno not in PASSING_ERRNO:
+                raise
+
+    def _check_still_there(self) -> None:
         if self._lock is not None and not self.recipe.exists():
             raise UserError(
                 f"{self.path} was removed or moved while it was written; what was left to save is "

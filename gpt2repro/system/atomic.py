@@ -147,8 +147,10 @@ def is_at(file: IO[Any], path: Path) -> bool:
     """Whether the open `file` is the one that `path` names now."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: another client has replaced it
+            return False
+        raise
 
 
 def let_umask_decide(path: Path) -> None:

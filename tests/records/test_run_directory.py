@@ -144,7 +144,32 @@ def test_a_lock_that_was_removed_is_taken_again_or_told(run):
     other.close()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_file_system_that_fails_to_answer_once_ends_no_run(run, monkeypatch, number):
+    directory = RunDirectory(run)
+    directory.open(8, RECIPE)
+    stat, failures = Path.stat, [number]
+
+    def fails_once(path, **options):
+        if path.name in ("recipe.yaml", ".lock") and failures:
+            raise OSError(failures.pop(), "of the network's")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", fails_once)
+    directory.check_still_there()
+    assert not failures
+    failures.append(errno.EACCES)
+    with pytest.raises(PermissionError):
+        directory.check_still_there()
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"output_dir .*run is a link to .*gone: not there"):
+        RunDirectory(tmp_path / "run").open(0, RECIPE)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, 524])
 def test_a_file_system_without_locks_is_told_and_written(run, monkeypatch, capsys, number):
     def unsupported(*_):
         raise OSError(number, "No locks available")
