@@ -28,7 +28,7 @@ PYTHON
 )
 rm -f "$run_dir/PREEMPTED"
 export MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN_PORT=${MAIN_PORT:-29500}
+export MAIN_PORT=${MAIN_PORT:-$((20000 + SLURM_JOB_ID % 10000))}  # jobs may share a machine
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
 export PET_SIGNALS_TO_HANDLE=SIGINT  # of torch's launcher, which would kill the ranks while they save
 # Since Slurm 22.05 srun does not take it from sbatch.

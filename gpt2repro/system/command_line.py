@@ -81,7 +81,17 @@ def run(
         if not status:  # else it is told
             status = EXIT_USAGE
             print(f"{prog}: error: {error}", file=sys.stderr)
+    if _skips_exit_handlers.is_set():
+        os._exit(status)
     return status
+
+
+_skips_exit_handlers = threading.Event()
+
+
+def end_without_exit_handlers() -> None:
+    """Let `run` end the process itself: a library's exit handler would wait for what hangs."""
+    _skips_exit_handlers.set()
 
 
 def _take_no_more() -> None:

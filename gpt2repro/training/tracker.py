@@ -26,7 +26,8 @@ from gpt2repro.recipe_fields import ResolvedRecipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.records.run_directory import RunDirectory, Start, saved_recipe
-from gpt2repro.system import atomic
+from gpt2repro.system import atomic, command_line
+from gpt2repro.system.threads import DaemonPool
 
 # Fields on which no figure depends, whatever they are when a run goes on.
 MEAN_NOTHING = {
@@ -36,6 +37,7 @@ MEAN_NOTHING = {
 }
 # Where the run of a tracker says which step would be its next.
 NEXT_STEP = {"wandb": "step", "trackio": "_next_step"}
+FINISH_SECONDS = 60.0
 
 
 def check_tracker(name: str) -> None:
@@ -140,11 +142,22 @@ class Tracker:
             self.told = line["step"]
 
     def close(self) -> None:
+        """Let it send the rest, which without a network wandb tries for ever.
+
+        All is saved by now, and a scheduler may wait for this process to end.
+        """
         for tracker in self.trackers:
+            pool = DaemonPool(1, "tracker")
             try:
-                tracker.finish()
+                pool.submit(tracker.finish).result(FINISH_SECONDS)
+            except TimeoutError:
+                said = f"not all was sent within {FINISH_SECONDS:.0f} s; metrics.jsonl has it"
+                print(f"{tracker.name}: {said}", flush=True)
+                command_line.end_without_exit_handlers()
             except Exception as error:
                 print(f"{tracker.name}: {error}", flush=True)
+            finally:
+                pool.close(0)
 
 
 def find_tracker(recipe: ResolvedRecipe, directory: RunDirectory, start: Start) -> Tracker:

@@ -120,6 +120,12 @@ def test_the_last_words_may_find_no_room_or_no_reader():
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_an_exit_handler_that_hangs_can_be_skipped():
+    hangs = "import atexit, time; atexit.register(time.sleep, 600); print('said')"
+    done = in_a_shell(f"{hangs}; command_line.end_without_exit_handlers(); return 75", "")
+    assert (done.returncode, done.stdout, done.stderr) == (75, "said\n", "")
+
+
 @pytest.mark.parametrize("outlives_readers", [False, True])
 @pytest.mark.parametrize("end", [">&-", "2>&-", ">&- 2>&-"])
 def test_streams_may_be_closed_from_the_start(end, outlives_readers):

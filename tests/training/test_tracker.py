@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,8 @@ from gpt2repro.recipe import load_recipe
 from gpt2repro.recipe_fields import ResolvedRecipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import RunDirectory, Start
-from gpt2repro.training import finish
+from gpt2repro.system import command_line
+from gpt2repro.training import finish, tracker
 from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.tracker import Tracker, TrackerRun, find_tracker
 
@@ -134,6 +136,19 @@ def test_a_run_that_is_killed_goes_on_or_moves_is_told_once(recipe, tmp_path, se
     assert train(recipe, moved, *short, "--resume", str(checkpoint)) == 0
     assert [*service.runs] == [tracker_id] and service.told()["tiny"][4:] == losses(moved)
     assert service.finished == 4
+
+
+def test_one_that_never_ends_is_left(service, monkeypatch, capsys):
+    """wandb tries to send what is left for as long as its network is away."""
+    left = threading.Event()
+    monkeypatch.setattr(service, "finish", lambda: threading.Event().wait(600), raising=False)
+    monkeypatch.setattr(tracker, "FINISH_SECONDS", 0.1)
+    monkeypatch.setattr(command_line, "end_without_exit_handlers", left.set)
+    of_a_run = Tracker(None, -1)
+    of_a_run.trackers = [service]
+    of_a_run.close()
+    assert left.is_set()
+    assert capsys.readouterr().out.startswith("wandb: not all was sent within 0 s; metrics.jsonl")
 
 
 def test_what_comes_otherwise_is_another_run_with_all_that_was_before(recipe, tmp_path, service):
