@@ -10,10 +10,10 @@ Rules
    is held out. Every run trains by `train_accelerate.train`, on the rows that its seed gives; its
    file has their digest at every step, and a summary refuses runs of a seed that had other rows.
 2. A side is an optimizer with three knobs. Each side gets the same search with the same number of
-   points, all listed: two thirds spread evenly over the logarithms of the knobs' ranges, then twice
-   a sixth over ranges a quarter as wide around the best so far, which may leave the first ranges.
-   A best point outside the first ranges is told: they were too narrow. The tuning seed, 0, is not
-   counted. AdamW is tuned at N steps, every other side at half of them.
+   points, all listed: four sevenths spread evenly over the logarithms of the knobs' ranges, then
+   thrice a seventh over ranges a quarter as wide around the best so far, which may leave the first
+   ranges. A best point near an end of them is told: they may be too narrow. The tuning seed, 0, is
+   not counted. Sides with AdamW are tuned at N steps, the others at half of them.
 3. The target is the upper 95 % bound (Student's t, one side) of the mean of AdamW's validation
    losses after N steps, over at least 8 seeds, rounded up to a thousandth.
 4. A side's result is the fewest steps, in fortieths of N, at which the same bound of its own mean
@@ -22,7 +22,7 @@ Rules
    length that was tried stays in the table, also one that failed. Where the mean of its first four
    seeds is above the target, a length has failed without the others.
 5. What is only tried (`--tried`) has no search: one change to plain AdamW or Muon, with its knobs
-   and at its fewest steps. Its row says by how much the loss differs on the same seeds.
+   and at its fewest steps, on four seeds. Its row says by how much the loss differs on them.
 6. `transfer` takes the best points of one scale to another as they are: AdamW's for all the steps,
    every other side's for the share of them that it needed where it was tuned. It sets no target.
 
@@ -69,7 +69,8 @@ TUNING_SEED, FIRST_SEEDS, LEAST_SEEDS = 0, 4, 8
 LENGTHS = range(8, 41)  # in fortieths of AdamW's steps
 TUNED_AT = 0.5  # of them
 WARMUP = 1 / 15
-REFINED = (1 / 6, 1 / 6)  # of the points
+REFINED = (1 / 7, 1 / 7, 1 / 7)  # of the points
+NEAR_AN_END = 0.1  # of a range, in its logarithm
 DECIDED_BY_DATA = ("num_validation_units", "dataset_revision")  # where a recipe has null
 SHAPE = (
     *("model_size", "n_layer", "n_head", "n_embd", "sequence_length", "batch_tokens"),
@@ -101,13 +102,13 @@ OF_B = {
 }
 SCALES = {
     # 3 x 192 on the prose that Python carries, with the demo's own BPE
-    "a": Scale(300, 24, {"recipe": "demo", "micro_batch_size": 16, **PLAIN}),
-    # 10.6 M parameters on books by the demo's BPE, in bf16: 4 M tokens, which two cores with AMX
+    "a": Scale(300, 28, {"recipe": "demo", "micro_batch_size": 16, **PLAIN}),
+    # 10.7 M parameters on books by the demo's BPE, in bf16: 4 M tokens, which two cores with AMX
     # pay in a day, and 16 M for a GPU
-    "b4": Scale(244, 12, OF_B),
-    "b": Scale(976, 12, OF_B),
+    "b4": Scale(244, 14, OF_B),
+    "b": Scale(976, 14, OF_B),
     # the reproduction's first quarter, on GPUs: see --launcher
-    "c": Scale(4768, 12, {"recipe": "gpt2", "save_every": 250, **PLAIN}),
+    "c": Scale(4768, 14, {"recipe": "gpt2", "save_every": 250, **PLAIN}),
 }
 
 Knobs = dict[str, tuple[float, float]]
@@ -226,7 +227,8 @@ def start_one(fields: dict[str, Any], output: Path, options: Namespace) -> dict[
         if not output.exists():
             if time.monotonic() >= options.deadline:
                 raise TimeIsOver
-            raise UserError(f"a run failed or was stopped: see the end of {work / 'log'}")
+            said = (work / "log").read_text(errors="replace").strip().rpartition("\n")[2]
+            raise UserError(f"a run failed or was stopped: {said[-300:]} ({work / 'log'})")
         shutil.rmtree(work, ignore_errors=True)
         print(f"{output}: {read(output)['val_loss']}", flush=True)
     return read(output)
@@ -305,7 +307,7 @@ def jobs_of(
 def tune(side: str, options: Namespace) -> dict[str, float]:
     """The best of the side's points."""
     scale, knobs = SCALES[options.scale], SIDES[side][1]
-    steps = round(scale.num_steps * (1 if side == "adamw" else TUNED_AT))
+    steps = round(scale.num_steps * (1 if plain(side) == "adamw" else TUNED_AT))
     directory = options.output / options.scale / "tuning" / side
     refined = [round(share * scale.num_points) for share in REFINED]
     points, begin = spread_evenly(knobs, scale.num_points - sum(refined)), 1
@@ -339,8 +341,11 @@ def upper_bound(losses: list[float]) -> float:
 
 
 def target_of(losses: list[float]) -> float:
-    if upper_bound(losses) == math.inf:
-        raise UserError(f"AdamW sets no target: of {len(losses)} seeds, none may diverge")
+    if len(losses) < LEAST_SEEDS or math.inf in losses:
+        raise UserError(
+            f"AdamW sets no target: it takes {LEAST_SEEDS} seeds, of which none may diverge, and "
+            f"has {len(losses)} with {losses.count(math.inf)} that did"
+        )
     return math.ceil(upper_bound(losses) * 1000) / 1000
 
 
@@ -353,8 +358,8 @@ def run_scale(options: Namespace) -> None:
                 f"--tried {changed}: add {plain(changed)}, which it changes, to --sides"
             )
 
-    def race(side: str, point: dict[str, float], steps: int, kind: str = "rows") -> list[float]:
-        jobs = jobs_of(side, point, steps, kind, options)
+    def race(side: str, point: dict[str, float], steps: int) -> list[float]:
+        jobs = jobs_of(side, point, steps, "rows", options)
         first = start_all(jobs[:FIRST_SEEDS], options)
         return first if statistics.mean(first) > target else start_all(jobs, options)
 
@@ -369,7 +374,8 @@ def run_scale(options: Namespace) -> None:
             fewest = fewest_steps(num_steps, options.guess, partial(reaches, side, best))
         for changed in options.tried:
             if plain(changed) == side:
-                race(changed, best, fewest, "tried")  # a side of its own has other knobs
+                jobs = jobs_of(changed, best, fewest, "tried", options)  # as a side: other knobs
+                start_all(jobs[:FIRST_SEEDS], options)
     summarize(options)
 
 
@@ -398,8 +404,7 @@ def summarize(options: Namespace) -> None:
         side = name if kind == "tuning" else name.rpartition("-")[0]
         runs.setdefault((kind, side, record["recipe"]["num_steps"]), []).append(record)
     check_rules([record for records in runs.values() for record in records])
-    if not (adamw := runs.get(("rows", "adamw", num_steps))):
-        raise UserError(f"{directory} has no AdamW to compare with yet")
+    adamw = runs.get(("rows", "adamw", num_steps), [])
     target = target_of([*map(loss_of, adamw)])
     rows, points = [], {}
     for (kind, side, steps), records in sorted(runs.items(), key=lambda each: each[0]):
@@ -424,10 +429,13 @@ def summarize(options: Namespace) -> None:
                 "upper_bound": None if bound == math.inf else bound,
                 "counts": len(losses) >= LEAST_SEEDS and bound <= target,
                 "against_plain": difference(records, runs.get(("rows", plain(side), steps), [])),
+                "against_adamw": difference(records, adamw),
                 "seconds_of_adamws": seconds(records) / seconds(adamw),
+                "processors": sorted({each["environment"].get("cpu", "") for each in records}),
             }
         )
-    print(table(list(rows[0]), [[shown(*cell) for cell in row.items()] for row in rows]))
+    header = [name for name in rows[0] if name != "processors"]
+    print(table(header, [[shown(name, row[name]) for name in header] for row in rows]))
     print(f"target {target:.3f}; seconds of a step, as busy as the machine was, in AdamW's")
     report = {"target": target, "rows": rows, "points": points}
     write_json(str(directory.with_suffix(".summary.json")), report)
@@ -471,7 +479,8 @@ def transfer(options: Namespace) -> None:
 
 
 def difference(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float] | None:
-    """The mean by which our loss is above the others' on the same seeds, and its standard error.
+    """The mean by which our loss is above the others' on the same seeds, its standard error, and
+    the upper bound of the mean.
 
     None where a run diverged: the others would look better than the whole.
     """
@@ -480,7 +489,8 @@ def difference(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> list
     found = [one - other for one, other in pairs if other is not None]
     if ours is others or len(found) < 2 or not all(map(math.isfinite, found)):
         return None
-    return [statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5]
+    error = statistics.stdev(found) / len(found) ** 0.5
+    return [statistics.mean(found), error, upper_bound(found)]
 
 
 def draw(sides: dict[str, list[dict[str, Any]]], target: float) -> Figure:
@@ -504,15 +514,17 @@ def draw(sides: dict[str, list[dict[str, Any]]], target: float) -> Figure:
 
 def tell_edges(side: str, best: dict[str, Any]) -> None:
     for name, (low, high) in SIDES[side][1].items():
-        if not low <= best[name] <= high:
-            print(f"{side}: the best {name}, {best[name]}, is outside {low} to {high}")
+        place = math.log(best[name] / low) / math.log(high / low)
+        if not NEAR_AN_END <= place <= 1 - NEAR_AN_END:
+            where = "near an end of" if 0 <= place <= 1 else "outside"
+            print(f"{side}: the best {name}, {best[name]}, is {where} {low} to {high}")
 
 
 def shown(name: str, value: Any) -> str:
     if name == "losses":
         return f"{len(value)} seeds"
     if isinstance(value, list):
-        return "{:+.4f} ± {:.4f}".format(*value)
+        return "{:+.4f} ± {:.4f} (< {:+.4f})".format(*value)
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -541,9 +553,12 @@ def repeat(options: Namespace) -> int:
     files = [f for path in options.paths for f in (sorted(path.glob("*.json")) or [path])]
     for file in files:
         then = read(file)
+        fields = then["recipe"]
+        if options.dataset_name:
+            fields = fields | {"dataset_name": options.dataset_name}
         with tempfile.TemporaryDirectory() as directory:
             options.output, options.threads = Path(directory), then["threads"]
-            now = start_one(then["recipe"], Path(directory) / "again" / file.name, options)
+            now = start_one(fields, Path(directory) / "again" / file.name, options)
         pairs = zip(then["losses"], now["losses"], strict=False)
         differing = [step for step, (a, b) in enumerate(pairs) if a != b]
         is_same = all(then[name] == now[name] for name in ("losses", "rows_digests", "val_loss"))
@@ -575,7 +590,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
     its.add_argument("--points_of", required=True, choices=SCALES, help="where they were tuned")
     for its in (verbs.choices["run"], verbs.choices["transfer"]):
         its.add_argument("--seeds", type=int, default=LEAST_SEEDS)
-        its.add_argument("--dataset_name", help="where the text of the scale is")
         its.add_argument("--minutes", type=float, default=math.inf, help="then save and end")
         its.add_argument("--jobs", type=int, default=1, help="runs side by side")
         its.add_argument("--threads", type=int, default=1, help="of each")
@@ -583,6 +597,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     its.add_argument("paths", type=Path, nargs="+", help="files of runs, or directories of them")
     its.set_defaults(minutes=math.inf)
     for each in (verbs.choices["run"], verbs.choices["transfer"], its):
+        each.add_argument("--dataset_name", help="where the text of the scale is")
         each.add_argument("--launcher", type=shlex.split, default=[sys.executable])
     its = verbs.add_parser("one")
     its.add_argument("paths", type=Path, nargs=3)
