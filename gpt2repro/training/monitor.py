@@ -97,7 +97,11 @@ class Monitor:
             "data": "; ".join(self._shares_of_data()),
             "batch": f"{recipe.batch_tokens:,} tokens = {processes} x {passes} x "
             f"{count_of(rows, 'row')} x {recipe.sequence_length:,} tokens"
-            + "".join(f"; {n} such from step {at:,}" for at, n in recipe.batch_multiples),
+            + "".join(
+                f"; {n} such from step {at:,}"
+                for at, n in recipe.batch_multiples
+                if at < recipe.num_steps
+            ),
             "optimizer": f"{recipe.optimizer}, {count_of(recipe.num_steps, 'step')}, "
             f"{in_short(recipe.tokens_before(recipe.num_steps))} tokens in all",
             "engine": f"{processes}{engine.get(accelerator.distributed_type, ', DDP')}, "

@@ -9,6 +9,8 @@ from gpt2repro.training.optim.groups import MATRICES, matrix_scale
 
 POWER = 1.2  # of the cooldown: modded-nanogpt, track 3, "PowerCool"
 FIRST_MOMENTUM = 0.85  # Jordan et al. 2024
+COOLING = ("wsd", "power")  # the schedules that end with a cooldown
+OF_A_SCHEDULE = ("schedule", "num_steps", "cooldown_fraction", "matrix_cooldown_fraction")
 JUMP = 1.1  # by how much a rate rises from one step to the next, for it to be worth a line
 
 
@@ -41,9 +43,9 @@ def lr_at(
     The first step trains at `max_lr / warmup_steps` and the last at just above `min_lr`. Where
     warm-up and cooldown overlap the lower one holds. Sources: cosine as in GPT-3 (Brown et al.
     2020, appendix B) and build-nanogpt; wsd (warm-up, stable, decay) Hu et al. 2024, MiniCPM; power
-    from modded-nanogpt, track 3.
+    from modded-nanogpt, track 3 (whose pull request 292 gives matrices a cooldown of their own).
     """
-    if schedule in ("wsd", "power"):
+    if schedule in COOLING:
         cooldown = cooldown_steps(num_steps, cooldown_fraction)
         left = min(1.0, (num_steps - step) / cooldown) if cooldown else 1.0
         share = left**POWER if schedule == "power" else left
@@ -81,7 +83,7 @@ def stable_until(recipe: Recipe) -> int | None:
 
     None of a schedule without a stable phase, or without a cooldown.
     """
-    if recipe.schedule not in ("wsd", "power") or recipe.num_steps is None:
+    if recipe.schedule not in COOLING or recipe.num_steps is None:
         return None
     fraction = max(recipe.cooldown_fraction, recipe.matrix_cooldown_fraction or 0.0)
     cooldown = cooldown_steps(recipe.num_steps, fraction)
@@ -119,26 +121,37 @@ def set_rates(optimizer: Optimizer, recipe: Recipe, step: int) -> float:
 
 
 def jump(recipe: Recipe, before: Recipe, step: int) -> str:
-    """In words, that the rate of a run that was made longer rises at `step`, where it resumes."""
-    if recipe.num_steps == before.num_steps or step < recipe.warmup_steps:
+    """In words, that the rate rises at `step`, where a run resumes by another schedule."""
+    same = all(getattr(recipe, name) == getattr(before, name) for name in OF_A_SCHEDULE)
+    if same or step < recipe.warmup_steps:
         return ""
+    by_wsd = " By wsd, and from before its cooldown, it would not."
+    if recipe.schedule in COOLING:
+        has_cooled = before.schedule in COOLING
+        by_wsd = " From before the cooldown, of which nothing is left, it would not." * has_cooled
     for what, scale in (("", 1.0), (" of the matrices", matrix_scale(recipe))):
         then = scale * recipe_lr(before, step - 1, of_matrices=bool(what))
         now = scale * recipe_lr(recipe, step, of_matrices=bool(what))
         if now > JUMP * then:
             return (
                 f"The learning rate{what} rises from {then:.2g} to {now:.2g} here: so "
-                f"{recipe.schedule} has it for {recipe.num_steps} steps. "
-                "By wsd, and from before its cooldown, it would not."
+                f"{recipe.schedule} has it for {recipe.num_steps} steps.{by_wsd}"
             )
     return ""
 
 
 def endless_warmup(recipe: Recipe) -> str:
-    """In words, that a run ends before its warm-up does."""
-    if recipe.num_steps is None or recipe.num_steps > recipe.warmup_steps:
+    """In words, that a run ends, or cools down, before its warm-up does."""
+    if recipe.num_steps is None:
+        return ""
+    begins = stable_until(recipe)
+    if recipe.num_steps <= recipe.warmup_steps:
+        end = f"the run's {recipe.num_steps}"
+    elif begins is not None and begins < recipe.warmup_steps - 1:
+        end = f"the {begins} before the cooldown"
+    else:
         return ""
     return (
-        f"The warm-up of {recipe.warmup_steps} steps does not end within the run's "
-        f"{recipe.num_steps}: lower warmup_steps, or the rate only rises."
+        f"The warm-up of {recipe.warmup_steps} steps does not end within {end}: lower "
+        "warmup_steps; hardly a step has max_lr."
     )

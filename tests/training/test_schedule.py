@@ -92,7 +92,18 @@ def test_what_a_user_should_know_of_a_schedule():
     shorter, now = (each.model_copy(update=muon) for each in (short, longer))
     assert "rate of the matrices rises from 0.01 to 0.02 here" in jump(now, shorter, 60)
     assert jump(longer, short, 95).startswith("The learning rate rises from")
-    assert endless_warmup(short) == ""
+    assert jump(longer, short, 95).endswith("of which nothing is left, it would not.")
+    cosine = load_recipe(["--num_steps", "100", "--warmup_steps", "5"])
+    assert jump(short, cosine, 70).endswith(
+        "0.00019 to 0.0006 here: so power has it for 100 steps."
+    )
+    assert jump(cosine.model_copy(update={"max_lr": 1e-2}), cosine, 70) == "", "it is told as such"
+    assert jump(cosine, load_recipe(["--num_steps", "80"]), 79).endswith(
+        "By wsd, and from before its cooldown, it would not."
+    )
+    assert endless_warmup(short) == "" == endless_warmup(longer)
+    meets = short.model_copy(update={"num_steps": 10, "warmup_steps": 8})
+    assert "8 steps does not end within the 2 before the cooldown: lower" in endless_warmup(meets)
     within = load_recipe(["--warmup_steps", "100", "--num_steps", "100"])
     assert "100 steps does not end within the run's 100: lower warmup_steps" in endless_warmup(
         within
