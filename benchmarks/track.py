@@ -9,11 +9,11 @@ Rules
 1. A scale fixes architecture, text, tokenizer, batch, the share of the steps that warm up, and what
    is held out. Every run trains by `train_accelerate.train`, on the rows that its seed gives; its
    file has their digest at every step, and a summary refuses runs of a seed that had other rows.
-2. A side is an optimizer with three knobs. Each side gets the same search with the same number of
-   points, all listed: four sevenths spread evenly over the logarithms of the knobs' ranges, then
-   thrice a seventh over ranges a quarter as wide around the best so far, which may leave the first
-   ranges. A best point near an end of them is told: they may be too narrow. The tuning seed, 0, is
-   not counted. Sides with AdamW are tuned at N steps, the others at half of them.
+2. A side is an optimizer with three knobs. Each side of a scale gets the same search with the same
+   number of points, all listed: most spread evenly over the logarithms of the knobs' ranges, then
+   a few at a time (`refined`) over ranges a quarter as wide around the best so far, which may leave
+   the first ranges. A best point near an end of them is told: they may be too narrow. The tuning
+   seed, 0, is not counted. Sides with AdamW are tuned at N steps, the others at half of them.
 3. The target is the upper 95 % bound (Student's t, one side) of the mean of AdamW's validation
    losses after N steps, over at least 8 seeds, rounded up to a thousandth.
 4. A side's result is the fewest steps, in fortieths of N, at which the same bound of its own mean
@@ -69,7 +69,7 @@ TUNING_SEED, FIRST_SEEDS, LEAST_SEEDS = 0, 4, 8
 LENGTHS = range(8, 41)  # in fortieths of AdamW's steps
 TUNED_AT = 0.5  # of them
 WARMUP = 1 / 15
-REFINED = (1 / 7, 1 / 7, 1 / 7)  # of the points
+NOT_COUNTED = ("transfer", "more")  # more: points beyond a search, to see what it has missed
 NEAR_AN_END = 0.1  # of a range, in its logarithm
 DECIDED_BY_DATA = ("num_validation_units", "dataset_revision")  # where a recipe has null
 SHAPE = (
@@ -83,6 +83,7 @@ T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.7
 class Scale(NamedTuple):
     num_steps: int  # N
     num_points: int  # of a side's search
+    refined: tuple[int, ...]  # of them, round by round
     fields: dict[str, Any]
 
 
@@ -102,13 +103,13 @@ OF_B = {
 }
 SCALES = {
     # 3 x 192 on the prose that Python carries, with the demo's own BPE
-    "a": Scale(300, 28, {"recipe": "demo", "micro_batch_size": 16, **PLAIN}),
+    "a": Scale(300, 24, (4, 4), {"recipe": "demo", "micro_batch_size": 16, **PLAIN}),
     # 10.7 M parameters on books by the demo's BPE, in bf16: 4 M tokens, which two cores with AMX
     # pay in a day, and 16 M for a GPU
-    "b4": Scale(244, 14, OF_B),
-    "b": Scale(976, 14, OF_B),
+    "b4": Scale(244, 14, (2, 2, 2), OF_B),
+    "b": Scale(976, 14, (2, 2, 2), OF_B),
     # the reproduction's first quarter, on GPUs: see --launcher
-    "c": Scale(4768, 14, {"recipe": "gpt2", "save_every": 250, **PLAIN}),
+    "c": Scale(4768, 14, (2, 2, 2), {"recipe": "gpt2", "save_every": 250, **PLAIN}),
 }
 
 Knobs = dict[str, tuple[float, float]]
@@ -309,8 +310,7 @@ def tune(side: str, options: Namespace) -> dict[str, float]:
     scale, knobs = SCALES[options.scale], SIDES[side][1]
     steps = round(scale.num_steps * (1 if plain(side) == "adamw" else TUNED_AT))
     directory = options.output / options.scale / "tuning" / side
-    refined = [round(share * scale.num_points) for share in REFINED]
-    points, begin = spread_evenly(knobs, scale.num_points - sum(refined)), 1
+    points, begin = spread_evenly(knobs, scale.num_points - sum(scale.refined)), 1
 
     def best() -> dict[str, float]:
         jobs = [job(side, point, steps, TUNING_SEED, options) for point in points]
@@ -318,7 +318,7 @@ def tune(side: str, options: Namespace) -> dict[str, float]:
         losses = start_all(jobs, options)
         return points[losses.index(min(losses))]
 
-    for count in refined:
+    for count in scale.refined:
         points += spread_evenly(around(best(), knobs), count, begin)
         begin += count
     return best()
@@ -399,7 +399,7 @@ def summarize(options: Namespace) -> None:
     runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for path in sorted(directory.glob("*/*/*.json")):
         record, (kind, name) = read(path), path.parts[-3:-1]
-        if kind == "transfer":
+        if kind in NOT_COUNTED:
             continue
         side = name if kind == "tuning" else name.rpartition("-")[0]
         runs.setdefault((kind, side, record["recipe"]["num_steps"]), []).append(record)

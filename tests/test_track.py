@@ -80,14 +80,14 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
     assert not by_formula
     assert track.main(arguments) == 0
     tuned = {p.parent.name for p in by_formula if "tuning" in p.parts}
-    assert tuned == {"adamw", "muon"} and sum("tuning" in p.parts for p in by_formula) == 2 * 28
+    assert tuned == {"adamw", "muon"} and sum("tuning" in p.parts for p in by_formula) == 2 * 24
     report = json.loads((tmp_path / "a.summary.json").read_text())
     points = report["points"]["adamw"]
     assert any(point["val_loss"] is None for point in points)  # what diverged is listed
     best = min(points, key=lambda point: point["val_loss"] or math.inf)
-    assert best["max_lr"] == pytest.approx(2e-3, rel=0.1) and len(points) == 28
+    assert best["max_lr"] == pytest.approx(2e-3, rel=0.1) and len(points) == 24
     near = [point["max_lr"] / best["max_lr"] for point in points[16:]]  # of 100, a quarter is 3.2
-    assert max(near) / min(near) < 3.2 * 1.8 and len({point["max_lr"] for point in points}) == 28
+    assert max(near) / min(near) < 3.2 * 1.8 and len({point["max_lr"] for point in points}) == 24
     rows = {(row["side"], row["steps"]): row for row in report["rows"]}
     adamw = rows["adamw", 300]
     assert adamw["counts"] and adamw["mean"] < adamw["upper_bound"] <= report["target"]
@@ -205,7 +205,7 @@ def test_one_run_and_its_repetition(track, tmp_path, monkeypatch, capsys):
     """Through the training script's own loop, on the tiny recipe; then with another loss in it."""
     recipe = write_inputs(tmp_path)
     monkeypatch.setitem(
-        track.SCALES, "a", track.Scale(3, 1, {"recipe": str(recipe), **track.PLAIN})
+        track.SCALES, "a", track.Scale(3, 1, (), {"recipe": str(recipe), **track.PLAIN})
     )
 
     def in_this_process(fields: dict, output: Path, options: Namespace) -> dict:
