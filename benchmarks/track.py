@@ -4,6 +4,7 @@
     python benchmarks/track.py summary a
     python benchmarks/track.py repeat benchmarks/results/track/a/rows/muon-150
     python benchmarks/track.py transfer b --points_of a
+    python benchmarks/track.py time a                    # of a step, on a quiet machine
 
 Rules
 1. A scale fixes architecture, text, tokenizer, batch, the share of the steps that warm up, and what
@@ -449,6 +450,32 @@ def shortest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*{row["side"]: row for row in reversed(counted)}.values()]
 
 
+def best_point(summary: dict[str, Any], side: str) -> dict[str, float]:
+    point = min(summary["points"][side], key=loss_of)
+    return {name: value for name, value in point.items() if name != "val_loss"}
+
+
+def time_steps(options: Namespace) -> None:
+    """Print and write what a step of each tuned side takes in AdamW's: short runs, in turn."""
+    summary = read(options.output / f"{options.scale}.summary.json")
+    sides, place = [*summary["points"]], options.output / f"{options.scale}.time.json"
+    taken: dict[str, list[float]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as directory:
+        options.output = Path(directory)
+        for turn in range(options.turns):
+            for side in sides:
+                fields = job(side, best_point(summary, side), options.steps, TUNING_SEED, options)
+                file = Path(directory) / "time" / side / f"{turn}.json"
+                taken[side].append(start_one(fields, file, options)["seconds_per_step"])
+    rows = []
+    for side in sides:
+        ratios = [own / adamw for own, adamw in zip(taken[side], taken["adamw"], strict=True)]
+        found = [statistics.median(ratios), min(ratios), max(ratios)]
+        rows.append({"side": side, "seconds": taken[side], "of_adamws": found})
+        print(side, "{:.3f} ({:.3f} to {:.3f}) of AdamW's seconds a step".format(*found))
+    write_json(str(place), {"rows": rows, "steps": options.steps, **machine.describe()})
+
+
 def transfer(options: Namespace) -> None:
     """Print and write what the best points of another scale give at this one, untuned."""
     known = read(options.output / f"{options.points_of}.summary.json")
@@ -456,9 +483,7 @@ def transfer(options: Namespace) -> None:
     rows, adamw = [], []
     for there in sorted(shortest(known["rows"]), key=lambda row: -row["steps"]):  # AdamW is first
         side, steps = there["side"], round(there["of_adamws_steps"] * num_steps)
-        point = dict(min(known["points"][side], key=loss_of))
-        del point["val_loss"]
-        jobs = jobs_of(side, point, steps, "transfer", options)
+        jobs = jobs_of(side, best_point(known, side), steps, "transfer", options)
         losses = start_all(jobs, options)
         records = [read(file) for _, file in jobs]
         adamw = adamw or records
@@ -573,7 +598,7 @@ def repeat(options: Namespace) -> int:
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = OneLineParser(prog="benchmarks/track.py", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("run", "summary", "transfer"):
+    for verb in ("run", "summary", "transfer", "time"):
         its = verbs.add_parser(verb)
         its.add_argument("scale", choices=SCALES)
         its.add_argument("--output", type=Path, default=Path("benchmarks/results/track"))
@@ -588,6 +613,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
     )
     its = verbs.choices["transfer"]
     its.add_argument("--points_of", required=True, choices=SCALES, help="where they were tuned")
+    its = verbs.choices["time"]
+    its.add_argument("--turns", type=int, default=4)
+    its.add_argument("--steps", type=int, default=20, help="of each turn of a side")
+    its.add_argument("--threads", type=int, default=1)
     for its in (verbs.choices["run"], verbs.choices["transfer"]):
         its.add_argument("--seeds", type=int, default=LEAST_SEEDS)
         its.add_argument("--minutes", type=float, default=math.inf, help="then save and end")
@@ -595,8 +624,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
         its.add_argument("--threads", type=int, default=1, help="of each")
     its = verbs.add_parser("repeat")
     its.add_argument("paths", type=Path, nargs="+", help="files of runs, or directories of them")
-    its.set_defaults(minutes=math.inf)
-    for each in (verbs.choices["run"], verbs.choices["transfer"], its):
+    for each in (verbs.choices["time"], its):
+        each.set_defaults(minutes=math.inf)
+    for each in (verbs.choices["run"], verbs.choices["transfer"], verbs.choices["time"], its):
         each.add_argument("--dataset_name", help="where the text of the scale is")
         each.add_argument("--launcher", type=shlex.split, default=[sys.executable])
     its = verbs.add_parser("one")
@@ -615,7 +645,7 @@ def main(argv: list[str]) -> int:
         if options.verb == "repeat":
             return repeat(options)
         try:
-            {"run": run_scale, "transfer": transfer}[options.verb](options)
+            {"run": run_scale, "transfer": transfer, "time": time_steps}[options.verb](options)
         except TimeIsOver:
             print("The time is over; the same command goes on.")
             return EXIT_PREEMPTED

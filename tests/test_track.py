@@ -115,6 +115,11 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
     run = json.loads((tmp_path / "b4" / "transfer" / "adamw-244" / "2.json").read_text())["recipe"]
     assert run["n_layer"] == 12 and all(run[name] == best[name] for name in track.OF_ADAMW)
 
+    assert track.main(["time", "a", "--output", str(tmp_path), "--turns", "2"]) == 0
+    taken = json.loads((tmp_path / "a.time.json").read_text())["rows"]
+    assert [(row["side"], row["seconds"]) for row in taken] == [("adamw", [1, 1]), ("muon", [1, 1])]
+    assert by_formula[-1].parts[-3:] == ("time", "muon", "1.json")
+
     num_started = len(by_formula)
     assert track.main(arguments) == 0 and len(by_formula) == num_started, "all is there already"
     odd = tmp_path / "a" / "rows" / "adamw-300" / "3.json"
