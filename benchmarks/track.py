@@ -409,7 +409,6 @@ def summarize(options: Namespace) -> None:
     target = target_of([*map(loss_of, adamw)])
     rows, points = [], {}
     for (kind, side, steps), records in sorted(runs.items(), key=lambda each: each[0]):
-        losses = [*map(loss_of, records)]
         if kind == "tuning":
             knobs = SIDES[side][1]
             points[side] = [
@@ -418,30 +417,40 @@ def summarize(options: Namespace) -> None:
             ]
             tell_edges(side, min(records, key=loss_of)["recipe"])
             continue
-        bound = upper_bound(losses)
-        rows.append(
-            {
-                "side": side,
-                "tuned": kind == "rows",
-                "steps": steps,
-                "of_adamws_steps": steps / num_steps,
-                "losses": [each["val_loss"] for each in records],
-                "mean": None if bound == math.inf else statistics.mean(losses),
-                "upper_bound": None if bound == math.inf else bound,
-                "counts": len(losses) >= LEAST_SEEDS and bound <= target,
-                "against_plain": difference(records, runs.get(("rows", plain(side), steps), [])),
-                "against_adamw": difference(records, adamw),
-                "seconds_of_adamws": seconds(records) / seconds(adamw),
-                "processors": sorted({each["environment"].get("cpu", "") for each in records}),
-            }
-        )
-    header = [name for name in rows[0] if name != "processors"]
-    print(table(header, [[shown(name, row[name]) for name in header] for row in rows]))
+        bound = upper_bound([*map(loss_of, records)])
+        more = {
+            "tuned": kind == "rows",
+            "upper_bound": None if bound == math.inf else bound,
+            "counts": len(records) >= LEAST_SEEDS and bound <= target,
+            "against_plain": difference(records, runs.get(("rows", plain(side), steps), [])),
+        }
+        rows.append(row_of(side, records, adamw) | more)
+    show(rows)
     print(f"target {target:.3f}; seconds of a step, as busy as the machine was, in AdamW's")
     report = {"target": target, "rows": rows, "points": points}
     write_json(str(directory.with_suffix(".summary.json")), report)
     shown_runs = {row["side"]: runs["rows", row["side"], row["steps"]] for row in shortest(rows)}
     save(draw(shown_runs, target), directory.with_suffix(".svg"))
+
+
+def row_of(side: str, records: list[dict[str, Any]], adamw: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a table says of runs that differ in their seeds, beside AdamW's."""
+    losses, steps = [*map(loss_of, records)], records[0]["recipe"]["num_steps"]
+    return {
+        "side": side,
+        "steps": steps,
+        "of_adamws_steps": steps / adamw[0]["recipe"]["num_steps"],
+        "losses": [each["val_loss"] for each in records],
+        "mean": None if math.inf in losses else statistics.mean(losses),
+        "against_adamw": difference(records, adamw),
+        "seconds_of_adamws": seconds(records) / seconds(adamw),
+        "hardware": sorted({str(each["environment"].get("hardware")) for each in records}),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    header = [name for name in rows[0] if name != "hardware"]
+    print(table(header, [[shown(name, row[name]) for name in header] for row in rows]))
 
 
 def shortest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -484,22 +493,12 @@ def transfer(options: Namespace) -> None:
     for there in sorted(shortest(known["rows"]), key=lambda row: -row["steps"]):  # AdamW is first
         side, steps = there["side"], round(there["of_adamws_steps"] * num_steps)
         jobs = jobs_of(side, best_point(known, side), steps, "transfer", options)
-        losses = start_all(jobs, options)
+        start_all(jobs, options)
         records = [read(file) for _, file in jobs]
         adamw = adamw or records
         check_rules(adamw + records)
-        rows.append(
-            {
-                "side": side,
-                "steps": steps,
-                "of_adamws_steps": there["of_adamws_steps"],
-                "losses": [each["val_loss"] for each in records],
-                "mean": None if math.inf in losses else statistics.mean(losses),
-                "against_adamw": difference(records, adamw),
-                "seconds_of_adamws": seconds(records) / seconds(adamw),
-            }
-        )
-    print(table(list(rows[0]), [[shown(*cell) for cell in row.items()] for row in rows]))
+        rows.append(row_of(side, records, adamw))
+    show(rows)
     write_json(str(options.output / f"{options.scale}.transfer.json"), {"rows": rows})
 
 
