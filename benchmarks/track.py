@@ -353,6 +353,8 @@ def target_of(losses: list[float]) -> float:
 def run_scale(options: Namespace) -> None:
     """All of it: AdamW's tuning and target; of every side its tuning, then its fewest steps."""
     num_steps, target = SCALES[options.scale].num_steps, math.inf
+    if options.seeds < LEAST_SEEDS:
+        raise UserError(f"--seeds {options.seeds}: a target takes {LEAST_SEEDS} at least")
     for changed in options.tried:
         if plain(changed) not in ("adamw", *options.sides):
             raise UserError(

@@ -32,7 +32,7 @@ def record(recipe: dict, loss: float, rows: str = "a") -> dict:
         "rows_digests": [f"{rows}{recipe['seed']}"] * recipe["num_steps"],
         "seconds_per_step": 1.0,
         "threads": 1,
-        "environment": {},
+        "environment": {"hardware": "two cores"},
         "recipe": recipe,
     }
 
@@ -91,6 +91,9 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
     rows = {(row["side"], row["steps"]): row for row in report["rows"]}
     adamw = rows["adamw", 300]
     assert adamw["counts"] and adamw["mean"] < adamw["upper_bound"] <= report["target"]
+    assert all(row["hardware"] == ["two cores"] for row in rows.values())
+    with pytest.raises(UserError, match="--seeds 4: a target takes 8 at least"):
+        track.main([*arguments, "--seeds", "4"])
     counted = [row["steps"] for row in rows.values() if row["side"] == "muon" and row["counts"]]
     failed = [row["steps"] for row in rows.values() if row["tuned"] and not row["counts"]]
     assert min(counted) == pytest.approx(150, abs=8) and max(failed) < min(counted)

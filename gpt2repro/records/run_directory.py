@@ -130,6 +130,7 @@ class RunDirectory:
         # Its step: `final/` is of it, and was pushed if asked. 0: of a line that was left.
         self.finished = path / FINISHED
         self._lock: IO[str] | None = None
+        self._writes = False  # this process does, be the lock in its hand or lost
 
     def find_start(self, resume: str) -> Start:
         """Find the checkpoint to go on from; nothing is written but what comes from the Hub.
@@ -222,12 +223,15 @@ class RunDirectory:
         Raises:
             UserError: another process writes this run, or the directory cannot be written.
         """
-        if self.path.is_symlink() and not self.path.exists():
-            raise UserError(
-                f"output_dir {self.path} is a link to {self.path.readlink()}: not there"
-            )
         try:
+            for each in (self.path, *self.path.parents):
+                if each.is_symlink() and not each.exists():
+                    raise UserError(
+                        f"output_dir {self.path}: {each} is a link to {each.readlink()}, which is "
+                        "not there: make it, or mount its disk"
+                    )
             self.path.mkdir(parents=True, exist_ok=True)
+            self._writes = True
             self._keep_others_out(patience=0.0)  # who was here since has made another beginning
             for file in (self.recipe, self.metrics, self.tracker):
                 for left in atomic.leftovers(file):
@@ -272,26 +276,35 @@ class RunDirectory:
         Or has taken its lock for a stale one, and begun to write it as well. What a file system of
         a network fails to answer now, it is asked for again before the next batch.
         """
-        try:
-            self._check_still_there()
-        except OSError as error:
-            if error.errno not in PASSING_ERRNO:
-                raise
-
-    def _check_still_there(self) -> None:
-        if self._lock is not None and not self.recipe.exists():
+        if self._writes and not self._is_there():
             raise UserError(
                 f"{self.path} was removed or moved while it was written; what was left to save is "
                 "there again, and the same command goes on from it"
             )
-        if self._lock is not None and not atomic.is_at(self._lock, self.path / LOCK):
-            self.close()
-            self._keep_others_out(patience=0.0)
+        try:
+            if self._lock is not None and not atomic.is_at(self._lock, self.path / LOCK):
+                self._drop_lock()
+            if self._writes:
+                self._keep_others_out(patience=0.0)
+        except OSError as error:
+            if error.errno not in PASSING_ERRNO:
+                raise
+
+    def _is_there(self) -> bool:
+        """Whether the run is; what cannot be asked now is."""
+        try:
+            self.recipe.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            if error.errno not in PASSING_ERRNO:
+                raise
+        return True
 
     def restore(self, recipe: str) -> None:
         """If it was removed, make the directory anew, so that a checkpoint in it is a run's."""
-        if self._lock is not None and not self.recipe.exists():
-            self.close()
+        if self._writes and not self._is_there():
+            self._drop_lock()
             self.path.mkdir(parents=True, exist_ok=True)
             self._keep_others_out(patience=0.0)
             self._write_recipe(recipe)
@@ -325,6 +338,10 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let others write."""
+        self._writes = False
+        self._drop_lock()
+
+    def _drop_lock(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -16,7 +16,7 @@ from typing import Any
 from gpt2repro import UserError
 from gpt2repro.system.text import printable
 
-EXIT_USAGE = 2
+EXIT_FAILED, EXIT_USAGE = 1, 2
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 RANK_0_SPEAKS_FIRST_SECONDS = 5.0
 SIGN_OF_LIFE_SECONDS = 1.0
@@ -67,6 +67,9 @@ def run(
         return 0
     except BaseException as error:
         if (expected := in_one_line(error)) is None:
+            if _skips_exit_handlers.is_set():
+                sys.excepthook(type(error), error, error.__traceback__)
+                os._exit(EXIT_FAILED)
             raise
         status, said = expected
         if status == EXIT_USAGE:
@@ -90,7 +93,10 @@ _skips_exit_handlers = threading.Event()
 
 
 def end_without_exit_handlers() -> None:
-    """Let `run` end the process itself: a library's exit handler would wait for what hangs."""
+    """Let `run` end the process itself: a library's exit handler would wait for what hangs.
+
+    Temporary directories stay, too.
+    """
     _skips_exit_handlers.set()
 
 

@@ -15,6 +15,7 @@ FEW_ATTEMPTS = 4  # for what is usually final yet passes now and then: 403, what
 PASSING_STATUS = frozenset({408, 425, 429})  # and every 5xx
 PASSING_ERRNO = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH}
+    | {errno.ENOTCONN, errno.ESHUTDOWN}  # of a file system whose server is away
 )
 
 
@@ -115,7 +116,7 @@ def _diagnose_one(error: BaseException) -> Diagnosis | None:
         return Diagnosis(reason, None, answered=not unreachable)
     if isinstance(error, ConnectionError | TimeoutError):
         # hf_xet has no answer to show, only its words: "HTTP status client error (401 ...".
-        if status := re.search(r"client error \((4\d\d)", reason):
+        if status := re.search(r"client error \((4\d\d)", str(error)):
             return Diagnosis(reason, None if passes(int(status[1])) else FEW_ATTEMPTS)
         # `datasets` raises a bare ConnectionError when the Hub does not answer at all.
         reset = isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError)

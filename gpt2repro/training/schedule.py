@@ -11,6 +11,7 @@ POWER = 1.2  # of the cooldown: modded-nanogpt, track 3, "PowerCool"
 FIRST_MOMENTUM = 0.85  # Jordan et al. 2024
 COOLING = ("wsd", "power")  # the schedules that end with a cooldown
 OF_A_SCHEDULE = ("schedule", "num_steps", "cooldown_fraction", "matrix_cooldown_fraction")
+FAR = 0.75  # of max_lr, for a warm-up that meets its cooldown
 JUMP = 1.1  # by how much a rate rises from one step to the next, for it to be worth a line
 
 
@@ -128,7 +129,7 @@ def jump(recipe: Recipe, before: Recipe, step: int) -> str:
     by_wsd = " By wsd, and from before its cooldown, it would not."
     if recipe.schedule in COOLING:
         has_cooled = before.schedule in COOLING
-        by_wsd = " From before the cooldown, of which nothing is left, it would not." * has_cooled
+        by_wsd = " From before its cooldown (checkpoints/stable) it would not." * has_cooled
     for what, scale in (("", 1.0), (" of the matrices", matrix_scale(recipe))):
         then = scale * recipe_lr(before, step - 1, of_matrices=bool(what))
         now = scale * recipe_lr(recipe, step, of_matrices=bool(what))
@@ -141,17 +142,15 @@ def jump(recipe: Recipe, before: Recipe, step: int) -> str:
 
 
 def endless_warmup(recipe: Recipe) -> str:
-    """In words, that a run ends, or cools down, before its warm-up does."""
-    if recipe.num_steps is None:
+    """In words, that a run ends, or cools down, before its warm-up has come far."""
+    if recipe.num_steps is None or recipe.warmup_steps == 0:
         return ""
-    begins = stable_until(recipe)
-    if recipe.num_steps <= recipe.warmup_steps:
-        end = f"the run's {recipe.num_steps}"
-    elif begins is not None and begins < recipe.warmup_steps - 1:
-        end = f"the {begins} before the cooldown"
-    else:
+    steps = range(min(recipe.warmup_steps, recipe.num_steps))
+    highest = max(recipe_lr(recipe, step) for step in steps[:: len(steps) // 1000 + 1])
+    if recipe.num_steps > recipe.warmup_steps and highest > FAR * recipe.max_lr:
         return ""
     return (
-        f"The warm-up of {recipe.warmup_steps} steps does not end within {end}: lower "
-        "warmup_steps; hardly a step has max_lr."
+        f"The warm-up of {recipe.warmup_steps} steps does not end within the run's "
+        f"{recipe.num_steps}, or not before the cooldown: lower warmup_steps; the rate gets to "
+        f"{highest:.2g}, and max_lr is {recipe.max_lr:.2g}."
     )

@@ -37,7 +37,7 @@ MEAN_NOTHING = {
 }
 # Where the run of a tracker says which step would be its next.
 NEXT_STEP = {"wandb": "step", "trackio": "_next_step"}
-FINISH_SECONDS = 60.0
+FINISH_SECONDS = 30.0  # of the two minutes that a scheduler may give for all
 
 
 def check_tracker(name: str) -> None:
@@ -148,15 +148,15 @@ class Tracker:
         """
         for tracker in self.trackers:
             pool = DaemonPool(1, "tracker")
+            ended = pool.submit(tracker.finish)
             try:
-                pool.submit(tracker.finish).result(FINISH_SECONDS)
-            except TimeoutError:
-                said = f"not all was sent within {FINISH_SECONDS:.0f} s; metrics.jsonl has it"
-                print(f"{tracker.name}: {said}", flush=True)
-                command_line.end_without_exit_handlers()
+                ended.result(FINISH_SECONDS)
             except Exception as error:
-                print(f"{tracker.name}: {error}", flush=True)
+                late = f"not all was sent within {FINISH_SECONDS:.0f} s; metrics.jsonl has it"
+                print(f"{tracker.name}: {error if ended.done() else late}", flush=True)
             finally:
+                if not ended.done():  # Ctrl-C comes here, too
+                    command_line.end_without_exit_handlers()
                 pool.close(0)
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -158,15 +159,40 @@ def test_a_file_system_that_fails_to_answer_once_ends_no_run(run, monkeypatch, n
     monkeypatch.setattr(Path, "stat", fails_once)
     directory.check_still_there()
     assert not failures
+    failures.append(number)
+    directory.restore(RECIPE)
+    assert not failures and (run / "checkpoints").exists()
     failures.append(errno.EACCES)
     with pytest.raises(PermissionError):
         directory.check_still_there()
 
 
+def test_a_lock_that_cannot_be_taken_again_now_is_taken_before_the_next_batch(run, monkeypatch):
+    """Its file was replaced, says the file system, and fails to open the new one."""
+    directory = RunDirectory(run)
+    directory.open(8, RECIPE)
+    open_file = Path.open
+
+    def fails(path, *rest):
+        if path.name == ".lock":
+            raise OSError(errno.EIO, "of the network's")
+        return open_file(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda _: (_ for _ in ()).throw(OSError(errno.ESTALE, "stale")))
+        patch.setattr(Path, "open", fails)
+        directory.check_still_there()
+    RunDirectory(run).open(8, RECIPE)  # nobody holds it
+    directory.check_still_there()
+    with pytest.raises(UserError, match="another process"):
+        RunDirectory(run).open(8, RECIPE)
+
+
 def test_a_link_that_leads_nowhere_is_told(tmp_path):
-    (tmp_path / "run").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"output_dir .*run is a link to .*gone: not there"):
-        RunDirectory(tmp_path / "run").open(0, RECIPE)
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    for run in (tmp_path / "runs", tmp_path / "runs" / "mine"):
+        with pytest.raises(UserError, match=r"runs is a link to .*gone, which is not there: make"):
+            RunDirectory(run).open(0, RECIPE)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, 524])

@@ -124,6 +124,8 @@ def test_an_exit_handler_that_hangs_can_be_skipped():
     hangs = "import atexit, time; atexit.register(time.sleep, 600); print('said')"
     done = in_a_shell(f"{hangs}; command_line.end_without_exit_handlers(); return 75", "")
     assert (done.returncode, done.stdout, done.stderr) == (75, "said\n", "")
+    crashed = in_a_shell(f"{hangs}; command_line.end_without_exit_handlers(); 1 / 0", "")
+    assert crashed.returncode == 1 and crashed.stderr.endswith("division by zero\n")
 
 
 @pytest.mark.parametrize("outlives_readers", [False, True])

@@ -91,8 +91,9 @@ def test_what_a_user_should_know_of_a_schedule():
     muon = {"optimizer": "muon", "muon_lr": 0.02}
     shorter, now = (each.model_copy(update=muon) for each in (short, longer))
     assert "rate of the matrices rises from 0.01 to 0.02 here" in jump(now, shorter, 60)
-    assert jump(longer, short, 95).startswith("The learning rate rises from")
-    assert jump(longer, short, 95).endswith("of which nothing is left, it would not.")
+    back = jump(longer, short, 95)
+    assert back.startswith("The learning rate rises from")
+    assert back.endswith("before its cooldown (checkpoints/stable) it would not.")
     cosine = load_recipe(["--num_steps", "100", "--warmup_steps", "5"])
     assert jump(short, cosine, 70).endswith(
         "0.00019 to 0.0006 here: so power has it for 100 steps."
@@ -102,8 +103,11 @@ def test_what_a_user_should_know_of_a_schedule():
         "By wsd, and from before its cooldown, it would not."
     )
     assert endless_warmup(short) == "" == endless_warmup(longer)
-    meets = short.model_copy(update={"num_steps": 10, "warmup_steps": 8})
-    assert "8 steps does not end within the 2 before the cooldown: lower" in endless_warmup(meets)
+    wsd = {"schedule": "wsd", "cooldown_fraction": 0.8, "num_steps": 10, "warmup_steps": 8}
+    meets = endless_warmup(short.model_copy(update=wsd))
+    assert meets.endswith("the rate gets to 0.0004, and max_lr is 0.0006.")
+    line = {"schedule": "wsd", "cooldown_fraction": 1.0, "warmup_steps": 10}
+    assert endless_warmup(short.model_copy(update=line)) == ""  # a linear one: it gets to 0.91
     within = load_recipe(["--warmup_steps", "100", "--num_steps", "100"])
     assert "100 steps does not end within the run's 100: lower warmup_steps" in endless_warmup(
         within

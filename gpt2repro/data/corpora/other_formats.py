@@ -93,7 +93,7 @@ def open_streamed(found: Found) -> Corpus:
 def _prepare(found: Found, name: str, is_same: Callable[[], bool]) -> Path:
     """The local files as one parquet file, made if it lacks. `is_same`: what was hashed is there.
 
-    It would stand under the hash of another text.
+    Otherwise it would stand under the hash of another text.
     """
     from datasets import config
 

@@ -29,7 +29,7 @@ from gpt2repro.data.tokens.encoder import BulkEncoder
 
 MAGIC, VERSION = 20240520, 1
 HEADER = np.dtype("<i4"), 256
-FEW = 8  # no text has every second id below it; the upper halves of ids of 32 bits are
+FEW = 8  # hardly a text has every second id below it; the upper halves of ids of 32 bits are
 UNIT_TOKENS = 2**20
 LOOK_AHEAD_TOKENS = 2**14  # for the end of a unit's last document; doubled until it is found
 HELD_OUT = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)
@@ -238,7 +238,7 @@ def _bin(source: Source, head: bytes) -> Shard:
         if len(ids) >= FEW and ids[:, 1].max() < FEW <= ids[:, 0].max():
             raise UserError(
                 f"dataset_name: {source.name} looks like ids of 32 bits or more; without a header "
-                "a .bin has 16: write it so, or as .npy, which says what it holds"
+                "a .bin has 16: write uint16, or an .npy, which says what it holds"
             )
         return Shard(source, 0, source.size // 2, np.dtype("<u2"))
     magic, version, num_tokens = map(int, header[:3])
