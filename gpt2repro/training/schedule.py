@@ -147,10 +147,11 @@ def endless_warmup(recipe: Recipe) -> str:
         return ""
     steps = range(min(recipe.warmup_steps, recipe.num_steps))
     highest = max(recipe_lr(recipe, step) for step in steps[:: len(steps) // 1000 + 1])
-    if recipe.num_steps > recipe.warmup_steps and highest > FAR * recipe.max_lr:
+    is_short = recipe.num_steps <= recipe.warmup_steps
+    if not is_short and highest > FAR * recipe.max_lr:
         return ""
+    end = f"within the run's {recipe.num_steps}" if is_short else "before the cooldown"
     return (
-        f"The warm-up of {recipe.warmup_steps} steps does not end within the run's "
-        f"{recipe.num_steps}, or not before the cooldown: lower warmup_steps; the rate gets to "
-        f"{highest:.2g}, and max_lr is {recipe.max_lr:.2g}."
+        f"The warm-up of {recipe.warmup_steps} steps does not end {end}: lower warmup_steps; the "
+        f"rate gets to {highest:.2g}, and max_lr is {recipe.max_lr:.2g}."
     )

@@ -110,7 +110,7 @@ class HubSource:
         )
 
     def _read_once(self, start: int, length: int) -> bytes:
-        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.repository, self.name, repo_type="dataset", revision=self.revision)
@@ -129,7 +129,8 @@ class HubSource:
         with get_session().stream("GET", url, **request) as response:
             if response.status_code >= 400:
                 response.read()
-            by_storage = not str(response.url).startswith(constants.ENDPOINT)
+            # The Hub itself answers at /resolve/, also for a repository that was renamed.
+            by_storage = response.history and "/resolve/" not in response.url.path
             if response.status_code == 403 and by_storage and self.repository in _served:
                 raise PassingFault("HTTP 403 of the storage behind the Hub")
             hf_raise_for_status(response)
