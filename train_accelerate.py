@@ -80,12 +80,12 @@ def leave(run: "Run", step: int) -> int:
             raise run.failure  # the disk does not take it
         if failure is None and run.accelerator.is_main_process:
             run.directory.preempted.touch()
-        run.monitor.draw_loss_curve()
         if run.accelerator.is_main_process:
             run.monitor.progress.close()
             print(
                 f"Stopped at step {step}, saved in {place}. The same command goes on.", flush=True
             )
+        run.monitor.draw_loss_curve()  # last: of a long run it takes seconds
     if failure is not None:
         raise failure
     return EXIT_PREEMPTED

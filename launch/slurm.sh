@@ -3,8 +3,9 @@
 #
 #     sbatch launch/slurm.sh --recipe gpt2 --output_dir /shared/runs/gpt2
 #
-# Slurm sends SIGUSR1 two minutes before it ends the job. The run saves and leaves a file PREEMPTED in
-# its directory; this script then puts the job back into the queue, and the same command goes on.
+# Slurm sends SIGUSR1 two minutes before it ends the job (gpt2-xl, whose checkpoint has 17 GiB, may take
+# longer to save on a slow disk: --signal=USR1@600). The run saves and leaves a file PREEMPTED in its
+# directory; this script then puts the job back into the queue, and the same command goes on.
 # A SIGTERM comes from `scancel`, or where the job makes room for another. The run saves too, if it is
 # given the time, but whether the job comes back is for those to say who sent it.
 #SBATCH --job-name=gpt2repro

@@ -180,9 +180,9 @@ def draw_losses(
 def _mark_resumes(ax: Axes, runs: Mapping[str, Metrics], resumed_at: Sequence[int]) -> None:
     """Dotted lines where launches of a single run went on."""
     first, *_ = runs.values()
-    for index, step in enumerate(resumed_at):
+    places = before(np.array(resumed_at), first, x_key_of(runs)) if resumed_at else ()
+    for index, at in enumerate(places):
         label = "_nolegend_" if index else "resumed"
-        at = before(step, first, x_key_of(runs))
         ax.axvline(at, color=MUTED, linestyle=":", linewidth=1, label=label)
 
 

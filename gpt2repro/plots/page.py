@@ -128,9 +128,10 @@ def _draw(panel: Any, runs: Runs, key: str, x_key: str) -> None:
         else:
             label = panel.yaxis.axis_label
             _line(panel, x, y, f"{of}{label}", color, smooth=key != "lr")
-    for step in runs.resumed_at:
+    if runs.resumed_at:
         (metrics,) = runs.metrics.values()
-        _across(panel, curves.before(step, metrics, x_key), "resumed", MUTED, "dotted")
+        for at in curves.before(np.array(runs.resumed_at), metrics, x_key).tolist():
+            _across(panel, at, "resumed", MUTED, "dotted")
     if key == "loss" and runs.baseline:
         _across(panel, runs.baseline[1], runs.baseline[0], INK, "dashed")
     if key == "grad_norm" and runs.max_grad_norm:

@@ -45,8 +45,8 @@ def count_of(number: int, thing: str) -> str:
 
 def in_short(number: int) -> str:
     """1_228_800 -> 1.2 M, 512 -> 512: as few digits as say it."""
-    for size, letter in ((10**9, "B"), (10**6, "M")):
-        if number >= size:
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if number >= 0.99995 * size:  # what is less would not round to it
             return f"{number / size:,.1f} {letter}"
     return f"{number:,}"
 

@@ -55,7 +55,7 @@ class Monitor:
     ) -> None:
         """Introduce the run and begin the bar.
 
-        `history`: the lines of metrics.jsonl before the step where this launch begins.
+        `history`: the lines of metrics.jsonl before the step where this launch begins, on rank 0.
         """
         accelerator = learner.accelerator
         main = accelerator.is_main_process

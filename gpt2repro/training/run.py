@@ -265,8 +265,9 @@ def _claim(
         **from_anywhere(recipe, inputs.sources),
     )
     tracker = ranks.on_rank_0(lambda: find_tracker(resolved, directory, start))
-    history = ranks.on_rank_0(
-        lambda: directory.open(start.step, resolved.as_yaml(), start=start.path)
+    history: list[dict[str, Any]] = []  # of rank 0 alone: after a million steps it is a gigabyte
+    ranks.on_rank_0(
+        lambda: history.extend(directory.open(start.step, resolved.as_yaml(), start=start.path))
     )
     newest = directory.taken_in(start.path)
     own = [place.resolve() for place in (directory.checkpoints, directory.stable)]

@@ -67,7 +67,10 @@ def test_counts_are_spoken(number, thing, said):
         (40_960, "40,960"),
         (1_228_800, "1.2 M"),
         (124_439_808, "124.4 M"),
+        (999_949_999, "999.9 M"),
+        (999_950_000, "1.0 B"),
         (10**10, "10.0 B"),
+        (15 * 10**11, "1.5 T"),
     ],
 )
 def test_small_numbers_are_said_as_they_are(number, said):

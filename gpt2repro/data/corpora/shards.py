@@ -131,13 +131,12 @@ class TokenShards(Corpus):
     def __init__(self, shards: list[Shard], identity: dict[str, Any]) -> None:
         held_out = [shard for shard in shards if shard.is_held_out]
         self.training = [shard for shard in shards if not shard.is_held_out]
-        self._units = [
-            (shard, begin)
-            for shard in held_out + self.training
-            for begin in range(0, shard.num_tokens, UNIT_TOKENS)
-        ]
-        self.num_units = len(self._units)
-        self.num_held_out_units = sum(shard.is_held_out for shard, _ in self._units)
+        units, others = (
+            [(s, begin) for s in some for begin in range(0, s.num_tokens, UNIT_TOKENS)]
+            for some in (held_out, self.training)
+        )
+        self._units = units + others
+        self.num_units, self.num_held_out_units = len(self._units), len(units)
         # But for what the first and last documents of a unit have in other units.
         sizes = [(min(UNIT_TOKENS, s.num_tokens - b), s.dtype.itemsize) for s, b in self._units]
         self.num_bytes = np.array(sizes, dtype=np.int64).reshape(-1, 2).prod(axis=1)

@@ -10,6 +10,7 @@ of the step, which has R / L rows: with as many processes and rows a micro-batch
 process has their batches one by one. With any other number a step has the same rows.
 """
 
+from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -110,7 +111,7 @@ class FileOrder:
         reader = lane % self._num_readers
         firsts = self._firsts[reader]
         epoch, row = divmod(row, firsts[-1])
-        shard = int(np.searchsorted(firsts, row, side="right")) - 1
+        shard = bisect_right(firsts, row) - 1
         turn, place = divmod(row - firsts[shard], self._rows_of_turn)
         first = turn * self._chunk_rows + reader * self._rows_of_turn + place
         position = Position(epoch, shard, row - firsts[shard], 0)

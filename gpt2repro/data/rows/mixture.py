@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -94,7 +95,7 @@ class Mixture:
         ]
         # A point p / (ONE * num_rows) lies below a cut c where p < c * ONE * num_rows.
         scale, total = ONE * self._num_rows, sum(weights)
-        cuts = [-(-scale * sum(weights[: n + 1]) // total) for n in range(len(weights))]
+        cuts = [-(-scale * below // total) for below in accumulate(weights)]
         return np.searchsorted(np.array(cuts), self._points_of(lane.step)[rows], side="right")
 
     def _points_of(self, step: int) -> np.ndarray:

@@ -72,8 +72,9 @@ class TokenUnit:
         return len(self.ends)
 
     def encode(self, documents: Documents) -> tuple[list[np.ndarray], int]:
-        begins = np.concatenate([[0], self.ends[:-1]])
-        ids = [self.tokens[begins[index] : self.ends[index]] for index in documents]
+        begins = [self.ends[index - 1] if index else 0 for index in documents]
+        ends = [self.ends[index] for index in documents]
+        ids = [self.tokens[begin:end] for begin, end in zip(begins, ends, strict=True)]
         return ids, int(sum(self.num_bytes[index] for index in documents))
 
 
