@@ -266,9 +266,8 @@ def _claim(
     )
     tracker = ranks.on_rank_0(lambda: find_tracker(resolved, directory, start))
     history: list[dict[str, Any]] = []  # of rank 0 alone: after a million steps it is a gigabyte
-    ranks.on_rank_0(
-        lambda: history.extend(directory.open(start.step, resolved.as_yaml(), start=start.path))
-    )
+    text = resolved.as_yaml()
+    ranks.on_rank_0(lambda: history.extend(directory.open(start.step, text, start=start.path)))
     newest = directory.taken_in(start.path)
     own = [place.resolve() for place in (directory.checkpoints, directory.stable)]
     is_own = newest is not None and newest.resolve().parent in own

@@ -419,6 +419,26 @@ def test_young_files_are_hashed_again(tmp_path, records, monkeypatch):
     assert json.loads(records.read_text()) == {}
 
 
+def test_who_stops_while_files_are_hashed_keeps_what_was_done(tmp_path, records, monkeypatch):
+    for number in range(5):
+        write_parquet(tmp_path / "texts" / f"{number}.parquet", TEXTS)
+    monkeypatch.setattr(content, "AT_A_TIME", 2)
+    digest, stops = content._digest, [True]
+
+    def stopped(file: Path) -> str:
+        if stops and file.name == "4.parquet":
+            raise KeyboardInterrupt
+        return digest(file)
+
+    monkeypatch.setattr(content, "_digest", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        open_corpus(tmp_path / "texts")
+    assert len(json.loads(records.read_text())) == 4
+    stops.clear()
+    open_corpus(tmp_path / "texts")
+    assert len(json.loads(records.read_text())) == 5
+
+
 def test_a_file_of_the_future_is_hashed_once(tmp_path, records):
     """As of an archive from a machine with another clock."""
     write_parquet(tmp_path / "0.parquet", TEXTS)

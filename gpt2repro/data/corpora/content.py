@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gpt2repro.data.corpora.corpus import in_a_line
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 NUM_RECORDS = 10_000  # the newest are kept, and all of a dataset that has more
 NUM_THREADS = 8
+AT_A_TIME = 64  # files, until what was found is recorded
 WORTH_A_LINE_BYTES = 2 * 10**9  # a second or two of hashing
 SETTLED_SECONDS = 2  # times are coarse: a younger file could change again and keep them
 
@@ -62,19 +63,23 @@ def content_hashes(files: list[str], option: str = "dataset_name") -> list[str]:
         try:
             records = cache_directory() / "content.json"
         except RuntimeError:
+            _tell(keys)
             return _hash_all(keys)
         known = _read(records)
         if not known.keys() >= set(keys.values()):
             with one_at_a_time(records.with_suffix(".lock")):
-                known = _read(records)
-                new = {file: key for file, key in keys.items() if key not in known}
-                found = dict(zip(new.values(), _hash_all(new), strict=True))
-                settled = time.time() - SETTLED_SECONDS
-                keep = {new[file] for file in new if file.stat().st_ctime < settled}
-                others = known | {key: found[key] for key in keep}
-                ours = {key: others.pop(key) for key in keys.values() if key in others}
-                _write(records, others | ours, most=max(NUM_RECORDS, len(ours)))
-                known |= found
+                known = kept = _read(records)
+                new = [(file, key) for file, key in keys.items() if key not in known]
+                _tell(file for file, _ in new)
+                # Some at a time: who stops an hour of it has that hour's hashes.
+                for some in (dict(new[n : n + AT_A_TIME]) for n in range(0, len(new), AT_A_TIME)):
+                    found = dict(zip(some.values(), _hash_all(some), strict=True))
+                    settled = time.time() - SETTLED_SECONDS
+                    keep = {some[file] for file in some if file.stat().st_ctime < settled}
+                    known, kept = known | found, kept | {key: found[key] for key in keep}
+                    others = dict(kept)
+                    ours = {key: others.pop(key) for key in keys.values() if key in others}
+                    _write(records, others | ours, most=max(NUM_RECORDS, len(ours)))
         return [known[keys[file]] for file in map(Path, files)]
 
 
@@ -90,10 +95,13 @@ def _key(file: Path) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} {file.resolve()}"
 
 
-def _hash_all(keys: dict[Path, str]) -> list[str]:
-    num_bytes = sum(file.stat().st_size for file in keys)
+def _tell(files: Iterable[Path]) -> None:
+    num_bytes = sum(file.stat().st_size for file in files)
     if num_bytes > WORTH_A_LINE_BYTES:
         logger.warning("hashing %.0f GB of local files, once", num_bytes / 1e9)
+
+
+def _hash_all(keys: dict[Path, str]) -> list[str]:
     pool = DaemonPool(min(NUM_THREADS, len(keys)), "hasher")
     try:
         return pool.map(lambda each: _hash(*each), keys.items())
