@@ -107,10 +107,10 @@ SCALES = {
     "a": Scale(300, 24, (4, 4), {"recipe": "demo", "micro_batch_size": 16, **PLAIN}),
     # 10.7 M parameters on books by the demo's BPE, in bf16: 4 M tokens, which two cores with AMX
     # pay in a day, and 16 M for a GPU
-    "b4": Scale(244, 14, (2, 2, 2), OF_B),
-    "b": Scale(976, 14, (2, 2, 2), OF_B),
+    "b4": Scale(244, 18, (2,) * 5, OF_B),
+    "b": Scale(976, 18, (2,) * 5, OF_B),
     # the reproduction's first quarter, on GPUs: see --launcher
-    "c": Scale(4768, 14, (2, 2, 2), {"recipe": "gpt2", "save_every": 250, **PLAIN}),
+    "c": Scale(4768, 18, (2,) * 5, {"recipe": "gpt2", "save_every": 250, **PLAIN}),
 }
 
 Knobs = dict[str, tuple[float, float]]
