@@ -137,7 +137,6 @@ MUONS: dict[str, dict[str, Any]] = {
     "muon-fast-vectors": {"vector_lr_scale": 3.0},
     # what helped, together
     "muon-linear-momentum": {"schedule": "linear", "muon_momentum_warmup_steps": 50},
-    "muon-linear-embedding": {"schedule": "linear", "embedding_lr_scale": 2.0},
     "muon-together": {
         **{"schedule": "linear", "muon_momentum_warmup_steps": 50, "embedding_lr_scale": 2.0}
     },
@@ -150,7 +149,6 @@ ADAMWS: dict[str, dict[str, Any]] = {
     "adamw-row": {"embedding_second_moment": "row"},
     # Muon's vectors and positions have another rate than its matrices: would that help AdamW?
     "adamw-fast-vectors": {"vector_lr_scale": 3.0},
-    "adamw-faster-vectors": {"vector_lr_scale": 10.0},
     "adamw-fast-positions": {"position_lr_scale": 10.0},
     "adamw-bare-embedding": {"embedding_weight_decay": 0.0},
 }

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from gpt2repro.system import command_line, ranks
 
-EXIT_FAILED = 1
 LAST_WORDS_SECONDS = 10  # a screen or a machine that does not answer may not keep the peers waiting
 
 GOES_ON = (
@@ -51,7 +50,7 @@ def leave_at_once(prog: str, error: BaseException) -> NoReturn:
     another has to say after it is one line, and nothing if it follows from the first.
     """
     expected = command_line.in_one_line(error)
-    status = EXIT_FAILED if expected is None else expected[0]
+    status = command_line.EXIT_FAILED if expected is None else expected[0]
     if status == command_line.EXIT_USAGE:
         command_line.let_rank_0_speak()
     signal.alarm(LAST_WORDS_SECONDS)  # the kernel ends what hangs here
