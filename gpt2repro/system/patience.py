@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpt2repro import UserError
-from gpt2repro.system import hub_client
+from gpt2repro.system import hub_client, threads
 from gpt2repro.system.diagnosis import FEW_ATTEMPTS, Diagnosis, PassingFault, diagnose, in_a_line
 from gpt2repro.system.text import printable
-from gpt2repro.system.threads import DaemonPool
 
 logger = logging.getLogger(__name__)
 
@@ -68,21 +67,15 @@ _outages = _Outages()
 
 
 def _within(seconds: float, call: Callable[[], Result]) -> Result:
-    """`call()` in a thread of its own, which is left to itself when time is up.
+    """`call()`, for so long.
 
     The client's limits hold between two bytes and in a body. Nothing else ends the rest: a name
     server that hangs, a server that sends its headers in drops.
     """
-    pool = DaemonPool(1, "attempt")
-    future = pool.submit(call)
     try:
-        return future.result(seconds)
-    except TimeoutError:
-        if future.done():
-            raise
+        return threads.within(seconds, call)
+    except threads.StillRunning:
         raise PassingFault(f"no answer within {seconds:.0f} s", answered=False) from None
-    finally:
-        pool.close(0)
 
 
 def _attempt(call: Callable[[], Result], attempt_seconds: float | None) -> Result:

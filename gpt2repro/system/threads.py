@@ -10,11 +10,35 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 class PoolClosed(Exception):
     """The call was pending when the pool was closed, or came after."""
+
+
+class StillRunning(Exception):
+    """A call did not end in its time, and was left to itself."""
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """`call()` in a thread of its own, which is left to itself when time is up.
+
+    Raises:
+        StillRunning: it is; what `call` raises, a TimeoutError as well, comes as it is.
+    """
+    pool = DaemonPool(1, "call")
+    future = pool.submit(call)
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise StillRunning from None
+    finally:
+        pool.close(0)
 
 
 class DaemonPool:

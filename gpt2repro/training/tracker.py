@@ -27,7 +27,7 @@ from gpt2repro.records import checkpoints
 from gpt2repro.records.metrics import read_metrics
 from gpt2repro.records.run_directory import RunDirectory, Start, saved_recipe
 from gpt2repro.system import atomic, command_line
-from gpt2repro.system.threads import DaemonPool
+from gpt2repro.system.threads import StillRunning, within
 
 # Fields on which no figure depends, whatever they are when a run goes on.
 MEAN_NOTHING = {
@@ -147,17 +147,17 @@ class Tracker:
         All is saved by now, and a scheduler may wait for this process to end.
         """
         for tracker in self.trackers:
-            pool = DaemonPool(1, "tracker")
-            ended = pool.submit(tracker.finish)
             try:
-                ended.result(FINISH_SECONDS)
+                within(FINISH_SECONDS, tracker.finish)
+            except KeyboardInterrupt:
+                command_line.end_without_exit_handlers()
+                raise
+            except StillRunning:
+                command_line.end_without_exit_handlers()
+                said = f"not all was sent within {FINISH_SECONDS:.0f} s; metrics.jsonl has it"
+                print(f"{tracker.name}: {said}", flush=True)
             except Exception as error:
-                late = f"not all was sent within {FINISH_SECONDS:.0f} s; metrics.jsonl has it"
-                print(f"{tracker.name}: {error if ended.done() else late}", flush=True)
-            finally:
-                if not ended.done():  # Ctrl-C comes here, too
-                    command_line.end_without_exit_handlers()
-                pool.close(0)
+                print(f"{tracker.name}: {error}", flush=True)
 
 
 def find_tracker(recipe: ResolvedRecipe, directory: RunDirectory, start: Start) -> Tracker:
