@@ -500,6 +500,18 @@ def test_a_resume_says_what_changed(recipe, tmp_path, capsys):
     assert "num_steps was 4 until here and is 12 now" in shown
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_emulated_bf16_is_told_before_hours_are_spent_on_it(
+    emulated, recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(monitor, "emulates_bf16", lambda _: emulated)
+    assert train(recipe, tmp_path / "run", "--num_steps", "1", "--mixed_precision", "bf16") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("this CPU emulates bf16, many times slower: set mixed_precision to no" in shown) is (
+        emulated
+    )
+
+
 # --- Equivalences ---------------------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ Weights and inputs take e4m3 (3 bits of mantissa), gradients e5m2 (2 bits and mo
 Sixteen bits for the residual stream, which halves what norms and additions read and write.
 """
 
+import timeit
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SIDE = 16  # cuBLAS wants the sides that are summed over, and the columns, in multiples of it
+EMULATED_BF16 = "this CPU emulates bf16, many times slower: set mixed_precision to no"
 
 
 def hold_stream_in_bf16(model: GPT2ReproForCausalLM) -> None:
@@ -30,6 +33,17 @@ def _to_bf16(module: nn.Module, inputs: tuple, stream: Tensor) -> Tensor:
 def has_bf16(device: torch.device) -> bool:
     """Whether a GPU multiplies in bfloat16: older ones (V100, T4) only pretend, and take longer."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU that is slower in bfloat16 than in float32: tried, not asked."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(512, 512, dtype=dtype)
+        matrix @ matrix  # the first product builds its kernel
+        return min(timeit.repeat(lambda: matrix @ matrix, repeat=5, number=1))
+
+    return device.type == "cpu" and seconds(torch.bfloat16) > seconds(torch.float32)
 
 
 def has_fp8(device: torch.device) -> bool:

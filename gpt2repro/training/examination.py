@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import time
-import timeit
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -27,7 +26,7 @@ from gpt2repro.recipe_fields import Recipe
 from gpt2repro.records.checkpoints import state_of
 from gpt2repro.records.run_directory import RunDirectory
 from gpt2repro.speed.attention import kernel_taken
-from gpt2repro.speed.low_precision import has_bf16
+from gpt2repro.speed.low_precision import EMULATED_BF16, emulates_bf16, has_bf16
 from gpt2repro.system import failure, machine
 from gpt2repro.system.text import count_of, in_short
 from gpt2repro.training.inputs import (
@@ -111,8 +110,8 @@ class Examination:
             return OK, "fp32"
         if not has_bf16(self.device):
             return FAILURE, "this GPU has no bf16: set mixed_precision to no"
-        if self.device.type == "cpu" and not _multiplies_bf16_faster():
-            return WARNING, "this CPU emulates bf16, many times slower: set mixed_precision to no"
+        if emulates_bf16(self.device):
+            return WARNING, EMULATED_BF16
         return OK, "bf16"
 
     def _compiler(self) -> Finding:
@@ -343,17 +342,6 @@ def _pinned_share(model: torch.nn.Module) -> float:
     """How much more memory copies of the parameters take where torch pins it, in powers of two."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     return sum(2 ** math.ceil(math.log2(size)) for size in sizes) / sum(sizes)
-
-
-def _multiplies_bf16_faster() -> bool:
-    """Whether this CPU is no slower in bf16 than in fp32: tried, not asked."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(512, 512, dtype=dtype)
-        matrix @ matrix  # the first product builds its kernel
-        return min(timeit.repeat(lambda: matrix @ matrix, repeat=5, number=1))
-
-    return seconds(torch.bfloat16) <= seconds(torch.float32)
 
 
 def _training_rate(

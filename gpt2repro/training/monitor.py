@@ -20,6 +20,7 @@ from gpt2repro.recipe_fields import ResolvedRecipe
 from gpt2repro.records.incidents import IncidentLog
 from gpt2repro.records.metrics import MetricsLog, read_metrics
 from gpt2repro.records.run_directory import RunDirectory, Start, read_resumes
+from gpt2repro.speed.low_precision import EMULATED_BF16, emulates_bf16
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.signals import StopRequest
 from gpt2repro.system.text import count_of, folded, in_short
@@ -112,7 +113,9 @@ class Monitor:
             f"{key} was {then} until here and is {now} now"
             for key, then, now in differences(recipe, start.recipe)
         ]
-        notes = [("note", note) for note in (start.note, *changes) if note]
+        is_slow = recipe.mixed_precision == "bf16" and emulates_bf16(accelerator.device)
+        said = (start.note, *changes, EMULATED_BF16 if is_slow else None)
+        notes = [("note", note) for note in said if note]
         for name, value in [*lines.items(), *notes]:
             print(folded(f"{name:>10}  {value}", indent=12))
         print(flush=True)

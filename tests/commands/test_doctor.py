@@ -217,7 +217,7 @@ def test_a_kernel_that_a_gpu_has_not_is_told_before_the_run(
 
 def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch):
     for fast, verdict in ((True, OK), (False, WARNING)):
-        monkeypatch.setattr(examination, "_multiplies_bf16_faster", lambda fast=fast: fast)
+        monkeypatch.setattr(examination, "emulates_bf16", lambda _, fast=fast: not fast)
         status, said = examine(capsys, recipe, "--mixed_precision", "bf16")
         assert status == 0 and said["precision"][0] == verdict
     assert "mixed_precision to no" in said["precision"][1]
