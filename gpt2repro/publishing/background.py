@@ -87,6 +87,7 @@ class BackgroundPush:
         if checkpoints is not None:  # the training may use its own at any time
             self._tokenizer = copy.deepcopy(checkpoints.tokenizer)
         self._going_on_from, self._newest = going_on_from, going_on_from or 0
+        self._main: Record | None = None  # what it holds, once the Hub was asked
         self._problems: list[str] = []
         self._waiting: list[_Submission] = []
         self._current: _Submission | None = None
@@ -176,16 +177,21 @@ class BackgroundPush:
             self._upload(export, submission, revision=branch, beside=beside)
         if to_main:
             self._upload(export, submission, beside=beside)
+            self._main = record
 
     def _what_lacks(self, branch: str, record: Record) -> tuple[bool, bool]:
         """Whether the branch, and `main`, are still to be made this checkpoint."""
         assert self._how is not None
         there = is_published(self._repo_id, branch, record, with_state=self._how.with_state)
-        main = read_record(self._repo_id, "main", read_tree(self._repo_id, "main"))
-        is_newer = main is not None and record.step < main.step <= self._newest
-        return not there, main != record and not is_newer
+        if self._main is None:  # once, and not for each of a thousand
+            tree = read_tree(self._repo_id, "main")
+            self._main = read_record(self._repo_id, "main", tree)
+        is_newer = self._main is not None and record.step < self._main.step <= self._newest
+        return not there, self._main != record and not is_newer
 
     def _upload(self, directory: Path, submission: _Submission, **more: Any) -> None:
+        if "revision" not in more:
+            self._main = None
         message, private = submission.message, self._private
         self.url = upload(directory, self._repo_id, message=message, private=private, **more)
 
