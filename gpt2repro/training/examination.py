@@ -296,7 +296,16 @@ class Examination:
         if not self.recipe.push_to_hub or self.recipe.hub_model_id is None:
             return OK, "not pushing"
         check_hub_rights(self.recipe.hub_model_id, private=self.recipe.hub_private)
-        return OK, f"may write to {self.recipe.hub_model_id}"
+        text = f"may write to {self.recipe.hub_model_id}"
+        if self.model is None or not (pushed := _num_pushed(self.recipe)):
+            return OK, text
+        one = 4 * self.model.num_parameters()
+        if self.recipe.hub_state:
+            one = _state_bytes(self.model, self.recipe)
+        return OK, (
+            f"{text}, where up to {count_of(pushed, 'checkpoint')} will take "
+            f"{pushed * one / 2**30:.1f} GiB (hub_strategy {self.recipe.hub_strategy})"
+        )
 
     def _time(self) -> Finding:
         if self.recipe.num_steps is None or not self.need:
@@ -325,6 +334,18 @@ def _state_bytes(model: GPT2ReproForCausalLM, recipe: Recipe) -> int:
     optimizer.step()
     states = [each for state in optimizer.state.values() for each in state.values()]
     return sum(each.nbytes for each in [*model.parameters(), *states])
+
+
+def _num_pushed(recipe: Recipe) -> int:
+    """Of how many steps a run uploads checkpoints at most: all stay in its repository's history."""
+    if recipe.hub_strategy == "final" or recipe.num_steps is None:
+        return 0
+    kept = recipe.num_kept(recipe.num_steps)
+    if recipe.hub_strategy == "permanent":
+        return kept
+    every = recipe.save_every or recipe.num_steps
+    both = recipe.num_steps // math.lcm(every, recipe.keep_every) if recipe.keep_every else 0
+    return kept + math.ceil(recipe.num_steps / every) - both
 
 
 def _saved_bytes(recipe: Recipe) -> int:

@@ -114,6 +114,33 @@ def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch, tmp_path):
         assert status == 1, "it is not of those that are kept"
 
 
+@pytest.mark.parametrize(
+    ("options", "num_pushed"),
+    [
+        (("--hub_strategy", "final", "--keep_steps", "log"), 0),
+        (("--hub_strategy", "permanent", "--keep_steps", "log"), 5),  # 0, 1, 2, 4, 8
+        (("--hub_strategy", "all", "--save_every", "5"), 3),  # 5, 10, 12
+        (("--hub_strategy", "all", "--save_every", "0"), 1),
+        (("--hub_strategy", "all", "--save_every", "2", "--keep_every", "3"), 8),  # not 1, 5, 7, 11
+        (("--hub_strategy", "all", "--num_epochs", "1", "--num_steps", "null"), 0),  # not known yet
+    ],
+)
+def test_what_checkpoints_will_take_on_the_hub_is_said(recipe, monkeypatch, options, num_pushed):
+    monkeypatch.setattr(examination, "check_hub_rights", lambda *_, **__: True)
+    monkeypatch.setattr(examination, "_state_bytes", lambda *_: 3 * 2**30)
+    to_hub = ("--push_to_hub", "--hub_model_id", "me/run")
+    with_state = () if "final" in options else ("--hub_state",)
+    for more, gib in (((), num_pushed), (with_state, 3 * num_pushed)):
+        exam = Examination(
+            load_recipe(["--recipe", str(recipe), *to_hub, *options, *more]), 1, None
+        )
+        exam.model = Namespace(num_parameters=lambda: 2**28)
+        verdict, text = exam._hub()
+        assert verdict == OK and text.startswith("may write to me/run")
+        assert (f"up to {num_pushed} checkpoint" in text) == (num_pushed > 0)
+        assert (f" will take {gib}.0 GiB" in text) == (num_pushed > 0)
+
+
 def test_a_checkpoint_needs_main_memory(recipe, monkeypatch):
     exam = Examination(load_recipe(["--recipe", str(recipe), "--ema_decay", "0.9"]), 1, None)
     exam._tokenizer()
