@@ -5,13 +5,14 @@ Every picture is written as PNG and as SVG, and its title says what there is to 
 
 import argparse
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser, named
+from gpt2repro.system import atomic
 
 # Tokens repeat in it, so that heads that look for repetition have something to find.
 PROMPT = "The first argument is the name of the file, and the second argument is the name of the"
@@ -48,14 +49,16 @@ def main(argv: list[str]) -> int:
     elif not arguments.compare:
         print(f"{arguments.run_or_model} holds no model yet: its insides are left out")
     if write_page:
-        write_page(
-            output / "page.html",
-            title=" and ".join(record.name for record in records) or arguments.run_or_model,
-            facts=[] if arguments.compare else _facts(records, source),
-            runs=runs,
-            pictures=pictures,
-            neighbours=neighbours,
-        )
+        facts = [] if arguments.compare else _facts(records, source)
+        with _writing_to(output):
+            write_page(
+                output / "page.html",
+                title=" and ".join(record.name for record in records) or arguments.run_or_model,
+                facts=facts,
+                runs=runs,
+                pictures=pictures,
+                neighbours=neighbours,
+            )
         print(f"{output / 'page.html'}  All of it on one page, which needs no other file")
     return 0
 
@@ -140,16 +143,22 @@ def _model_of(name: str) -> str | None:
     return None
 
 
+@contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error}") from None
+
+
 def _write(pictures: Iterable[tuple[str, Any]], output: Path) -> dict[str, Any]:
     """Save each picture, print its path and its finding, and return them by name."""
     from gpt2repro.plots.style import finding, save
 
     drawn = {}
     for name, figure in pictures:
-        try:
+        with _writing_to(output):
             png, _ = save(figure, output / name)
-        except OSError as error:
-            raise UserError(f"--output {output} cannot be written: {error}") from None
         print(f"{png}  {finding(figure)}", flush=True)
         drawn[name] = figure
     return drawn
@@ -175,13 +184,17 @@ def _draw_insides(
     ids = ids[: min(MAX_PROMPT_TOKENS, model.config.n_positions)]
     if len(ids) < 2:
         raise UserError("--prompt must be at least two tokens long")
+    with torch.no_grad():
+        if not model(ids[None], use_cache=False).logits.isfinite().all():
+            raise UserError("RUN_OR_MODEL: what it computes of this --prompt is not finite")
     _check_heads(heads, model.config.n_layer, model.config.n_head)
     pictures = _write(model_pictures(Reading(model, tokenizer, ids, heads)), output)
     tokens = list(dict.fromkeys(ids.tolist()))[:NEIGHBOUR_TOKENS]
     neighbours = parameters.token_neighbours(model, tokens)
     table = parameters.neighbours_table(neighbours, tokens, tokenizer)
     path = output / "token_neighbours.md"
-    path.write_text(table, encoding="utf-8")
+    with _writing_to(output), atomic.new_file(path) as scratch:
+        scratch.write_text(table, encoding="utf-8")
     print(f"{path}  Nearest token embeddings, by cosine similarity\n\n{table}", end="")
     return pictures, table
 

@@ -34,13 +34,13 @@ class Table:
             rows[0].append("difference")
             for row in rows[1:]:
                 row.append(_signed_cell(self.differences.get(row[0])))
-        if shown := self._published():
+        if shown := self.published_of_these_rows():
             rows[0].append("published, not computed")
             for row in rows[1:]:
                 row.append(f"{shown[row[0]][0]:g}" if row[0] in shown else "")
         return rows
 
-    def _published(self) -> dict[str, tuple[float, str]]:
+    def published_of_these_rows(self) -> dict[str, tuple[float, str]]:
         return {
             key: self.published[key]
             for key, estimate in self.values[0].items()
@@ -48,7 +48,7 @@ class Table:
         }
 
     def _sources(self) -> list[str]:
-        sources = {source for _, source in self._published().values()}
+        sources = {source for _, source in self.published_of_these_rows().values()}
         return [f"published by: {source}" for source in sorted(sources)]
 
     def as_text(self) -> str:
@@ -75,7 +75,7 @@ class Table:
             content["difference"] = plain(self.differences)
         content["published_not_computed"] = {
             key: {"value": value, "source": source}
-            for key, (value, source) in self._published().items()
+            for key, (value, source) in self.published_of_these_rows().items()
         }
         return content
 

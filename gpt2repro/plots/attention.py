@@ -24,7 +24,11 @@ from gpt2repro.system.text import count_of
 
 HEADS_ABREAST = 3
 MOSTLY = 0.5  # the share of a head's attention from which on it is said to look at one place
-RULE = f"Mostly: more than {MOSTLY:.0%} of a head's attention"
+COPIES, FOLLOWERS = "earlier copies", "what followed earlier copies"
+RULE = (
+    f"Mostly: more than {MOSTLY:.0%} of a head's attention "
+    "(to earlier copies: of that of tokens that have some)"
+)
 WEIGHT = "attention weight (scale by its root)"
 
 
@@ -46,7 +50,8 @@ def attention_habits(attention: np.ndarray, ids: Sequence[int]) -> dict[str, np.
     Returns:
         habit -> shares (L, H) in [0, 1]. The last two habits are there if a token occurs twice:
         attention to earlier copies of the token, and to the tokens that followed them, which is
-        what an induction head does (Olsson et al. 2022, arXiv 2209.11895).
+        what an induction head does (Olsson et al. 2022, arXiv 2209.11895). They are averages over
+        the tokens that have earlier copies.
     """
     length = attention.shape[-1]
     diagonal = np.diagonal(attention, axis1=-2, axis2=-1)
@@ -62,10 +67,8 @@ def attention_habits(attention: np.ndarray, ids: Sequence[int]) -> dict[str, np.
     repeated = copies.any(-1)
     if repeated.any():
         followers = np.roll(copies, 1, axis=-1)  # j + 1 <= t, so nothing wraps
-        habits["earlier copies"] = (attention * copies).sum(-1)[..., repeated].mean(-1)
-        habits["what followed earlier copies"] = (
-            (attention * followers).sum(-1)[..., repeated].mean(-1)
-        )
+        habits[COPIES] = (attention * copies).sum(-1)[..., repeated].mean(-1)
+        habits[FOLLOWERS] = (attention * followers).sum(-1)[..., repeated].mean(-1)
     return habits
 
 
@@ -101,7 +104,8 @@ def draw_attention_maps(
     ax.set_yticks(centres[:layers], range(layers))
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
-    caption(figure, text, f"in a tile: down, the tokens that look; across, those looked at. {RULE}")
+    axes = "in a tile: down, the tokens that look; across, those looked at"
+    caption(figure, text, f"{axes}\n{RULE}")
     colour_bar(figure, image, ax, WEIGHT)
     return figure
 
@@ -157,12 +161,12 @@ def draw_attention_heads(
     """
     columns = min(HEADS_ABREAST, len(heads))
     rows = -(-len(heads) // columns)
-    side = max(2.6, min(6.0, 0.19 * len(labels) + 0.6))  # inches
+    side = max(3.2, min(6.0, 0.19 * len(labels) + 0.6))  # inches: a title's lines have room
     size = min(8.0, 0.75 * 72 * side / len(labels))  # points: labels must not touch
     figure, axes = new_figure(
         _heads_finding(habits, heads),
         width=max(7.0, columns * side + 1.6),
-        height=rows * (side + 0.4) + 1.4,
+        height=rows * (side + 0.6) + 1.4,
         rows=rows,
         columns=columns,
         sharex=True,
@@ -178,7 +182,9 @@ def draw_attention_heads(
         ax.set_title(described, fontsize=9.5, loc="left", color=INK)
         ax.set_xticks(ticks, labels, rotation=90, fontsize=size, parse_math=False)
         ax.set_yticks(ticks, labels, fontsize=size, parse_math=False)
-    caption(figure, text, f"down, the tokens that look; across, those looked at. {RULE}")
+    for ax in axes.flat[: len(heads)][-columns:]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
+    caption(figure, text, f"down, the tokens that look; across, those looked at\n{RULE}")
     colour_bar(figure, image, axes, WEIGHT)
     return figure
 
@@ -189,9 +195,10 @@ def _heads_finding(habits: dict[str, np.ndarray], heads: Sequence[tuple[int, int
         (habits[name][place], name, place) for place in heads for name in habits
     )
     if share <= MOSTLY:
-        return f"None of these {len(heads)} heads looks mostly at one place"
+        return "No head here looks mostly at one place"
     head = f"Head {place[1]} of layer {place[0]}"
-    return f"{head} looks at {name} with {share:.0%} of its attention"
+    where = ", where there are any" if name in (COPIES, FOLLOWERS) else ""
+    return f"{head} looks at {name} with {share:.0%} of its attention{where}"
 
 
 def _describe_head(
@@ -200,4 +207,4 @@ def _describe_head(
     name = max(habits, key=lambda habit: habits[habit][place])
     share = f"{habits[name][place]:.0%}; an even head: {even[name]:.0%}"
     mostly = "mostly" if habits[name][place] > MOSTLY else "not mostly anywhere; most"
-    return f"layer {place[0]}, head {place[1]}: {mostly}\nat {name} ({share})"
+    return f"layer {place[0]}, head {place[1]}: {mostly}\nat {name}\n({share})"

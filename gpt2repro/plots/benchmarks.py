@@ -13,12 +13,13 @@ from gpt2repro.plots.style import (
     INK,
     MUTED,
     PALETTE,
+    ShortNumbers,
     caption,
     legend_outside,
     new_figure,
     percent,
-    short_number,
 )
+from gpt2repro.records.metrics import is_number
 
 if TYPE_CHECKING:
     from gpt2repro.evaluation.tables import Table
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 INTERVAL = 1.96  # standard errors on each side: 95 %, were they normal
 INCHES_PER_ROW = 0.34
 MOST_PANELS = 12  # of a picture of curves
+LONGEST_TITLE = 28  # letters of a panel's line
+SHARE = "share right"
 # A panel for each kind: what the names of its figures hold, and its axis.
 PANELS = {
-    "share right": ("acc", "core", "exact_match", "f1"),
+    SHARE: ("acc", "exact_match"),
+    "F1": ("f1",),
+    "CORE (0: guessing, 1: all right)": ("core",),
     "bits per byte": ("bits_per_byte",),
     "perplexity (logarithmic)": ("perplexity",),
 }
@@ -36,7 +41,7 @@ PANELS = {
 
 def benchmark_dots(table: "Table") -> Figure:
     """A row for each figure of all models, a panel for each kind; others are left to the table."""
-    names, values, published = table.names, table.values, table.published
+    names, values, published = table.names, table.values, table.published_of_these_rows()
     common = [key for key in values[0] if all(key in found for found in values)]
     panels = {axis: _of_kind(common, words) for axis, words in PANELS.items()}
     panels = {axis: keys for axis, keys in panels.items() if keys} or {"value": common}
@@ -67,7 +72,7 @@ def benchmark_dots(table: "Table") -> Figure:
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter(FuncFormatter(_plain))
             ax.xaxis.set_minor_formatter(FuncFormatter(_plain))
-        if axis == "share right":
+        if axis == SHARE:
             ax.xaxis.set_major_formatter(FuncFormatter(percent))
     legend_outside(figure, axes[0, 0], loc="outside lower right")
     caption(figure, "", above="Bars: 1.96 standard errors over rows, on each side.")
@@ -85,7 +90,7 @@ def _of_kind(names: Sequence[str], words: Sequence[str]) -> list[str]:
 
 
 def _finding(table: "Table", panels: Mapping[str, Sequence[str]]) -> str:
-    names, values, right = table.names, table.values, panels.get("share right", [])
+    names, values, right = table.names, table.values, panels.get(SHARE, [])
     if len(values) < 2 or not right:
         return f"{names[0]} on {sum(map(len, panels.values()))} figures"
     ahead = sum(values[0][key].value > values[1][key].value for key in right)
@@ -110,22 +115,27 @@ def draw_benchmarks(runs: Mapping[str, Metrics], names: Sequence[str]) -> Figure
     )
     for ax, key in zip(axes.flat, shown, strict=False):
         for color, (run, metrics) in zip(PALETTE, runs.items(), strict=False):
-            with_error = [line for line in metrics if f"{key}_stderr" in line]
-            steps, value = curves.series(with_error, key, "step")
-            _, error = curves.series(with_error, f"{key}_stderr", "step")
+            lines = [
+                line for line in metrics if f"{key}_stderr" in line and is_number(line.get(key))
+            ]
+            steps, value = curves.series(lines, key, "step")
+            told = [line[f"{key}_stderr"] for line in lines]
+            error = np.array([each if is_number(each) else np.nan for each in told])
             x = curves.before(steps, metrics, x_key)
             ax.plot(x, value, "o-", color=color, markersize=3, label=run or None)
-            if len(error) == len(value):
+            if np.isfinite(error).any():
                 low, high = value - INTERVAL * error, value + INTERVAL * error
                 ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        ax.set_title(key, loc="left", fontsize=9, color=INK)
+        task, slash, metric = key.rpartition("/")
+        title = f"{task}/\n{metric}" if slash and len(key) > LONGEST_TITLE else key
+        ax.set_title(title, loc="left", fontsize=9, color=INK)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
     for ax in axes.flat[: len(shown)][-columns:]:  # the lowest of each column
         ax.tick_params(labelbottom=True)
         ax.set_xlabel("tokens" if x_key == "tokens" else "step")
         if x_key == "tokens":
-            ax.xaxis.set_major_formatter(FuncFormatter(short_number))
+            ax.xaxis.set_major_formatter(ShortNumbers())
     if len(runs) > 1:
         legend_outside(figure, axes[0, 0], loc="outside lower right")
     caption(figure, "", above="Bands: 1.96 standard errors over rows, on each side.")

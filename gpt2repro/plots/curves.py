@@ -17,12 +17,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from gpt2repro.plots.style import (
     MUTED,
     PALETTE,
+    ShortNumbers,
     legend,
     logarithmic,
     new_figure,
     reference_line,
     save,
-    short_number,
 )
 from gpt2repro.records.metrics import comparable, is_number
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Metrics = Sequence[Mapping[str, Any]]  # the lines of a metrics.jsonl
 LEAST_CONNECTED, MOST_MARKED = 8, 40  # evaluations
 FAR = 1e9  # steps
+AVERAGE = "moving average; faint: each logged step"
 
 
 # --- Reading metrics ------------------------------------------------------------------------------
@@ -65,7 +66,9 @@ def _steps_and_tokens(metrics: Metrics) -> tuple[np.ndarray, np.ndarray]:
 
     A point far before and one far after go on as it begins and ends.
     """
-    step, tokens = series([record for record in metrics if "loss" in record], "tokens", "step")
+    logged = series([record for record in metrics if "loss" in record], "tokens", "step")
+    last = dict(zip(*logged, strict=True))  # of lines of the same step
+    step, tokens = np.array(sorted(last.items())).reshape(-1, 2).T
     done, seen = np.append(0.0, step + 1), np.append(0.0, tokens)
     first, last = (np.diff(seen)[at] / np.diff(done)[at] for at in (0, -1))
     ends = -FAR, done[-1] + FAR
@@ -141,8 +144,9 @@ def draw_losses(
             # A single run's two curves differ in colour, several runs' in weight.
             tint = color if name else MUTED
             ax.plot(x, loss, color=tint, linewidth=0.6, alpha=0.35)
-            label = f"{of}training (moving average; faint: each step)"
-            ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label)
+            label = f"{of}training ({AVERAGE})"
+            dot = _dot(x)
+            ax.plot(x, smooth(loss), color=tint, linewidth=1.1, alpha=0.8, label=label, marker=dot)
         x_val, val = validations(metrics, x_key)
         if len(x_val):
             label = f"{of}validation, {val[-1]:.3f} at the end"
@@ -164,7 +168,7 @@ def draw_losses(
         if len(x_mean):
             label = f"{of}validation of the average weights, {of_mean[-1]:.3f}"
             ax.plot(x_mean, of_mean, color=color, linewidth=1.2, linestyle="--", label=label)
-        curves += [(x, loss), (x_val, val), (x_mean, of_mean)]
+        curves.append([(x, loss), (x_val, val), (x_mean, of_mean)])
     _mark_resumes(ax, runs, resumed_at)
     if baseline:
         label, value = baseline
@@ -175,6 +179,11 @@ def draw_losses(
     if ax.get_legend_handles_labels()[0]:
         legend(ax, loc="upper right")
     return figure
+
+
+def _dot(x: np.ndarray) -> str:
+    """The marker of a line that a single point would not be."""
+    return "." if len(x) == 1 else ""
 
 
 def _mark_resumes(ax: Axes, runs: Mapping[str, Metrics], resumed_at: Sequence[int]) -> None:
@@ -216,18 +225,22 @@ def _loss_finding(runs: Mapping[str, Metrics], baseline: tuple[str, float] | Non
 
 
 def loss_limits(
-    curves: list[tuple[np.ndarray, np.ndarray]], baseline: tuple[str, float] | None
+    runs: list[list[tuple[np.ndarray, np.ndarray]]], baseline: tuple[str, float] | None
 ) -> tuple[float, float] | tuple[None, None]:
     """The range of the y axis: the plunge of a long run's first steps is cut off.
 
     It would press the part that one wants to read to the bottom; the title keeps the first value.
+
+    Args:
+        runs: the curves of each, of which a shorter one has fewer first steps.
     """
-    curves = [(x, y) for x, y in curves if len(x)]
-    if not curves:
+    late, every = np.zeros(0), np.zeros(0)
+    for curves in runs:
+        start = 0.03 * max((x[-1] for x, _ in curves if len(x)), default=0.0)
+        every = np.concatenate([every, *(y for _, y in curves)])
+        late = np.concatenate([late, *(y[x >= start] for x, y in curves)])
+    if not len(every):
         return None, None
-    every = np.concatenate([y for _, y in curves])
-    start = 0.03 * max(x[-1] for x, _ in curves)
-    late = np.concatenate([y[x >= start] for x, y in curves])
     low = min(every.min(), baseline[1] if baseline else math.inf)
     high = late.max() if len(late) and every.max() - low > 1.5 * (late.max() - low) else every.max()
     margin = 0.06 * (high - low) or 0.1
@@ -242,7 +255,7 @@ def _label_progress(bottom: Axes, top: Axes, runs: Mapping[str, Metrics]) -> Non
         bottom.set_xlabel("optimizer step")
         return
     bottom.set_xlabel("tokens seen")
-    bottom.xaxis.set_major_formatter(FuncFormatter(short_number))
+    bottom.xaxis.set_major_formatter(ShortNumbers())
     (metrics, *others) = runs.values()
     if others:
         return
@@ -277,12 +290,12 @@ def draw_learning_rate_and_gradient_norm(
             label = f"{name}: matrices (Muon)" if name else "matrices (Muon)"
             top.plot(x, scale * rate, color=color, linewidth=1.8, linestyle="--", label=label)
             if not name and top.lines:
-                top.lines[0].set_label("all else (AdamW)")
+                top.lines[0].set_label("AdamW (max_lr, before its scales)")
     top.set_ylabel("learning rate")
     top.set_ylim(bottom=0)
     _traces(bottom, runs, "grad_norm", raw=True)
-    logarithmic(bottom)
-    bottom.set_ylabel("gradient norm (L2, log scale)")
+    is_logarithmic = logarithmic(bottom)
+    bottom.set_ylabel("gradient norm (L2, log scale)" if is_logarithmic else "gradient norm (L2)")
     if max_grad_norm:
         reference_line(bottom, max_grad_norm, f"clipped from {max_grad_norm:g} on")
     return _finish_panels(figure, top, bottom, runs, resumed_at)
@@ -303,7 +316,7 @@ def _schedule_finding(
         if len(norms):
             parts.append(f"median gradient norm {np.median(norms):.2g}")
             if max_grad_norm:
-                parts.append(f"{np.mean(norms > max_grad_norm):.0%} of steps clipped")
+                parts.append(f"{np.mean(norms > max_grad_norm):.0%} of logged steps clipped")
         return ", ".join(parts) or "nothing logged yet"
 
     return _each_run(runs, describe)
@@ -317,7 +330,7 @@ def draw_throughput(runs: Mapping[str, Metrics], *, resumed_at: Sequence[int] = 
     _traces(top, runs, "tokens_per_second", raw=True)
     top.set_ylabel("tokens per second")
     top.set_ylim(*rate_limits([series(m, "tokens_per_second", "step")[1] for m in runs.values()]))
-    top.yaxis.set_major_formatter(FuncFormatter(short_number))
+    top.yaxis.set_major_formatter(ShortNumbers())
     _traces(bottom, runs, "data_wait_fraction", raw=True)
     bottom.set_ylabel("time waiting for data")
     # At least to 5%: a wait that costs nothing should look like nothing.
@@ -327,14 +340,14 @@ def draw_throughput(runs: Mapping[str, Metrics], *, resumed_at: Sequence[int] = 
 
 
 def rate_limits(rates: Sequence[np.ndarray]) -> tuple[float, float] | tuple[None, None]:
-    """The range of the axis: what nineteen of twenty steps have, so that a change can be seen.
+    """The range of the axis: what nineteen of twenty steps of each run have, to see a change.
 
     From 0 only if they come near it: a steady run would else leave half the picture empty.
     """
-    every = np.concatenate([*rates, np.zeros(0)])
-    if not len(every):
+    ranges = [np.quantile(of_run, (0.025, 0.975)) for of_run in rates if len(of_run)]
+    if not ranges:
         return None, None
-    low, high = map(float, np.quantile(every, (0.025, 0.975)))
+    low, high = float(np.min(ranges)), float(np.max(ranges))
     margin = max(high - low, 0.02 * high) / 4
     return (0.0 if low < high / 3 else max(0.0, low - margin)), high + margin
 
@@ -389,7 +402,9 @@ def _traces(ax: Axes, runs: Mapping[str, Metrics], key: str, *, raw: bool = Fals
             continue
         if raw:
             ax.plot(x, y, color=color, linewidth=0.6, alpha=0.35)
-        ax.plot(x, smooth(y) if raw else y, color=color, linewidth=1.8, label=name or None)
+        label = name or (AVERAGE if raw else None)
+        y = smooth(y) if raw else y
+        ax.plot(x, y, color=color, linewidth=1.8, label=label, marker=_dot(x))
 
 
 def _finish_panels(

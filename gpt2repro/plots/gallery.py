@@ -96,7 +96,7 @@ def overlaid(runs: list[RunRecord]) -> Runs:
     baselines = {run.baseline for run in runs}
     thresholds = {run.recipe.get("max_grad_norm") for run in runs}
     named = dict(zip(_distinct_names(runs), runs, strict=True))
-    of_one_text = len({run.validation_text for run in runs}) == 1
+    of_one_text = len({run.validation_text for run in runs if comparable(run.metrics)}) <= 1
     return Runs(
         metrics={
             name: run.metrics if of_one_text else _without_validation(run.metrics)

@@ -60,14 +60,7 @@ def draw_gradient_norms(norms: dict[str, float], text: str = "") -> Figure:
         matrix = kind.removesuffix(".weight")
         points.setdefault(matrix if matrix in MARKS else VECTORS, []).append((int(layer), norm))
     totals = np.sqrt(squares)
-    most, least = int(totals.argmax()), int(totals.argmin())
-    figure, ((ax,),) = new_figure(
-        f"The text's gradients are largest in layer {most} (norm {short_number(totals[most])}), "
-        f"smallest in layer {least} ({short_number(totals[least])})"
-        if totals[least] > 0
-        else "Some layers receive no gradient",
-        width=max(8.0, 0.25 * layers + 4),
-    )
+    figure, ((ax,),) = new_figure(_finding(totals), width=max(8.0, 0.25 * layers + 4))
     ax.plot(range(layers), totals, color=INK, linewidth=2, label="the whole layer")
     for label, (color, marker) in MARKS.items():
         x, y = zip(*points[label], strict=True)
@@ -78,10 +71,23 @@ def draw_gradient_norms(norms: dict[str, float], text: str = "") -> Figure:
     ):
         if norms.get(name):
             ax.axhline(norms[name], color=PURPLE, linestyle=dashes, linewidth=1.5, label=label)
-    logarithmic(ax)
+    is_logarithmic = logarithmic(ax)
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    ax.set_ylabel("gradient norm (L2, log scale)")
+    ax.set_ylabel("gradient norm (L2, log scale)" if is_logarithmic else "gradient norm (L2)")
     legend_outside(figure, ax, loc="outside right center")
     caption(figure, text)
     return figure
+
+
+def _finding(totals: np.ndarray) -> str:
+    """`totals`: the norm of each layer's gradient."""
+    if not np.isfinite(totals).all():
+        return "Some layers' gradients are not finite"
+    most, least = int(totals.argmax()), int(totals.argmin())
+    if not totals[least]:
+        return "Some layers receive no gradient"
+    return (
+        f"The text's gradients are largest in layer {most} (norm {short_number(totals[most])}), "
+        f"smallest in layer {least} ({short_number(totals[least])})"
+    )

@@ -44,11 +44,12 @@ def draw_logit_lens(
     """The first choice after each layer, shaded by its probability; the last one's as lines too."""
     layers = len(lens) - 1
     shown = sorted(set(np.linspace(0, layers, min(layers + 1, MOST_ROWS)).round().astype(int)))
+    found = _lens_finding(lens, labels, tokenizer)
     lens, positions = lens[shown], lens.shape[1]
     best, chance = lens.argmax(-1), lens.max(-1)
     title: dict[str, Any] = {"fontsize": 9.5, "loc": "left", "color": INK}
     figure, ((ax, side),) = new_figure(
-        _lens_finding(lens, shown, labels, tokenizer),
+        found,
         width=0.82 * positions + 4.6,
         height=0.36 * len(shown) + 2.4,
         columns=2,
@@ -89,12 +90,11 @@ def draw_logit_lens(
     return figure
 
 
-def _lens_finding(
-    lens: np.ndarray, shown: Sequence[int], labels: Sequence[str], tokenizer: Any
-) -> str:
+def _lens_finding(lens: np.ndarray, labels: Sequence[str], tokenizer: Any) -> str:
+    """From which layer on the last choice stands: all are asked, also those that are not shown."""
     final = lens[-1, -1].argmax()
     agrees = lens[:, -1].argmax(-1) == final
-    first = shown[len(agrees) - int(np.argmin(agrees[::-1]))] if not agrees.all() else 0
+    first = len(agrees) - int(np.argmin(agrees[::-1])) if not agrees.all() else 0
     (word,) = token_labels(tokenizer, [final])
     since = f"after layer {first - 1}" if first else "at the embedding"
     return (

@@ -38,7 +38,7 @@ PANELS = {
         "grad_norm": ("gradient norm", "0.[000]"),
     },
     "throughput": {
-        "tokens_per_second": ("tokens per second", "0.[0]a"),
+        "tokens_per_second": ("tokens per second", "0.[000]a"),
         "data_wait_fraction": ("time waiting for data", "0.[00]%"),
     },
 }
@@ -124,7 +124,7 @@ def _draw(panel: Any, runs: Runs, key: str, x_key: str) -> None:
         elif key == "lr" and run in runs.muon_scale:
             scaled = runs.muon_scale[run] * y
             _line(panel, x, scaled, f"{of}matrices (Muon)", color, line_dash="dashed")
-            _line(panel, x, y, f"{of}all else (AdamW)", color)
+            _line(panel, x, y, f"{of}AdamW (max_lr, before its scales)", color)
         else:
             label = panel.yaxis.axis_label
             _line(panel, x, y, f"{of}{label}", color, smooth=key != "lr")
@@ -153,8 +153,8 @@ def _line(
     if not len(x):
         return
     if smooth:
-        panel.line(*thinned(x, y), color=color, alpha=0.3)
-        y = curves.smooth(y)
+        panel.line(*thinned(x, y), name=f"{name}, each logged step", color=color, alpha=0.3)
+        y, name = curves.smooth(y), f"{name}, moving average"
     x, y = thinned(x, y)
     # Between few evaluations a line would claim what nobody measured.
     if not marked or len(x) >= curves.LEAST_CONNECTED:
@@ -174,7 +174,7 @@ def _across(panel: Any, value: float, name: str, color: str, dash: str) -> None:
 def _finish(panel: Any, x_key: str, y_format: str) -> None:
     tips = [("", "$name"), (x_key, "$snap_x{0,0}"), ("", "$snap_y{0.[0000000]}")]
     panel.add_tools(HoverTool(tooltips=tips, mode="mouse"))
-    panel.xaxis.formatter = NumeralTickFormatter(format="0.[0]a" if x_key == "tokens" else "0,0")
+    panel.xaxis.formatter = NumeralTickFormatter(format="0.[000]a" if x_key == "tokens" else "0,0")
     panel.yaxis.formatter = NumeralTickFormatter(format=y_format)
     panel.toolbar.logo = None  # it is a link
     panel.toolbar.autohide = True

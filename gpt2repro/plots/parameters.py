@@ -129,10 +129,15 @@ def draw_weights(samples: dict[str, list[np.ndarray]], initializer_range: float)
         for name, rows in samples.items()
         for layer, values in enumerate(rows)
     }
-    name, layer = max(spread, key=lambda key: spread[key] / initial[key[0]])
+    widest = max(spread, key=lambda key: spread[key] / (initial[key[0]] or 1))
+    name, layer = widest
+    deviation = f"standard deviation {spread[widest]:.3f}"
+    title = f"{name} of layer {layer} is widest: {deviation}"
+    if initial[name]:
+        title = f"{name} of layer {layer} is widest against its initialization: {deviation}, "
+        title += f"{spread[widest] / initial[name]:.1f} times that one"
     figure, axes = new_figure(
-        f"{name} of layer {layer} has spread most: standard deviation {spread[name, layer]:.3f}, "
-        f"{spread[name, layer] / initial[name]:.1f} times that at initialization",
+        title,
         width=max(9.0, 0.28 * layers + 5),
         height=6.5,
         rows=2,
@@ -174,5 +179,5 @@ def _violins(ax: Axes, rows: list[np.ndarray]) -> None:
         deviation = values.std()
         ax.plot(
             [layer] * 2, [-deviation, deviation], color=BLUE, linewidth=2.5, solid_capstyle="butt",
-            label=None if layer else "± one standard deviation",
+            marker="" if deviation else ".", label=None if layer else "± one standard deviation",
         )  # fmt: skip

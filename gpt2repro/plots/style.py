@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -16,9 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, NullLocator
 
 from gpt2repro.system import atomic
+from gpt2repro.system.text import printable
 
 # Okabe & Ito 2008: eight colours that readers with any colour vision tell apart.
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -45,6 +47,7 @@ def new_figure(
 
     A title is one line: one too long for the width is smaller, and at last cut (`finding` has all).
     """
+    title = printable(title)
     figure = Figure(figsize=(width, height), facecolor="white", label=title)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     letters = width * TITLE_LETTERS_PER_INCH  # that fit, at the full size
@@ -71,16 +74,17 @@ def style(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def logarithmic(ax: Axes) -> None:
-    """Make the y axis of what is drawn logarithmic, with ticks that read 0.2, 0.5, 1."""
+def logarithmic(ax: Axes) -> bool:
+    """Make the y axis of what is drawn logarithmic, with ticks that read 0.2, 0.5, 1; if it can."""
     if not np.isfinite(ax.dataLim.minposy):
-        return  # nothing positive to show
+        return False  # nothing positive to show
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     subs = (1, 2, 3, 4, 6) if high < 30 * low else (1, 2, 5) if high < 1000 * low else (1,)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=30))  # else every other decade goes
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
+    return True
 
 
 def reference_line(ax: Axes, value: float, label: str) -> None:
@@ -96,10 +100,17 @@ def legend(ax: Axes, **options: Any) -> None:
 
 def caption(figure: Figure, text: str, above: str = "") -> None:
     """The text that a model read, small under everything else, and `above` it another label."""
-    line, most = " ".join(text.split()), int(figure.get_figwidth() * CAPTION_LETTERS_PER_INCH)
-    shown = line if len(line) <= most else f"{line[: most - 1]}…"
-    label = "\n".join(filter(None, (above, line and f"the text: {shown}")))
+    line = f"the text: {' '.join(text.split())}" if text.strip() else ""
+    ends = np.cumsum([_width(letter) for letter in line])  # of the letters
+    fit = int(np.searchsorted(ends, figure.get_figwidth() * CAPTION_LETTERS_PER_INCH))
+    shown = line if fit == len(line) else f"{line[: fit - 1]}…"
+    label = "\n".join(filter(None, (above, shown)))
     figure.supxlabel(label, x=0.012, ha="left", fontsize=9, color=INK, parse_math=False)
+
+
+def _width(letter: str) -> float:
+    """In small letters: of a Chinese one two."""
+    return 2.0 if east_asian_width(letter) in "WF" else 1.4 if letter.isupper() else 1.0
 
 
 def legend_outside(figure: Figure, ax: Axes, **place: Any) -> None:
@@ -133,10 +144,12 @@ def rendering(figure: Figure) -> Iterator[None]:
     """Around `savefig`: a token of a script that the font lacks is a box, and that is no news.
 
     Whatever the user's matplotlibrc says, text is no TeX, in which tokens and titles would mean
-    something else, and an SVG has the ids that it would have next time.
+    something else, and an SVG has the ids that it would have next time. It is XML, in which no
+    control character may stand: a prompt or a run's name may have some.
     """
     for text in figure.findobj(Text):
         text.set_usetex(False)
+        text.set_text(printable(text.get_text()))
     ours = rc_context({"text.usetex": False, "svg.hashsalt": "gpt2repro"})
     with warnings.catch_warnings(), ours:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -161,12 +174,32 @@ def save(figure: Figure, output: Path) -> list[Path]:
     return paths
 
 
-def short_number(value: float, _position: int | None = None) -> str:
+class ShortNumbers(Formatter):
+    """Ticks as `short_number` has them, with as many digits as tell them apart."""
+
+    def __call__(self, value: float, _position: int | None = None) -> str:
+        return short_number(value)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        if len(values) < 2:
+            return list(map(short_number, values))
+        size, letter = _size_of(max(np.abs(values)))
+        step = min(np.diff(np.unique(values))) / size
+        digits = next(n for n in range(10) if n == 9 or abs(round(step, n) - step) < 0.01 * step)
+        return [f"{value / size:.{digits}f}{letter}" if value else "0" for value in values]
+
+
+def short_number(value: float) -> str:
     """1_638_400 -> 1.6M, 10e9 -> 10B, as tokens and rates are spoken of."""
+    size, letter = _size_of(value)
+    return f"{value / size:.3g}{letter}"
+
+
+def _size_of(value: float) -> tuple[float, str]:
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:  # which three digits show as the next
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+            return size, letter
+    return 1.0, ""
 
 
 def percent(fraction: float, _position: int | None = None) -> str:
@@ -176,7 +209,7 @@ def percent(fraction: float, _position: int | None = None) -> str:
 
 def signed(value: float) -> str:
     """Two digits, with a minus sign that is as wide as a plus."""
-    return f"{value:.2f}".replace("-", "−")
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # no zero has one
 
 
 def finding(figure: Figure) -> str:
@@ -193,5 +226,6 @@ def token_labels(tokenizer: Any, ids: Sequence[int], most: int = 12) -> list[str
             label = f"<{tokenizer.convert_ids_to_tokens(int(index))}>"
         label = label.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
         label = "".join(c if c.isprintable() else "·" for c in label)
+        label = label or f"<{index}>"  # beyond the tokenizer, where the model's rows are padded
         labels.append(label if len(label) <= most else label[: most - 1] + "…")
     return labels

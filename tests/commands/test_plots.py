@@ -90,6 +90,16 @@ def test_two_runs_are_overlaid_apart_from_the_runs_own_plots(tmp_path, capsys):
     assert "adamw 4.07 after 40 steps, muon 4.07 after 40 steps" in capsys.readouterr().out
 
 
+def test_a_run_that_has_not_validated_is_not_of_another_text(tmp_path, capsys):
+    old, new = make_run(tmp_path / "old"), make_run(tmp_path / "new")
+    lines = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()[:5]]
+    lines = [{k: v for k, v in line.items() if not k.startswith("val_")} for line in lines]
+    (new / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plots.main([str(old), "--compare", str(new)]) == 0
+    shown = capsys.readouterr().out
+    assert "different texts" not in shown and "Validation loss" in shown
+
+
 def test_runs_of_the_same_name_are_told_apart_by_their_directories(tmp_path):
     runs = [gallery.read_run(str(make_run(tmp_path / d, exp_name="demo"))) for d in ("one", "two")]
     names = gallery._distinct_names(runs)
@@ -118,6 +128,22 @@ def test_weights_that_are_not_finite_have_no_findings(tmp_path):
         UserError, match=r"1 tensors are not finite, such as transformer\.h\.0\.mlp"
     ):
         plots.main([str(tmp_path)])
+
+
+def test_activations_that_are_not_finite_have_no_findings(tmp_path):
+    model = random_gpt2(positions=32)
+    model.transformer.h[0].attn.c_attn.weight.data *= 1e30
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="what it computes of this --prompt is not finite"):
+        plots.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["token_neighbours.md", "page.html"])
+def test_a_directory_in_the_place_of_a_file_is_one_line(stock, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"--output .* cannot be written"):
+        plots.main([str(stock), "--html", "--output", str(tmp_path)])
 
 
 def test_a_model_without_a_tokenizer_can_be_given_one(stock, tmp_path):
@@ -160,4 +186,4 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
 
 def test_chosen_heads_are_drawn(stock, tmp_path, capsys):
     plots.main([str(stock), "--output", str(tmp_path), "--heads", "1.0,0.1"])
-    assert "None of these 2 heads looks mostly" in capsys.readouterr().out
+    assert "No head here looks mostly" in capsys.readouterr().out

@@ -47,6 +47,38 @@ def test_a_figure_without_an_error_is_drawn_without_a_band():
     assert ax.lines[0].get_ydata().tolist() == [0.25, 0.3, 0.4] and not ax.collections
 
 
+def test_an_error_is_that_of_its_own_line():
+    lines = lines_of("f1")
+    lines[10]["f1_stderr"] = None
+    lines[20]["f1"] = None
+    (ax,) = draw_benchmarks({"": lines}, ["f1"]).axes
+    assert ax.lines[0].get_ydata().tolist() == [0.25, 0.4]
+    (band,) = ax.collections
+    assert np.concatenate([path.vertices[:, 1] for path in band.get_paths()]) == pytest.approx(
+        0.4, abs=INTERVAL * 0.02 + 1e-9
+    )
+
+
+def test_a_long_name_is_on_two_lines():
+    names = ["core/bigbench_qa_wikidata/centered", "piqa/acc"]
+    lines = [dict.fromkeys(names, 0.1) | line for line in lines_of("f1")]
+    titles = [ax.get_title("left") for ax in draw_benchmarks({"": lines}, names).axes]
+    assert titles == ["core/bigbench_qa_wikidata/\ncentered", "piqa/acc"]
+
+
+def test_core_is_no_share_and_published_figures_are_of_the_same_rows():
+    right = mean(np.array([1, 0, 1], float))
+    found = {"hellaswag/completion_acc": right, "core": right, "squad/f1": right}
+    table = Table(["a", "b"], [found, found], {}, {"hellaswag/completion_acc": (0.2859, "x")})
+    figure = benchmark_dots(table)
+    assert [ax.get_xlabel() for ax in figure.axes] == [
+        *("share right", "F1", "CORE (0: guessing, 1: all right)")
+    ]
+    assert figure.get_label() == "a is ahead of b in 0 of 1 accuracies"
+    assert not any("published" in row for row in table.cells()[0])
+    assert "published, not computed" not in figure.axes[0].get_legend_handles_labels()[1]
+
+
 def test_a_figure_that_one_model_lacks_or_of_another_kind_is_no_dot():
     right = mean(np.array([1, 0, 1], float))
     ours = {"a/acc": right, "a/brier_score": right, "a/gold_bits_per_byte": right}

@@ -112,12 +112,40 @@ def test_a_label_with_dollars_is_text_not_mathematics(tmp_path):
 def test_the_plunge_of_a_long_run_is_cut_off_but_a_short_run_is_whole():
     steps = np.arange(1000.0)
     plunge = (steps, 3.3 + 7.7 * np.exp(-steps / 5))
-    low, high = curves.loss_limits([plunge], None)
+    low, high = curves.loss_limits([[plunge]], None)
     assert low < 3.3 and high < 4
 
     slope = (steps, 8 - 4 * steps / 1000)
-    low, high = curves.loss_limits([slope], ("theirs", 2.0))
+    low, high = curves.loss_limits([[slope]], ("theirs", 2.0))
     assert low < 2.0 and high > 8.0
+
+
+def test_a_short_run_beside_a_long_one_lies_within_the_axes():
+    short, long = run_metrics(100), run_metrics(6000, eval_every=1000)
+    short = [line | {"tokens_per_second": 2e5} if "loss" in line else line for line in short]
+    runs = {"short": short, "long": long}
+    (ax, *_) = curves.draw_losses(runs).axes
+    low, high = ax.get_ylim()
+    of_short = [line["loss"] for line in short[3:] if "loss" in line]
+    assert low < min(of_short) and max(of_short) < high
+    top, _ = curves.draw_throughput(runs).axes[:2]
+    low, high = top.get_ylim()
+    assert low < 9000 and high > 2e5
+
+
+def test_a_line_that_is_there_twice_changes_nothing():
+    once = run_metrics()
+    for twice in ([*once, once[-2]], [each for line in once for each in (line, line)]):
+        theirs = curves._steps_and_tokens(once)
+        for ours, their in zip(curves._steps_and_tokens(twice), theirs, strict=True):
+            np.testing.assert_array_equal(ours, their)
+        assert finding(curves.draw_losses({"": twice}))
+
+
+def test_a_single_step_is_a_dot():
+    for draw in (curves.draw_losses, curves.draw_throughput):
+        (ax, *_) = draw({"": run_metrics()[:1]}).axes
+        assert "." in [line.get_marker() for line in ax.get_lines()]
 
 
 def test_smooth_is_a_centred_moving_average_that_begins_where_the_values_do():
@@ -182,7 +210,10 @@ def test_resumes_are_marked():
 def test_muons_rate_is_drawn_beside_the_others():
     figure = curves.draw_learning_rate_and_gradient_norm({"": run_metrics()}, muon_scale={"": 2.5})
     rest, matrices = figure.axes[0].get_lines()
-    assert (rest.get_label(), matrices.get_label()) == ("all else (AdamW)", "matrices (Muon)")
+    assert (rest.get_label(), matrices.get_label()) == (
+        "AdamW (max_lr, before its scales)",
+        "matrices (Muon)",
+    )
     assert matrices.get_ydata() == pytest.approx(2.5 * rest.get_ydata())
 
 
@@ -203,7 +234,8 @@ def test_gradient_norm_and_throughput_say_their_findings():
     runs = {"": run_metrics()}
     schedule = curves.draw_learning_rate_and_gradient_norm(runs, max_grad_norm=1.0)
     assert finding(schedule) == (
-        "Learning rate peaks at 0.001 at step 0, median gradient norm 1.5, 65% of steps clipped"
+        "Learning rate peaks at 0.001 at step 0, median gradient norm 1.5, "
+        "65% of logged steps clipped"
     )
     throughput = curves.draw_throughput(runs)
     assert finding(throughput) == (

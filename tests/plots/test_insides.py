@@ -1,5 +1,7 @@
 """What a model does with a text, against transformers' GPT-2 and against cases known by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_no_head_that_looks_evenly_is_said_to_look_at_something():
     assert {name: habit[1, 2] for name, habit in habits.items()} == pytest.approx(shares)
     heads = [(0, 0), (1, 2)]
     assert "looks mostly at one place" in attention_module._heads_finding(habits, heads)
-    assert attention_module._heads_finding(habits, heads).startswith("None of these 2 heads")
+    assert attention_module._heads_finding(habits, heads).startswith("No head here")
     described = attention_module._describe_head(habits, shares, (1, 2))
     assert described.startswith("layer 1, head 2: not mostly anywhere; most\nat ")
     assert "; an even head: 1" in described
@@ -90,7 +92,7 @@ def test_no_head_that_looks_evenly_is_said_to_look_at_something():
         "Head 0 of layer 0 looks at the first token with 51% of its attention"
     )
     described = attention_module._describe_head(looks, {"the first token": 0.14}, (0, 0))
-    assert described == "layer 0, head 0: mostly\nat the first token (51%; an even head: 14%)"
+    assert described == "layer 0, head 0: mostly\nat the first token\n(51%; an even head: 14%)"
 
 
 def test_typical_heads_are_distinct_and_one_for_each_habit_that_is_a_main_one():
@@ -125,11 +127,57 @@ def test_the_lens_finding_names_the_layer_from_which_the_choice_stands():
     lens = np.full((4, 1, len(tokenizer)), 0.001)
     for row, winner in enumerate([a, b, a, a]):  # a leads at first, is lost, and comes back
         lens[row, 0, winner] = 0.5
-    text = lens_module._lens_finding(lens, range(4), ["x"], tokenizer)
+    text = lens_module._lens_finding(lens, ["x"], tokenizer)
     assert text == (
         "After the last “x” of the text, “a” is the first choice after layer 1 and on, at 50% in "
         "the end"
     )
+
+
+def test_every_layer_is_asked_from_where_the_choice_stands_also_those_not_shown():
+    """Of 48 layers every fourth is shown."""
+    tokenizer = tiny_tokenizer()
+    a, b = tokenizer("a")["input_ids"][0], tokenizer("b")["input_ids"][0]
+    lens = np.full((49, 1, len(tokenizer)), 0.001)
+    lens[:, 0, a] = 0.5
+    lens[:46, 0, b] = 0.6
+    assert "first choice after layer 45 and on" in finding(
+        lens_module.draw_logit_lens(lens, ["x"], tokenizer)
+    )
+
+
+def test_what_is_said_of_copies_is_said_of_tokens_that_have_some():
+    habits = {attention_module.COPIES: np.array([[0.8]]), "the token itself": np.array([[0.1]])}
+    assert attention_module._heads_finding(habits, [(0, 0)]).endswith(
+        "earlier copies with 80% of its attention, where there are any"
+    )
+
+
+def test_all_columns_of_heads_have_their_tokens_and_no_title_meets_the_next(ours):
+    """Also where the last row is not full."""
+    attention = attention_module.attention_maps(ours, IDS)
+    habits = attention_module.attention_habits(attention, IDS)
+    heads, even = [(0, 0), (0, 1), (1, 0), (1, 1)], attention_module.even_habits(IDS)
+    labels = token_labels(tiny_tokenizer(), IDS)
+    figure = attention_module.draw_attention_heads(attention, habits, labels, heads, even)
+    figure.draw_without_rendering()
+    panels = figure.axes[:4]
+    shown = [any(tick.label1.get_visible() for tick in ax.xaxis.get_major_ticks()) for ax in panels]
+    assert shown[1:] == [True] * 3
+    for left, right in itertools.pairwise(panels[:3]):
+        assert left._left_title.get_window_extent().x1 < right._left_title.get_window_extent().x0
+
+
+@pytest.mark.parametrize(
+    ("totals", "said"),
+    [
+        ([1.0, np.nan], "not finite"),
+        ([1.0, 0.0], "receive no gradient"),
+        ([1.0, 2.0], "largest in layer 1 (norm 2), smallest in layer 0 (1)"),
+    ],
+)
+def test_the_finding_of_gradients(totals, said):
+    assert said in gradients._finding(np.array(totals))
 
 
 def test_gradient_norms_add_up_to_the_global_norm(ours):
@@ -163,7 +211,7 @@ def test_every_picture_has_a_finding(ours):
         gradients.draw_gradient_norms(norms),
     ]
     assert all(finding(figure) for figure in figures)
-    assert finding(figures[1]) == "None of these 1 heads looks mostly at one place"
+    assert finding(figures[1]) == "No head here looks mostly at one place"
     assert finding(figures[3]).startswith("The text's gradients are largest in layer ")
 
     # What is drawn is what was measured: where a head may look; what is first; a layer's norm.

@@ -82,7 +82,23 @@ def test_the_title_names_the_matrix_that_grew(model):
     samples = parameters.weight_samples(model)
     samples["mlp.c_proj"][1] = samples["mlp.c_proj"][1] * 9
     title = finding(parameters.draw_weights(samples, initializer_range=0.5))
-    assert title.startswith("mlp.c_proj of layer 1 has spread most: ")
+    assert title.startswith("mlp.c_proj of layer 1 is widest against its initialization: ")
+
+
+@pytest.mark.parametrize(
+    ("initializer_range", "said"),
+    [
+        (0.0, "is widest: standard deviation 0.000"),
+        (0.02, "against its initialization: standard deviation 0.000, 0.0 times that one"),
+    ],
+)
+def test_matrices_of_zeros_are_dots_and_no_ratio_is_one_to_nothing(model, initializer_range, said):
+    samples = {
+        name: [0 * each for each in rows] for name, rows in parameters.weight_samples(model).items()
+    }
+    figure = parameters.draw_weights(samples, initializer_range)
+    assert finding(figure).endswith(said)
+    assert all(ax.lines[0].get_marker() == "." for ax in figure.axes)
 
 
 def test_bars_are_deviations_and_lines_those_at_initialization(model):

@@ -1,5 +1,8 @@
 """The labels that all pictures share."""
 
+import warnings
+from xml.etree import ElementTree
+
 import pytest
 from matplotlib import rc_context
 from matplotlib.text import Text
@@ -37,6 +40,41 @@ def test_a_picture_of_the_same_numbers_is_the_same_file(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_a_control_character_does_not_end_a_picture(tmp_path, kind):
+    figure, [[ax]] = style.new_figure("a\x1b[31mred\x00 title")
+    ax.plot([1, 2], label="a\x1b[31mred run")
+    style.legend(ax)
+    style.caption(figure, "a\x07 prompt")
+    style.save(figure, path := tmp_path / f"a.{kind}")
+    assert "\x1b" not in style.finding(figure)
+    if kind == "svg":
+        ElementTree.parse(path)  # else: not well-formed (invalid token)
+
+
+@pytest.mark.parametrize("words", ["Some words of a text, ", "SOME WORDS OF A TEXT, ", "漢字"])
+def test_a_caption_ends_within_the_picture(words):
+    figure, _ = style.new_figure("A title")
+    style.caption(figure, words * 50)
+    label = figure._supxlabel
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        assert label.get_window_extent().x1 <= figure.bbox.x1
+    assert label.get_text().endswith("…") and len(label.get_text()) > 30
+
+
+def test_ticks_that_differ_read_differently():
+    ticks = style.ShortNumbers().format_ticks
+    assert ticks([2.19e6, 2.195e6, 2.2e6]) == ["2.190M", "2.195M", "2.200M"]
+    assert ticks([0, 0.5e9, 1e9]) == ["0", "0.5B", "1.0B"]
+    assert ticks([0, 20_000, 40_000]) == ["0", "20k", "40k"]
+    assert ticks([0.25, 0.5]) == ["0.25", "0.50"] and ticks([1500]) == ["1.5k"] and ticks([]) == []
+
+
+def test_no_zero_has_a_sign():
+    assert [style.signed(value) for value in (-0.001, 0.004, -0.5)] == ["0.00", "0.00", "−0.50"]
+
+
 def test_token_labels_show_what_cannot_be_seen():
     tokenizer = tiny_tokenizer()
 
@@ -54,6 +92,11 @@ def test_long_labels_are_cut():
             return "internationalization"
 
     assert style.token_labels(Tokenizer(), [0]) == ["internation…"]
+
+
+def test_a_row_of_the_embedding_that_is_no_token_is_its_number():
+    tokenizer = tiny_tokenizer()
+    assert style.token_labels(tokenizer, [len(tokenizer) + 5]) == [f"<{len(tokenizer) + 5}>"]
 
 
 @pytest.mark.parametrize(
