@@ -23,6 +23,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     StaticCache,
+    modeling_utils,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -370,8 +371,6 @@ def test_the_written_triangle_is_causal_attention(num_cached):
 
 def test_flash_attention_is_declared_and_known_to_transformers():
     assert GPT2ReproForCausalLM._supports_flash_attn
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     assert {"flash_attention_2", "flash_attention_3"} <= set(ALL_ATTENTION_FUNCTIONS.valid_keys())
 
 
@@ -539,3 +538,16 @@ def test_token_classification_trains():
     assert outputs.logits.shape == (2, 9, 3)
     outputs.loss.backward()
     assert model.transformer.wte.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "warned"),
+    [(0, {}, True), (1, {}, False), (0, {"attention_mask": torch.ones(1, 4)}, False)],
+)
+def test_padding_without_a_mask_is_warned_of_as_by_theirs(monkeypatch, first, more, warned):
+    said: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    for model in ours_and_theirs(pad_token_id=0):
+        model(torch.tensor([[first, 3, 4, 5]]), **more)
+    mine, *yours = said or ["", ""]
+    assert [mine] == yours and ("may be padded" in mine) is warned
