@@ -92,6 +92,7 @@ class Scale(NamedTuple):
 PLAIN = {
     **{"schedule": "cosine", "cooldown_fraction": 0.2, "matrix_cooldown_fraction": "null"},
     **{"muon_lr": 0.02, "muon_weight_decay": 0.0, "min_lr": 0.0},
+    **{"muon_momentum_warmup_steps": 0, "embedding_lr_scale": 1.0},
     **{"eval_every": 0, "sample_every": 0, "resume": "auto"},
 }
 OF_B = {

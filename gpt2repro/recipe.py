@@ -420,7 +420,7 @@ def _check_optimizer(recipe: Recipe) -> None:
         raise UserError(f"min_lr {recipe.min_lr:g} is above max_lr {recipe.max_lr:g}")
     if recipe.matrix_cooldown_fraction is not None and recipe.schedule in ("cosine", "linear"):
         raise UserError("matrix_cooldown_fraction is for schedule: wsd and power; set it to null")
-    for name in ("muon_normalize", "muon_heads", "muon_momentum_warmup_steps"):
+    for name in ("muon_normalize", "muon_heads"):
         if getattr(recipe, name) and recipe.optimizer != "muon":
             raise UserError(f"{name} needs optimizer muon")
     if recipe.matrix_lr_scale != 1 and recipe.optimizer == "muon":

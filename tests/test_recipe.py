@@ -244,7 +244,6 @@ BAD_ARGUMENTS = [
         "attn_implementation sdpa_flash_4 knows no dropout: set it to 0",
     ),
     (["--muon_heads"], "muon_heads needs optimizer muon"),
-    (["--muon_momentum_warmup_steps", "9"], "muon_momentum_warmup_steps needs optimizer muon"),
     (
         ["--batch_tokens", str(2**60)],
         "1152921504606846976 is not allowed; it takes a whole number, at",

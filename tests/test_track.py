@@ -138,7 +138,7 @@ def test_a_scale_is_tuned_raced_and_summarized(track, by_formula, tmp_path, caps
 
 @pytest.mark.parametrize(("recipe", "scale"), [("demo", "a"), ("gpt2-muon", "b4")])
 def test_recipes_have_the_winner(track, recipe, scale):
-    """The demo that of its own model; the 124M, whose schedule is the demo's, that of 12 layers."""
+    """The demo that of its own model; the 124M that of 12 layers, and the schedule of the demo."""
     a, own = (
         json.loads((ROOT / f"benchmarks/results/track/{each}.summary.json").read_text())
         for each in ("a", scale)
@@ -148,9 +148,10 @@ def test_recipes_have_the_winner(track, recipe, scale):
         found = track.shortest(report["rows"])
         return min(found, key=lambda row: (row["steps"], row["mean"]))["side"]
 
-    best, side = track.best_point(own, winner(own)), track.SIDES[winner(a)][0]
+    best, (side, _) = track.best_point(own, winner(own)), track.SIDES[winner(own)]
+    schedule = {"schedule": track.SIDES[winner(a)][0]["schedule"], "min_lr": 0.0}
     fields = load_recipe(["--recipe", recipe]).model_dump()
-    for name, value in {**side, **best, "min_lr": 0.0}.items():
+    for name, value in {**side, **best, **schedule}.items():
         assert fields[name] == value, name
 
 
