@@ -225,7 +225,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids; or `inputs_embeds`, (B, T, C), in their place.
-            past_key_values: Keys and values of earlier calls, extended in place; or `cache`.
+            past_key_values: The keys and values of earlier calls, extended in place (`cache` since
+                transformers 5.24).
             attention_mask: (B, S), 0 where a token is padding; or (B, 1, T, S), used as it is.
             token_type_ids: (B, T) tokens whose embeddings mark segments.
             position_ids: (B, T) or (1, T). By default a row counts from its first token that is
@@ -235,7 +236,6 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)  # (B, T, C), 124M: (B, 1024, 768)
         if inputs_embeds.ndim != 3:
             raise ValueError(f"input_ids are (B, T), not {tuple(inputs_embeds.shape[:-1])}")

@@ -23,7 +23,6 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     StaticCache,
-    modeling_utils,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -538,16 +537,3 @@ def test_token_classification_trains():
     assert outputs.logits.shape == (2, 9, 3)
     outputs.loss.backward()
     assert model.transformer.wte.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize(
-    ("first", "more", "warned"),
-    [(0, {}, True), (1, {}, False), (0, {"attention_mask": torch.ones(1, 4)}, False)],
-)
-def test_padding_without_a_mask_is_warned_of_as_by_theirs(monkeypatch, first, more, warned):
-    said: list[str] = []
-    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
-    for model in ours_and_theirs(pad_token_id=0):
-        model(torch.tensor([[first, 3, 4, 5]]), **more)
-    mine, *yours = said or ["", ""]
-    assert [mine] == yours and ("may be padded" in mine) is warned
