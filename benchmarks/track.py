@@ -604,7 +604,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
         its.add_argument("--output", type=Path, default=Path("benchmarks/results/track"))
     its = verbs.choices["run"]
     its.add_argument(
-        "--sides", nargs="+", choices=SIDES, default=["muon", "muon-power", "muon-linear"]
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        default=["muon", "muon-power", "muon-linear", "muon-together"],
     )
     its.add_argument("--tried", nargs="+", choices=SIDES, default=[])
     shares = [n / 40 for n in LENGTHS]

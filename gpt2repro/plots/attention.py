@@ -27,7 +27,7 @@ MOSTLY = 0.5  # the share of a head's attention from which on it is said to look
 COPIES, FOLLOWERS = "earlier copies", "what followed earlier copies"
 RULE = (
     f"Mostly: more than {MOSTLY:.0%} of a head's attention "
-    "(to earlier copies: of that of tokens that have some)"
+    "(for copies and what followed: where there are any)"
 )
 WEIGHT = "attention weight (scale by its root)"
 

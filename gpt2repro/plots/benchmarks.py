@@ -16,6 +16,7 @@ from gpt2repro.plots.style import (
     ShortNumbers,
     caption,
     legend_outside,
+    middle_cut,
     new_figure,
     percent,
 )
@@ -127,7 +128,8 @@ def draw_benchmarks(runs: Mapping[str, Metrics], names: Sequence[str]) -> Figure
                 low, high = value - INTERVAL * error, value + INTERVAL * error
                 ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         task, slash, metric = key.rpartition("/")
-        title = f"{task}/\n{metric}" if slash and len(key) > LONGEST_TITLE else key
+        parts = [task + slash, metric] if slash and len(key) > LONGEST_TITLE else [key]
+        title = "\n".join(middle_cut(part, LONGEST_TITLE) for part in parts)
         ax.set_title(title, loc="left", fontsize=9, color=INK)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)

@@ -67,8 +67,8 @@ def _steps_and_tokens(metrics: Metrics) -> tuple[np.ndarray, np.ndarray]:
     A point far before and one far after go on as it begins and ends.
     """
     logged = series([record for record in metrics if "loss" in record], "tokens", "step")
-    last = dict(zip(*logged, strict=True))  # of lines of the same step
-    step, tokens = np.array(sorted(last.items())).reshape(-1, 2).T
+    tokens_at = dict(zip(*logged, strict=True))  # of lines of the same step the last
+    step, tokens = np.array(sorted(tokens_at.items())).reshape(-1, 2).T
     done, seen = np.append(0.0, step + 1), np.append(0.0, tokens)
     first, last = (np.diff(seen)[at] / np.diff(done)[at] for at in (0, -1))
     ends = -FAR, done[-1] + FAR
@@ -167,7 +167,8 @@ def draw_losses(
         x_mean, of_mean = validations(metrics, x_key, "val_loss_ema")
         if len(x_mean):
             label = f"{of}validation of the average weights, {of_mean[-1]:.3f}"
-            ax.plot(x_mean, of_mean, color=color, linewidth=1.2, linestyle="--", label=label)
+            look = {"linewidth": 1.2, "linestyle": "--", "marker": _dot(x_mean)}
+            ax.plot(x_mean, of_mean, color=color, label=label, **look)
         curves.append([(x, loss), (x_val, val), (x_mean, of_mean)])
     _mark_resumes(ax, runs, resumed_at)
     if baseline:
@@ -232,7 +233,8 @@ def loss_limits(
     It would press the part that one wants to read to the bottom; the title keeps the first value.
 
     Args:
-        runs: the curves of each, of which a shorter one has fewer first steps.
+        runs: the curves of each. A shorter one has fewer first steps; all others are to be seen,
+            so that beside a very short run a long one's plunge is not cut.
     """
     late, every = np.zeros(0), np.zeros(0)
     for curves in runs:
@@ -288,7 +290,8 @@ def draw_learning_rate_and_gradient_norm(
         if scale := (muon_scale or {}).get(name):
             x, rate = series(metrics, "lr", x_key_of(runs))
             label = f"{name}: matrices (Muon)" if name else "matrices (Muon)"
-            top.plot(x, scale * rate, color=color, linewidth=1.8, linestyle="--", label=label)
+            look = {"linewidth": 1.8, "linestyle": "--", "marker": _dot(x)}
+            top.plot(x, scale * rate, color=color, label=label, **look)
             if not name and top.lines:
                 top.lines[0].set_label("AdamW (max_lr, before its scales)")
     top.set_ylabel("learning rate")

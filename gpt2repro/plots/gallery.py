@@ -11,14 +11,13 @@ from matplotlib.figure import Figure
 
 from gpt2repro.evaluation.published import VALIDATION_TEXT, published_loss
 from gpt2repro.plots import attention, benchmarks, curves, gradients, logit_lens, parameters
-from gpt2repro.plots.style import token_labels
+from gpt2repro.plots.style import middle_cut, token_labels
 from gpt2repro.records.metrics import comparable, read_metrics, scored
 from gpt2repro.records.run_directory import read_resumes, saved_recipe
 
 Heads = list[tuple[int, int]]  # (layer, head)
 
 LENS_POSITIONS = 12
-MOST_LETTERS = 40  # of a run's name in a legend
 
 # --- Runs -----------------------------------------------------------------------------------------
 
@@ -128,12 +127,6 @@ def _distinct_names(runs: list[RunRecord]) -> list[str]:
     if len(set(names)) < len(names):
         names = [middle_cut(str(run.path)) for run in runs]
     return names if len(set(names)) == len(names) else [f"run {n}" for n in range(1, len(runs) + 1)]
-
-
-def middle_cut(name: str) -> str:
-    """A name as a legend has room for it: of a long one, beginning and end."""
-    half = MOST_LETTERS // 2
-    return name if len(name) <= MOST_LETTERS else f"{name[:half]}…{name[-half:]}"
 
 
 # --- Models ---------------------------------------------------------------------------------------

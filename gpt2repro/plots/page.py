@@ -159,7 +159,7 @@ def _line(
     # Between few evaluations a line would claim what nobody measured.
     if not marked or len(x) >= curves.LEAST_CONNECTED:
         panel.line(x, y, name=name, legend_label=name, color=color, line_width=2, **look)
-    if marked and len(x) <= curves.MOST_MARKED:
+    if (marked and len(x) <= curves.MOST_MARKED) or len(x) == 1:
         panel.scatter(x, y, name=name, legend_label=name, color=color, size=6)
 
 

@@ -100,7 +100,7 @@ def legend(ax: Axes, **options: Any) -> None:
 
 def caption(figure: Figure, text: str, above: str = "") -> None:
     """The text that a model read, small under everything else, and `above` it another label."""
-    line = f"the text: {' '.join(text.split())}" if text.strip() else ""
+    line = printable(f"the text: {' '.join(text.split())}") if text.strip() else ""
     ends = np.cumsum([_width(letter) for letter in line])  # of the letters
     fit = int(np.searchsorted(ends, figure.get_figwidth() * CAPTION_LETTERS_PER_INCH))
     shown = line if fit == len(line) else f"{line[: fit - 1]}…"
@@ -181,7 +181,7 @@ class ShortNumbers(Formatter):
         return short_number(value)
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
-        if len(values) < 2:
+        if len(set(values)) < 2:
             return list(map(short_number, values))
         size, letter = _size_of(max(np.abs(values)))
         step = min(np.diff(np.unique(values))) / size
@@ -215,6 +215,12 @@ def signed(value: float) -> str:
 def finding(figure: Figure) -> str:
     """What a figure shows, in a sentence: its title, uncut."""
     return str(figure.get_label())
+
+
+def middle_cut(name: str, most: int = 40) -> str:
+    """A name as a legend has room for it: of a long one, beginning and end."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
 
 
 def token_labels(tokenizer: Any, ids: Sequence[int], most: int = 12) -> list[str]:

@@ -38,7 +38,7 @@ from gpt2repro.training.inputs import (
 from gpt2repro.training.learner import build_model, check_device
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.optim.registry import build_optimizer
-from gpt2repro.training.schedule import endless_warmup
+from gpt2repro.training.schedule import due, endless_warmup, stable_until
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -48,6 +48,7 @@ STEP_SECONDS = 5.0  # how long training is timed
 LARGEST_ON_CPU = 500e6  # parameters; a larger model would take minutes and much memory to time
 BUSY = 0.5  # share of the cores that others use, from which on a timing says little
 ASSUMED_MFU = 0.40  # at least, of a compiled run
+MOST_COUNTED = 10**6  # steps, of which every one is asked whether it is uploaded
 SMALL = 100e6  # parameters, with which no run reaches that
 
 Finding = tuple[str, str]  # status, what it says
@@ -337,15 +338,16 @@ def _state_bytes(model: GPT2ReproForCausalLM, recipe: Recipe) -> int:
 
 
 def _num_pushed(recipe: Recipe) -> int:
-    """Of how many steps a run uploads checkpoints at most: all stay in its repository's history."""
-    if recipe.hub_strategy == "final" or recipe.num_steps is None:
+    """Of how many steps a run uploads checkpoints: all stay in its repository's history."""
+    last = recipe.num_steps
+    if recipe.hub_strategy == "final" or last is None or last > MOST_COUNTED:
         return 0
-    kept = recipe.num_kept(recipe.num_steps)
-    if recipe.hub_strategy == "permanent":
-        return kept
-    every = recipe.save_every or recipe.num_steps
-    both = recipe.num_steps // math.lcm(every, recipe.keep_every) if recipe.keep_every else 0
-    return kept + math.ceil(recipe.num_steps / every) - both
+    stable, every = stable_until(recipe), recipe.save_every if recipe.hub_strategy == "all" else 0
+    more = {last} | ({stable} if recipe.hub_strategy == "all" else set())
+    return sum(
+        step in more or recipe.keeps(step) or (step > 0 and due(every, step))
+        for step in range(last + 1)
+    )
 
 
 def _saved_bytes(recipe: Recipe) -> int:

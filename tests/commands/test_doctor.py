@@ -118,7 +118,9 @@ def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch, tmp_path):
     ("options", "num_pushed"),
     [
         (("--hub_strategy", "final", "--keep_steps", "log"), 0),
-        (("--hub_strategy", "permanent", "--keep_steps", "log"), 5),  # 0, 1, 2, 4, 8
+        (("--hub_strategy", "permanent", "--keep_steps", "log"), 6),  # 0, 1, 2, 4, 8, 12
+        (("--hub_strategy", "all", "--save_every", "4", "--keep_steps", "[4,8]"), 3),  # and 12
+        (("--hub_strategy", "all", "--save_every", "6", "--schedule", "wsd"), 3),  # 6, 10, 12
         (("--hub_strategy", "all", "--save_every", "5"), 3),  # 5, 10, 12
         (("--hub_strategy", "all", "--save_every", "0"), 1),
         (("--hub_strategy", "all", "--save_every", "2", "--keep_every", "3"), 8),  # not 1, 5, 7, 11
@@ -248,6 +250,14 @@ def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch
         status, said = examine(capsys, recipe, "--mixed_precision", "bf16")
         assert status == 0 and said["precision"][0] == verdict
     assert "mixed_precision to no" in said["precision"][1]
+
+
+@pytest.mark.parametrize(("ratio", "emulated"), [(0.5, False), (1.5, False), (9.0, True)])
+def test_a_cpu_emulates_bf16_where_its_products_are_far_slower(monkeypatch, ratio, emulated):
+    taken = iter([ratio, 1.0])  # of bf16 first
+    monkeypatch.setattr(low_precision.timeit, "repeat", lambda *_, **__: [next(taken)])
+    assert low_precision.emulates_bf16(torch.device("cpu")) is emulated
+    assert not low_precision.emulates_bf16(torch.device("cuda"))  # without a product
 
 
 def test_a_gpu_that_emulates_bf16_is_no_gpu_for_it(recipe, monkeypatch):

@@ -60,10 +60,11 @@ def test_an_error_is_that_of_its_own_line():
 
 
 def test_a_long_name_is_on_two_lines():
-    names = ["core/bigbench_qa_wikidata/centered", "piqa/acc"]
+    names = ["core/bigbench_qa_wikidata/centered", "piqa/acc", f"mmlu_{'x' * 40}/acc"]
     lines = [dict.fromkeys(names, 0.1) | line for line in lines_of("f1")]
     titles = [ax.get_title("left") for ax in draw_benchmarks({"": lines}, names).axes]
-    assert titles == ["core/bigbench_qa_wikidata/\ncentered", "piqa/acc"]
+    assert titles[:2] == ["core/bigbench_qa_wikidata/\ncentered", "piqa/acc"]
+    assert titles[2] == "mmlu_xxxxxxxxx…xxxxxxxxxxxxx/\nacc"
 
 
 def test_core_is_no_share_and_published_figures_are_of_the_same_rows():

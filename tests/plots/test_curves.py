@@ -143,9 +143,16 @@ def test_a_line_that_is_there_twice_changes_nothing():
 
 
 def test_a_single_step_is_a_dot():
-    for draw in (curves.draw_losses, curves.draw_throughput):
-        (ax, *_) = draw({"": run_metrics()[:1]}).axes
-        assert "." in [line.get_marker() for line in ax.get_lines()]
+    one = {"": [run_metrics()[0] | {"val_loss_ema": 8.0}]}
+    muon = {"muon_scale": {"": 2.0}}
+    rates = curves.draw_learning_rate_and_gradient_norm(one, **muon)
+    for figure, count in (
+        (curves.draw_losses(one), 2),  # training, and validation of the average; and "o"
+        (curves.draw_throughput(one), 1),
+        (rates, 2),
+    ):
+        markers = [line.get_marker() for line in figure.axes[0].get_lines()]
+        assert markers.count(".") == count
 
 
 def test_smooth_is_a_centred_moving_average_that_begins_where_the_values_do():

@@ -89,6 +89,12 @@ def test_all_parts_are_in_it(run, text):
     assert len(text.encode()) < MOST_BYTES
 
 
+def test_under_the_pointer_is_what_the_line_is(text):
+    for name in ("training", "gradient norm", "tokens per second"):
+        assert f'"{name}, moving average"' in text and f'"{name}, each logged step"' in text
+    assert '"learning rate"' in text and "learning rate, moving" not in text
+
+
 def test_what_others_wrote_is_text(text):
     assert str(escape("</pre><script>document.title = 'foreign'</script>")) in text
     assert "<b>name</b>" not in text and "a &lt;b&gt;name&lt;/b&gt;" in text

@@ -42,7 +42,7 @@ def test_a_picture_of_the_same_numbers_is_the_same_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_a_control_character_does_not_end_a_picture(tmp_path, kind):
-    figure, [[ax]] = style.new_figure("a\x1b[31mred\x00 title")
+    figure, [[ax]] = style.new_figure("a\x1b[31mred\x00\uffff title")
     ax.plot([1, 2], label="a\x1b[31mred run")
     style.legend(ax)
     style.caption(figure, "a\x07 prompt")
@@ -68,7 +68,8 @@ def test_ticks_that_differ_read_differently():
     assert ticks([2.19e6, 2.195e6, 2.2e6]) == ["2.190M", "2.195M", "2.200M"]
     assert ticks([0, 0.5e9, 1e9]) == ["0", "0.5B", "1.0B"]
     assert ticks([0, 20_000, 40_000]) == ["0", "20k", "40k"]
-    assert ticks([0.25, 0.5]) == ["0.25", "0.50"] and ticks([1500]) == ["1.5k"] and ticks([]) == []
+    assert ticks([0.25, 0.5]) == ["0.25", "0.50"] and ticks([]) == []
+    assert ticks([1500]) == ["1.5k"] and ticks([5, 5]) == ["5", "5"]
 
 
 def test_no_zero_has_a_sign():
