@@ -41,6 +41,7 @@ class Table:
         return rows
 
     def published_of_these_rows(self) -> dict[str, tuple[float, str]]:
+        """Value and source of what was published of as many rows as were scored here."""
         return {
             key: self.published[key]
             for key, estimate in self.values[0].items()

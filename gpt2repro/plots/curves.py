@@ -297,8 +297,7 @@ def draw_learning_rate_and_gradient_norm(
     top.set_ylabel("learning rate")
     top.set_ylim(bottom=0)
     _traces(bottom, runs, "grad_norm", raw=True)
-    is_logarithmic = logarithmic(bottom)
-    bottom.set_ylabel("gradient norm (L2, log scale)" if is_logarithmic else "gradient norm (L2)")
+    logarithmic(bottom, "gradient norm", "L2")
     if max_grad_norm:
         reference_line(bottom, max_grad_norm, f"clipped from {max_grad_norm:g} on")
     return _finish_panels(figure, top, bottom, runs, resumed_at)

@@ -71,10 +71,9 @@ def draw_gradient_norms(norms: dict[str, float], text: str = "") -> Figure:
     ):
         if norms.get(name):
             ax.axhline(norms[name], color=PURPLE, linestyle=dashes, linewidth=1.5, label=label)
-    is_logarithmic = logarithmic(ax)
+    logarithmic(ax, "gradient norm", "L2")
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    ax.set_ylabel("gradient norm (L2, log scale)" if is_logarithmic else "gradient norm (L2)")
     legend_outside(figure, ax, loc="outside right center")
     caption(figure, text)
     return figure

@@ -74,17 +74,21 @@ def style(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def logarithmic(ax: Axes) -> bool:
-    """Make the y axis of what is drawn logarithmic, with ticks that read 0.2, 0.5, 1; if it can."""
+def logarithmic(ax: Axes, name: str, unit: str) -> None:
+    """Make the y axis of what is drawn logarithmic, with ticks that read 0.2, 0.5, 1, and name it.
+
+    Where there is nothing positive to show, it stays as it is, and its name says so.
+    """
     if not np.isfinite(ax.dataLim.minposy):
-        return False  # nothing positive to show
+        ax.set_ylabel(f"{name} ({unit})")
+        return
+    ax.set_ylabel(f"{name} ({unit}, log scale)")
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     subs = (1, 2, 3, 4, 6) if high < 30 * low else (1, 2, 5) if high < 1000 * low else (1,)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=30))  # else every other decade goes
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
-    return True
 
 
 def reference_line(ax: Axes, value: float, label: str) -> None:

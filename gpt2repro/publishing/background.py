@@ -189,11 +189,13 @@ class BackgroundPush:
         is_newer = self._main is not None and record.step < self._main.step <= self._newest
         return not there, self._main != record and not is_newer
 
-    def _upload(self, directory: Path, submission: _Submission, **more: Any) -> None:
-        if "revision" not in more:
+    def _upload(
+        self, directory: Path, submission: _Submission, revision: str | None = None, **more: Any
+    ) -> None:
+        if revision is None:
             self._main = None
-        message, private = submission.message, self._private
-        self.url = upload(directory, self._repo_id, message=message, private=private, **more)
+        more |= {"message": submission.message, "private": self._private, "revision": revision}
+        self.url = upload(directory, self._repo_id, **more)
 
 
 def _advice(submission: _Submission, repo_id: str, reason: str) -> str:

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 # Controls but tab and line end, among them ESC, with which a terminal can be made to do things;
-# line ends that only some programs know; marks that reorder what is read; bytes that are no UTF-8.
+# line ends that only some programs know; marks that reorder what is read; bytes that are no UTF-8;
+# what is no character in XML.
 UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
     r"\ufffe\uffff]|\r(?!\n)"

@@ -38,7 +38,7 @@ from gpt2repro.training.inputs import (
 from gpt2repro.training.learner import build_model, check_device
 from gpt2repro.training.micro_batch import largest_that_fits
 from gpt2repro.training.optim.registry import build_optimizer
-from gpt2repro.training.schedule import due, endless_warmup, stable_until
+from gpt2repro.training.schedule import endless_warmup, is_saved
 from gpt2repro.training.throughput import model_flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -342,12 +342,9 @@ def _num_pushed(recipe: Recipe) -> int:
     last = recipe.num_steps
     if recipe.hub_strategy == "final" or last is None or last > MOST_COUNTED:
         return 0
-    stable, every = stable_until(recipe), recipe.save_every if recipe.hub_strategy == "all" else 0
-    more = {last} | ({stable} if recipe.hub_strategy == "all" else set())
-    return sum(
-        step in more or recipe.keeps(step) or (step > 0 and due(every, step))
-        for step in range(last + 1)
-    )
+    if recipe.hub_strategy == "permanent":  # and the trained model
+        return recipe.num_kept(last) + (not recipe.keeps(last))
+    return sum(is_saved(recipe, step) for step in range(last + 1))
 
 
 def _saved_bytes(recipe: Recipe) -> int:

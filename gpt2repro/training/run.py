@@ -36,7 +36,14 @@ from gpt2repro.training.inputs import Inputs, counted_steps, from_anywhere, open
 from gpt2repro.training.learner import Learner, open_learner
 from gpt2repro.training.monitor import Monitor
 from gpt2repro.training.saving import Checkpoints
-from gpt2repro.training.schedule import due, endless_warmup, jump, set_rates, stable_until
+from gpt2repro.training.schedule import (
+    endless_warmup,
+    is_saved,
+    jump,
+    set_rates,
+    stable_until,
+    stays,
+)
 from gpt2repro.training.step import LaunchedStep, next_rows, train_step
 from gpt2repro.training.tracker import find_tracker
 
@@ -115,13 +122,12 @@ class Run:
         return result
 
     def saves_before(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is kept: for good, or as the end of the stable phase."""
-        return self.recipe.keeps(step) or step == stable_until(self.recipe)
+        """Whether a checkpoint is due before the first step of a launch, as one that stays."""
+        return stays(self.recipe, step)
 
     def saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is due when `step` is done; the last one always is."""
-        done, is_due = step + 1, due(self.recipe.save_every, step + 1)
-        return done == self.recipe.num_steps or is_due or self.saves_before(done)
+        """Whether a checkpoint is due when `step` is done."""
+        return is_saved(self.recipe, step + 1)
 
     def save(self, step: int) -> None:
         """A checkpoint of the state before `step`, once, after all that led to it is told.

@@ -91,6 +91,17 @@ def stable_until(recipe: Recipe) -> int | None:
     return max(0, recipe.num_steps - cooldown) if cooldown else None
 
 
+def stays(recipe: Recipe, step: int) -> bool:
+    """Whether a checkpoint of `step` is kept: for good, or as the end of the stable phase."""
+    return recipe.keeps(step) or step == stable_until(recipe)
+
+
+def is_saved(recipe: Recipe, step: int) -> bool:
+    """Whether a checkpoint is due when `step` steps are done; the last one always is."""
+    is_due = step > 0 and due(recipe.save_every, step)
+    return step == recipe.num_steps or is_due or stays(recipe, step)
+
+
 def momentum_at(step: int, *, momentum: float, warmup_steps: int) -> float:
     """Muon's momentum: linear from 0.85, or from `momentum` if that is less, to `momentum`.
 
