@@ -76,6 +76,7 @@ class Monitor:
         self._incidents = IncidentLog(directory.incidents)
         self._tells_late = accelerator.device.type in DEVICES_BEHIND
         self._untold: Report | None = None
+        self._at_step = 0.0, 0.0  # the last one's seconds so far, and of them those for data
         self._num_told, self._draw_again_at = 0, 0.0
 
     def close(self) -> None:
@@ -161,14 +162,13 @@ class Monitor:
 
     @contextmanager
     def timing(self) -> Iterator[None]:
-        """Around a step: its seconds, on a GPU the last one's, and how long it waited for data."""
+        """Around a step: how long this process is at it, and how much of that it waits for data."""
         stream = self.inputs.stream
         began, waited = time.perf_counter(), stream.wait_seconds
         yield
+        self._at_step = time.perf_counter() - began, stream.wait_seconds - waited
         if self._untold is not None:
-            self._untold.launched.result()  # the device is at most one step behind
-        seconds = time.perf_counter() - began
-        self._throughput.add(0, seconds, stream.wait_seconds - waited)
+            self._untold.wait()  # the device is at most one step behind
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -184,16 +184,14 @@ class Monitor:
         """
         if self._untold is not None:
             self._tell(self._untold)
-        self._untold = Report(step, rows, launched, figures)
+        self._untold = Report(step, rows, launched, figures, *self._at_step)
         if not self._tells_late:
             self.catch_up()
 
     def catch_up(self) -> None:
         """Wait for the device and tell of its last step, before anything else is done or told."""
         if self._untold is not None:
-            began = time.perf_counter()
-            self._untold.launched.result()
-            self._throughput.add(0, time.perf_counter() - began, 0.0)
+            self._untold.wait()
             self._tell(self._untold)
             self._untold = None
 
@@ -201,7 +199,7 @@ class Monitor:
         """The step's line in metrics.jsonl and the tracker, the progress bar and the loss curve."""
         step, figures, result = report.step, report.figures, report.launched.result()
         batches, batch_tokens = self.recipe.batches, self.recipe.batch_tokens
-        self._throughput.add(batches.of(step) * batch_tokens, 0.0, 0.0)  # now they are trained on
+        self._throughput.add(batches.of(step) * batch_tokens, report.seconds, report.waited)
         z_score = self._spikes.z_score(result.loss) if result.finite else 0.0
         if z_score > SPIKE_Z:
             figures = {**figures, "loss_z_score": z_score}
@@ -210,12 +208,12 @@ class Monitor:
                 "its recent mean"
             )
         rate = self._throughput.tokens_per_second
-        seconds = self._throughput.lap() / batches.of(step)
         left = batches.before(self.recipe.num_steps) - batches.before(step + 1)
+        seconds = report.seconds / batches.of(step)
         self.progress.update(
             loss=result.loss, tokens_per_second=rate, seconds=seconds, batches_left=left
         )
-        self._compare_with_validation(seconds * batches.of(step))
+        self._compare_with_validation(report.seconds)
         if figures or due(self.recipe.log_every, step):
             record: dict[str, Any] = {"step": step, "tokens": self.recipe.tokens_before(step + 1)}
             record |= {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
@@ -305,7 +303,7 @@ class Monitor:
             )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """A step to be told of."""
 
@@ -313,6 +311,14 @@ class Report:
     rows: StepRows
     launched: LaunchedStep
     figures: Figures
+    seconds: float  # that this process was at it: launched it, waited for the device to end it
+    waited: float  # of them for data
+
+    def wait(self) -> None:
+        """Until the device is done with it."""
+        began = time.perf_counter()
+        self.launched.result()
+        self.seconds += time.perf_counter() - began
 
 
 class SpikeDetector:

@@ -73,7 +73,6 @@ class Throughput:
         self.flops_per_token = flops_per_token
         self.peak = peak
         self.num_devices = num_devices
-        self._lap = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -82,13 +81,7 @@ class Throughput:
     def add(self, tokens: int, seconds: float, waited: float) -> None:
         self.tokens += tokens
         self.seconds += seconds
-        self._lap += seconds
         self.waited += waited
-
-    def lap(self) -> float:
-        """Seconds since this was last asked, whatever was read."""
-        seconds, self._lap = self._lap, 0.0
-        return seconds
 
     @property
     def tokens_per_second(self) -> float:

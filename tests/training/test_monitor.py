@@ -11,7 +11,6 @@ from torch import nn
 from gpt2repro.training.evaluations import LOGIT_BYTES, Evaluations, sample_text
 from gpt2repro.training.monitor import Monitor, SpikeDetector
 from gpt2repro.training.progress import Progress
-from gpt2repro.training.throughput import Throughput
 
 PROMPT = "This function"
 
@@ -46,30 +45,39 @@ def test_the_time_that_is_left_is_not_that_of_a_first_step(capsys):
     assert capsys.readouterr().err.rstrip().endswith("08:19 left")  # 499 s
 
 
-def test_a_lap_is_what_was_added_whatever_was_read():
-    throughput = Throughput(flops_per_token=1.0, peak=None, num_devices=1)
-    throughput.add(10, 2.0, 0.0)
-    throughput.read()
-    throughput.add(10, 1.0, 0.5)
-    assert throughput.lap() == 3.0 and throughput.lap() == 0.0
-    assert throughput.tokens_per_second == 10.0
+@pytest.mark.parametrize("tells_late", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("on_device", [0.0, 30.0])
+def test_a_step_has_its_own_seconds_whenever_it_is_told(monkeypatch, tells_late, on_device):
+    """Its launch and the wait for its end; no evaluation's, nor another step's.
 
+    A step that the device ends at once was told, before an evaluation, with no seconds at all.
+    """
+    now, told = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-def test_only_steps_are_timed_and_the_wait_for_rows_is_part_of_them():
-    added = []
-    parts = SimpleNamespace(
-        inputs=SimpleNamespace(stream=SimpleNamespace(wait_seconds=1.0)),
-        recipe=SimpleNamespace(batch_tokens=256),
-        _throughput=SimpleNamespace(add=lambda *figures: added.append(figures)),
-        _untold=None,
-    )
-    for _ in range(2):
-        time.sleep(0.2)  # an evaluation
-        with Monitor.timing(parts):
-            parts.inputs.stream.wait_seconds += 0.25
-    assert len(added) == 2
-    for tokens, seconds, waited in added:
-        assert (tokens, waited) == (0, 0.25) and 0 <= seconds < 0.2
+    class Launched:
+        def __init__(self) -> None:
+            self.waits_for = on_device
+
+        def result(self) -> None:
+            now[0] += self.waits_for
+            self.waits_for = 0.0
+
+    stream = SimpleNamespace(wait_seconds=1.0)
+    monitor = Monitor.__new__(Monitor)
+    monitor.inputs = SimpleNamespace(stream=stream)
+    monitor._untold, monitor._tells_late = None, tells_late
+    monitor._tell = lambda report: told.append((report.step, report.seconds, report.waited))
+    for step in range(4):
+        if step in (1, 3):
+            monitor.catch_up()
+            now[0] += 1000.0  # an evaluation
+        with monitor.timing():
+            now[0] += 10.0 + step
+            stream.wait_seconds += 2.0
+        monitor.report(step, None, Launched(), {})
+    monitor.catch_up()
+    assert told == [(step, 10.0 + step + on_device, 2.0) for step in range(4)]
 
 
 def test_benchmarks_take_as_many_rows_as_their_logits_leave_room_for():
