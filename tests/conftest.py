@@ -49,12 +49,21 @@ LONG_FILES = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """All but the tests marked `gpu` are of a CPU, where sums have one order: no GPU is seen.
+
+    `-m gpu` runs the others, by themselves.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What cannot run here, or takes too long for every time, is counted as skipped."""
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m gpu"))
         if "internet" in item.keywords and "GPT2REPRO_INTERNET" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs the real Hub: GPT2REPRO_INTERNET=1"))
         if "sweep" in item.keywords and "GPT2REPRO_SWEEP" not in os.environ:

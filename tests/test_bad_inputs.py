@@ -353,7 +353,7 @@ def test_a_machine_without_a_network(inputs, tmp_path):
     ("variables", "part"),
     [
         pytest.param(
-            {"WORLD_SIZE": "2"},
+            {"WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "none"},  # "" asks for the CPU
             "2 processes were launched but each sees only itself",
             marks=pytest.mark.skipif(
                 compare_versions("accelerate", "<", "1.13"), reason="it looks for the other process"
