@@ -23,6 +23,7 @@ from tiny_run import (
     assert_same_tensors,
     digests,
     metrics,
+    stop_after,
     tensors,
     train,
     without_export,
@@ -81,18 +82,6 @@ def by_muon(recipe, tmp_path_factory) -> Path:
     with without_export():
         assert train(recipe, directory, *MUON) == 0
     return directory
-
-
-def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal while the run is reporting `step`."""
-    report = Monitor.report
-
-    def report_and_stop(self, at, *rest):
-        report(self, at, *rest)
-        if at == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Monitor, "report", report_and_stop)
 
 
 def test_while_the_tracker_logs_in_a_signal_ends_the_process(recipe, tmp_path, monkeypatch):

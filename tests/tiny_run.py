@@ -1,6 +1,7 @@
 """A run small enough to train many times in a test: its corpus, tokenizer and recipe on disk."""
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,6 +93,20 @@ def without_export() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "finish", lambda run: 0)
         yield
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal while the run is reporting `step`."""
+    from gpt2repro.training.monitor import Monitor
+
+    report = Monitor.report
+
+    def report_and_stop(self: Monitor, at: int, *rest: Any) -> None:
+        report(self, at, *rest)
+        if at == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Monitor, "report", report_and_stop)
 
 
 def reset_accelerate() -> None:
