@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     `-m gpu` runs the others, by themselves.
     """
-    if config.getoption("markexpr") != "gpu":
+    if not config.getoption("markexpr").startswith("gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -142,7 +142,13 @@ def _pretend(torch: Any, gpu: Any) -> None:
     total = int(os.environ.get("FAKE_GPU_BYTES", 2**28))
     gpu.limit(total)
     properties = SimpleNamespace(
-        name=NAME, major=9, minor=0, total_memory=total, multi_processor_count=132, gcnArchName=""
+        name=NAME,
+        major=9,
+        minor=0,
+        total_memory=total,
+        multi_processor_count=132,
+        gcnArchName="",
+        uuid="0",
     )
     functions = {
         "is_available": always(True),
