@@ -35,6 +35,12 @@ OPTIONS = {"sequence_length": 16, "rows_per_step": 4, "num_lanes": 2, "num_valid
 OPTIONS |= {"seed": 1}
 
 
+@pytest.fixture(autouse=True)
+def own_hashes(tmp_path_factory, monkeypatch):
+    """Or it would be told that another worker of pytest-xdist is at them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def test_other_text_columns_and_data_files(tmp_path):
     write_parquet(tmp_path / "x" / "a.parquet", TEXTS[:20], content=[t.upper() for t in TEXTS[:20]])
     write_parquet(tmp_path / "y" / "b.parquet", TEXTS[20:40])
