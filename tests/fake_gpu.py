@@ -41,13 +41,19 @@ def missing() -> str | None:
         return "needs g++"
     if not importlib.metadata.version("torch").startswith("2.13."):
         return "is written for torch 2.13"
-    has_cuda = importlib.util.find_spec("torch").submodule_search_locations
-    return "needs torch's CPU build" if list(Path(has_cuda[0]).glob("lib/libtorch_cuda*")) else None
+    if any(torch_directory().glob("lib/libtorch_cuda*")):
+        return "needs torch's CPU build"
+    return None
+
+
+def torch_directory() -> Path:
+    """Where it is installed; found without importing it."""
+    return Path(importlib.util.find_spec("torch").origin).parent
 
 
 def library() -> Path:
     """Compiled, half a minute, unless it is there for this source and torch."""
-    torch_at = Path(importlib.util.find_spec("torch").origin).parent
+    torch_at = torch_directory()
     key = SOURCE.read_bytes() + importlib.metadata.version("torch").encode()
     path = HERE / "__pycache__" / f"fake_gpu-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if not path.exists():
@@ -64,30 +70,21 @@ def library() -> Path:
 def install() -> None:
     """Give this process the device. torch looks for one when it is imported, and not again."""
     assert "torch" not in sys.modules
-    torch_at = Path(importlib.util.find_spec("torch").origin).parent
-    for each in (torch_at / "lib" / "libc10.so", torch_at / "lib" / "libtorch_cpu.so", library()):
+    torchs = [torch_directory() / "lib" / name for name in ("libc10.so", "libtorch_cpu.so")]
+    for each in (*torchs, library()):
         ctypes.CDLL(str(each), mode=ctypes.RTLD_GLOBAL)
     import torch
     import torch._dynamo.device_interface  # before torch seems to have been built with CUDA
 
     gpu = torch.ops.fake_gpu
     _pretend(torch, gpu)
-    attention = torch.ops.aten._scaled_dot_product_attention_math
+    _talk_by_gloo(torch)
 
-    def sdpa(
-        q: Any,
-        k: Any,
-        v: Any,
-        mask: Any = None,
-        p: float = 0.0,
-        causal: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        mask, p = kwargs.pop("attn_mask", mask), kwargs.pop("dropout_p", p)
-        return attention(q, k, v, mask, p, kwargs.pop("is_causal", causal), **kwargs)[0]
+    def sdpa(*tensors: Any, **how: Any) -> Any:
+        return torch.ops.aten._scaled_dot_product_attention_math(*tensors, **how)[0]
 
     torch.nn.functional.scaled_dot_product_attention = sdpa
-    resize = torch.UntypedStorage.resize_
+    resize, compile_ = torch.UntypedStorage.resize_, torch.compile
 
     def resize_(storage: Any, size: int) -> Any:
         if storage.device.type != "cuda":
@@ -96,14 +93,11 @@ def install() -> None:
         return storage
 
     torch.UntypedStorage.resize_ = resize_
-    compile_ = torch.compile
 
     def traced(model: Any = None, **kwargs: Any) -> Any:
-        kwargs.pop("mode", None), kwargs.pop("options", None)
-        return compile_(model, **kwargs | {"backend": "aot_eager"})
+        return compile_(model, **kwargs | {"backend": "aot_eager", "mode": None, "options": None})
 
     torch.compile = traced
-    _talk_by_gloo(torch)
 
 
 def _pretend(torch: Any, gpu: Any) -> None:
@@ -197,9 +191,8 @@ def _talk_by_gloo(torch: Any) -> None:
     def group(make: Any) -> Any:
         def make_with_gloo(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
             kwargs.pop("device_id", None)
-            return make(
-                *args, backend=backend if backend == "gloo" else "cpu:gloo,cuda:gloo", **kwargs
-            )
+            both = backend if backend == "gloo" else "cpu:gloo,cuda:gloo"
+            return make(*args, backend=both, **kwargs)
 
         return make_with_gloo
 

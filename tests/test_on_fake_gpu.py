@@ -17,7 +17,7 @@ FAKE = str(ROOT / "tests" / "fake_gpu.py")
 OF_ANY_DEVICE = "runs_on_gpus or skips_an_update or micro_batch_that_is_found"
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1"}
 
-pytestmark = pytest.mark.skipif(fake_gpu.missing() is not None, reason=f"{fake_gpu.missing()}")
+pytestmark = pytest.mark.skipif(fake_gpu.missing() is not None, reason=fake_gpu.missing() or "")
 
 
 def test_what_is_marked_gpu():
@@ -42,15 +42,8 @@ def launch(config: str, recipe: Path, run: Path, *options: str) -> str:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "launch" / config), "--num_processes", "2"]
-    command += [
-        "--num_machines",
-        "2",
-        "--main_process_ip",
-        "127.0.0.1",
-        "--main_process_port",
-        port,
-    ]
+    command += ["--config_file", str(ROOT / "launch" / config), "--main_process_port", port]
+    command += ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.1"]
     script = [FAKE, str(ROOT / "train_accelerate.py"), "--recipe", str(recipe)]
     machines = [
         subprocess.Popen(
