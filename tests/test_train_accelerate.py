@@ -727,15 +727,14 @@ def test_freed_memory_is_kept_once_a_step_has_compiled(recipe, tmp_path, monkeyp
     compare_versions("accelerate", "<", "1.13"),
     reason="its processes find each other without a GPU",
 )
-def test_processes_that_do_not_see_each_other_are_refused(recipe, tmp_path):
+def test_processes_that_do_not_see_each_other_are_refused(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     config = tmp_path / "blind.yaml"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n"
         "num_machines: 1\nmixed_precision: 'no'\n"
     )
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without GPUs")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "none")  # "" asks for the CPU
     result = launch(recipe, run, config=str(config))
     assert result.returncode != 0
     assert "error: 2 processes were launched but each sees only itself" in result.stderr
