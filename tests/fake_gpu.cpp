@@ -27,7 +27,7 @@ const c10::Device CPU(c10::kCPU), GPU(c10::kCUDA, 0);
 
 // --- Memory: what nobody has written yet is NaN ------------------------------------------------
 
-int64_t allocated = 0, peak = 0, limit = int64_t(1) << 28;
+int64_t allocated = 0, peak = 0, limit = 0;  // bytes
 std::recursive_mutex lock;
 std::map<const char*, size_t> pinned;
 
@@ -80,6 +80,19 @@ struct PinnedAllocator final : c10::Allocator {
   }
 } pinned_memory;
 
+// Memory of the GPU that begins as `from` does.
+c10::DataPtr on_gpu(const c10::StorageImpl& from, size_t bytes) {
+  auto data = gpu_memory.allocate(bytes);
+  if (auto kept = std::min(bytes, from.nbytes())) memcpy(data.get(), from.data(), kept);
+  return data;
+}
+
+void give(c10::StorageImpl& storage, const c10::StorageImpl& from, size_t bytes) {
+  auto data = on_gpu(from, bytes);
+  storage.set_data_ptr_noswap(std::move(data));
+  storage.set_nbytes(bytes);
+}
+
 bool is_pinned(const void* address) {
   std::lock_guard guard(lock);
   auto next = pinned.upper_bound(static_cast<const char*>(address));
@@ -115,7 +128,7 @@ void wait_until(int64_t number) {
   }
 }
 
-void host_reads(const std::string& what) {
+void host_waits(const std::string& what) {
   TORCH_CHECK(may_wait, what, " waits for the GPU");
   wait_until(launched);
 }
@@ -144,24 +157,24 @@ c10::Storage over_memory_of(c10::StorageImpl* gpu, Storages& storages) {
   return found->second;
 }
 
-Tensor alias_of(const Tensor& tensor, Storages& storages) {
-  if (!tensor.defined() || !tensor.is_cuda()) return tensor;
-  auto alias = at::detail::make_tensor<c10::TensorImpl>(
-      over_memory_of(tensor.storage().unsafeGetStorageImpl(), storages),
-      c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
-  auto* impl = alias.unsafeGetTensorImpl();
-  impl->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
-  if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
-  return alias;
-}
-
 void take_shape(const Tensor& tensor, const Tensor& of) {
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(of.sizes(), of.strides(),
                                                       of.storage_offset());
 }
 
+Tensor alias_of(const Tensor& tensor, Storages& storages) {
+  if (!tensor.defined() || !tensor.is_cuda()) return tensor;
+  auto alias = at::detail::make_tensor<c10::TensorImpl>(
+      over_memory_of(tensor.storage().unsafeGetStorageImpl(), storages),
+      c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
+  take_shape(alias, tensor);
+  if (tensor.unsafeGetTensorImpl()->is_wrapped_number())
+    alias.unsafeGetTensorImpl()->set_wrapped_number(true);
+  return alias;
+}
+
 // What an operator returned, as the GPU's: an argument, a view of one, or new memory.
-Tensor on_gpu(const Tensor& result, const std::vector<Alias>& arguments) {
+Tensor as_the_gpus(const Tensor& result, const std::vector<Alias>& arguments) {
   if (!result.defined()) return result;
   auto* storage = result.storage().unsafeGetStorageImpl();
   for (auto& [gpu, cpu] : arguments)
@@ -173,10 +186,8 @@ Tensor on_gpu(const Tensor& result, const std::vector<Alias>& arguments) {
       take_shape(view, result);
       return view;
     }
-  auto data = gpu_memory.allocate(storage->nbytes());
-  if (storage->nbytes()) memcpy(data.get(), storage->data(), storage->nbytes());
-  c10::Storage own(c10::Storage::use_byte_size_t(), storage->nbytes(), std::move(data), &gpu_memory,
-                   true);
+  c10::Storage own(c10::Storage::use_byte_size_t(), storage->nbytes(),
+                   on_gpu(*storage, storage->nbytes()), &gpu_memory, true);
   auto made = at::detail::make_tensor<c10::TensorImpl>(
       std::move(own), c10::DispatchKeySet(c10::DispatchKey::CUDA), result.dtype());
   take_shape(made, result);
@@ -191,12 +202,8 @@ void write_back(const Alias& argument, const Storages& storages) {
     if (other != own && alias.unsafeGetStorageImpl() == now)
       gpu.unsafeGetTensorImpl()->set_storage_keep_dtype(
           c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(other)));
-  if (gpu.storage().unsafeGetStorageImpl() == own && now->data() != own->data()) {
-    auto data = gpu_memory.allocate(now->nbytes());
-    if (now->nbytes()) memcpy(data.get(), now->data(), now->nbytes());
-    own->set_data_ptr_noswap(std::move(data));
-    own->set_nbytes(now->nbytes());
-  }
+  if (gpu.storage().unsafeGetStorageImpl() == own && now->data() != own->data())
+    give(*own, *now, now->nbytes());
   if (gpu.sizes() != cpu.sizes() || gpu.strides() != cpu.strides()) take_shape(gpu, cpu);
 }
 
@@ -267,7 +274,7 @@ void by_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK(
       arguments.empty() || of_the_cpu.empty() || is_collective || (leads && MAY_MIX.count(name)),
       "Expected all tensors to be on the same device, but ", name, " got cuda:0 and cpu");
-  if (ARE_READ.count(name)) host_reads(name);
+  if (ARE_READ.count(name)) host_waits(name);
   if (op.hasTag(at::Tag::nondeterministic_seeded))
     with_own_random_numbers(op, stack);
   else
@@ -277,7 +284,7 @@ void by_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (auto& each : arguments) write_back(each, storages);
   if (!stays) return;
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i)
-    for_tensors((*stack)[i], [&](const Tensor& result) { return on_gpu(result, arguments); });
+    for_tensors((*stack)[i], [&](const Tensor& result) { return as_the_gpus(result, arguments); });
 }
 
 Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
@@ -294,7 +301,7 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   }
   const bool crosses = from.is_cuda() != to.is_cuda();
   if (crosses && (!non_blocking || from.is_cuda()))
-    host_reads(from.is_cuda() ? "a copy from the GPU" : "a blocking copy to the GPU");
+    host_waits(from.is_cuda() ? "a copy from the GPU" : "a blocking copy to the GPU");
   target.copy_(source);
   if (to.is_cuda() && !from.is_cuda() && non_blocking && is_pinned(from.data_ptr()) &&
       from.is_contiguous()) {
@@ -303,15 +310,6 @@ Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
     under_way.push_back({++launched, false, from.detach(), value});
   }
   return to;
-}
-
-void resize_storage(const Tensor& over, int64_t bytes) {
-  auto* storage = over.storage().unsafeGetStorageImpl();
-  auto data = gpu_memory.allocate(bytes);
-  if (auto kept = std::min<size_t>(bytes, storage->nbytes()))
-    memcpy(data.get(), storage->data(), kept);
-  storage->set_data_ptr_noswap(std::move(data));
-  storage->set_nbytes(bytes);
 }
 
 // --- What torch asks of a device ---------------------------------------------------------------
@@ -396,7 +394,10 @@ TORCH_LIBRARY(fake_gpu, m) {
   m.def("peak", []() -> int64_t { return peak; });
   m.def("reset_peak", [] { peak = allocated; });
   m.def("limit", [](int64_t bytes) { limit = bytes; });
-  m.def("resize_storage", [](const Tensor& over, int64_t bytes) { resize_storage(over, bytes); });
+  m.def("resize_storage", [](const Tensor& over, int64_t bytes) {
+    auto& storage = *over.storage().unsafeGetStorageImpl();
+    give(storage, storage, bytes);
+  });
   m.def("get_state", []() -> Tensor { return random_state.clone(); });
   m.def("set_state", [](const Tensor& state) { random_state = state.clone(); });
   m.def("seed",

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,11 +18,10 @@ import pytest
 import torch
 import yaml
 from fake_hub import FakeHub
-from tiny_run import digests, metrics, train, write_inputs
+from tiny_run import digests, free_port, metrics, stop_after, train, write_inputs
 
 import train_accelerate
 from gpt2repro.records import checkpoints
-from gpt2repro.training.monitor import Monitor
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 180  # for a busy machine; on a quiet one every wait is a few seconds
@@ -66,14 +64,7 @@ def expected(hub, recipe, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("expected") / "run"
     with pytest.MonkeyPatch.context() as patch:
         hub.use_in_process(patch)
-        report = Monitor.report
-
-        def report_and_stop(self, step, *rest):
-            report(self, step, *rest)
-            if step == NUM_EXPECTED - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        patch.setattr(Monitor, "report", report_and_stop)
+        stop_after(patch, step=NUM_EXPECTED - 1)
         assert train(recipe, directory) == train_accelerate.EXIT_PREEMPTED
     return directory
 
@@ -148,12 +139,6 @@ def assert_saved_at_once(launch: Launch) -> None:
     assert (output / "PREEMPTED").exists()
     said = launch.log.read_text()
     assert said.count("Stopped at step") == 1 and "The same command goes on" in said
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_run_through_launches_of_every_kind(hub, recipe, expected, tmp_path):

@@ -2,14 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import fake_gpu
 import pytest
-from tiny_run import digests, metrics, train, without_export, write_inputs
+from tiny_run import digests, free_port, losses, train, without_export, write_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = str(ROOT / "tests" / "fake_gpu.py")
@@ -39,10 +38,9 @@ def test_what_is_marked_gpu():
 
 def launch(config: str, recipe: Path, run: Path, *options: str) -> str:
     """What two processes say, of one GPU each, as if `accelerate launch` had two machines."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "launch" / config), "--main_process_port", port]
+    command += ["--config_file", str(ROOT / "launch" / config)]
+    command += ["--main_process_port", str(free_port())]
     command += ["--num_processes", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.1"]
     script = [FAKE, str(ROOT / "train_accelerate.py"), "--recipe", str(recipe)]
     machines = [
@@ -77,5 +75,4 @@ def test_two_gpus_by_ddp_then_sharded_then_one_cpu(tmp_path):
         assert train(recipe, run, *options) == 0
         assert train(recipe, alone, *options) == 0
     assert digests(run) == digests(alone) and len(digests(alone)) == 12
-    losses = [[line["loss"] for line in metrics(each) if "loss" in line] for each in (run, alone)]
-    assert losses[0] == pytest.approx(losses[1], rel=2**-6)  # bfloat16 has 8 bits
+    assert losses(run) == pytest.approx(losses(alone), rel=2**-6)  # bfloat16 has 8 bits

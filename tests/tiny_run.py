@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
     monkeypatch.setattr(Monitor, "report", report_and_stop)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def reset_accelerate() -> None:
     """Let the next run in this process set up its own engine."""
     AcceleratorState._reset_state(True)
@@ -119,6 +125,10 @@ def metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The run's metrics without timings."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(output_dir) if "loss" in line]
 
 
 def digests(output_dir: Path) -> dict[int, str]:

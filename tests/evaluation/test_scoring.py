@@ -3,7 +3,6 @@
 import math
 import multiprocessing
 import os
-import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +18,7 @@ from tiny_language_models import (
     tiny_tokenizer,
     uniform_gpt2,
 )
+from tiny_run import free_port
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -245,9 +245,7 @@ def _one_rank(rank: int, port: int, queue) -> None:
 
 def test_two_processes_agree_with_one():
     """A real process group; DDP's forward has to be looked for inside, FSDP's waits for peers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     spawn = multiprocessing.get_context("spawn")
     queue = spawn.Queue()
     processes = [spawn.Process(target=_one_rank, args=(rank, port, queue)) for rank in range(2)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_run import metrics, stop_after, train, without_export, write_inputs
+from tiny_run import losses, metrics, stop_after, train, without_export, write_inputs
 
 import train_accelerate
 from gpt2repro.training.run import Run
@@ -64,8 +64,5 @@ def test_a_stopped_run_goes_on_with_the_same_random_numbers(recipe, tmp_path, mo
         stop_after(patch, step=6)
         assert train(recipe, tmp_path / "parts", *options) == train_accelerate.EXIT_PREEMPTED
     assert train(recipe, tmp_path / "parts", *options) == 0
-    whole, parts = (
-        [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
-        for name in ("whole", "parts")
-    )
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert len(whole) == 12 and parts == pytest.approx(whole, rel=1e-4)
