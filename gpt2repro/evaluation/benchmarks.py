@@ -71,20 +71,23 @@ def open_tasks(
         of_the_harness: what `open_lm_eval_tasks` takes besides.
 
     Raises:
-        UserError: a name is unknown, rows cannot be read, none of a benchmark can be scored, or one
-            is within another.
+        UserError: a name is unknown, rows cannot be read, none of a benchmark can be scored, one is
+            within another, or `hellaswag` is named for a file that another benchmark reads.
     """
     check_names(names, option)
+    completion = HellaSwagCompletion.name
+    if hellaswag_file and "hellaswag" in names and completion not in names:
+        raise UserError(f"{option}: hellaswag does not read hellaswag_file; {completion} does")
     opened: dict[str, list[Task]] = {}
     how: dict[str, Any] = {"max_length": max_length, "limit": limit, "option": option}
     for name in filter(is_core, names):
         opened[name] = [open_core(core_dir, name, tokenizer, **how)]
-    if HellaSwagCompletion.name in names:
+    if completion in names:
         rows = read_rows(hellaswag_file)
-        completion = HellaSwagCompletion(rows[:limit], tokenizer, max_length=max_length)
-        if not is_of_the_published_rows(completion.prefix, len(rows)):
-            completion.dataset = None  # on a model card some rows would pass for all
-        opened[completion.name] = [checked(completion)]
+        ours = HellaSwagCompletion(rows[:limit], tokenizer, max_length=max_length)
+        if not is_of_the_published_rows(ours.prefix, len(rows)):
+            ours.dataset = None  # on a model card some rows would pass for all
+        opened[completion] = [checked(ours)]
     if theirs := [name for name in dict.fromkeys(names) if name not in opened]:
         from gpt2repro.evaluation.tasks.harness import open_lm_eval_tasks
 

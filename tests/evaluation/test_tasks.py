@@ -213,6 +213,14 @@ def test_rows_that_are_all_bad_are_an_error(tmp_path):
         open_tasks(names, tiny_tokenizer(), max_length=64, hellaswag_file=str(path))
 
 
+def test_a_file_of_hellaswag_goes_with_the_benchmark_that_reads_it():
+    how = {"max_length": POSITIONS, "hellaswag_file": str(HELLASWAG)}
+    with pytest.raises(UserError, match="hellaswag_completion does"):
+        open_tasks(["hellaswag"], tiny_tokenizer(), **how)
+    named = open_tasks(["hellaswag_completion"], tiny_tokenizer(), **how)
+    assert [task.name for task in named] == ["hellaswag_completion"]
+
+
 def test_without_a_network_one_line_names_the_file_option(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
