@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
@@ -74,6 +75,7 @@ def _read(name: str, trust: bool, offline: bool = False) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(
         name, trust_remote_code=trust, local_files_only=offline
     )
+    _refuse_paths(name)
     special = [added for added in tokenizer.added_tokens_decoder.values() if added.special]
     if len(tokenizer) - len(special) <= 1:  # what a class makes of no file; T5's has a space
         raise UserError(f"tokenizer_name: {name} holds no tokenizer")
@@ -92,3 +94,17 @@ def _read(name: str, trust: bool, offline: bool = False) -> Any:
     for token in ("bos_token", "eos_token"):  # a class may know them where the files say nothing
         setattr(plain, token, getattr(plain, token) or getattr(tokenizer, token))
     return plain
+
+
+def _refuse_paths(name: str) -> None:
+    """Refuse settings that name a file, a private key perhaps: its lines would be the vocabulary.
+
+    What `*_file` names, transformers does not open; but its classes take a name for these too.
+    """
+    settings = get_tokenizer_config(name, local_files_only=True)
+    named = [key for key in ("vocab", "merges", "gguf_file") if isinstance(settings.get(key), str)]
+    if named := named + ["init_inputs"] * bool(settings.get("init_inputs")):
+        raise UserError(
+            f"tokenizer_name: {name}: the {named[0]} of its tokenizer_config.json is no setting of "
+            "a tokenizer: it may name any file of this machine"
+        )

@@ -9,9 +9,10 @@ from tiny_corpus import documents
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from configuration_gpt2repro import LARGEST
 from gpt2repro import UserError
 from gpt2repro.data.tokens.bpe import byte_of_symbol, train_bpe
-from gpt2repro.data.tokens.encoder import PROBE_TEXT, BulkEncoder
+from gpt2repro.data.tokens.encoder import MOST_IDS, PROBE_TEXT, BulkEncoder
 
 TEXTS = [*documents(200), PROBE_TEXT, "naïve 中文 😀 don't WE'LL 123 4567 \n\n\t x"] * 2
 
@@ -250,6 +251,14 @@ def test_a_line_end_that_ends_texts_too_stays_in_them():
     encoder = BulkEncoder(by_characters)
     assert encoder.encode(["a\na"])[0].tolist() == [0, 1, 0]
     assert encoder.bytes_of_ids[0] == 1  # tokens without a decoder are no words of a sentence
+
+
+def test_ids_that_no_model_can_have_are_refused():
+    """A few tokens, of which one has an enormous id: a table of all ids would fill the memory."""
+    assert LARGEST["vocab_size"] == MOST_IDS
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "b": MOST_IDS}, unk_token="a"))
+    with pytest.raises(UserError, match="tokenizer_name: it has 2,000,001 ids, "):
+        BulkEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 
 def test_bytes_of_ids_without_a_twin():

@@ -7,7 +7,7 @@ from fake_hub import FakeHub, Fault, impatient
 from huggingface_hub import constants, hf_hub_download
 from tiny_corpus import documents
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gpt2repro import UserError
 from gpt2repro.data.tokenizer import load_tokenizer
@@ -36,6 +36,21 @@ def test_a_torn_file_is_one_line(theirs, tmp_path, file, torn):
         return
     with pytest.raises(UserError, match="tokenizer_name"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["vocab", "init_inputs"])
+def test_settings_that_would_make_any_file_a_vocabulary_are_refused(tmp_path, field):
+    """Its lines would be in what is exported, and published."""
+    key, directory = tmp_path / "id_ed25519", tmp_path / "theirs"
+    directory.mkdir()
+    key.write_text("-----BEGIN-----\nPRIVATE\n")
+    (directory / "x.model").touch()
+    settings = {"tokenizer_class": "BertTokenizer", "unk_token": "-----BEGIN-----"}
+    value = str(key) if field == "vocab" else [str(key)]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {field: value}))
+    assert "PRIVATE" in AutoTokenizer.from_pretrained(directory).get_vocab()  # theirs reads it
+    with pytest.raises(UserError, match=f"the {field} of its tokenizer_config.json is no setting"):
+        load_tokenizer(directory)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
+from gpt2repro import UserError
 from gpt2repro.data.tokens.bpe import END_OF_TEXT, byte_of_symbol
 from gpt2repro.data.tokens.token_ids import begin_id, num_ids, well_formed
 
@@ -38,6 +39,7 @@ PROBE_TEXT = (
 )  # fmt: skip
 
 
+MOST_IDS = 2 * 10**6  # that a model's configuration takes
 # How a vocabulary of words spells a byte that belongs to none of them.
 SPELLED_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -53,6 +55,10 @@ class BulkEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.eot_id, self._num_ids = begin_id(tokenizer), num_ids(tokenizer)
+        if self._num_ids > MOST_IDS:  # of a few tokens, perhaps: what counts is the highest
+            raise UserError(
+                f"tokenizer_name: it has {self._num_ids:,} ids, and a model at most {MOST_IDS:,}"
+            )
         self.dtype = np.dtype(np.uint16 if self._num_ids <= 2**16 else np.uint32)
         self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._fast.no_padding()
