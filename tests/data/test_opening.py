@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from tiny_corpus import (
     ByteEncoder,
     MemoryCorpus,
@@ -310,6 +310,22 @@ def test_dataset_cards(tmp_path):
         card.write_bytes(broken)
         message = refusal(tmp_path / "d*")
         assert message.startswith("dataset_name: ") and "README.md" in message
+
+
+def test_a_card_names_nothing_outside_of_its_directory(tmp_path):
+    write_parquet(tmp_path / "secret.parquet", ["private"])
+    write_parquet(tmp_path / "d" / "0.parquet", ["first"])
+    write_parquet(tmp_path / "d" / "sub" / "0.parquet", ["second"])
+    card = tmp_path / "d" / "README.md"
+    beyond = ("../*.parquet", "sub/../../*", f"{tmp_path}/*", "http://127.0.0.1:9/x.parquet")
+    for field, name in [*(("data_files", name) for name in beyond), ("data_dir", "..")]:
+        card.write_text(f"---\nconfigs:\n- config_name: default\n  {field}: '{name}'\n---\n")
+        message = refusal(tmp_path / "d")
+        assert message.startswith("dataset_name: the card of ") and name in message
+    for files in ("", "  data_files: '*.parquet'\n"):  # both are below it, as `datasets` has it
+        card.write_text(f"---\nconfigs:\n- config_name: default\n  data_dir: sub\n{files}---\n")
+        assert joined(open_corpus(tmp_path / "d")) == ["second"]
+        assert load_dataset(str(tmp_path / "d"), split="train")["text"][:] == ["second"]
 
 
 def test_formats_that_only_datasets_reads(tmp_path):

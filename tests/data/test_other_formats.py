@@ -187,6 +187,30 @@ def test_what_cannot_be_read_right_is_one_line(tmp_path, name):
         assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".txt", ".csv"])
+def test_a_text_that_inflates_beyond_all_measure_is_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(other_formats, "LONGEST_TEXT", 1000)
+    content = {
+        ".jsonl": '{"text": "a"}\n{"text": "%s"}\n',
+        ".json": '[{"text": "a"},\n{"text": "%s"}]',
+        ".txt": "a\n%s\n",
+        ".csv": 'text\n"%s"\n',
+    }[suffix]
+    file = tmp_path / f"0{suffix}.gz"
+    file.write_bytes(gzip.compress((content % ("b" * 500)).encode()))
+    assert joined(open_corpus(file))[-1] == "b" * 500
+    file.write_bytes(gzip.compress((content % ("b" * 2000)).encode()))
+    assert "it is longer than 1,000 characters: cut it" in refusal(file)
+
+
+def test_a_document_of_many_lines_is_measured_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(other_formats, "LONGEST_TEXT", 1000)
+    (tmp_path / "0.txt").write_text("a\n" * 499)
+    (tmp_path / "1.txt").write_text("a\n" * 500)
+    message = refusal(tmp_path)
+    assert "from 1.txt, near line 500: " in message and "longer than 1,000 characters" in message
+
+
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     (tmp_path / "0.csv").write_text("text,n,text\na,1,b\n")
     assert "text_column: 0.csv has 2 columns 'text'" in refusal(tmp_path / "0.csv")

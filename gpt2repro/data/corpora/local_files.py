@@ -6,6 +6,7 @@ split, by their names or by a dataset card.
 """
 
 import glob
+import itertools
 import logging
 import re
 import tempfile
@@ -187,9 +188,9 @@ def _splits_of(directory: Path, config: str | None) -> dict[str, list[Path]]:
         link = Path(scratch).resolve() / "data"
         link.symlink_to(directory)
 
-        def files(pattern: str) -> Iterator[Path]:
+        def files(pattern: str, base: Path) -> Iterator[Path]:
             try:
-                found = resolve_pattern(pattern, str(link))
+                found = resolve_pattern(pattern, str(base))
             except FileNotFoundError:
                 if not glob.has_magic(pattern):
                     raise
@@ -198,16 +199,16 @@ def _splits_of(directory: Path, config: str | None) -> dict[str, list[Path]]:
                 if file.name not in NOT_DATA:
                     yield file
 
-        def resolved(patterns: dict) -> dict[str, list[Path]]:
-            return {s: _data_of([f for p in patterns[s] for f in files(p)]) for s in patterns}
+        def resolved(patterns: dict, base: Path) -> dict[str, list[Path]]:
+            return {s: _data_of([f for p in patterns[s] for f in files(p, base)]) for s in patterns}
 
         try:
-            if patterns := _patterns_of_card(directory, link, config):
-                return resolved(patterns)
+            if of_card := _patterns_of_card(directory, link, config):
+                return resolved(*of_card)
             patterns = get_data_patterns(str(link))
             if patterns == DEFAULT_PATTERNS_ALL:  # of which `datasets` leaves them out
                 patterns = {s: [*patterns[s], "**/README.md"] for s in patterns}
-            splits = resolved(patterns)
+            splits = resolved(patterns, link)
         except (EmptyDatasetError, FileNotFoundError) as error:
             linked = any(file.is_symlink() and file.is_dir() for file in directory.iterdir())
             advice = "; in linked directories, data_files finds some: '**'" if linked else ""
@@ -265,8 +266,13 @@ def _tell_of_the_rest(directory: Path, splits: dict[str, list[Path]]) -> None:
         )
 
 
-def _patterns_of_card(directory: Path, link: Path, config: str | None) -> dict | None:
-    """Split -> patterns of a configuration in the directory's dataset card; None without any."""
+def _patterns_of_card(
+    directory: Path, link: Path, config: str | None
+) -> tuple[dict[str, list[str]], Path] | None:
+    """Split -> patterns of a configuration in the directory's dataset card, and below what.
+
+    None without any. A card is the author's: it names nothing but what lies in the directory.
+    """
     from datasets.data_files import get_data_patterns, sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
@@ -281,9 +287,12 @@ def _patterns_of_card(directory: Path, link: Path, config: str | None) -> dict |
         raise UserError(f"dataset_config: {directory} has no {config!r}; it has: {known}")
     if chosen is None:
         return None
-    if given := configs[chosen].get("data_files"):
-        return sanitize_patterns(given)
-    return get_data_patterns(str(link / configs[chosen].get("data_dir", "")))
+    given, below = configs[chosen].get("data_files"), str(configs[chosen].get("data_dir") or "")
+    patterns = sanitize_patterns(given) if given else {}
+    for name in (below, *itertools.chain(*patterns.values())):
+        if name.startswith("/") or ".." in name.split("/") or "::" in name or "://" in name:
+            raise UserError(f"dataset_name: the card of {directory} names {name!r}, outside of it")
+    return patterns or get_data_patterns(str(link / below)), link / below
 
 
 def _of_another_format(path: Path, config: str | None, split: str, files: list[Path]) -> Files:

@@ -16,7 +16,8 @@ import json
 import logging
 import lzma
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -41,6 +42,7 @@ BYTES_PER_UNIT = 4 * 10**6  # of text; the document in which they are reached is
 FEWEST_UNITS = 128  # else they are cut smaller, down to a document each
 VERSION = 2  # of how local files are read: another reads them again
 COMPRESSED_BYTES = 2**16  # decompressed at a time
+LONGEST_TEXT = 2**31  # characters, of a line or document; a file of kilobytes may inflate to more
 WORTH_A_LINE_BYTES = 10**9  # of files to be read: twenty seconds and more
 
 Texts = Iterator[str | None]
@@ -260,7 +262,9 @@ def _documents_of(file: Path, found: Found) -> Texts:
         nonlocal number
         with io.BufferedReader(OPENERS[suffixes_of(file)[1]](file)) as content:
             try:
-                for line in io.TextIOWrapper(content, "utf-8-sig", newline=newline):
+                text = io.TextIOWrapper(content, "utf-8-sig", newline=newline)
+                while line := text.readline(LONGEST_TEXT):
+                    _refuse_too_long(len(line))
                     yield line
                     number += 1
             except OSError as error:
@@ -273,6 +277,19 @@ def _documents_of(file: Path, found: Found) -> Texts:
         yield from read(lines(), found.text_column, file)
 
 
+def _refuse_too_long(length: int) -> None:
+    if length >= LONGEST_TEXT:
+        raise ValueError(f"it is longer than {LONGEST_TEXT:,} characters: cut it")
+
+
+def _joined(lines: Iterable[str]) -> str:
+    parts, length = [], 0
+    for line in lines:
+        parts.append(line)
+        _refuse_too_long(length := length + len(line))
+    return "".join(parts)
+
+
 def _lines_of_text(lines: Iterator[str], column: str, file: Path) -> Texts:
     check_text_column(pa.schema([("text", pa.string())]), column, file.name)
     return (line.removesuffix("\n") for line in lines if line.strip())
@@ -280,7 +297,7 @@ def _lines_of_text(lines: Iterator[str], column: str, file: Path) -> Texts:
 
 def _whole_text(lines: Iterator[str], column: str, file: Path) -> Texts:
     check_text_column(pa.schema([("text", pa.string())]), column, file.name)
-    return filter(None, ["".join(lines)])
+    return filter(None, [_joined(lines)])
 
 
 def _column_of_csv(lines: Iterator[str], column: str, file: Path) -> Texts:
@@ -307,7 +324,7 @@ def _column_of_json(lines: Iterator[str], column: str, file: Path) -> Texts:
     first = list(itertools.islice(rows, 1))
     decoder = json.JSONDecoder(object_pairs_hook=_Object, parse_int=_number)
     if first and first[0].lstrip().startswith("["):
-        objects = decoder.decode("".join([*first, *rows]))
+        objects = decoder.decode(_joined(itertools.chain(first, rows)))
     else:
         objects = map(decoder.decode, itertools.chain(first, rows))
     found, row = False, None
@@ -340,8 +357,8 @@ class _Object(dict):
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
         if len(self) < len(pairs):
-            names = [name for name, _ in pairs]
-            self.repeated = {name for name in names if names.count(name) > 1}
+            times = Counter(name for name, _ in pairs)
+            self.repeated = {name for name in times if times[name] > 1}
 
 
 def _schema_of(row: dict[str, Any]) -> pa.Schema:
