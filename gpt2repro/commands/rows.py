@@ -80,6 +80,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None, 
 
     state = read_state(options.checkpoint, "--checkpoint")
     saved = {key: value for key, value in state["recipe"].items() if key in Recipe.model_fields}
+    saved |= dict.fromkeys(("token_cache_dir", "unit_digests_dir"))  # to be written, by its word
     return options, state, Recipe(**(load_recipe([]).model_dump() | saved))
 
 

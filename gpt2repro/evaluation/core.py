@@ -94,10 +94,12 @@ def _rules(entry: dict[str, Any], percents: dict[str, str]) -> Rules:
     if type(num_fewshot) is not int or num_fewshot < 0:
         raise ValueError(f"{label}: num_fewshot {num_fewshot!r}")
     baseline = float(percents.get(label, "nan")) / 100
+    if ".." in Path(file := str(entry["dataset_uri"])).parts or Path(file).is_absolute():
+        raise ValueError(f"{label}: dataset_uri {file!r} is not in the bundle")
     if not 0 <= baseline < 1:
         raise ValueError(f"{label}: no random baseline in percent")
     delimiter = entry.get("continuation_delimiter", " ")
-    return Rules(str(label), str(entry["dataset_uri"]), kind, num_fewshot, str(delimiter), baseline)
+    return Rules(str(label), file, kind, num_fewshot, str(delimiter), baseline)
 
 
 def open_core(

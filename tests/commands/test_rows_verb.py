@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from tiny_corpus import documents
@@ -10,6 +12,7 @@ from tiny_shards import write_bin
 
 from gpt2repro import UserError
 from gpt2repro.commands.rows import main
+from gpt2repro.records import integrity
 
 TEXTS = documents(240, max_words=40)
 
@@ -41,6 +44,20 @@ def test_a_step_has_the_digest_that_the_run_wrote_from_wherever_it_is_read(run, 
     told = re.findall(r"\[document (\d+):(\d+) of 0.parquet, row group \1, .*\]\n(.*)", from_start)
     assert len(told) >= 8
     assert all(text in TEXTS[30 * int(unit) + int(number)] for unit, number, text in told)
+
+
+def test_a_checkpoint_does_not_say_where_to_write(run, tmp_path, capsys):
+    """Somebody else's may, in its recipe."""
+    theirs = run / "tiny" / "checkpoints" / "step_00000008"
+    checkpoint = Path(shutil.copytree(theirs, tmp_path / theirs.name))
+    state = json.loads((checkpoint / "state.json").read_text())
+    places = {name: str(tmp_path / name) for name in ("token_cache_dir", "unit_digests_dir")}
+    state["recipe"] |= places
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / integrity.MARKER).unlink()
+    integrity.mark(checkpoint)
+    assert shown(capsys, "--checkpoint", checkpoint, "--row", 0).startswith("step 8")
+    assert [*tmp_path.iterdir()] == [checkpoint]
 
 
 def test_a_document_is_found_by_its_text_its_name_and_its_digest(run, capsys):

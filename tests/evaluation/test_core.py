@@ -323,6 +323,7 @@ def saying(name, old, new):
         (saying("core.yaml", "multiple_choice", "essay"), "malformed: .*choices: .*'essay'"),
         (saying("core.yaml", "[0]", "0"), "core.yaml .* malformed: "),
         (saying("core.yaml", "[0]", "[-1]"), "num_fewshot -1"),
+        (saying("core.yaml", "some/words", "../some/words"), "dataset_uri .* is not in the bundle"),
         (saying("core.yaml", "choices_10", "choices"), "no task, or one twice"),
         (saying("eval_meta_data.csv", "words,", "others,"), "words: no random baseline"),
         (saying("eval_meta_data.csv", ",50", ",100"), "choices: no random baseline"),
