@@ -14,14 +14,14 @@ def main(argv: list[str]) -> int:
     recipe, num_processes, price = _parse(argv)
 
     from gpt2repro.system import machine
-    from gpt2repro.system.text import count_of
+    from gpt2repro.system.text import count_of, printable
     from gpt2repro.training.examination import FAILURE, Examination
 
     failures = 0
     print(f"{recipe.run_dir}, {count_of(num_processes, 'process')}, {machine.hardware()}\n")
     for name, (status, text) in Examination(recipe, num_processes, price).findings():
         failures += status == FAILURE
-        print(f"{status:>8}  {name:<10} {text}", flush=True)
+        print(f"{status:>8}  {name:<10} {printable(text)}", flush=True)
     print(f"\n{failures} failed." if failures else "\nReady to train.")
     return 1 if failures else 0
 

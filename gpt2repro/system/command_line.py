@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ def run(
     What a terminal has no letters for is spelled out. A reader that goes away, as `| head` does,
     ends a verb, and not what is here for more than to be read.
     """
+    logging.setLogRecordFactory(_printable_record)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started this has closed it
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
@@ -87,6 +89,14 @@ def run(
     if _skips_exit_handlers.is_set():
         os._exit(status)
     return status
+
+
+def _printable_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """Of this package or of a library: it may tell names and texts of somebody's files."""
+    record = logging.LogRecord(*args, **kwargs)
+    with contextlib.suppress(TypeError, ValueError):  # of a line that logging will complain about
+        record.msg, record.args = printable(record.getMessage()), None
+    return record
 
 
 _skips_exit_handlers = threading.Event()

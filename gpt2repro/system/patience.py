@@ -20,7 +20,6 @@ from typing import TypeVar
 from gpt2repro import UserError
 from gpt2repro.system import hub_client, threads
 from gpt2repro.system.diagnosis import FEW_ATTEMPTS, Diagnosis, PassingFault, diagnose, in_a_line
-from gpt2repro.system.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class _Outages:
                 self._num_waiting += 1
                 if self._num_waiting == 1:
                     self._began, self._num_failures = time.monotonic(), 1
-                    logger.warning("cannot %s for now (%s); trying again", what, printable(reason))
+                    logger.warning("cannot %s for now (%s); trying again", what, reason)
 
     def over(self, what: str, *, recovered: bool) -> None:
         with self._lock:

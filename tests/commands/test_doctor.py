@@ -97,6 +97,12 @@ def test_a_failure_names_the_field(recipe, capsys, options, check, field):
     assert field in said[check][1]
 
 
+def test_a_columns_name_does_nothing_to_the_terminal(recipe, capsys, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"a\x1b[2J": "b"}))
+    status, said = examine(capsys, recipe, "--dataset_name", str(tmp_path / "a.jsonl"))
+    assert status == 1 and "columns of text: a\\x1b[2J" in said["dataset"][1]
+
+
 def test_a_disk_that_is_too_small(recipe, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 9 * 10**5, 10**5))
     status, said = examine(capsys, recipe)

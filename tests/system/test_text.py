@@ -1,5 +1,6 @@
 """Text from elsewhere says what it says and does nothing to a terminal."""
 
+import logging
 import os
 
 import pytest
@@ -34,6 +35,18 @@ def test_a_file_name_in_an_error_does_nothing_to_the_terminal(capsys):
     assert command_line.run("prog", verb, []) == 2
     said = capsys.readouterr().err
     assert said == "prog: error: runs holds \\x1b]0;title\\x07, which does not belong\n"
+
+
+def test_what_a_library_logs_does_nothing_to_the_terminal(capsys):
+    def verb(_):
+        handler, make = logging.StreamHandler(), logging.getLogRecordFactory()
+        for line, told in (("model of type `%s`", "evil\x1b[2J"), ("a bad line %d", "x")):
+            handler.handle(make("a", logging.WARNING, "a.py", 1, line, (told,), None))
+        return 0
+
+    assert command_line.run("prog", verb, []) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("model of type `evil\\x1b[2J`\n") and "a bad line %d" in said
 
 
 def test_lines_fit_a_terminal_and_are_left_alone_in_a_file(monkeypatch):
