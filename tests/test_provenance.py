@@ -339,6 +339,14 @@ def one_more_file(hub, refs):
     edit(hub, "main", chat_template__jinja=b"{{ messages }}", LICENSE=b"which may be added")
 
 
+def an_adapter(hub, refs):
+    """`from_pretrained` would apply it, with peft installed; the sums are written anew."""
+    added = b"{}"
+    sums = hub.files("me/run")["SHA256SUMS"].decode()
+    sums += f"{hashlib.sha256(added).hexdigest()}  adapter_config.json\n"
+    edit(hub, "main", adapter_config__json=added, SHA256SUMS=sums.encode())
+
+
 def put_back_main(hub, refs):
     edit(
         hub,
@@ -373,6 +381,7 @@ TAMPERINGS = [
     (no_tokenizer, {"step00000001": "its tokenizer.json is not the file that its SHA256SUMS"}),
     (no_sums, {"step00000001": "lacks its SHA256SUMS"}),
     (one_more_file, {"main": "holds chat_template.jinja, which its SHA256SUMS does not list"}),
+    (an_adapter, {"main": "holds adapter_config.json, which does not belong in an export"}),
     (put_back_main, {"main": "its model.safetensors is not the file"}),
 ]
 

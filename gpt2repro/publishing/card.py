@@ -310,7 +310,7 @@ def _benchmark_table(evaluation: Mapping) -> str:
         row += [_estimate_text(baseline["results"].get(key))] if baseline else []
         row += [f"{published[key]['value']:g}" if key in published else ""] if published else []
         rows.append(row)
-    sources = sorted({each["source"] for each in published.values()})
+    sources = sorted({cell(each["source"]) for each in published.values()})
     note = f"Published figures were not computed here; they are from {'; '.join(sources)}."
     limit = evaluation.get("settings", {}).get("limit")
     short = f"Only the first {limit} rows of each task were scored." if limit else ""

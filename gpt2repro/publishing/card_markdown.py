@@ -12,7 +12,10 @@ def with_section(card: str, title: str, text: str, before: str | None = None) ->
     """Replace the text of the section `title`, or insert it `before` another or at the end."""
     section = f"## {title}\n\n{text}\n\n"
     if span := section_span(card, title):
-        card = card[: span[0]] + section + card[span[1] :]
+        before_it, rest = card[: span[0]], card[span[1] :]
+        while span := section_span(rest, title):  # there is one of a title
+            rest = rest[: span[0]] + rest[span[1] :]
+        card = before_it + section + rest
     elif before and (span := section_span(card, before)):
         card = card[: span[0]] + section + card[span[0] :]
     else:
@@ -24,9 +27,10 @@ def section_span(card: str, title: str) -> tuple[int, int] | None:
     """Where the section `title` begins and ends; a line in a fenced block is no heading."""
     opened, begin, here = "", None, 0
     for line in card.split("\n"):
-        ticks = re.match("`*", line)[0]  # type: ignore[index]
+        ticks = re.match("`*|~*", line)[0]  # type: ignore[index]
         if opened:
-            opened = "" if len(ticks) >= len(opened) and line.strip() == ticks else opened
+            closes = ticks.startswith(opened) and line.strip() == ticks
+            opened = "" if closes else opened
         elif len(ticks) >= 3:
             opened = ticks
         elif line.startswith("## ") and begin is not None:

@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from gpt2repro import UserError
 from gpt2repro.publishing.card import is_provenance
-from gpt2repro.publishing.contents import SUMS, listed, unlisted
+from gpt2repro.publishing.contents import SUMS, belongs, is_litter, listed, unlisted
 from gpt2repro.records import integrity, provenance
 from gpt2repro.records.hub_checkpoints import METRICS, STATE_FOLDER
 from gpt2repro.records.provenance import Point, Record, branch_of
@@ -103,8 +103,11 @@ class Published:
         for name, sha256 in self.sums.items():
             if self.found(name) != sha256:
                 yield f"its {name} is not the file that its {SUMS} lists"
+        for name in self.tree:
+            if not (name in self.state or belongs(name) or is_litter(name)):
+                yield f"holds {name}, which does not belong in an export"
         for name in unlisted(self.tree, self.sums):
-            if name not in self.state:
+            if name not in self.state and belongs(name):
                 yield f"holds {name}, which its {SUMS} does not list"
         yield from self._training_state()
 

@@ -76,8 +76,7 @@ def check_contents(
         if is_litter(name) or name in ignored:
             continue
         refuse_link(path)
-        known = any(each.fullmatch(name) for each in (EXPORTED, EDITABLE))
-        known |= native and name in SHIPPED_CODE
+        known = belongs(name) and (native or name not in SHIPPED_CODE)
         if not (path.is_dir() or (path.is_file() and known)):
             raise UserError(f"{directory} holds {name}, which does not belong in an export")
     if (changed := changed_code(directory)) and not allow_code:
@@ -87,6 +86,11 @@ def check_contents(
             "again, or read it and add --allow_code"
         )
     _check_names_of_code(directory, native)
+
+
+def belongs(name: str) -> bool:
+    """Whether an export may hold a file of this name."""
+    return name in SHIPPED_CODE or any(each.fullmatch(name) for each in (EXPORTED, EDITABLE))
 
 
 def is_litter(name: str) -> bool:
@@ -120,8 +124,9 @@ def _check_names_of_code(directory: Path, native: bool) -> None:
     """No setting may name code but a native configuration, which names the files beside it."""
     for path in sorted(directory.glob("*config.json")):
         for reference in _names_of_code(read_json(path)):
-            file = f"{reference.partition('.')[0]}.py"  # of `other/repo--file.Class` it is none
-            if not (native and path.name == "config.json" and file in SHIPPED_CODE):
+            file, _, name = reference.partition(".")
+            ours = f"{file}.py" in SHIPPED_CODE and name.isidentifier()  # no `x/repo--file.Class`
+            if not (native and path.name == "config.json" and ours):
                 raise UserError(
                     f"{directory}: {path.name} names code that is not this package's, {reference!r}"
                 )

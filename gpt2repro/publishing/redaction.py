@@ -25,12 +25,15 @@ PATH_FIELDS = (
     "core_dir",
     "hellaswag_file",
 )
-ABSOLUTE = re.compile(
+PATH = re.compile(
     r"(?<=')~?/[^'\n]+(?=')"  # quoted, with spaces perhaps
-    r"|(?<![\w:/.<~-])~?(?:/[^\s/\"'`|,<>()\[\]{}]+)+/?"
+    r"|(?<![\w:/.<~-])(?:~|\.\.|file://)?(?:/[^\s/\"'`|,<>()\[\]{}]+)+/?"
 )
-# Options of launchers that name machines.
-ADDRESS = re.compile(r"(--(?:main.process.ip|master.addr|local.addr|rdzv.endpoint)[= ])[^\s\\]+")
+# Options of launchers that name machines, or what only the own ones shall know.
+PRIVATE = re.compile(
+    r"(--(?:main.process.ip|master.addr|local.addr|rdzv.endpoint|rdzv.conf|env|vm|tpu.\w+|aws.\w+)"
+    r"[= ])('[^']*'|[^\s\\]+)"
+)
 
 
 def redacted(card: str) -> str:
@@ -42,8 +45,8 @@ def redacted(card: str) -> str:
     for title in (TRAINING, BENCHMARKS):  # the command line; names of other models
         if span := section_span(card, title):
             begin, end = span
-            section = ADDRESS.sub(r"\1ADDRESS", card[begin:end])
-            section = ABSOLUTE.sub(lambda found: _name(found[0]), section)
+            section = PRIVATE.sub(r"\1PRIVATE", card[begin:end])
+            section = PATH.sub(lambda found: _name(found[0]), section)
             card = card[:begin] + section + card[end:]
     return printable(card)
 

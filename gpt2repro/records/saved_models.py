@@ -1,6 +1,7 @@
 """Open a GPT-2 by the name a user gives: a run, an export, a checkpoint, a directory, a Hub id."""
 
 import functools
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,7 @@ def load_causal_lm(
         )
 
     try:
+        _refuse_weights_elsewhere(Path(where))
         loaded = patiently(
             lambda: load(False) if Path(where).is_dir() else of_hub_or_cache(where, load),
             f"load the model {where!r} ({option})",
@@ -121,6 +123,14 @@ def load_causal_lm(
     if head is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False  # whatever its file says, as of merged adapters
     return model.eval()
+
+
+def _refuse_weights_elsewhere(directory: Path) -> None:
+    """An index names files beside it; transformers would open what it names anywhere."""
+    for index in directory.glob("*.index.json"):
+        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+            if Path(name).name != name:
+                raise ValueError(f"{index.name} names {name}, which is not beside it")
 
 
 def find_tokenizer(

@@ -21,6 +21,7 @@ from gpt2repro.publishing.card import (
     model_card,
     with_evaluation,
 )
+from gpt2repro.publishing.card_markdown import with_section
 from gpt2repro.publishing.redaction import PATH_FIELDS, redacted
 from gpt2repro.recipe import load_recipe
 from gpt2repro.recipe_fields import Places, Recipe
@@ -404,11 +405,27 @@ def test_a_published_card_has_no_path_however_yaml_spells_it(name):
         "--rdzv-endpoint=",
         "--master_addr ",
         "--local-addr=",
+        "--env ",
+        "--aws_secret_access_key ",
+        "--rdzv_conf=",
     ],
 )
-def test_a_published_card_names_no_machine(option):
-    text = card(command=f"accelerate launch {option}10.1.2.3:29500 train.py --seed 1")
-    assert f"accelerate launch {option}ADDRESS train.py --seed 1\n" in redacted(text)
+@pytest.mark.parametrize("value", ["10.1.2.3:29500", "'HF_TOKEN=hf_a b'"])
+def test_a_published_card_names_no_machine_and_no_secret(option, value):
+    text = card(command=f"accelerate launch {option}{value} train.py --seed 1")
+    assert f"accelerate launch {option}PRIVATE train.py --seed 1\n" in redacted(text)
+
+
+def test_a_published_card_has_no_path_in_a_command():
+    text = card(command="torchrun --log_dir file:///home/me/logs train.py --recipe ../me/a.yaml")
+    assert "torchrun --log_dir logs train.py --recipe a.yaml\n" in redacted(text)
+
+
+@pytest.mark.parametrize("fence", ["```", "~~~", "~~~~"])
+def test_a_section_is_replaced_and_not_what_looks_like_it(fence):
+    shown = f"## Verification\n\n{fence}\n## Verification\n{fence}\n"
+    text = with_section(f"# A\n\n{shown}\n## B\n\n{shown}", "Verification", "Ours.")
+    assert text == "# A\n\n## Verification\n\nOurs.\n\n## B\n"
 
 
 def test_what_is_no_text_is_spelled_out():

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tiny_export import VERIFIED, export_unverified
 from tiny_gpt2 import tiny_model, tiny_tokenizer
 
@@ -72,6 +73,7 @@ def test_no_setting_names_code_elsewhere(copy, nothing_runs):
         ("config.json", {"auto_map": auto_map | {"AutoTokenizer": [None, "evil.Tokenizer"]}}),
         ("config.json", {"text_config": {"auto_map": {"AutoConfig": "some/body--c.C"}}}),
         ("config.json", {"custom_pipelines": {"text-generation": {"impl": "evil.Pipeline"}}}),
+        ("config.json", {"auto_map": {"AutoModel": "modeling_gpt2repro.x/repo--code.Model"}}),
         ("config.json", {"_attn_implementation": "some/kernel"}),
         ("generation_config.json", {"custom_generate": "some/body"}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [f"some/body--{ours}", None]}}),
@@ -177,6 +179,15 @@ def test_a_clone_without_git_lfs_says_what_to_do(copy):
     for look in (verification.verify, lambda where: saved_models.load_causal_lm(str(where))):
         with pytest.raises(UserError, match=r"a git-lfs pointer, not the file: run `git lfs pull`"):
             look(copy)
+
+
+def test_an_index_does_not_lead_elsewhere(copy):
+    """transformers would read the weights, and an export would publish them."""
+    elsewhere = (copy / "model.safetensors").rename(copy.parent / "private.safetensors")
+    names = dict.fromkeys(load_file(elsewhere), f"../{elsewhere.name}")
+    (copy / contents.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(UserError, match=r"names \.\./private.safetensors, which is not beside it"):
+        saved_models.load_causal_lm(str(copy))
 
 
 # --- Links ----------------------------------------------------------------------------------------
