@@ -16,7 +16,7 @@ $(VENV)/.installed: requirements.txt setup.cfg pyproject.toml
 	@$(BIN)/python -c '$(IS_NEW_ENOUGH)' || \
 		{ echo "$(VENV) has an older Python than 3.11: make clean, and again"; exit 1; }
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(BIN)/python -m ensurepip
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	grep '^torch==' requirements.txt | $(BIN)/python -m pip install --quiet --requirement /dev/stdin
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@

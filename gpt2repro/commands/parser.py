@@ -92,13 +92,16 @@ def find_device(name: str | None) -> "torch.device":
     """The device of `--device`, tried; without a name the GPU if there is one.
 
     Raises:
-        UserError: there is none of that name, or it does not compute, as `meta` does not.
+        UserError: there is none of that name, or it does not compute, as `meta`, or wrongly.
     """
     import torch
+
+    from gpt2repro.system import machine
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # no such word, or no such device
         raise UserError(f"--device {name}: {str(error).splitlines()[0][:120]}") from None
+    machine.check_torch(device)
     return device

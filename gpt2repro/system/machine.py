@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from gpt2repro import UserError
 from gpt2repro.system import processes
 
 PACKAGES = (
@@ -96,10 +97,29 @@ def hardware(device: str | None = None) -> str:
     processor comes with the vector instructions that torch found: one name covers machines that
     differ several times in speed.
     """
-    on_cpu = device is not None and torch.device(device).type == "cpu"
-    if torch.cuda.is_available() and not on_cpu:
+    kind = torch.device(device).type if device else None
+    if kind == "mps":
+        return f"the GPU (MPS) of {_processor()}"
+    if torch.cuda.is_available() and kind != "cpu":
         return f"{os.environ.get('LOCAL_WORLD_SIZE', 1)} x {torch.cuda.get_device_name()}"
     return f"{num_cores()} cores of {_processor()} ({_vector_instructions()})"
+
+
+def check_torch(device: torch.device) -> None:
+    """Refuse a torch that computes other numbers on this device, and does not say so.
+
+    Before 2.14, on Macs' GPUs: products that sum over more than 32,768, as the gradient below a
+    head of GPT-2's vocabulary does (pytorch/pytorch#193487), and causal attention in 16 bits where
+    no gradients are asked for (pytorch/pytorch#195910).
+
+    Raises:
+        UserError: naming the version to install.
+    """
+    if device.type == "mps" and torch.__version__ < "2.14":  # a TorchVersion: 2.9 is less
+        raise UserError(
+            f"torch {torch.__version__} computes wrong numbers on a Mac's GPU without a word: "
+            "install torch 2.14 or newer, or keep to the CPU (launch/cpu.yaml, --device cpu)"
+        )
 
 
 def _vector_instructions() -> str:

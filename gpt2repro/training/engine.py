@@ -14,7 +14,7 @@ from gpt2repro.data.rows.lanes import check_lanes
 from gpt2repro.recipe_fields import Recipe
 from gpt2repro.speed import cpu_memory
 from gpt2repro.speed.low_precision import has_bf16
-from gpt2repro.system import ranks
+from gpt2repro.system import machine, ranks
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS
 from gpt2repro.system.signals import end_with_launcher
 from gpt2repro.training.tracker import check_tracker
@@ -61,6 +61,7 @@ def start_engine(recipe: Recipe) -> Accelerator:
             "ACCELERATE_USE_CPU=true"
         )
     check_engine(accelerator)
+    machine.check_torch(accelerator.device)
     if recipe.mixed_precision == "bf16" and not has_bf16(accelerator.device):
         raise UserError("mixed_precision bf16: this GPU only emulates it: set it to no")
     check_lanes(

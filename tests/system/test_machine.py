@@ -37,6 +37,10 @@ def test_a_run_on_the_processor_does_not_name_an_idle_gpu(monkeypatch):
     assert machine.hardware() == "2 x Some GPU"
 
 
+def test_a_run_on_a_macs_gpu_names_no_processor():
+    assert machine.hardware("mps").startswith("the GPU (MPS) of ")
+
+
 def test_where_the_kernel_says_nothing_there_is_still_a_name(monkeypatch):
     monkeypatch.setattr(machine, "_first_core", dict)
     assert machine._processor()

@@ -16,10 +16,12 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from tiny_language_models import HELLASWAG
 from tiny_run import assert_same_tensors, digests, metrics, tensors, train, write_inputs
+from torch.torch_version import TorchVersion
 
 from gpt2repro import UserError
+from gpt2repro.recipe import load_recipe
 from gpt2repro.training import finish
-from gpt2repro.training.engine import check_engine
+from gpt2repro.training.engine import check_engine, start_engine
 
 ROOT = Path(__file__).parents[2]
 # Dynamo gives up at 8 variants of one piece of code: more blocks than that, all of one kind.
@@ -126,6 +128,17 @@ def test_engines_that_would_save_what_nobody_can_load_are_refused(option, part):
     accelerator = Namespace(state=state, distributed_type=kind, parallelism_config=parallel)
     with pytest.raises(UserError, match=part) if part else contextlib.nullcontext():
         check_engine(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("2.13.0", True), ("2.9.1", True), ("2.14.0", False)]
+)
+def test_a_macs_gpu_is_taken_with_a_torch_that_is_right_there(monkeypatch, version, refused):
+    monkeypatch.setattr(Accelerator, "device", torch.device("mps"))
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    said = pytest.raises(UserError, match=r"a Mac's GPU .* install torch 2\.14")
+    with said if refused else contextlib.nullcontext():
+        start_engine(load_recipe(["--recipe", "demo"]))
 
 
 @pytest.mark.sweep
