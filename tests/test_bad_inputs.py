@@ -204,7 +204,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--init_from {inputs}/bert": ("init_from", "bert"),
     "--init_from {inputs}/torn_model": ("init_from", "torn_model"),
     "--init_from {inputs}/short_model --n_layer 7": ("n_layer 7: init_from has", "leave it out"),
-    "--attn_implementation flex_attention": ("on CPUs it does not train", "sdpa"),
+    "--attn_implementation flex_attention": ("no CPU or Mac trains by it", "sdpa"),
     "--init_from {inputs}/no_weights": ("init_from", "no_weights"),
     "--init_from {inputs}/empty": ("init_from", "config.json"),
     "--init_from {inputs}/short_model": ("sequence_length 32", "16 positions of init_from"),

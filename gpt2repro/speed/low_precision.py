@@ -52,7 +52,7 @@ def has_fp8(device: torch.device) -> bool:
     AMD's count their capabilities otherwise, and some have 8 bits of another kind: none is trusted.
     """
     if device.type != "cuda":
-        return True
+        return device.type == "cpu"
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 

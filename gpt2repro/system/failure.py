@@ -84,8 +84,9 @@ def _last_words(error: BaseException, *, is_first: bool) -> str:
 def _known(error: BaseException) -> str:
     """What happened and what to do, where that is known."""
     cause = getattr(error, "inner_exception", error)  # of an error that the compiler wrapped
-    on_cpu = isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause)
-    if on_cpu or isinstance(cause, torch.OutOfMemoryError | MemoryError):
+    said = str(cause) if isinstance(cause, RuntimeError) else ""  # by a CPU, by a Mac's GPU
+    in_words = "can't allocate memory" in said or "MPS backend out of memory" in said
+    if in_words or isinstance(cause, torch.OutOfMemoryError | MemoryError):
         return f"ran out of memory. {OUT_OF_MEMORY}"
     # By name: asking for the class would import the compiler.
     if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):

@@ -176,8 +176,8 @@ def _architecture(recipe: Recipe, tokenizer) -> GPT2ReproConfig:
 def check_device(recipe: Recipe, device: torch.device) -> None:
     """Refuse what the recipe asks of a device that has it not."""
     implementation = recipe.attn_implementation
-    if device.type == "cpu" and implementation == "flex_attention":
-        raise UserError("attn_implementation flex_attention: on CPUs it does not train; use sdpa")
+    if device.type in ("cpu", "mps") and implementation == "flex_attention":
+        raise UserError("attn_implementation flex_attention: no CPU or Mac trains by it; use sdpa")
     if not attention.runs_on(implementation, device):
         raise UserError(
             f"attn_implementation {implementation}: this device has no such kernel (3 is for "

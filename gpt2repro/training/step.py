@@ -82,7 +82,7 @@ def train_step(
     device = accelerator.device
     # From pinned memory the copy waits in the GPU's queue, and not this process for the copy.
     tokens = batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens
-    rows = tokens.to(device, non_blocking=True)
+    rows = tokens.to(device, non_blocking=device.type == "cuda")
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     size = learner.micro_batch_size
     micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))

@@ -80,6 +80,7 @@ def test_a_lost_peer_is_told_of_only_if_that_one_said_nothing(leave, text):
         torch.OutOfMemoryError("CUDA out of memory."),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB, other allocations: 0)."),
     ],
 )
 def test_want_of_memory_names_what_to_change(leave, error):

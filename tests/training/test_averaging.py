@@ -42,6 +42,14 @@ def test_the_average_is_that_of_the_weights_after_updates_that_were_not_skipped(
         torch.testing.assert_close(average.double(), expected[key], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_of_nothing_begins_no_average(name):
+    """As the first one of all, if it is skipped on a device that leaves nothing behind then."""
+    optimizer = build(tiny_model(), name, ema_decay=0.75)
+    optimizer.step()
+    assert not has_average(optimizer)
+
+
 def test_weights_and_average_change_places_and_are_put_back_to_the_bit():
     model = tiny_model()
     optimizer = build(model, "adamw", ema_decay=0.75)

@@ -28,6 +28,8 @@ def keep_average(optimizer: Optimizer, decay: float) -> None:
         for parameter, state in optimizer.state.items():
             if AVERAGE not in state:
                 state[AVERAGE] = parameter.detach().clone()
+        if not optimizer.state:  # the first of all was skipped, and on this device not even begun
+            return
         weights, averages = zip(*_pairs(optimizer), strict=True)
         skipped = 0.0 if optimizer.found_inf is None else optimizer.found_inf
         rate = torch.as_tensor((1 - decay) * (1 - skipped), device=weights[0].device)
