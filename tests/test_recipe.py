@@ -108,6 +108,15 @@ def test_which_checkpoints_are_permanent(options, steps):
     assert recipe.num_kept(10**9) <= 2 + 31 + 10**9 // 8  # at once
 
 
+def test_a_place_whose_name_is_no_text_is_refused_at_once(tmp_path, monkeypatch):
+    odd = tmp_path / os.fsdecode(b"lat\xfcn")
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    with pytest.raises(UserError, match=r"output_dir: .* is no UTF-8 name"):
+        load_recipe(["--recipe", "demo"])
+    assert load_recipe(["--recipe", "demo", "--output_dir", str(tmp_path)]).output_dir
+
+
 def test_epochs_and_steps_replace_each_other(tmp_path):
     assert load_recipe(["--num_epochs", "2"]).num_steps is None
     path = tmp_path / "epochs.yaml"
