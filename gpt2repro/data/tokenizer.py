@@ -105,6 +105,5 @@ def _refuse_paths(name: str) -> None:
     named = [key for key in ("vocab", "merges", "gguf_file") if isinstance(settings.get(key), str)]
     if named := named + ["init_inputs"] * bool(settings.get("init_inputs")):
         raise UserError(
-            f"tokenizer_name: {name}: the {named[0]} of its tokenizer_config.json is no setting of "
-            "a tokenizer: it may name any file of this machine"
+            f"tokenizer_name: {name}: the {named[0]} of its tokenizer_config.json may be any file"
         )

@@ -29,8 +29,7 @@ def section_span(card: str, title: str) -> tuple[int, int] | None:
     for line in card.split("\n"):
         ticks = re.match("`*|~*", line)[0]  # type: ignore[index]
         if opened:
-            closes = ticks.startswith(opened) and line.strip() == ticks
-            opened = "" if closes else opened
+            opened = "" if ticks.startswith(opened) and line.strip() == ticks else opened
         elif len(ticks) >= 3:
             opened = ticks
         elif line.startswith("## ") and begin is not None:

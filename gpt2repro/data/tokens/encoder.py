@@ -56,9 +56,7 @@ class BulkEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.eot_id, self._num_ids = begin_id(tokenizer), num_ids(tokenizer)
         if self._num_ids > MOST_IDS:  # of a few tokens, perhaps: what counts is the highest
-            raise UserError(
-                f"tokenizer_name: it has {self._num_ids:,} ids, and a model at most {MOST_IDS:,}"
-            )
+            raise UserError(f"tokenizer_name: it has {self._num_ids:,} ids, a model {MOST_IDS:,}")
         self.dtype = np.dtype(np.uint16 if self._num_ids <= 2**16 else np.uint32)
         self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._fast.no_padding()
