@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from accelerate.utils import compare_versions
+
 from gpt2repro import UserError
 from gpt2repro.evaluation.core import open_core
 from gpt2repro.evaluation.published import is_of_the_published_rows
@@ -40,13 +42,14 @@ def check_names(names: Sequence[str], option: str) -> None:
     """That there is something to open these by.
 
     Raises:
-        UserError: they are the harness', and it is not installed; begins with `option`.
+        UserError: they are the harness', and it is not installed, or as a version whose tasks are
+            made otherwise (0.5, of which there is a first draft); begins with `option`.
     """
     theirs = [*filter(is_of_harness, names)]
-    if theirs and not find_spec("lm_eval"):
+    if theirs and not (find_spec("lm_eval") and compare_versions("lm_eval", "<", "0.5.dev0")):
         raise UserError(
             f"{option}: {', '.join(theirs)}: the tasks of lm-evaluation-harness need "
-            f"`pip install lm_eval`; without it there are {', '.join(OURS)}"
+            f"`pip install 'lm_eval<0.5'`; without it there are {', '.join(OURS)}"
         )
 
 

@@ -316,5 +316,15 @@ def test_weights_that_are_not_all_there_are_refused(saved):
 
 def test_without_the_harness_one_line_names_the_extra(model, monkeypatch):
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--tasks: ours_lambada: .* `pip install lm_eval`"):
+    with pytest.raises(UserError, match=r"--tasks: ours_lambada: .* `pip install 'lm_eval<0.5'`"):
         evaluate.main(["--model", model, "--tasks", "val,ours_lambada", *FILES])
+
+
+def test_a_harness_that_is_not_known_yet_is_said_in_a_line(model, tmp_path, monkeypatch):
+    """Its first draft is on PyPI."""
+    (tmp_path / "lm_eval-0.5.0.dev1.dist-info").mkdir()
+    about = "Metadata-Version: 2.1\nName: lm_eval\nVersion: 0.5.0.dev1\n"
+    (tmp_path / "lm_eval-0.5.0.dev1.dist-info" / "METADATA").write_text(about)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"--tasks: ours_lambada: .* `pip install 'lm_eval<0.5'`"):
+        evaluate.main(["--model", model, "--tasks", "ours_lambada", *FILES])
