@@ -413,7 +413,7 @@ def _check_consistency(recipe: Recipe) -> None:
     attention = recipe.attn_implementation
     if attention.startswith(("flash_attention", "sdpa_flash")) and recipe.mixed_precision != "bf16":
         raise UserError(f"attn_implementation {attention} needs mixed_precision bf16")
-    if attention.startswith("sdpa_flash") and recipe.dropout:
+    if attention.startswith(("sdpa_flash", "flash_attention_3")) and recipe.dropout:
         raise UserError(f"attn_implementation {attention} knows no dropout: set it to 0")
     if recipe.max_autotune and not recipe.compile:
         raise UserError("max_autotune chooses among the compiler's kernels: it needs compile")

@@ -252,6 +252,10 @@ BAD_ARGUMENTS = [
         ["--attn_implementation", "sdpa_flash_4", "--dropout", "0.1"],
         "attn_implementation sdpa_flash_4 knows no dropout: set it to 0",
     ),
+    (
+        ["--attn_implementation", "flash_attention_3", "--dropout", "0.1"],
+        "attn_implementation flash_attention_3 knows no dropout: set it to 0",
+    ),
     (["--muon_heads"], "muon_heads needs optimizer muon"),
     (
         ["--batch_tokens", str(2**60)],

@@ -183,6 +183,13 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
             f"attn_implementation {implementation}: this device has no such kernel (3 is for "
             "Hopper, 4 for Hopper and Blackwell); use sdpa"
         )
+    recomputes = recipe.gradient_checkpointing and recipe.compile and recipe.dropout
+    if device.type == "cuda" and recomputes and torch.__version__ >= "2.13":  # a TorchVersion
+        raise UserError(
+            "gradient_checkpointing, compile and dropout: what torch 2.13 and newer compile for a "
+            "GPU may drop other activations in the backward pass than in the forward "
+            "(pytorch/pytorch#198333): leave one of the three out"
+        )
     if recipe.fp8_head and not has_fp8(device):
         raise UserError("fp8_head: this GPU has no 8-bit products (Ada and Hopper do)")
 

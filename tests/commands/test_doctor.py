@@ -4,6 +4,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ import torch
 from tiny_checkpoint import save_checkpoint
 from tiny_language_models import HELLASWAG
 from tiny_run import without_a_compiler, write_inputs
+from torch.torch_version import TorchVersion
 
 from gpt2repro import UserError
 from gpt2repro.commands import doctor
@@ -248,6 +250,19 @@ def test_a_kernel_that_a_gpu_has_not_is_told_before_the_run(
             continue
         with pytest.raises(UserError, match=f"attn_implementation {name}: this device has no"):
             check_device(given, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("version", ["2.12.1", "2.13.0", "2.14.1"])
+def test_masks_that_a_gpu_may_not_find_again_are_refused(recipe, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    words = ["--recipe", str(recipe), "--gradient_checkpointing", "--compile", "--dropout", "0.1"]
+    all_three = load_recipe(words)
+    check_device(all_three, torch.device("cpu"))
+    for without in ("dropout", "compile", "gradient_checkpointing"):
+        check_device(all_three.model_copy(update={without: 0}), torch.device("cuda"))
+    refused = pytest.raises(UserError, match="leave one of the three out")
+    with nullcontext() if version == "2.12.1" else refused:
+        check_device(all_three, torch.device("cuda"))
 
 
 def test_a_cpu_that_emulates_bf16_is_worth_a_warning(recipe, capsys, monkeypatch):
