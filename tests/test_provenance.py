@@ -440,6 +440,8 @@ def test_one_branch_is_compared_with_the_one_before(hub, capsys):
     for one, before in (("step00000002", "step00000001"), ("step00000004", "step00000002")):
         problem = f"its config.json is not that of {before}"  # of two, who knows which is right
         assert check(capsys, "--revision", one) == (1, {one: [problem]})
+    status, said = check(capsys, "--revision", "main")  # a copy of the newest
+    assert (status, [*said]) == (0, ["main"]) and said["main"][0].startswith("right")
 
 
 def test_what_was_proved_is_said(hub, capsys):

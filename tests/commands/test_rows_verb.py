@@ -11,6 +11,7 @@ from tiny_run import digests, train, without_export, write_inputs
 from tiny_shards import write_bin
 
 from gpt2repro import UserError
+from gpt2repro.commands import tokenize
 from gpt2repro.commands.rows import main
 from gpt2repro.records import integrity
 
@@ -82,6 +83,15 @@ def test_what_a_checkpoint_has_read_can_be_recomputed(run, capsys):
     seen = json.loads(told)
     assert seen["step"] == 12 and seen["identity"]["rows_per_step"] == 8
     assert {entry["lane"] for entry in seen["read"]} == {0, 1, 2, 3}
+
+
+def test_texts_of_token_shards_are_what_was_encoded(run, tmp_path, capsys):
+    recipe = ["--recipe", str(run / "recipe.yaml")]
+    assert tokenize.main([*recipe, "--output", str(tmp_path / "shards")]) == 0
+    capsys.readouterr()
+    told = shown(capsys, *recipe, "--dataset_name", tmp_path / "shards", "--row", 0)
+    found = re.findall(r"\[document 1:\d+ of tokens_train_000001.bin, .*\]\n(.*)", told)
+    assert found and all(any(text.strip() in whole for whole in TEXTS) for text in found)
 
 
 @pytest.mark.parametrize(

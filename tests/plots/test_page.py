@@ -115,6 +115,18 @@ def test_facts_are_the_cards(run, text, tmp_path):
     assert plots._facts([], plots._model_of(str(tmp_path))) == []
 
 
+def test_where_it_went_on_and_what_it_is_compared_with(run, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    recipe = load_recipe(["--recipe", "gpt2"]).model_dump()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    launches = [json.dumps({"step": step, "date": "2026"}) + "\n" for step in (0, 20, 30)]
+    (tmp_path / "launches.jsonl").write_text("".join(launches))
+    assert plots.main([str(tmp_path), "--html"]) == 0
+    text = (tmp_path / "plots" / "page.html").read_text(encoding="utf-8")
+    upright = re.findall(r'"name":"Span".{0,80}?"location":(\d+).{0,20}?"dimension":"height"', text)
+    assert {*upright} >= {"81920", "122880"} and '"resumed"' in text and "OpenAI GPT-2 124M" in text
+
+
 def test_a_model_alone_and_two_runs(run, tmp_path, monkeypatch):
     weights = {"weights": gallery.MODEL_PICTURES["weights"]}
     monkeypatch.setattr(gallery, "MODEL_PICTURES", weights)  # one is enough
