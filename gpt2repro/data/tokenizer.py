@@ -1,11 +1,13 @@
 """A tokenizer by the name a user gives: of the Hub, of a directory, of the demo."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from gpt2repro import UserError
 from gpt2repro.data import demo_corpus
@@ -99,11 +101,16 @@ def _read(name: str, trust: bool, offline: bool = False) -> Any:
 def _refuse_paths(name: str) -> None:
     """Refuse settings that name a file, a private key perhaps: its lines would be the vocabulary.
 
-    What `*_file` names, transformers does not open; but its classes take a name for these too.
+    Classes of transformers open what these name. A `*_file` of tokenizer_config.json it does not
+    follow; but whatever special_tokens_map.json says goes in after the files that it has found.
     """
-    settings = get_tokenizer_config(name, local_files_only=True)
-    named = [key for key in ("vocab", "merges", "gguf_file") if isinstance(settings.get(key), str)]
-    if named := named + ["init_inputs"] * bool(settings.get("init_inputs")):
-        raise UserError(
-            f"tokenizer_name: {name}: the {named[0]} of its tokenizer_config.json may be any file"
-        )
+    here = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    map_file = cached_file(name, "special_tokens_map.json", **here)
+    tokens = json.loads(Path(map_file).read_text(encoding="utf-8")) if map_file else {}
+    for settings in (get_tokenizer_config(name, local_files_only=True), tokens):
+        for key, value in settings.items():
+            is_file = key in ("vocab", "merges", "gguf_file") or (
+                settings is tokens and key.endswith("_file")
+            )
+            if (is_file and isinstance(value, str)) or (key == "init_inputs" and value):
+                raise UserError(f"tokenizer_name: {name}: its setting {key} may be any file")

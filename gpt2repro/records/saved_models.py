@@ -126,11 +126,15 @@ def load_causal_lm(
 
 
 def _refuse_weights_elsewhere(directory: Path) -> None:
-    """An index names files beside it; transformers would open what it names anywhere."""
-    for index in directory.glob("*.index.json"):
-        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+    """Settings and indexes name files beside them; transformers would open any, anywhere."""
+    for file in (directory / "config.json", *directory.glob("*.index.json")):
+        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        named = said if isinstance(said, dict) else {}
+        weights = named.get("weight_map")
+        names = [*weights.values()] if isinstance(weights, dict) else []
+        for name in filter(None, [named.get("transformers_weights"), *names]):
             if Path(name).name != name:
-                raise ValueError(f"{index.name} names {name}, which is not beside it")
+                raise ValueError(f"{file.name} names {name}, which is not beside it")
 
 
 def find_tokenizer(

@@ -317,7 +317,13 @@ def test_a_card_names_nothing_outside_of_its_directory(tmp_path):
     write_parquet(tmp_path / "d" / "0.parquet", ["first"])
     write_parquet(tmp_path / "d" / "sub" / "0.parquet", ["second"])
     card = tmp_path / "d" / "README.md"
-    beyond = ("../*.parquet", "sub/../../*", f"{tmp_path}/*", "http://127.0.0.1:9/x.parquet")
+    beyond = (
+        "../*.parquet",
+        "sub/../../*",
+        f"{tmp_path}/*",
+        "http://127.0.0.1:9/x.parquet",
+        "file:/etc/hosts",
+    )
     for field, name in [*(("data_files", name) for name in beyond), ("data_dir", "..")]:
         card.write_text(f"---\nconfigs:\n- config_name: default\n  {field}: '{name}'\n---\n")
         message = refusal(tmp_path / "d")

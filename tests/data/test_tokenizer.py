@@ -38,18 +38,27 @@ def test_a_torn_file_is_one_line(theirs, tmp_path, file, torn):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("field", ["vocab", "init_inputs"])
-def test_settings_that_would_make_any_file_a_vocabulary_are_refused(tmp_path, field):
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        ("tokenizer_config.json", "vocab"),
+        ("tokenizer_config.json", "init_inputs"),
+        ("special_tokens_map.json", "vocab"),
+        ("special_tokens_map.json", "vocab_file"),
+    ],
+)
+def test_settings_that_would_make_any_file_a_vocabulary_are_refused(tmp_path, file, field):
     """Its lines would be in what is exported, and published."""
     key, directory = tmp_path / "id_ed25519", tmp_path / "theirs"
     directory.mkdir()
     key.write_text("-----BEGIN-----\nPRIVATE\n")
     (directory / "x.model").touch()
     settings = {"tokenizer_class": "BertTokenizer", "unk_token": "-----BEGIN-----"}
-    value = str(key) if field == "vocab" else [str(key)]
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {field: value}))
+    value = [str(key)] if field == "init_inputs" else str(key)
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / file).write_text(json.dumps(settings | {field: value}))
     assert "PRIVATE" in AutoTokenizer.from_pretrained(directory).get_vocab()  # theirs reads it
-    with pytest.raises(UserError, match=f"the {field} of its tokenizer_config.json may be"):
+    with pytest.raises(UserError, match=f"its setting {field} may be any file"):
         load_tokenizer(directory)
 
 

@@ -186,8 +186,20 @@ def test_an_index_does_not_lead_elsewhere(copy):
     elsewhere = (copy / "model.safetensors").rename(copy.parent / "private.safetensors")
     names = dict.fromkeys(load_file(elsewhere), f"../{elsewhere.name}")
     (copy / contents.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    with pytest.raises(UserError, match=r"names \.\./private.safetensors, which is not beside it"):
+    refused = pytest.raises(UserError, match=r" names .*, which is not beside it")
+    with refused:
         saved_models.load_causal_lm(str(copy))
+    (copy / "sub").mkdir()
+    (copy / contents.INDEX).rename(copy / "sub" / contents.INDEX)
+    change(copy / "config.json", transformers_weights=f"sub/{contents.INDEX}")
+    with refused:
+        saved_models.load_causal_lm(str(copy))
+
+
+def test_an_index_of_something_else_is_in_nobodys_way(copy):
+    for name, text in (("faiss.index.json", "{}"), ("a.index.json", "[1]")):
+        (copy / name).write_text(text)
+    saved_models.load_causal_lm(str(copy))
 
 
 # --- Links ----------------------------------------------------------------------------------------

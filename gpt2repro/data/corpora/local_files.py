@@ -290,7 +290,8 @@ def _patterns_of_card(
     given, below = configs[chosen].get("data_files"), str(configs[chosen].get("data_dir") or "")
     patterns = sanitize_patterns(given) if given else {}
     for name in (below, *itertools.chain(*patterns.values())):
-        if name.startswith("/") or ".." in name.split("/") or "::" in name or "://" in name:
+        is_address = name.startswith("file:") or "://" in name or "::" in name
+        if is_address or name.startswith("/") or ".." in name.split("/"):
             raise UserError(f"dataset_name: the card of {directory} names {name!r}, outside of it")
     return patterns or get_data_patterns(str(link / below)), link / below
 
