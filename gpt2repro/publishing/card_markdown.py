@@ -27,7 +27,7 @@ def section_span(card: str, title: str) -> tuple[int, int] | None:
     """Where the section `title` begins and ends; a line in a fenced block is no heading."""
     opened, begin, here = "", None, 0
     for line in card.split("\n"):
-        ticks = re.match("`*|~*", line)[0]  # type: ignore[index]
+        ticks = re.match("`+|~+|", line)[0]  # type: ignore[index]
         if opened:
             opened = "" if ticks.startswith(opened) and line.strip() == ticks else opened
         elif len(ticks) >= 3:

@@ -26,13 +26,16 @@ PATH_FIELDS = (
     "hellaswag_file",
 )
 PATH = re.compile(
-    r"(?<=')~?/[^'\n]+(?=')"  # quoted, with spaces perhaps
+    r"(?<=')(?:~|\.\.|file://)?/[^'\n]+(?=')"  # quoted, with spaces perhaps
     r"|(?<![\w:/.<~-])(?:~|\.\.|file://)?(?:/[^\s/\"'`|,<>()\[\]{}]+)+/?"
 )
 # Options of launchers that name machines, or what only the own ones shall know.
+PRIVATE_OPTION = (
+    r"--(?:main.process.ip|master.addr|local.addr|rdzv.endpoint|rdzv.conf"
+    r"|env|vm|tpu.name|tpu.zone|aws.\w+)"
+)
 PRIVATE = re.compile(
-    r"(--(?:main.process.ip|master.addr|local.addr|rdzv.endpoint|rdzv.conf|env|vm|tpu.\w+|aws.\w+)"
-    r"[= ])('[^']*'|[^\s\\]+)"
+    rf"""'({PRIVATE_OPTION}=)(?:[^']|'"'"')*'|({PRIVATE_OPTION}[= ])(?:'[^']*'|"[^"]*"|[^\s\\'"])+"""
 )
 
 
@@ -45,7 +48,7 @@ def redacted(card: str) -> str:
     for title in (TRAINING, BENCHMARKS):  # the command line; names of other models
         if span := section_span(card, title):
             begin, end = span
-            section = PRIVATE.sub(r"\1PRIVATE", card[begin:end])
+            section = PRIVATE.sub(lambda found: f"{found[1] or found[2]}PRIVATE", card[begin:end])
             section = PATH.sub(lambda found: _name(found[0]), section)
             card = card[:begin] + section + card[end:]
     return printable(card)

@@ -410,22 +410,29 @@ def test_a_published_card_has_no_path_however_yaml_spells_it(name):
         "--rdzv_conf=",
     ],
 )
-@pytest.mark.parametrize("value", ["10.1.2.3:29500", "'HF_TOKEN=hf_a b'"])
+@pytest.mark.parametrize("value", ["10.1.2.3:29500", "HF_TOKEN=hf_a b", "A=it's b"])
 def test_a_published_card_names_no_machine_and_no_secret(option, value):
-    text = card(command=f"accelerate launch {option}{value} train.py --seed 1")
+    words = [f"{option}{value}"] if option.endswith("=") else [option.strip(), value]
+    text = card(command=shlex.join(["accelerate", "launch", *words, "train.py", "--seed", "1"]))
     assert f"accelerate launch {option}PRIVATE train.py --seed 1\n" in redacted(text)
 
 
 def test_a_published_card_has_no_path_in_a_command():
     text = card(command="torchrun --log_dir file:///home/me/logs train.py --recipe ../me/a.yaml")
     assert "torchrun --log_dir logs train.py --recipe a.yaml\n" in redacted(text)
+    text = card(command="train.py --recipe '../my dir/a b.yaml' --output_dir 'file:///a b/c'")
+    assert "train.py --recipe 'a b.yaml' --output_dir 'c'\n" in redacted(text)
+    text = card(command="accelerate launch --tpu_use_sudo --multi_gpu train.py")
+    assert "--tpu_use_sudo --multi_gpu train.py" in redacted(text)
 
 
-@pytest.mark.parametrize("fence", ["```", "~~~", "~~~~"])
+@pytest.mark.parametrize("fence", ["````", "~~~", "~~~~"])
 def test_a_section_is_replaced_and_not_what_looks_like_it(fence):
-    shown = f"## Verification\n\n{fence}\n## Verification\n{fence}\n"
-    text = with_section(f"# A\n\n{shown}\n## B\n\n{shown}", "Verification", "Ours.")
-    assert text == "# A\n\n## Verification\n\nOurs.\n\n## B\n"
+    shown = f"{fence}\n## Verification\n```\n{fence}\n\nof somebody\n\n"
+    before, after = f"# A\n\n## B\n\n{shown}", f"## C\n\n{shown}"
+    theirs = f"## Verification\n\n{shown}"
+    text = with_section(before + theirs + after + theirs, "Verification", "Ours.")
+    assert text == f"{before}## Verification\n\nOurs.\n\n{after.rstrip()}\n"
 
 
 def test_what_is_no_text_is_spelled_out():
