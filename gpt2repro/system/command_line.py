@@ -94,8 +94,10 @@ def run(
 def _printable_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     """Of this package or of a library: it may tell names and texts of somebody's files."""
     record = logging.LogRecord(*args, **kwargs)
-    with contextlib.suppress(TypeError, ValueError):  # of a line that logging will complain about
+    with contextlib.suppress(Exception):  # of a line that logging will complain about, and go on
         record.msg, record.args = printable(record.getMessage()), None
+        if record.exc_info and record.exc_info[0]:
+            record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
     return record
 
 

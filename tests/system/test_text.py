@@ -40,13 +40,20 @@ def test_a_file_name_in_an_error_does_nothing_to_the_terminal(capsys):
 def test_what_a_library_logs_does_nothing_to_the_terminal(capsys):
     def verb(_):
         handler, make = logging.StreamHandler(), logging.getLogRecordFactory()
-        for line, told in (("model of type `%s`", "evil\x1b[2J"), ("a bad line %d", "x")):
-            handler.handle(make("a", logging.WARNING, "a.py", 1, line, (told,), None))
+
+        def log(line, told, error=None):
+            info = error and (type(error), error, None)
+            handler.handle(make("a", logging.WARNING, "a.py", 1, line, (told,), info))
+
+        log("model of type `%s`", "evil\x1b[2J", ValueError("evil\x1b[2J"))
+        log("a bad line %d", "x")
+        log("another %(key)s", {"another": "key"})
         return 0
 
     assert command_line.run("prog", verb, []) == 0
     said = capsys.readouterr().err
-    assert said.startswith("model of type `evil\\x1b[2J`\n") and "a bad line %d" in said
+    assert said.startswith("model of type `evil\\x1b[2J`\nValueError: evil\\x1b[2J\n")
+    assert "a bad line %d" in said and "another %(key)s" in said and "\x1b" not in said
 
 
 def test_lines_fit_a_terminal_and_are_left_alone_in_a_file(monkeypatch):
