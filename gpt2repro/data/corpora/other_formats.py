@@ -43,6 +43,7 @@ FEWEST_UNITS = 128  # else they are cut smaller, down to a document each
 VERSION = 2  # of how local files are read: another reads them again
 COMPRESSED_BYTES = 2**16  # decompressed at a time
 LONGEST_TEXT = 2**31  # characters, of a line or document; a file of kilobytes may inflate to more
+TOO_LONG = f"it is longer than {LONGEST_TEXT:,} characters: cut it, and an array into JSON lines"
 WORTH_A_LINE_BYTES = 10**9  # of files to be read: twenty seconds and more
 
 Texts = Iterator[str | None]
@@ -264,7 +265,8 @@ def _documents_of(file: Path, found: Found) -> Texts:
             try:
                 text = io.TextIOWrapper(content, "utf-8-sig", newline=newline)
                 while line := text.readline(LONGEST_TEXT):
-                    _refuse_too_long(len(line))
+                    if len(line) >= LONGEST_TEXT:
+                        raise ValueError(TOO_LONG)
                     yield line
                     number += 1
             except OSError as error:
@@ -277,16 +279,13 @@ def _documents_of(file: Path, found: Found) -> Texts:
         yield from read(lines(), found.text_column, file)
 
 
-def _refuse_too_long(length: int) -> None:
-    if length >= LONGEST_TEXT:
-        raise ValueError(f"it is longer than {LONGEST_TEXT:,} characters: cut it")
-
-
 def _joined(lines: Iterable[str]) -> str:
     parts, length = [], 0
     for line in lines:
         parts.append(line)
-        _refuse_too_long(length := length + len(line))
+        length += len(line)
+        if length >= LONGEST_TEXT:
+            raise ValueError(TOO_LONG)
     return "".join(parts)
 
 
@@ -301,7 +300,7 @@ def _whole_text(lines: Iterator[str], column: str, file: Path) -> Texts:
 
 
 def _column_of_csv(lines: Iterator[str], column: str, file: Path) -> Texts:
-    csv.field_size_limit(2**31 - 1)  # of the process; the default refuses long documents
+    csv.field_size_limit(LONGEST_TEXT - 1)  # of the process; the default refuses long documents
     delimiter = "\t" if suffixes_of(file)[0] == ".tsv" else ","
     rows = filter(None, csv.reader(lines, delimiter=delimiter, strict=True))
     header = next(rows, None)
