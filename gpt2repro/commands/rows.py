@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import path, recipe_parser
-from gpt2repro.recipe import load_recipe
+from gpt2repro.recipe import load_recipe, parse_arguments
 from gpt2repro.recipe_fields import Recipe
 from gpt2repro.system.text import printable
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from gpt2repro.data.rows.tracing import Place, TracedRow
 
 MOST_FOUND = 1000  # documents that --find looks out for
+# What a recipe may have written; given beside --checkpoint they are used.
+CACHES = ("token_cache_dir", "unit_digests_dir")
 
 
 def main(argv: list[str]) -> int:
@@ -74,13 +76,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None, 
             raise UserError(f"--{name}: {getattr(options, name)} is below 0")
     if options.checkpoint is None:
         return options, None, load_recipe(rest)
-    if rest:
-        raise UserError(f"{rest[0]}: the checkpoint has its recipe; leave it out")
+    given = parse_arguments(rest)
+    if stray := [name for name in given if name not in CACHES]:
+        raise UserError(f"--{stray[0]}: the checkpoint has its recipe; leave it out")
     from gpt2repro.records.checkpoints import read_state
 
     state = read_state(options.checkpoint, "--checkpoint")
     saved = {key: value for key, value in state["recipe"].items() if key in Recipe.model_fields}
-    saved |= dict.fromkeys(("token_cache_dir", "unit_digests_dir"))  # to be written, by its word
+    saved |= dict.fromkeys(CACHES) | given  # no checkpoint says where to write
     return options, state, Recipe(**(load_recipe([]).model_dump() | saved))
 
 

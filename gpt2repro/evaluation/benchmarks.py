@@ -1,6 +1,7 @@
 """Every benchmark by its name: ours, CORE, or lm-evaluation-harness'."""
 
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,11 +47,18 @@ def check_names(names: Sequence[str], option: str) -> None:
             made otherwise (0.5, of which there is a first draft); begins with `option`.
     """
     theirs = [*filter(is_of_harness, names)]
-    if theirs and not (find_spec("lm_eval") and compare_versions("lm_eval", "<", "0.5.dev0")):
+    if theirs and not _has_harness():
         raise UserError(
             f"{option}: {', '.join(theirs)}: the tasks of lm-evaluation-harness need "
             f"`pip install 'lm_eval<0.5'`; without it there are {', '.join(OURS)}"
         )
+
+
+def _has_harness() -> bool:
+    try:
+        return bool(find_spec("lm_eval")) and compare_versions("lm_eval", "<", "0.5.dev0")
+    except PackageNotFoundError:  # it lies on the path, as a checkout does
+        return True
 
 
 def open_tasks(

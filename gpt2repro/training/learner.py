@@ -184,7 +184,7 @@ def check_device(recipe: Recipe, device: torch.device) -> None:
             "Hopper, 4 for Hopper and Blackwell); use sdpa"
         )
     recomputes = recipe.gradient_checkpointing and recipe.compile and recipe.dropout
-    if device.type == "cuda" and recomputes and torch.__version__ >= "2.13":  # a TorchVersion
+    if device.type == "cuda" and recomputes and torch.__version__ >= "2.13.dev0":
         raise UserError(
             "gradient_checkpointing, compile and dropout: what torch 2.13 and newer compile for a "
             "GPU may drop other activations in the backward pass than in the forward "

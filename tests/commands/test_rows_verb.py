@@ -59,6 +59,9 @@ def test_a_checkpoint_does_not_say_where_to_write(run, tmp_path, capsys):
     integrity.mark(checkpoint)
     assert shown(capsys, "--checkpoint", checkpoint, "--row", 0).startswith("step 8")
     assert [*tmp_path.iterdir()] == [checkpoint]
+    given = ["--token_cache_dir", tmp_path / "mine"]
+    assert shown(capsys, "--checkpoint", checkpoint, "--row", 0, *given).startswith("step 8")
+    assert {*tmp_path.iterdir()} == {checkpoint, tmp_path / "mine"}
 
 
 def test_a_document_is_found_by_its_text_its_name_and_its_digest(run, capsys):
@@ -104,6 +107,7 @@ def test_texts_of_token_shards_are_what_was_encoded(run, tmp_path, capsys):
         (["--find", ""], "--find: it is empty"),
         (["--find", "99:0"], "--find: the dataset has no unit 99"),
         (["--find", "7:99"], "--find: unit 7 has 30 documents"),
+        (["--checkpoint", "x", "--seed", "1"], "--seed: the checkpoint has its recipe; leave it"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: no such checkpoint directory"),
     ],
 )
