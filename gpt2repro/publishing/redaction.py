@@ -30,12 +30,12 @@ PATH = re.compile(
     r"|(?<![\w:/.<~-])(?:~|\.\.|file://)?(?:/[^\s/\"'`|,<>()\[\]{}]+)+/?"
 )
 # Options of launchers that name machines, or what only the own ones shall know.
-PRIVATE_OPTION = (
+OWN_OPTION = (
     r"--(?:main.process.ip|master.addr|local.addr|rdzv.endpoint|rdzv.conf"
     r"|env|vm|tpu.name|tpu.zone|aws.\w+)"
 )
 PRIVATE = re.compile(
-    rf"""'({PRIVATE_OPTION}=)(?:[^']|'"'"')*'|({PRIVATE_OPTION}[= ])(?:'[^']*'|"[^"]*"|[^\s\\'"])+"""
+    rf"""'({OWN_OPTION}=)(?:[^']|'"'"')*'|({OWN_OPTION}[= ])(?:'[^']*'|"[^"]*"|[^\s\\'"])+"""
 )
 
 
