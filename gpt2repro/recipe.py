@@ -400,10 +400,10 @@ def _check_consistency(recipe: Recipe) -> None:
         raise UserError("hub_state goes with checkpoints: set hub_strategy to permanent or all")
     if recipe.push_to_hub and recipe.hub_strategy == "permanent" and not recipe.keeps_any:
         raise UserError("hub_strategy permanent: say which with keep_every or keep_steps")
+    where = recipe.run_dir.absolute()
     try:
-        str(recipe.run_dir.absolute()).encode()
+        str(where).encode()
     except UnicodeEncodeError:
-        where = recipe.run_dir.absolute()
         raise UserError(f"output_dir: {where} is no UTF-8 name; take one that is") from None
     if (name := recipe.exp_name) and (Path(name).name != name or name == ".."):
         raise UserError(f"exp_name {brief(name)} must be a plain name; use output_dir for a path")

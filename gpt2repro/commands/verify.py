@@ -19,6 +19,7 @@ import yaml
 
 from gpt2repro import UserError
 from gpt2repro.commands.parser import OneLineParser
+from gpt2repro.commands.rows import CACHES
 from gpt2repro.publishing.card_markdown import recipe_block
 from gpt2repro.recipe import load_recipe, parse_arguments
 from gpt2repro.recipe_fields import Recipe
@@ -79,7 +80,7 @@ def _recipe_of(card: str, fields: list[str]) -> Recipe:
         raise UserError("--data: the card has no recipe")
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "card.yaml"
-        here = dict.fromkeys(("token_cache_dir", "unit_digests_dir"))  # are of another machine
+        here = dict.fromkeys(CACHES)  # are of another machine
         try:
             given = parse_arguments(fields)
             if Path(str(given.get("dataset_name", ""))).expanduser().exists():

@@ -103,12 +103,12 @@ class Published:
         for name, sha256 in self.sums.items():
             if self.found(name) != sha256:
                 yield f"its {name} is not the file that its {SUMS} lists"
-        for name in self.tree:
-            if not (name in self.state or belongs(name) or is_litter(name)):
+        others = sorted(self.tree.keys() - {*self.state})
+        for name in others:
+            if not (belongs(name) or is_litter(name)):
                 yield f"holds {name}, which does not belong in an export"
-        for name in unlisted(self.tree, self.sums):
-            if name not in self.state and belongs(name):
-                yield f"holds {name}, which its {SUMS} does not list"
+        for name in filter(belongs, unlisted(others, self.sums)):
+            yield f"holds {name}, which its {SUMS} does not list"
         yield from self._training_state()
 
     @property
