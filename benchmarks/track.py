@@ -81,11 +81,20 @@ SHAPE = (
 T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771)
 
 
+Knobs = dict[str, tuple[float, float]]  # what a search varies, from where to where
+OF_MUON: Knobs = {"muon_lr": (5e-3, 0.1), "max_lr": (1e-3, 0.1), "muon_weight_decay": (1e-2, 1.0)}
+# A first search of `a`, with scales of 0.3 to 10, ended at 12 and still fell: it is not counted.
+OF_ADAMW: Knobs = {
+    **{"max_lr": (1e-4, 1e-2), "embedding_lr_scale": (1.0, 100.0), "weight_decay": (1e-2, 1.0)}
+}
+
+
 class Scale(NamedTuple):
     num_steps: int  # N
     num_points: int  # of a side's search
     refined: tuple[int, ...]  # of them, round by round
     fields: dict[str, Any]
+    of_adamw: Knobs = OF_ADAMW
 
 
 # Whatever a recipe says, which may have its figures from here; a side may say otherwise.
@@ -96,30 +105,32 @@ PLAIN = {
     **{"eval_every": 0, "sample_every": 0, "resume": "auto"},
 }
 OF_B = {
-    "recipe": "demo",
-    "dataset_name": "../shared/data/books",
-    **{"n_layer": 12, "n_head": 4, "n_embd": 256, "sequence_length": 512},
-    **{"batch_tokens": 16384, "micro_batch_size": 32, "validation_tokens": 262144},
-    "mixed_precision": "bf16",
+    **{"recipe": "demo", "dataset_name": "../shared/data/books"},
+    **{"n_layer": 12, "n_head": 4, "n_embd": 256, "micro_batch_size": 32},
     **PLAIN,
+}
+OF_B4 = {
+    **{"sequence_length": 512, "batch_tokens": 16384, "validation_tokens": 262144},
+    "mixed_precision": "bf16",
 }
 SCALES = {
     # 3 x 192 on the prose that Python carries, with the demo's own BPE
     "a": Scale(300, 24, (4, 4), {"recipe": "demo", "micro_batch_size": 16, **PLAIN}),
-    # 10.7 M parameters on books by the demo's BPE, in bf16: 4 M tokens, which two cores with AMX
-    # pay in a day, and 16 M for a GPU
-    "b4": Scale(244, 18, (2,) * 5, OF_B),
-    "b": Scale(976, 18, (2,) * 5, OF_B),
+    # 10.6 M parameters on books by the demo's BPE. AdamW's best point at `b4` was outside of its
+    # ranges: here they are around it.
+    "b": Scale(
+        200,
+        18,
+        (2,) * 5,
+        OF_B | {"batch_tokens": 8192, "validation_tokens": 65536},
+        OF_ADAMW | {"max_lr": (5e-5, 5e-3), "embedding_lr_scale": (3.0, 300.0)},
+    ),
+    # twice its context and 2.4 times its tokens, in bf16: begun, and too much for two cores
+    "b4": Scale(244, 18, (2,) * 5, OF_B | OF_B4),
     # the reproduction's first quarter, on GPUs: see --launcher
     "c": Scale(4768, 18, (2,) * 5, {"recipe": "gpt2", "save_every": 250, **PLAIN}),
 }
 
-Knobs = dict[str, tuple[float, float]]
-OF_MUON: Knobs = {"muon_lr": (5e-3, 0.1), "max_lr": (1e-3, 0.1), "muon_weight_decay": (1e-2, 1.0)}
-# A first search of `a`, with scales of 0.3 to 10, ended at 12 and still fell: it is not counted.
-OF_ADAMW: Knobs = {
-    **{"max_lr": (1e-4, 1e-2), "embedding_lr_scale": (1.0, 100.0), "weight_decay": (1e-2, 1.0)}
-}
 POWERCOOL = {"schedule": "power", "cooldown_fraction": 0.5, "matrix_cooldown_fraction": 0.8}
 MUONS: dict[str, dict[str, Any]] = {
     "muon": {},
@@ -153,9 +164,9 @@ ADAMWS: dict[str, dict[str, Any]] = {
     "adamw-fast-positions": {"position_lr_scale": 10.0},
     "adamw-bare-embedding": {"embedding_weight_decay": 0.0},
 }
-SIDES: dict[str, tuple[dict[str, Any], Knobs]] = {
-    **{name: ({"optimizer": "adamw", **more}, OF_ADAMW) for name, more in ADAMWS.items()},
-    **{name: ({"optimizer": "muon", **more}, OF_MUON) for name, more in MUONS.items()},
+SIDES: dict[str, dict[str, Any]] = {
+    **{name: {"optimizer": "adamw", **more} for name, more in ADAMWS.items()},
+    **{name: {"optimizer": "muon", **more} for name, more in MUONS.items()},
 }
 
 
@@ -292,7 +303,7 @@ def job(side: str, point: dict[str, float], steps: int, seed: int, options: Name
     """Every field of a run's recipe."""
     data = {"dataset_name": options.dataset_name} if options.dataset_name else {}
     length = {"num_steps": steps, "warmup_steps": round(WARMUP * steps), "seed": seed}
-    fields = {**SCALES[options.scale].fields, **SIDES[side][0], **point, **length, **data}
+    fields = {**SCALES[options.scale].fields, **SIDES[side], **point, **length, **data}
     return load_recipe([f"--{name}={value}" for name, value in fields.items()]).model_dump()
 
 
@@ -307,7 +318,7 @@ def jobs_of(
 
 def tune(side: str, options: Namespace) -> dict[str, float]:
     """The best of the side's points."""
-    scale, knobs = SCALES[options.scale], SIDES[side][1]
+    scale, knobs = SCALES[options.scale], knobs_of(side, options.scale)
     steps = round(scale.num_steps * (1 if plain(side) == "adamw" else TUNED_AT))
     directory = options.output / options.scale / "tuning" / side
     points, begin = spread_evenly(knobs, scale.num_points - sum(scale.refined)), 1
@@ -326,7 +337,11 @@ def tune(side: str, options: Namespace) -> dict[str, float]:
 
 def plain(side: str) -> str:
     """The side that another is a change to."""
-    return SIDES[side][0]["optimizer"]
+    return SIDES[side]["optimizer"]
+
+
+def knobs_of(side: str, scale: str) -> Knobs:
+    return SCALES[scale].of_adamw if plain(side) == "adamw" else OF_MUON
 
 
 # --- The race -------------------------------------------------------------------------------------
@@ -411,12 +426,12 @@ def summarize(options: Namespace) -> None:
     rows, points = [], {}
     for (kind, side, steps), records in sorted(runs.items(), key=lambda each: each[0]):
         if kind == "tuning":
-            knobs = SIDES[side][1]
+            knobs = knobs_of(side, options.scale)
             points[side] = [
                 {name: each["recipe"][name] for name in knobs} | {"val_loss": each["val_loss"]}
                 for each in records
             ]
-            tell_edges(side, min(records, key=loss_of)["recipe"])
+            tell_edges(side, knobs, min(records, key=loss_of)["recipe"])
             continue
         bound = upper_bound([*map(loss_of, records)])
         more = {
@@ -537,8 +552,8 @@ def draw(sides: dict[str, list[dict[str, Any]]], target: float) -> Figure:
     return figure
 
 
-def tell_edges(side: str, best: dict[str, Any]) -> None:
-    for name, (low, high) in SIDES[side][1].items():
+def tell_edges(side: str, knobs: Knobs, best: dict[str, Any]) -> None:
+    for name, (low, high) in knobs.items():
         place = math.log(best[name] / low) / math.log(high / low)
         if not NEAR_AN_END <= place <= 1 - NEAR_AN_END:
             where = "near an end of" if 0 <= place <= 1 else "outside"

@@ -148,8 +148,8 @@ def test_recipes_have_the_winner(track, recipe, scale):
         found = track.shortest(report["rows"])
         return min(found, key=lambda row: (row["steps"], row["mean"]))["side"]
 
-    best, (side, _) = track.best_point(own, winner(own)), track.SIDES[winner(own)]
-    schedule = {"schedule": track.SIDES[winner(a)][0]["schedule"], "min_lr": 0.0}
+    best, side = track.best_point(own, winner(own)), track.SIDES[winner(own)]
+    schedule = {"schedule": track.SIDES[winner(a)]["schedule"], "min_lr": 0.0}
     fields = load_recipe(["--recipe", recipe]).model_dump()
     for name, value in {**side, **best, **schedule}.items():
         assert fields[name] == value, name
@@ -184,11 +184,11 @@ def test_the_bound_is_students(track):
 
 def test_the_best_may_not_lie_where_nothing_was_looked_for(track, capsys):
     inside = {"max_lr": 1e-3, "embedding_lr_scale": 10.0, "weight_decay": 0.1}
-    track.tell_edges("adamw", inside)
+    track.tell_edges("adamw", track.OF_ADAMW, inside)
     assert capsys.readouterr().out == ""
-    track.tell_edges("adamw", inside | {"max_lr": 0.02})
+    track.tell_edges("adamw", track.OF_ADAMW, inside | {"max_lr": 0.02})
     assert capsys.readouterr().out == "adamw: the best max_lr, 0.02, is outside 0.0001 to 0.01\n"
-    track.tell_edges("adamw", inside | {"max_lr": 0.0098})
+    track.tell_edges("adamw", track.OF_ADAMW, inside | {"max_lr": 0.0098})
     assert "0.0098, is near an end of 0.0001 to 0.01" in capsys.readouterr().out
 
 
