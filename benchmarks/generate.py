@@ -30,7 +30,7 @@ from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.commands.parser import OneLineParser
-from gpt2repro.speed import attention, lm_head
+from gpt2repro.speed import attention
 from gpt2repro.system.command_line import run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -48,7 +48,6 @@ def build(
         model = GPT2LMHeadModel(GPT2Config(**shape, **ends))
     else:
         model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, **ends))
-        lm_head.use_in(model)  # as the verb `generate` does
     model.to(device, getattr(torch, dtype)).eval()
     ids = torch.randint(1, model.config.vocab_size, (num_rows, prompt), device=device)
     how: dict[str, Any] = {

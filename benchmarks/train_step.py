@@ -4,8 +4,7 @@
 
 A step is forward and backward of one micro-batch under autocast, gradients dropped at its end; the
 optimizer, the same for both, is left out. Ours runs as train_accelerate.py runs it: the loss
-without logits, and on a CPU freed memory is kept from the second step on and bfloat16 has an
-attention of its own (gpt2repro/speed/).
+without logits, and on a CPU freed memory is kept from the second step on (gpt2repro/speed/).
 Theirs gets the same rows, no dropout, no cache, and the C library's memory as it is by default.
 On a GPU fp32 means TF32 for both, as in training.
 With `--same_allocator` theirs is treated like ours there: what is left is the model's.
@@ -45,7 +44,6 @@ from gpt2repro.commands.parser import OneLineParser
 from gpt2repro.speed import (
     attention,
     compilation,
-    cpu_attention,
     cpu_memory,
     fused_cross_entropy,
     lm_head,
@@ -115,8 +113,6 @@ def build_ours(how: Form, mode: str, dtype: str, device: str, shape: dict) -> to
         low_precision.hold_stream_in_bf16(model)
     if how.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if device == "cpu" and dtype == "bf16":
-        cpu_attention.use_in(model)
     if mode == "compiled":
         less_memory = how.less_memory or device == "cpu"
         compilation.compile_in_place(model, less_memory=less_memory, max_autotune=how.max_autotune)
@@ -136,8 +132,6 @@ def build(
     nanogpt: str | None,
 ) -> Turn:
     """A contestant: its model, compiled in place if asked, and a step on fixed random rows."""
-    if keeps_memory and device == "cpu":
-        cpu_memory.return_freed_memory()
     if device != "cpu":
         torch.set_float32_matmul_precision("high")  # TF32, as our script and nanoGPT's have it
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
 
     from gpt2repro.data.tokens.token_ids import end_ids
     from gpt2repro.records.saved_models import check_ids, find_tokenizer, load_causal_lm, locate
-    from gpt2repro.speed import attention, lm_head
+    from gpt2repro.speed import attention
 
     class Printer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -42,7 +42,6 @@ def main(argv: list[str]) -> int:
 
     device, source = find_device(options.device), locate(options.model)
     model: Any = load_causal_lm(source, dtype=DTYPES.get(options.dtype, options.dtype))
-    lm_head.use_in(model)
     model.to(device)
     tokenizer = find_tokenizer(source, options.tokenizer)
     inputs = _encode(tokenizer, _read_prompt(options.prompt), device)

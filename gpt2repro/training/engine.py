@@ -12,7 +12,6 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from gpt2repro import UserError
 from gpt2repro.data.rows.lanes import check_lanes
 from gpt2repro.recipe_fields import Recipe
-from gpt2repro.speed import cpu_memory
 from gpt2repro.speed.low_precision import has_bf16
 from gpt2repro.system import machine, ranks
 from gpt2repro.system.patience import GIVE_UP_AFTER_SECONDS
@@ -75,8 +74,6 @@ def start_engine(recipe: Recipe) -> Accelerator:
         _talk_by_hosts()
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    if accelerator.device.type == "cpu":
-        cpu_memory.return_freed_memory()  # until the first step has compiled: see there
     return accelerator
 
 

@@ -22,7 +22,7 @@ from gpt2repro.recipe_fields import Recipe
 from gpt2repro.records import checkpoints
 from gpt2repro.records.run_directory import Start
 from gpt2repro.records.saved_models import find_tokenizer, load_causal_lm
-from gpt2repro.speed import attention, cpu_attention, cpu_memory, lm_head
+from gpt2repro.speed import attention, cpu_memory, lm_head
 from gpt2repro.speed.compilation import compile_in_place
 from gpt2repro.speed.low_precision import SIDE, has_fp8, hold_stream_in_bf16
 from gpt2repro.system import machine, ranks
@@ -199,7 +199,6 @@ def place(
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """Suit the model to its device, compile it in place, and hand it and an optimizer over."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    on_cpu = accelerator.device.type == "cpu"
     check_device(recipe, accelerator.device)
     if recipe.fp8_head and model.config.n_embd % SIDE:
         raise UserError(f"fp8_head needs a multiple of {SIDE} for n_embd {model.config.n_embd}")
@@ -207,13 +206,11 @@ def place(
     lm_head.use_in(model, fp8=recipe.fp8_head, compiled_loss=recipe.compile and sharded)
     if recipe.bf16_residual:
         hold_stream_in_bf16(model)
-    if on_cpu and recipe.mixed_precision == "bf16" and recipe.attn_implementation == "sdpa":
-        cpu_attention.use_in(model)
     if recipe.compile:
         # FSDP gathers parameters block by block, between the compiled regions.
         blocks = [m for m in model.modules() if isinstance(m, GPT2ReproBlock)]
         # Where memory is short, what is recomputed anyway need not be kept.
-        less_memory = on_cpu or recipe.gradient_checkpointing
+        less_memory = accelerator.device.type == "cpu" or recipe.gradient_checkpointing
         for module in blocks if sharded else [model]:
             compile_in_place(module, less_memory=less_memory, max_autotune=recipe.max_autotune)
     optimizer = build_optimizer(model.to(accelerator.device), recipe)

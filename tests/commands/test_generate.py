@@ -12,8 +12,8 @@ from tiny_gpt2 import save_official, tiny_model, tiny_tokenizer
 
 from gpt2repro import UserError
 from gpt2repro.commands import generate
-from gpt2repro.speed import lm_head
 from gpt2repro.system.text import printable
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 PROMPT = "This function returns"
 
@@ -154,9 +154,11 @@ def test_a_penalty_another_tokenizer_and_another_dtype_are_used(run, tmp_path, m
         penalized = tokenizer.decode(tiny_model().generate(ids, **how)[0])
     assert run(*greedy, "--repetition_penalty", "5").rstrip("\n") == printable(penalized).rstrip()
     assert plain.rstrip("\n") != printable(penalized).rstrip()
-    dtypes, use_in = [], lm_head.use_in
+    dtypes, generate = [], GPT2ReproForCausalLM.generate
     monkeypatch.setattr(
-        lm_head, "use_in", lambda model, **how: (dtypes.append(model.dtype), use_in(model, **how))
+        GPT2ReproForCausalLM,
+        "generate",
+        lambda model, **how: (dtypes.append(model.dtype), generate(model, **how))[1],
     )
     run(*greedy, "--dtype", "bfloat16")
     assert dtypes == [torch.bfloat16]

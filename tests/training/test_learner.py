@@ -16,27 +16,9 @@ from gpt2repro.data.tokenizer import load_tokenizer
 from gpt2repro.data.tokens.bpe import train_bpe
 from gpt2repro.recipe import load_recipe
 from gpt2repro.records.run_directory import Start
-from gpt2repro.speed import cpu_attention
 from gpt2repro.training import learner
 from gpt2repro.training.learner import build_model, open_learner, place
 from gpt2repro.training.step import train_step
-
-
-@pytest.mark.parametrize(
-    ("options", "attention"),
-    [
-        ((), "sdpa"),
-        (("--mixed_precision", "bf16"), cpu_attention.NAME),
-        (("--mixed_precision", "bf16", "--attn_implementation", "eager"), "eager"),
-    ],
-)
-def test_on_a_cpu_bf16_has_its_attention(tmp_path, options, attention):
-    recipe = load_recipe(["--recipe", str(write_inputs(tmp_path)), *options])
-    accelerator = Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
-    model = tiny_model()
-    model.set_attn_implementation(recipe.attn_implementation)
-    model, _ = place(recipe, accelerator, model)
-    assert model.config._attn_implementation == attention
 
 
 def test_what_a_recipe_asks_of_the_model_it_has(tmp_path):
