@@ -119,13 +119,13 @@ SCALES = {
     # 10.6 M parameters on books by the demo's BPE. AdamW's best point at `b4` was outside of its
     # ranges: here they are around it.
     "b": Scale(
-        200,
-        18,
-        (2,) * 5,
+        160,
+        12,
+        (2, 2),
         OF_B | {"batch_tokens": 8192, "validation_tokens": 65536},
         OF_ADAMW | {"max_lr": (5e-5, 5e-3), "embedding_lr_scale": (3.0, 300.0)},
     ),
-    # twice its context and 2.4 times its tokens, in bf16: begun, and too much for two cores
+    # twice its context and three times its tokens, in bf16: begun, and too much for two cores
     "b4": Scale(244, 18, (2,) * 5, OF_B | OF_B4),
     # the reproduction's first quarter, on GPUs: see --launcher
     "c": Scale(4768, 18, (2,) * 5, {"recipe": "gpt2", "save_every": 250, **PLAIN}),
