@@ -32,6 +32,8 @@ export MAIN_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN_PORT=${MAIN_PORT:-$((20000 + SLURM_JOB_ID % 10000))}  # jobs may share a machine
 export GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-8}
 export PET_SIGNALS_TO_HANDLE=SIGINT  # of torch's launcher, which would kill the ranks while they save
+# After a lost peer end at once, as torch by itself does: its launcher asks to abort NCCL first, which may hang.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
 # Since Slurm 22.05 srun does not take it from sbatch.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 

@@ -107,6 +107,7 @@ class FakeHub:
 
     Attributes: `url`; `env` for other processes; `faults`, tried in order for each request; `log`.
     `signed_links`: files are redirected to one-time addresses, as the Hub does to its storage.
+    `renamed`: old names of repositories, which are redirected to their new ones.
     """
 
     def __init__(self, *, signed_links: bool = False) -> None:
@@ -114,6 +115,7 @@ class FakeHub:
         self.faults: list[Fault] = []
         self.log: list[Request] = []
         self.signed_links = signed_links
+        self.renamed: dict[str, str] = {}
         self.links: dict[str, str] = {}
         self.link_numbers = itertools.count()
         self.num_bytes_flooded = 0
@@ -261,12 +263,20 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(int(self.fault.kind.removeprefix("status:")), b"out of order", headers)
             return
         try:
-            self.route()
+            self.redirect() or self.route()
         except Refused as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code}
             self.answer(refusal.status, b"", headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+
+    def redirect(self) -> bool:
+        for old, new in self.hub.renamed.items():
+            taken = any(name == old for _, name in self.hub.repositories)  # by a new one
+            if f"/{old}" in self.path and not taken:
+                self.answer(307, b"", {"Location": self.path.replace(old, new)})
+                return True
+        return False
 
     def route(self) -> None:
         for methods, pattern, name in ROUTES:

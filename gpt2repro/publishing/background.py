@@ -184,7 +184,7 @@ class BackgroundPush:
         assert self._how is not None
         there = is_published(self._repo_id, branch, record, with_state=self._how.with_state)
         if self._main is None:  # once, and not for each of a thousand
-            tree = read_tree(self._repo_id, "main")
+            tree = read_tree(self._repo_id, "main", may_lack=True)
             self._main = read_record(self._repo_id, "main", tree)
         is_newer = self._main is not None and record.step < self._main.step <= self._newest
         return not there, self._main != record and not is_newer

@@ -16,7 +16,7 @@ def is_published(repo_id: str, branch: str, record: Record, *, with_state: bool)
     Raises:
         UserError: it holds another one.
     """
-    tree = read_tree(repo_id, branch)
+    tree = read_tree(repo_id, branch, may_lack=True)
     if provenance.FILE not in tree:
         return False
     if not is_content(tree[provenance.FILE], record.content()):
@@ -50,7 +50,7 @@ def set_aside(repo_id: str, step: int) -> None:
     As in the run's directory nothing is lost, and nothing is taken for what comes now.
     """
     api = HfApi()
-    for later, branch in step_branches(repo_id).items():
+    for later, branch in step_branches(repo_id, may_lack=True).items():
         if later > step:
             aside = f"superseded-{branch.name}-{branch.target_commit[:8]}"
             api.create_branch(repo_id, branch=aside, revision=branch.target_commit, exist_ok=True)

@@ -19,7 +19,7 @@ from huggingface_hub import (
     constants,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from gpt2repro import UserError
@@ -156,35 +156,37 @@ def upload(
 
     def attempt() -> str:
         api = HfApi()
-        # What nobody asked to be private is what its organization makes of it.
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if revision is not None and not api.revision_exists(repo_id, revision):
-            first = api.list_repo_commits(repo_id)[-1].commit_id
-            api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
+        try:
+            at = str(api.model_info(repo_id).id)  # by its newest name, if it was renamed
+        except RepositoryNotFoundError:
+            # What nobody asked to be private is what its organization makes of it.
+            at = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if revision is not None and not api.revision_exists(at, revision):
+            first = api.list_repo_commits(at)[-1].commit_id
+            api.create_branch(at, branch=revision, revision=first, exist_ok=True)
         files = to_publish(directory, allow_code=allow_code)
-        additions = [CommitOperationAdd(p.name, _published(p, repo_id, revision)) for p in files]
+        additions = [CommitOperationAdd(p.name, _published(p, at, revision)) for p in files]
         additions += [CommitOperationAdd(name, str(path)) for name, path in beside.items()]
         names = {addition.path_in_repo for addition in additions}
-        head = str(api.model_info(repo_id, revision=revision).sha)
-        there = read_tree(repo_id, head)
-        if "README.md" in there and _is_edited(read_file(repo_id, "README.md", head, there)):
+        head = str(api.model_info(at, revision=revision).sha)
+        there = read_tree(at, head)
+        if "README.md" in there and _is_edited(read_file(at, "README.md", head, there)):
             said = "%s: the card was edited on the Hub; it is replaced, and stays in its commit %s"
-            logger.warning(said, repo_id, head)
+            logger.warning(said, at, head)
         stale = [name for name in there if STALE.fullmatch(name) and name not in names]
         commit = api.create_commit(
-            repo_id,
+            at,
             [*additions, *map(CommitOperationDelete, stale)],
             commit_message=message,
             revision=revision,
             parent_commit=head,
         )
-        tree = read_tree(repo_id, commit.oid)
-        _check_arrived(tree, additions, f"{repo_id} ({revision or 'main'})")
-        return commit.oid
+        _check_arrived(read_tree(at, commit.oid), additions, f"{at} ({revision or 'main'})")
+        return at
 
-    patiently(lambda: _explained(attempt, repo_id), f"push to {repo_id}", passes_on=False)
-    at = f"/tree/{revision}" if revision else ""
-    return f"{constants.ENDPOINT}/{repo_id}{at}"
+    what = f"push to {repo_id}"
+    at = patiently(lambda: _explained(attempt, repo_id), what, passes_on=False)
+    return f"{constants.ENDPOINT}/{at}" + (f"/tree/{revision}" if revision else "")
 
 
 def _check_arrived(

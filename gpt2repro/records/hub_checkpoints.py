@@ -16,6 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 from gpt2repro import UserError
 from gpt2repro.records import checkpoints, integrity, provenance
 from gpt2repro.system import atomic
+from gpt2repro.system.diagnosis import FEW_ATTEMPTS, PassingFault
 from gpt2repro.system.hub import has_owner, is_content, read_file, read_tree
 from gpt2repro.system.patience import patiently
 
@@ -24,12 +25,18 @@ STATE_FOLDER = "training_state"
 METRICS = "metrics.jsonl"  # what the run had logged until there
 
 
-def step_branches(repo_id: str) -> dict[int, GitRefInfo]:
-    """The branches that are named like permanent checkpoints, by ascending step."""
+def step_branches(repo_id: str, *, may_lack: bool = False) -> dict[int, GitRefInfo]:
+    """The branches that are named like permanent checkpoints, by ascending step.
+
+    Raises:
+        PassingFault: there is no such repository, and not `may_lack`.
+    """
     try:
         refs = HfApi().list_repo_refs(repo_id).branches
     except RepositoryNotFoundError:
-        return {}
+        if may_lack:
+            return {}
+        raise PassingFault(f"there is no {repo_id}, says the Hub", FEW_ATTEMPTS) from None
     named = [(ref, provenance.BRANCH.fullmatch(ref.name)) for ref in refs]
     return dict(sorted((int(match[1]), ref) for ref, match in named if match))
 

@@ -41,7 +41,8 @@ def _reads_back(module: nn.Module) -> bool:
 
     A row of more than 1,024 numbers is too long for a kernel to hold. It comes back to other
     threads than stored it, and before 2.14 torch has no barrier there (pytorch/pytorch#190517): on
-    a GPU one that is early reads what was there before. Who computes again reads no such row.
+    a GPU one that is early reads what was there before. Who computes again reads only rows from
+    before a barrier.
     """
     norms = (part for part in module.modules() if isinstance(part, nn.LayerNorm))
     wide = any(norm.normalized_shape[-1] > LONGEST_ROW for norm in norms)

@@ -216,12 +216,16 @@ def compiled(function: Callable) -> Callable:
 def fusible_losses_and_gradient(
     logits: Tensor, label: Tensor, wide: torch.dtype, needs_gradient: bool
 ) -> Tensor:
-    """The same in operations on single numbers, of which a compiler makes two loops."""
+    """The same in operations on single numbers, of which a compiler makes two loops.
+
+    Nothing is read by its index: torch 2.11's code for CPUs would read that after `copy_`, out of
+    the gradient.
+    """
     exact = logits.to(wide)
     log_sum = torch.logsumexp(exact, dim=-1, keepdim=True)
-    losses = log_sum - exact.gather(1, label)
+    is_label = torch.arange(logits.shape[1], device=logits.device) == label
+    losses = log_sum - torch.where(is_label, exact, 0).sum(dim=-1, keepdim=True)
     if needs_gradient:
-        is_label = torch.arange(logits.shape[1], device=logits.device) == label
         logits.copy_((exact - log_sum).exp() - is_label.to(wide))
     return losses
 

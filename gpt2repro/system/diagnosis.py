@@ -71,7 +71,9 @@ def retry_after_seconds(headers) -> float:
         return float(value)
     if value:
         try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+            told = headers.get("Date")  # by the server's clock, which is not ours
+            now = parsedate_to_datetime(told).timestamp() if told else time.time()
+            return max(0.0, parsedate_to_datetime(value).timestamp() - now)
         except (ValueError, TypeError, OverflowError):
             return 0.0
     spent = re.search(r"\br=0\b.*?\bt=(\d+)", headers.get("RateLimit", ""))
@@ -104,12 +106,16 @@ def _diagnose_one(error: BaseException) -> Diagnosis | None:
     """The verdict on one exception of the chain; None if it says nothing about the network."""
     reason = in_a_line(error)
     if _is_a(error, "OfflineModeIsEnabled", "huggingface_hub"):
-        return Diagnosis(f"{reason} (HF_HUB_OFFLINE is set)", 0)
+        return Diagnosis(f"{reason} (HF_HUB_OFFLINE is set)", 0, answered=False)
     if isinstance(error, PassingFault):
         return Diagnosis(str(error), error.attempts, error.answered)
     response = getattr(error, "response", None)
     if response is not None and hasattr(response, "status_code"):
         return _diagnose_status(response, reason)
+    if _is_a(error, "UnsupportedProtocol", "httpx"):
+        return Diagnosis(f"{reason} Is HF_ENDPOINT right?", 0)
+    if _is_a(error, "LocalProtocolError", "httpx") and "header" in str(error):
+        return Diagnosis("a header has characters that none may have: is HF_TOKEN right?", 0)
     if _is_a(error, "TransportError", "httpx") or _is_a(error, "ConnectionError", "requests"):
         names = ("ConnectError", "ConnectTimeout", "ProxyError")
         unreachable = any(_is_a(error, name, "") for name in names)

@@ -1,17 +1,22 @@
 """What a name on the Hub looks like, and what the Hub says of the files behind it."""
 
+import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from gpt2repro import UserError
+from gpt2repro.system.diagnosis import FEW_ATTEMPTS, PassingFault, diagnose
 from gpt2repro.system.hub_client import REQUEST_TIMEOUT_SECONDS
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -30,13 +35,19 @@ def has_owner(name: str) -> bool:
     return "/" in name and is_hub_id(name)
 
 
-def read_tree(repo_id: str, revision: str | None) -> dict[str, RepoFile]:
-    """The files of a revision by path, each with its hash; none if there is no such."""
+def read_tree(repo_id: str, revision: str, *, may_lack: bool = False) -> dict[str, RepoFile]:
+    """The files of a revision by path, each with its hash; none if there is no such.
+
+    Raises:
+        PassingFault: there is none, and not `may_lack`: the Hub itself has just named it.
+    """
     try:
         entries = HfApi().list_repo_tree(repo_id, revision=revision, recursive=True)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        return {}
+        if may_lack:
+            return {}
+        raise PassingFault(f"{repo_id} lacks {revision}, says the Hub", FEW_ATTEMPTS) from None
 
 
 def is_content(entry: RepoFile | None, content: bytes) -> bool:
@@ -68,18 +79,24 @@ def read_file(repo_id: str, path: str, revision: str, tree: Mapping[str, RepoFil
 
 
 def of_hub_or_cache(name: str, load: Callable[[bool], Result]) -> Result:
-    """`load(False)` of a model on the Hub, or `load(True)` if one quick question has no answer.
+    """`load(False)` of a model on the Hub, or `load(True)`, of what is cached, if no Hub is there.
 
-    The latter is to take what is cached. `from_pretrained` itself would spend most of a minute on
-    finding out that there is no network.
+    One quick question tells: `from_pretrained` itself would spend most of a minute on it. A Hub
+    that answers, whatever it says, is not passed over: what is cached may be older, or a part.
     """
     try:
         HfApi().model_info(name, expand=["sha"], timeout=REQUEST_TIMEOUT_SECONDS)
-    except Exception:
-        try:
-            return load(True)
-        except Exception:
-            pass  # the Hub's answer is the one to tell
+    except Exception as error:
+        verdict = diagnose(error)
+        if verdict is None or verdict.answered:
+            raise
+        with contextlib.suppress(Exception):  # the Hub's silence is what to tell
+            cached = load(True)
+            if not constants.HF_HUB_OFFLINE:
+                logger.warning(
+                    "%s: the Hub cannot be reached, so it is as it was cached here", name
+                )
+            return cached
         raise
     return load(False)
 

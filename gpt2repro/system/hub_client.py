@@ -1,22 +1,34 @@
-"""Limits of the Hub's client, which has none: silence, drops and floods end a request."""
+"""What the Hub's client lacks: limits, and errors that none takes for a file that is not there."""
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from huggingface_hub import set_client_factory
+from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import _http, httpx
 
-from gpt2repro.system.diagnosis import PassingFault, passes, retry_after_seconds
+from gpt2repro.system.diagnosis import (
+    FEW_ATTEMPTS,
+    Diagnosis,
+    PassingFault,
+    diagnose,
+    in_a_line,
+    passes,
+    retry_after_seconds,
+)
 
 REQUEST_TIMEOUT_SECONDS = 20.0  # of our own requests without a byte: then they are tried again
 LONGEST_SILENCE_SECONDS = 100.0  # of a request that sets no limit of its own
 LEAST_BYTES_PER_SECOND = 10_000  # of a body, in every window of this many seconds spent on it:
 SLOW_AFTER_SECONDS = 60.0
 LARGEST_ANSWER_BYTES = 2**28  # of what is no file: the Hub's API, redirections, errors
+
+Result = TypeVar("Result")
 
 
 def longest_seconds(num_bytes: int) -> float:
@@ -33,12 +45,24 @@ def _end_silence(request) -> None:
     }
 
 
+def _keep_token_at_home(request) -> None:
+    """A request hook: who reads elsewhere goes without the token.
+
+    Behind a mirror the next page of a listing may be a link to the Hub itself.
+    """
+    home, url = urlsplit(constants.ENDPOINT), request.url
+    within = url.host.endswith(f".{home.hostname}")  # as `datasets` has a server there
+    if request.method in ("GET", "HEAD") and not within and url.netloc.decode() != home.netloc:
+        request.headers.pop("Authorization", None)
+
+
 def _end_drops_and_floods(response) -> None:
     """A response hook: a body must come at some rate, and one that is no file must end.
 
     Only the time spent on waiting for the next bytes counts, not what their reader does with them.
     """
-    is_file = response.status_code < 300 and not response.request.url.path.startswith("/api/")
+    is_api = str(response.request.url).startswith(f"{constants.ENDPOINT}/api/")
+    is_file = response.status_code < 300 and not is_api
     raw = response.iter_raw
 
     def iter_raw(chunk_size: int | None = None) -> Iterator[bytes]:
@@ -84,6 +108,92 @@ def _raise_what_passes(response) -> None:
     raise error
 
 
+def _refuse_other_bytes(response) -> None:
+    """A response hook: who asks for a part of a file gets that part.
+
+    `HfFileSystem` takes for it whatever comes: the whole file, nothing, a page of a proxy's.
+    """
+    asked = re.fullmatch(r"bytes=(\d+)-(\d+)", response.request.headers.get("Range", ""))
+    if not (asked and response.is_success and calls.under_way):
+        return
+    first, last = int(asked[1]), int(asked[2])
+    said = response.headers.get("Content-Range", "")
+    served = re.fullmatch(rf"bytes {first}-(\d+)/(\d+|\*)", said, re.IGNORECASE)
+    whole = served and (int(served[1]) == last or served[2] == str(int(served[1]) + 1))
+    if response.status_code != 206 or not whole:
+        got = f"HTTP {response.status_code} {said}".rstrip()
+        raise PassingFault(f"asked for bytes {first}-{last}, was served {got}")
+
+
+class _Unread(threading.local):
+    """Files of the Hub that this thread has asked for and did not get, by address, and why not."""
+
+    files: dict[str, Exception] | None = None
+
+
+_unread = _Unread()
+
+
+def reading_all(call: Callable[[], Result]) -> Result:
+    """`call()`; a file that it did not get is an error, whatever it has made of that.
+
+    To `transformers` and `datasets` a file that is refused (by a proxy: 403, or a page of its own)
+    or out of reach is one that does not exist. They go on: with other tokens, with older weights,
+    without the settings for generation. Here only a 404 says that. What a library asks for in
+    threads of its own is not seen.
+
+    Raises:
+        PassingFault: whatever was the matter with the first such file.
+    """
+    outer, unread = _unread.files, dict[str, Exception]()
+    _unread.files = unread
+    try:
+        result = call()
+    except Exception as error:
+        if not unread or diagnose(error):
+            raise
+    finally:
+        _unread.files = outer
+    for address, problem in unread.items():
+        verdict = diagnose(problem) or Diagnosis(in_a_line(problem), FEW_ATTEMPTS)
+        said = f"{urlsplit(address).path}: {verdict.reason}"
+        raise PassingFault(said, verdict.attempts, answered=verdict.answered) from problem
+    return result
+
+
+def _remember_unread(client) -> None:
+    """Let `client` tell `reading_all` which files did not come."""
+    send = client.send
+
+    def watched(request, **options):
+        address, files = str(request.url), _unread.files
+        if files is None or "/resolve/" not in address:
+            return send(request, **options)
+        try:
+            response = send(request, **options)
+        except Exception as error:
+            files[address] = error
+            raise
+        files.pop(address, None)
+        if problem := _refusal(response):
+            files[address] = PassingFault(problem, FEW_ATTEMPTS)
+        return response
+
+    client.send = watched
+
+
+def _refusal(response) -> str:
+    """What is wrong with the answer to who asks for a file; "" for the Hub's own, of any kind."""
+    headers, status = response.headers, response.status_code
+    if status >= 400:
+        return "" if status == 404 else f"HTTP {status}"
+    is_moved = headers.get("Location", "").startswith("/")  # a repository with another name
+    has_tag = "X-Linked-ETag" in headers or "ETag" in headers
+    if response.request.method == "HEAD" and not is_moved:
+        return "" if has_tag and "X-Repo-Commit" in headers else "an answer that is not the Hub's"
+    return ""
+
+
 class _Calls:
     """How many calls of `patiently` are under way; waits between attempts do not count."""
 
@@ -113,8 +223,13 @@ class _LimitedClients:
 
     def __call__(self) -> Any:
         client = self.make()
-        client.event_hooks["request"].append(_end_silence)
-        client.event_hooks["response"] += [_end_drops_and_floods, _raise_what_passes]
+        client.event_hooks["request"] += [_end_silence, _keep_token_at_home]
+        client.event_hooks["response"] += [
+            _end_drops_and_floods,
+            _raise_what_passes,
+            _refuse_other_bytes,
+        ]
+        _remember_unread(client)
         return client
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,7 +81,8 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
 def _attempt(call: Callable[[], Result], attempt_seconds: float | None) -> Result:
     hub_client.prepare()
     with hub_client.calls:
-        return call() if attempt_seconds is None else _within(attempt_seconds, call)
+        read = partial(hub_client.reading_all, call)
+        return read() if attempt_seconds is None else _within(attempt_seconds, read)
 
 
 def _delay_seconds(attempt: int, retry_after: float) -> float:

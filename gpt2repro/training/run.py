@@ -220,8 +220,8 @@ def _find_start(recipe: Recipe, directory: RunDirectory) -> Start:
         )
     refuse_changes(recipe, start.recipe)
     if (name := recipe.hub_model_id) and recipe.push_to_hub:
-        ranks.on_rank_0(lambda: check_hub_rights(name, private=recipe.hub_private))
-        if start.path is None and recipe.hub_strategy != "final":
+        exists = ranks.on_rank_0(lambda: check_hub_rights(name, private=recipe.hub_private))
+        if exists and start.path is None and recipe.hub_strategy != "final":
             ranks.on_rank_0(lambda: refuse_another_run(name))
     return start
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from fake_hub import FakeHub
+from fake_hub import FakeHub, Fault, impatient
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_now
 from tiny_export import VERIFIED
@@ -116,6 +116,22 @@ def test_what_lies_beside_a_model_goes_along_or_is_told(tmp_path, capsys, no_ver
 def test_a_card_in_another_encoding_is_read_as_far_as_it_goes(tmp_path):
     (tmp_path / "README.md").write_bytes(b"caf\xe9\n")
     assert export._beside(tmp_path)[0] == "caf\ufffd\n"
+
+
+def test_a_licence_is_not_lost_to_an_outage(monkeypatch):
+    impatient(monkeypatch)
+    with FakeHub() as hub:
+        hub.use_in_process(monkeypatch)
+        hub.add("models", "me/bare", {"config.json": b"{}"})
+        hub.add("models", "me/m", {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
+        assert licence_of("me/bare", "--model") is None
+        hub.faults.append(Fault("status:503", "README.md", "GET|HEAD"))
+        hub.faults.append(Fault("status:403", "README.md", "GET|HEAD"))
+        assert licence_of("me/m", "--model") == "cc-by-nc-4.0"
+        hub.add("models", "me/other", {"README.md": b"---\nlicense: mit\n---\n"})
+        hub.faults.append(Fault("status:403", "README.md", "HEAD", times=10**9))
+        with pytest.raises(UserError, match=r"cannot read the card of me/other, for its licence"):
+            licence_of("me/other", "--model")
 
 
 def test_the_licence_of_a_run_is_ours_unless_it_began_with_others_weights(tmp_path):

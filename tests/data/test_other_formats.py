@@ -16,7 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub
+from fake_hub import FakeHub, Fault, impatient
 from tiny_corpus import (
     documents,
     joined,
@@ -372,6 +372,25 @@ def test_a_text_that_says_na_on_the_hub(monkeypatch):
         hub.use_in_process(monkeypatch)
         hub.add("datasets", "someone/tables", {"0.csv": b"n,text\n1,NA\n2,null\n3,a\n"})
         assert joined(open_corpus("someone/tables")) == ["NA", "null", "a"]
+
+
+@pytest.mark.parametrize("form", ["csv", "txt", "jsonl"])
+@pytest.mark.parametrize("kind", ["ignore_range", "answer"])
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_part_of_a_file_on_the_hub_that_is_another(monkeypatch, form, kind, skip):
+    """The whole file, or a proxy's page; at once 5 MiB of the file are asked for."""
+    impatient(monkeypatch)
+    texts = [f"{n} {'x' * 10_000}" for n in range(1200)]
+    lines = {"csv": ["text", *texts], "txt": texts}.get(
+        form, [json.dumps({"text": x}) for x in texts]
+    )
+    with FakeHub() as hub:
+        hub.use_in_process(monkeypatch)
+        hub.add("datasets", f"me/{kind}{skip}", {f"0.{form}": "\n".join(lines).encode()})
+        fault = Fault(kind, rf"0\.{form}$", skip=skip, answer=(200, b"<html>"))
+        hub.faults.append(fault)
+        assert joined(open_corpus(f"me/{kind}{skip}")) == texts
+        assert fault.num_hits == 1
 
 
 # --- The copy in the cache of `datasets` ----------------------------------------------------------

@@ -1,5 +1,6 @@
 """A tokenizer by its name: of a directory, of the Hub, of the Hub's cache."""
 
+import copy
 import json
 
 import pytest
@@ -176,14 +177,61 @@ def test_who_else_asks_the_hub_has_the_clients_own_answers(hub, monkeypatch):
     assert hf_hub_download("openai-community/gpt2", "config.json") == path, "from the cache"
 
 
-def test_loading_from_the_hub_and_then_from_its_cache(hub, theirs, monkeypatch):
+def test_loading_from_the_hub_and_then_from_its_cache(hub, theirs, monkeypatch, caplog):
     hub.faults.append(Fault("status:503", "api/models", times=8))
     first = load_tokenizer("openai-community/gpt2")
     assert isinstance(first, GPT2Tokenizer)
     assert BulkEncoder(first).fingerprint == BulkEncoder(theirs).fingerprint
-    hub.faults.append(Fault("status:503", "", "GET|HEAD", times=10**9))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     offline = load_tokenizer("openai-community/gpt2")
     assert BulkEncoder(offline).fingerprint == BulkEncoder(theirs).fingerprint
+    assert "openai-community/gpt2: the Hub cannot be reached, so it is as it was" in caplog.text
+
+
+def test_a_hub_that_answers_is_waited_for_and_no_older_copy_is_taken(hub, theirs, tmp_path):
+    load_tokenizer("openai-community/gpt2")
+    newer = copy.deepcopy(theirs)  # all tests share it
+    newer.add_tokens(["of late"])
+    newer.save_pretrained(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    hub.add("models", "openai-community/gpt2", files | {"config.json": b"{}"})
+    hub.faults.append(Fault("status:503", "api/models"))
+    assert len(load_tokenizer("openai-community/gpt2")) == len(theirs) + 1
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "added_tokens.json"])
+@pytest.mark.parametrize("answer", ["status:403", "status:451", "answer", "reset"])
+def test_a_file_that_is_refused_is_not_one_that_does_not_exist(
+    hub, theirs, tmp_path, file, answer, monkeypatch
+):
+    """By a proxy's filter or login page. transformers would go on with the other files."""
+    impatient(monkeypatch)
+    bpe = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+    files = {
+        "config.json": b'{"model_type": "gpt2"}',
+        "vocab.json": json.dumps(bpe["vocab"]).encode(),
+        "merges.txt": "\n".join(["#version: 0.2", *pairs]).encode(),
+        "added_tokens.json": json.dumps({"wh": len(bpe["vocab"])}).encode(),
+    }
+    if file == "tokenizer.json":
+        files[file] = (tmp_path / file).read_bytes()
+    hub.add("models", "me/older", files)
+    for name, content in files.items():
+        (place := tmp_path / "older" / name).parent.mkdir(exist_ok=True)
+        place.write_bytes(content)
+    expected = BulkEncoder(load_tokenizer(tmp_path / "older")).fingerprint
+    fault = Fault(answer, file, "HEAD", answer=(200, b"<html>Sign in</html>"))
+    hub.faults.append(fault)
+    assert BulkEncoder(load_tokenizer("me/older")).fingerprint == expected
+    assert fault.num_hits == 1
+
+
+def test_a_file_that_is_refused_time_and_again_is_told(hub, monkeypatch):
+    impatient(monkeypatch)
+    hub.faults.append(Fault("status:403", "tokenizer.json", "HEAD", times=10**9))
+    with pytest.raises(UserError, match=r"cannot load the tokenizer .*/tokenizer.json: HTTP 403"):
+        load_tokenizer("openai-community/gpt2")
 
 
 def test_a_name_that_does_not_exist_is_refused_at_once(hub):

@@ -178,3 +178,24 @@ def test_the_card_of_a_branch_loads_that_branch(hub, exported, tmp_path):
     download = "`hf download me/name --revision step00000002 --local-dir DIR && gpt2repro export"
     assert f"{download} --model DIR " in cards["step00000002"]
     assert "`gpt2repro export --model me/name " in cards["main"]
+
+
+def test_a_moment_without_a_listing_leaves_no_older_model(hub, exported):
+    """A replica that lags says of the newest commit that there is none."""
+    hub.add("models", "me/name", {"pytorch_model.bin": b"the old one", "notes.txt": b"stay"})
+    headers = {"X-Error-Code": "RevisionNotFound"}
+    lags = [Fault("status:404", "/tree/", skip=skip, headers=headers) for skip in (0, 1)]
+    hub.faults += lags
+    upload.upload(exported, "me/name", message="m")
+    assert [fault.num_hits for fault in lags] == [1, 1], "before the commit and after it"
+    assert hub.files("me/name").keys() & {"pytorch_model.bin", "notes.txt"} == {"notes.txt"}
+
+
+def test_a_repository_that_was_renamed_stays_the_one(hub, exported):
+    """Under its old name a new one could be made, and a public one."""
+    upload.upload(exported, "me/new", message="1", private=True)
+    hub.renamed["me/old"] = "me/new"
+    assert upload.check_hub_rights("me/old") is True
+    assert upload.upload(exported, "me/old", message="2") == f"{hub.url}/me/new"
+    assert [name for _, name in hub.repositories] == ["me/new"]
+    assert b"me/new" in hub.files("me/new")["README.md"]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+from huggingface_hub.utils import httpx
 
 from gpt2repro import UserError
 from gpt2repro.system import hub_client, patience
@@ -211,6 +212,9 @@ def test_retry_after_is_honoured(clock):
     in_ten_minutes = formatdate(patience.time.time() + 600, usegmt=True)
     patiently(failing(HttpError(503, Retry_After=in_ten_minutes)), "read")
     assert 590 <= clock.naps[2] <= 1.1 * 601
+    fast = {"Date": formatdate(9e9, usegmt=True), "Retry_After": formatdate(9e9 + 50, usegmt=True)}
+    patiently(failing(HttpError(503, **fast)), "read")
+    assert 50 <= clock.naps[3] <= 1.1 * 50, "by the server's clock"
 
 
 def test_retry_after_longer_than_patience_is_the_last_nap(clock):
@@ -270,6 +274,36 @@ def test_a_client_made_in_mid_call_has_limits_too():
     assert hub_client._end_silence in hooks["request"]
     assert hub_client._end_drops_and_floods in hooks["response"]
     assert patiently(call, "read") == hooks  # once each
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "goes_along"),
+    [
+        ("GET", "https://huggingface.co/api/models/me/m/tree/main", True),
+        ("GET", "https://datasets-server.huggingface.co/info", True),
+        ("GET", "https://mirror.example/api/models/me/m/tree/main?cursor=a", False),
+        ("HEAD", "https://huggingface.co.example/me/m", False),
+        ("POST", "https://lfs.example/verify", True),  # the protocol of uploads wants it
+    ],
+)
+def test_the_token_does_not_go_to_other_hosts(monkeypatch, method, url, goes_along):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    request = httpx.Request(method, url, headers={"Authorization": "Bearer hf_secret"})
+    hub_client._keep_token_at_home(request)
+    assert ("Authorization" in request.headers) is goes_along
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (httpx.UnsupportedProtocol("Request URL is missing"), r"missing Is HF_ENDPOINT right\?"),
+        (httpx.LocalProtocolError("Illegal header value b'Bearer hf_secret'"), "HF_TOKEN right"),
+    ],
+)
+def test_what_is_wrong_with_the_settings_is_final_and_no_secret_is_told(clock, error, said):
+    with pytest.raises(UserError, match=said) as refused:
+        patiently(failing(error), "read")
+    assert not clock.naps and "hf_secret" not in str(refused.value)
 
 
 def test_one_line_when_an_outage_begins_and_one_when_it_ends(caplog):
