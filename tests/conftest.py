@@ -26,9 +26,8 @@ settings.load_profile("many" if EXAMPLES else "few")
 
 @pytest.fixture(autouse=True)
 def no_server_has_answered_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process: one that the Hub has answered is patient with it, here for a minute."""
+    """As in a new process: one that the Hub has answered is patient with it for half an hour."""
     monkeypatch.setattr(patience, "_outages", patience._Outages())
-    monkeypatch.setattr(patience, "GIVE_UP_AFTER_SECONDS", 60)
 
 
 @pytest.fixture(autouse=True)
