@@ -385,6 +385,43 @@ def test_a_run_whose_directory_vanishes_ends_with_what_can_be_saved(
     assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
 
 
+@pytest.mark.parametrize("step", [4, 12])
+def test_one_that_vanishes_while_a_checkpoint_is_copied_is_saved_again(
+    recipe, uninterrupted, tmp_path, monkeypatch, step
+):
+    run, moved, copy = tmp_path / "run", tmp_path / "elsewhere", checkpoints.take_snapshot
+
+    def vanish(**options):
+        if options["step"] == step and not moved.exists():
+            run.rename(moved)
+        return copy(**options)
+
+    monkeypatch.setattr(checkpoints, "take_snapshot", vanish)
+    if step < 12:
+        with pytest.raises(UserError, match="was removed or moved while it was written"):
+            train(recipe, run)
+    assert train(recipe, run) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    assert_same_tensors(tensors(run, 12), tensors(uninterrupted, 12))
+
+
+def test_nothing_is_saved_where_another_process_writes(recipe, tmp_path, monkeypatch):
+    run, train_step, others = tmp_path / "run", Run.train_step, []
+
+    def vanish(self, step, rows):
+        if step == 6:
+            run.rename(tmp_path / "elsewhere")
+            others.append(RunDirectory(run))
+            others[0].open(0, "exp_name: another\n")
+        return train_step(self, step, rows)
+
+    monkeypatch.setattr(Run, "train_step", vanish)
+    with pytest.raises(UserError, match="is being written by another process"):
+        train(recipe, run)
+    assert (run / "metrics.jsonl").read_text() == "" and not (run / "checkpoints").exists()
+    others[0].close()
+
+
 def test_lines_that_were_lost_are_told_when_a_run_goes_on(recipe, tmp_path, capsys):
     """As a disk leaves a file whose end it had not written."""
     run = tmp_path / "run"

@@ -21,7 +21,10 @@ _AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose"
 
 
 def holds_tokenizer(directory: Path) -> bool:
-    return any(any(directory.glob(file)) for file in TOKENIZER_FILES)
+    try:
+        return any(any(directory.glob(file)) for file in TOKENIZER_FILES)
+    except FileNotFoundError:  # it was removed just now
+        return False
 
 
 def load_tokenizer(

@@ -99,6 +99,7 @@ def export(
                 verification=verification.lines(),
             )
             (scratch / "README.md").write_text(printable(text), encoding="utf-8")
+            _refuse_to_overwrite(output)  # what has been put there in the meantime
             atomic.move_into_place(scratch, output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written: {error}") from None

@@ -27,6 +27,7 @@ from gpt2repro.publishing.card import with_loading
 from gpt2repro.publishing.contents import EXPORTED, check_contents, is_litter, read_json
 from gpt2repro.publishing.redaction import redacted
 from gpt2repro.records import integrity
+from gpt2repro.system import atomic
 from gpt2repro.system.diagnosis import FEW_ATTEMPTS, PassingFault
 from gpt2repro.system.hub import has_owner, is_content, read_file, read_tree
 from gpt2repro.system.patience import patiently
@@ -155,7 +156,7 @@ def upload(
     """
 
     def attempt() -> str:
-        api = HfApi()
+        api, found = HfApi(), directory.stat()
         try:
             at = str(api.model_info(repo_id).id)  # by its newest name, if it was renamed
         except RepositoryNotFoundError:
@@ -181,6 +182,8 @@ def upload(
             revision=revision,
             parent_commit=head,
         )
+        if atomic.is_another(directory.stat(), found):
+            raise PassingFault(f"{directory} was replaced while it was sent", FEW_ATTEMPTS)
         _check_arrived(read_tree(at, commit.oid), additions, f"{at} ({revision or 'main'})")
         return at
 

@@ -44,6 +44,8 @@ from gpt2repro.records.provenance import Chain, Point, Record
 from gpt2repro.system import atomic
 from gpt2repro.system.ranks import agree_on, broadcast, gather, rank, reshard, whole, world_size
 
+OURS = ".step_" + 8 * "[0-9]"  # what a checkpoint is on its way to or from its name
+
 
 def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
@@ -110,7 +112,7 @@ def write(
             atomic.let_umask_decide(scratch / file)
         commit(scratch, path)
     except (OSError, SafetensorError) as error:
-        for left in directory.glob(".step_*.partial"):
+        for left in directory.glob(f"{OURS}.partial"):
             shutil.rmtree(left, ignore_errors=True)
         raise UserError(
             f"checkpoint {path} could not be written ({error}); earlier ones are untouched. "
@@ -178,7 +180,7 @@ def _prune(directory: Path, keep_last: int, keep_permanent: bool) -> None:
     for path in old:  # under a name that the next one removes: killed here, nothing is left
         with contextlib.suppress(OSError):
             path.rename(path.with_name(f".{path.name}.old"))
-    for path in directory.glob(".step_*"):
+    for path in directory.glob(f"{OURS}.*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -188,6 +190,14 @@ def _is_permanent(path: Path) -> bool:
         return bool(state_of(path).get("permanent"))
     except (ValueError, AttributeError):
         return True
+
+
+def put_back(directory: Path) -> None:
+    """What was to be replaced by the same step, if a kill came before that had its name."""
+    for path in directory.glob(f"{OURS}.previous"):
+        place = directory / path.name.removeprefix(".").removesuffix(".previous")
+        if not place.exists():
+            path.rename(place)
 
 
 def permanent_ones(directory: Path) -> list[tuple[int, Path]]:

@@ -62,12 +62,10 @@ class MetricsLog:
             os.fsync(self._file.fileno())
             if not atomic.is_at(self._file, self.path):  # we hold a file with what was written
                 self._file.seek(0)
-                lines = self._file.read()
+                with atomic.new_file(self.path, durable=True) as scratch:
+                    scratch.write_text(self._file.read(), encoding="utf-8")
                 self._file.close()
-                self._file = self.path.open("w+", encoding="utf-8")
-                self._file.write(lines)
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self._file = self.path.open("a+", encoding="utf-8")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of a line that could not be written, which is told
@@ -90,10 +88,11 @@ def read_lines(
 
     Half a line at the end is being written, or was when a kill came: it is neither.
     """
-    if not path.exists():
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return [], []
     records, bad = [], []
-    *lines, rest = path.read_bytes().split(b"\n")
     if rest.endswith(b"}"):
         lines.append(rest)
     for number, line in enumerate(lines, 1):

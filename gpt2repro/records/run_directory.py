@@ -131,6 +131,8 @@ class RunDirectory:
         self.finished = path / FINISHED
         self._lock: IO[str] | None = None
         self._writes = False  # this process does, be the lock in its hand or lost
+        # Of launches.jsonl, whose next line is another launch's; None: nobody has looked yet.
+        self._launches_bytes: int | None = None
 
     def find_start(self, resume: str) -> Start:
         """Find the checkpoint to go on from; nothing is written but what comes from the Hub.
@@ -149,6 +151,10 @@ class RunDirectory:
         try:
             if (self.path / LOCK).is_file():  # else nobody has written here yet
                 self._keep_others_out(PATIENCE_SECONDS)
+            self._launches_bytes = self._count_launches_bytes()
+            for directory in (self.checkpoints, self.stable):
+                if self._lock is not None:
+                    checkpoints.put_back(directory)
             names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be read: {error}") from None
@@ -232,7 +238,7 @@ class RunDirectory:
                     )
             self.path.mkdir(parents=True, exist_ok=True)
             self._writes = True
-            self._keep_others_out(patience=0.0)  # who was here since has made another beginning
+            self._keep_others_out(patience=0.0)
             for file in (self.recipe, self.metrics, self.tracker):
                 for left in atomic.leftovers(file):
                     left.unlink()  # nobody else writes them
@@ -260,6 +266,7 @@ class RunDirectory:
             file.seek(max(0, file.tell() - 1))
             ended = file.read() in (b"", b"\n")  # else a loss of power cut the last line off
             file.write(b"\n" * (not ended) + json.dumps(line).encode() + b"\n")
+            self._launches_bytes = file.tell()
 
     def mark_finished(self, step: int) -> None:
         """The run is at its end, and nothing is left to do."""
@@ -281,6 +288,10 @@ class RunDirectory:
                 f"{self.path} was removed or moved while it was written; what was left to save is "
                 "there again, and the same command goes on from it"
             )
+        self._hold_lock()
+
+    def _hold_lock(self) -> None:
+        """Take it again, if it is there no more."""
         try:
             if self._lock is not None and not atomic.is_at(self._lock, self.path / LOCK):
                 self._drop_lock()
@@ -301,16 +312,30 @@ class RunDirectory:
                 raise
         return True
 
-    def restore(self, recipe: str) -> None:
-        """If it was removed, make the directory anew, so that a checkpoint in it is a run's."""
-        if self._writes and not self._is_there():
+    def restore(self, recipe: str) -> bool:
+        """If it was removed, make the directory anew, so that a checkpoint in it is a run's.
+
+        Returns whether it was.
+
+        Raises:
+            UserError: another process writes there, or has since this one opened it.
+        """
+        is_lost = self._writes and not self._is_there()
+        if is_lost:
             self._drop_lock()
+            self._launches_bytes = 0
             self.path.mkdir(parents=True, exist_ok=True)
-            self._keep_others_out(patience=0.0)
+        self._hold_lock()
+        if is_lost:
             self._write_recipe(recipe)
+        return is_lost
 
     def _keep_others_out(self, patience: float) -> None:
-        """Be the one process that may write, if need be after waiting for another to leave."""
+        """Be the one process that may write, if need be after waiting for another to leave.
+
+        Raises:
+            UserError: it does not leave; or another launch began here since this one has looked.
+        """
         if self._lock is not None:
             return
         lock = (self.path / LOCK).open("a")
@@ -318,8 +343,10 @@ class RunDirectory:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel ends it with us
-                self._lock = lock
-                return
+                if atomic.is_at(lock, self.path / LOCK):
+                    break
+                lock.close()  # while we waited it was removed: others lock the one that is there
+                lock = (self.path / LOCK).open("a")
             except BlockingIOError:
                 said = f"{self.path} is being written by another process"
                 if time.monotonic() >= give_up:
@@ -333,8 +360,20 @@ class RunDirectory:
                     raise
                 said = f"{self.path} cannot be locked here ({error.strerror})"
                 print(f"{said}: see to it that no other launch writes it", flush=True)
-                self._lock = lock
-                return
+                break
+        if self._launches_bytes not in (None, self._count_launches_bytes()):
+            lock.close()
+            raise UserError(
+                f"{self.path}: another launch has been here since this one began, which changes "
+                "nothing there; the same command goes on from what it left"
+            )
+        self._lock = lock
+
+    def _count_launches_bytes(self) -> int:
+        try:
+            return self.launches.stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def close(self) -> None:
         """Let others write."""

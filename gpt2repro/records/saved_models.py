@@ -2,8 +2,9 @@
 
 import functools
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gpt2repro.data.tokenizer import holds_tokenizer, load_tokenizer
 from gpt2repro.records import checkpoints
 from gpt2repro.records.integrity import is_whole
 from gpt2repro.records.run_directory import finished_step, run_of, saved_recipe
-from gpt2repro.system import ranks
+from gpt2repro.system import atomic, ranks
 from gpt2repro.system.hub import is_hub_id, of_hub_or_cache, refuse_pointers
 from gpt2repro.system.patience import patiently
 from gpt2repro.system.text import printable
@@ -38,17 +39,22 @@ def locate(name: str, option: str = "--model") -> str:
     """
     path = Path(name)
     if (path / "config.json").is_file():
-        return str(path)
+        return _local(path)
     if path.is_dir():
         for candidate in _candidates(path):
             if (candidate / "config.json").is_file():
-                return str(candidate)
+                return _local(candidate)
         if (path / "adapter_config.json").is_file():
             raise UserError(f"{option} {name}: an adapter: merge it into its model first, and save")
         raise UserError(f"{option} {name}: a directory without a config.json")
     if path.exists() or not is_hub_id(name):
         raise UserError(f"{option} {name}: no such directory, and no Hub id either")
     return name
+
+
+def _local(path: Path) -> str:
+    """`path` spelled like no Hub id: whoever removes it now must not make it one."""
+    return str(path) if path.is_absolute() else f".{os.sep}{path}"
 
 
 def _candidates(run: Path) -> Iterator[Path]:
@@ -81,7 +87,6 @@ def load_causal_lm(
         UserError: not there, not reachable, not a GPT-2, or its tensors are not all there.
     """
     where = locate(name, option)
-    refuse_pointers(sorted(Path(where).glob("*.safetensors")))
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # one bar for every file that is opened
     logging.set_verbosity_error()  # warnings about tensors, which are errors below
@@ -96,9 +101,9 @@ def load_causal_lm(
         )
 
     try:
-        _refuse_weights_elsewhere(Path(where))
+        read = _of_directory if Path(where).is_dir() else of_hub_or_cache
         loaded = patiently(
-            lambda: load(False) if Path(where).is_dir() else of_hub_or_cache(where, load),
+            lambda: read(where, load),
             f"load the model {where!r} ({option})",
             if_unreachable=OFFLINE_ADVICE,
             reaches_hub=False,
@@ -123,6 +128,19 @@ def load_causal_lm(
     if head is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False  # whatever its file says, as of merged adapters
     return model.eval()
+
+
+def _of_directory(name: str, load: Callable[[bool], Any]) -> Any:
+    """`load(False)` of what lies in the directory `name`, if all of it is of one model."""
+    directory = Path(name)
+    found = directory.stat()
+    try:
+        refuse_pointers(sorted(directory.glob("*.safetensors")))
+        _refuse_weights_elsewhere(directory)
+        return load(False)
+    finally:
+        if not directory.is_dir() or atomic.is_another(directory.stat(), found):
+            raise UserError(f"{name} was removed or replaced while it was read: run this again")
 
 
 def _refuse_weights_elsewhere(directory: Path) -> None:

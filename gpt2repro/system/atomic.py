@@ -128,14 +128,22 @@ def move_into_place(scratch: Path, path: Path) -> None:
     """Flush the directory `scratch` and name it `path`; one that had the name goes afterwards.
 
     Killed in between, one of the two exists whole: the earlier one as `.NAME.previous`.
+
+    Raises:
+        OSError: then the earlier one has its name.
     """
     for each in [*scratch.rglob("*"), scratch]:
         flush(each)
     previous = path.absolute().with_name(f".{path.absolute().name}.previous")
-    remove(previous)
     if path.exists() or path.is_symlink():
+        remove(previous)  # else it is the only copy
         path.rename(previous)
-    scratch.rename(path)
+    try:
+        scratch.rename(path)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            previous.rename(path)
+        raise
     flush(path.absolute().parent)
     with contextlib.suppress(PermissionError):  # somebody else's, which that one lay in before
         flush(path.absolute().parent.parent)  # where that one may be as new
@@ -151,6 +159,14 @@ def is_at(file: IO[Any], path: Path) -> bool:
         if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: another client has replaced it
             return False
         raise
+
+
+def is_another(now: os.stat_result, found: os.stat_result) -> bool:
+    """Whether a file or directory has been put in the place of the one that was `found` there.
+
+    That differs in both: somebody may touch one, and some file systems number it anew.
+    """
+    return now.st_ino != found.st_ino and now.st_mtime_ns != found.st_mtime_ns
 
 
 def let_umask_decide(path: Path) -> None:

@@ -137,12 +137,12 @@ class Run:
         """
         with self.monitor.saving():
             self.wait_for_checkpoint()
-        if step == self.checkpoints.saved_step:
+        is_lost = self.directory.restore(self.recipe.as_yaml())
+        if step == self.checkpoints.saved_step and not ranks.any_rank(is_lost):
             return
         self.monitor.catch_up()
         ranks.wait_at_most(LONGEST_WAIT_SECONDS)  # the disk of rank 0 may be slow
         with self.monitor.saving():
-            self.directory.restore(self.recipe.as_yaml())
             at_its_end = step == stable_until(self.recipe)
             self.checkpoints.save(step, self.learner, self._state(step), stable=at_its_end)
         if step > self.checkpoints.first_step:  # else the first step is still to come, see there

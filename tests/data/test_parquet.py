@@ -3,6 +3,7 @@
 import gc
 import io
 import itertools
+import os
 import re
 
 import numpy as np
@@ -120,8 +121,20 @@ def test_a_file_that_shrinks_is_refused_when_it_is_read(tmp_path):
     content = parquet_bytes(TEXTS, 10)
     source = open_corpus(_written(tmp_path / "a.parquet", content))
     _written(tmp_path / "a.parquet", content[:1000])
-    with pytest.raises(UserError, match="ends early"):
+    with pytest.raises(UserError, match="changed while being read"):
         source.read_unit(9)
+
+
+def test_another_file_of_the_same_size_is_refused_when_it_is_read(tmp_path):
+    """Its text would go into a cache of tokens under the hash of the first."""
+    path = _written(tmp_path / "a.parquet", checked(TEXTS, compression="none"))
+    corpus = open_corpus(path)
+    os.utime(path, ns=(0, 0))  # somebody touches it
+    assert corpus.read_unit(0) == TEXTS[:10]
+    other = [text[::-1] for text in TEXTS]
+    _written(tmp_path / "b", checked(other, compression="none")).replace(path)
+    with pytest.raises(UserError, match="changed while being read"):
+        corpus.read_unit(0)
 
 
 # --- What can be compared is --------------------------------------------------------------------
@@ -136,7 +149,7 @@ def checked(texts, **options):
 
 
 def opened(path):
-    source = parquet.LocalSource(path.name, path, path.stat().st_size)
+    source = parquet.LocalSource(path.name, path, path.stat())
     return parquet.ParquetCorpus([source], "text", {})
 
 

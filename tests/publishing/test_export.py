@@ -386,6 +386,20 @@ def test_something_else_is_never_overwritten(tmp_path, no_verification):
     assert {path.name for path in tmp_path.iterdir()} == {"notes", "new"}
 
 
+def test_what_was_put_there_while_it_is_verified_stays(tmp_path, monkeypatch, no_verification):
+    out, model, tokenizer = tmp_path / "final", tiny_model(), tiny_tokenizer()
+
+    def verified(*_):
+        (out / "results.json").write_text("a day of evaluation")
+        return VERIFIED
+
+    export.export(model, tokenizer, out)
+    monkeypatch.setattr(export, "verify", verified)
+    with pytest.raises(UserError, match=r"results\.json"):
+        export.export(model, tokenizer, out)
+    assert (out / "results.json").is_file() and [*tmp_path.iterdir()] == [out]
+
+
 @pytest.mark.parametrize(
     "theirs", ["diary.txt", "sub/diary.txt", "optimizer.safetensors", "model.py", "a.jpg", "link"]
 )

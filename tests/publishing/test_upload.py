@@ -2,19 +2,22 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import Fault
-from fake_hub_uploads import UploadHub
+from fake_hub import Fault, impatient
+from fake_hub_uploads import UploadHandler, UploadHub
 from huggingface_hub import HfApi
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_export import export_unverified
 
 from gpt2repro import UserError
 from gpt2repro.publishing import upload
-from gpt2repro.system import patience
+from gpt2repro.publishing.contents import SUMS, write_sums
+from gpt2repro.records.integrity import WEIGHTS
+from gpt2repro.system import atomic, patience
 from gpt2repro.system.diagnosis import FEW_ATTEMPTS
 
 BRANCHES = ("main", "step00000002", "stock")
@@ -199,3 +202,25 @@ def test_a_repository_that_was_renamed_stays_the_one(hub, exported):
     assert upload.upload(exported, "me/old", message="2") == f"{hub.url}/me/new"
     assert [name for _, name in hub.repositories] == ["me/new"]
     assert b"me/new" in hub.files("me/new")["README.md"]
+
+
+def test_what_is_replaced_while_it_is_sent_is_sent_again(hub, exported, tmp_path, monkeypatch):
+    """By a run that was made longer: not the weights of one model and the sums of another."""
+    final, new = tmp_path / "final", tmp_path / "new"
+    for place in (final, new):
+        shutil.copytree(exported, place)
+    tensors = {name: tensor + 1 for name, tensor in load_file(new / WEIGHTS).items()}
+    save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+    write_sums(new)
+    expected, put = {p.name: p.read_bytes() for p in new.iterdir()}, UploadHandler.lfs_put
+
+    def replaced(self, digest):
+        if new.exists():
+            atomic.move_into_place(new, final)
+        return put(self, digest)
+
+    impatient(monkeypatch)
+    monkeypatch.setattr(UploadHandler, "lfs_put", replaced)
+    upload.upload(final, "me/model", message="m")
+    there = hub.files("me/model")
+    assert [there[name] for name in (WEIGHTS, SUMS)] == [expected[name] for name in (WEIGHTS, SUMS)]

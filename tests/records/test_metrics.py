@@ -54,6 +54,23 @@ def test_lines_after_another_file_took_its_place_are_not_lost(tmp_path):
     log.close()
 
 
+def test_a_disk_that_is_full_when_they_are_put_back_keeps_what_is_there(tmp_path, monkeypatch):
+    log, path = MetricsLog(tmp_path / "metrics.jsonl"), tmp_path / "metrics.jsonl"
+    log.write({"step": 0, "loss": 1.0})
+    (tmp_path / "copy").write_bytes(path.read_bytes())
+    (tmp_path / "copy").replace(path)
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr("pathlib.Path.write_text", lambda *_, **__: (_ for _ in ()).throw(full))
+        with pytest.raises(OSError, match="No space left"):
+            log.make_durable()
+    log.write({"step": 1, "loss": 1.0})
+    assert [line["step"] for line in read_metrics(path)] == [0]
+    log.make_durable()
+    assert [line["step"] for line in read_metrics(path)] == [0, 1]
+    log.close()
+
+
 def test_a_disk_that_fails_at_a_checkpoint_names_the_file(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path / "metrics.jsonl")
 

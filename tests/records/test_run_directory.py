@@ -145,6 +145,58 @@ def test_a_lock_that_was_removed_is_taken_again_or_told(run):
     other.close()
 
 
+def test_where_another_launch_has_been_nothing_is_written(run, tmp_path):
+    """It came and went: before this one opened the run, or while its lock was lost."""
+    late, other = RunDirectory(run), RunDirectory(run)
+    early = RunDirectory(tmp_path / "new")
+    early.find_start("never")
+    late.find_start("auto")
+    late.close()  # as on the way to it, without a lock
+    for directory, path in ((late, run), (early, tmp_path / "new")):
+        other = RunDirectory(path)
+        other.open(4, RECIPE)
+        other.close()
+        with pytest.raises(UserError, match="another launch has been here since this one began"):
+            directory.open(0, RECIPE)
+    assert (run / "checkpoints" / "step_00000004").is_dir()
+    directory = RunDirectory(run)
+    directory.open(4, RECIPE)
+    (run / ".lock").unlink()
+    other.close()
+    other = RunDirectory(run)
+    other.open(4, RECIPE)
+    with pytest.raises(UserError, match="is being written by another process"):
+        directory.restore(RECIPE)
+    other.close()
+    for touch in (directory.check_still_there, lambda: directory.restore(RECIPE)):
+        with pytest.raises(UserError, match="another launch has been here"):
+            touch()
+
+
+def test_a_lock_that_is_removed_while_it_is_waited_for_is_not_the_one(run, monkeypatch):
+    holder, late = RunDirectory(run), RunDirectory(run)
+    holder.open(8, RECIPE)
+    (run / ".lock").rename(run / "held")
+
+    def sleep(_):  # the one that waits has the old file open, which is free now
+        (run / ".lock").unlink()
+        holder.check_still_there()
+
+    (run / ".lock").hardlink_to(run / "held")
+    monkeypatch.setattr(run_directory.time, "sleep", sleep)
+    monkeypatch.setattr(run_directory, "PATIENCE_SECONDS", 0.2)
+    with pytest.raises(UserError, match="is being written by another process"):
+        late.find_start("auto")
+
+
+def test_a_checkpoint_that_was_to_be_written_again_is_there_after_a_kill(run):
+    place = run / "checkpoints" / "step_00000008"
+    place.rename(place.with_name(".step_00000008.previous"))
+    assert RunDirectory(run).find_start("auto").step == 4  # somebody may be about to name it
+    (run / ".lock").touch()
+    assert RunDirectory(run).find_start("auto").step == 8
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
 def test_a_file_system_that_fails_to_answer_once_ends_no_run(run, monkeypatch, number):
     directory = RunDirectory(run)
@@ -182,7 +234,7 @@ def test_a_lock_that_cannot_be_taken_again_now_is_taken_before_the_next_batch(ru
         patch.setattr(os, "fstat", lambda _: (_ for _ in ()).throw(OSError(errno.ESTALE, "stale")))
         patch.setattr(Path, "open", fails)
         directory.check_still_there()
-    RunDirectory(run).open(8, RECIPE)  # nobody holds it
+    RunDirectory(run).find_start("auto")  # nobody holds it
     directory.check_still_there()
     with pytest.raises(UserError, match="another process"):
         RunDirectory(run).open(8, RECIPE)

@@ -250,3 +250,26 @@ def test_a_file_system_that_flushes_no_directory_is_written_all_the_same(tmp_pat
     monkeypatch.setattr(os, "fsync", lambda _: os.close(-1))  # EBADF: a fault of any other kind
     with pytest.raises(OSError, match="Bad file descriptor"):
         atomic.flush(tmp_path)
+
+
+@pytest.mark.parametrize("copies", ["there", "previous"])
+def test_a_directory_that_cannot_have_its_name_leaves_the_earlier_one_there(
+    tmp_path, monkeypatch, copies
+):
+    """Also where a kill had left it under another name: it is the only copy."""
+    path, rename = tmp_path / "final", Path.rename
+    earlier = path if copies == "there" else tmp_path / ".final.previous"
+    earlier.mkdir()
+    (earlier / "a").write_text("before")
+    scratch = atomic.partial(path)
+
+    def fails(self, place):
+        if self == scratch:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return rename(self, place)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    for _ in range(2):
+        with pytest.raises(OSError, match="quota"):
+            atomic.move_into_place(scratch, path)
+        assert (path / "a").read_text() == "before"

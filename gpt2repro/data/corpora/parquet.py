@@ -6,6 +6,7 @@ does not agree is read again from the Hub, a few times, for it may have broken o
 """
 
 import io
+import os
 import re
 import threading
 from collections import defaultdict, deque
@@ -31,7 +32,7 @@ from gpt2repro.data.corpora.corpus import (
 )
 from gpt2repro.data.corpora.footers import CODECS, Column, footer_of_chunk
 from gpt2repro.data.corpora.unit_table import UNIT, UnitTable, kept
-from gpt2repro.system import hub_client, patience
+from gpt2repro.system import atomic, hub_client, patience
 from gpt2repro.system.diagnosis import PassingFault
 from gpt2repro.system.threads import DaemonPool
 
@@ -54,7 +55,7 @@ def sources_of(found: Found) -> "tuple[list[Source], dict[str, Any]] | None":
     """The files, to be read by ranges, and their identity; None where they are no repository's."""
     if not found.on_hub:
         paths = [Path(file) for file in found.files]
-        return [LocalSource(path.name, path, path.stat().st_size) for path in paths], found.identity
+        return [LocalSource(path.name, path, path.stat()) for path in paths], found.identity
     pattern = re.compile(
         r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)", re.DOTALL
     )
@@ -67,16 +68,24 @@ def sources_of(found: Found) -> "tuple[list[Source], dict[str, Any]] | None":
 
 @dataclass(frozen=True)
 class LocalSource:
+    """A file of this machine, as it was `found`, which is before its content is hashed."""
+
     name: str
     path: Path
-    size: int
+    found: os.stat_result
+
+    @property
+    def size(self) -> int:
+        return self.found.st_size
 
     def read(self, start: int, length: int) -> bytes:
         with self.path.open("rb") as file:  # buffered: it asks again for what a disk left out
+            now = os.fstat(file.fileno())
             file.seek(start)
             content = file.read(length)
-        if len(content) != length:
-            raise UserError(f"dataset_name: {self.path} ends early: it changed while being read")
+        grew = now.st_size != self.size
+        if grew or len(content) != length or atomic.is_another(now, self.found):
+            raise UserError(f"dataset_name: {self.path} changed while being read")
         return content
 
 
