@@ -372,7 +372,7 @@ class RunDirectory:
     def _count_launches_bytes(self) -> int:
         try:
             return self.launches.stat().st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
 
     def close(self) -> None:
