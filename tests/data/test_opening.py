@@ -552,7 +552,7 @@ def test_an_odd_name_on_the_hub_does_not_change_how_all_are_read(tmp_path, monke
         for file in files:
             write_parquet(tmp_path / file["path"], [file["path"]])
         places = [tmp_path / file["path"] for file in files]
-        return [Listed(p.name, p, p.stat()) for p in places]
+        return [Listed(p.name, p, p.stat().st_size) for p in places]
 
     monkeypatch.setattr(parquet, "_hub_sources", written)
     files = [f"hf://datasets/someone/odd@1f/{name}" for name in names]

@@ -149,7 +149,7 @@ def checked(texts, **options):
 
 
 def opened(path):
-    source = parquet.LocalSource(path.name, path, path.stat())
+    source = parquet.LocalSource(path.name, path, path.stat().st_size)
     return parquet.ParquetCorpus([source], "text", {})
 
 

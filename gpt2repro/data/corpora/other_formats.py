@@ -66,7 +66,7 @@ def open_prepared(found: Found) -> Corpus | None:
         return stamps(found.files) == before or digest(content_hashes(found.files)) == content
 
     path = _prepare(found, f"{digest([content, names, how])}.parquet", is_same)
-    corpus = ParquetCorpus([LocalSource(str(path), path, path.stat())], "text", {})
+    corpus = ParquetCorpus([LocalSource(str(path), path, path.stat().st_size)], "text", {})
     assert corpus.num_documents is not None  # parquet tells
     if not corpus.num_documents.any():
         raise UserError(f"dataset_name: no documents can be read from {names[0]}: it is empty")

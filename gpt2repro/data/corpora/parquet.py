@@ -54,8 +54,8 @@ def open_parquet(found: Found) -> Corpus | None:
 def sources_of(found: Found) -> "tuple[list[Source], dict[str, Any]] | None":
     """The files, to be read by ranges, and their identity; None where they are no repository's."""
     if not found.on_hub:
-        paths = [Path(file) for file in found.files]
-        return [LocalSource(path.name, path, path.stat()) for path in paths], found.identity
+        files = [(Path(file), Path(file).stat()) for file in found.files]
+        return [LocalSource(p.name, p, now.st_size, now) for p, now in files], found.identity
     pattern = re.compile(
         r"hf://datasets/(?P<repository>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)", re.DOTALL
     )
@@ -68,23 +68,24 @@ def sources_of(found: Found) -> "tuple[list[Source], dict[str, Any]] | None":
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A file of this machine, as it was `found`, which is before its content is hashed."""
+    """A file of this machine.
+
+    found: as it was before its content was hashed; None of one that is named by its content, in
+    whose place whoever makes another puts the same.
+    """
 
     name: str
     path: Path
-    found: os.stat_result
-
-    @property
-    def size(self) -> int:
-        return self.found.st_size
+    size: int
+    found: os.stat_result | None = None
 
     def read(self, start: int, length: int) -> bytes:
         with self.path.open("rb") as file:  # buffered: it asks again for what a disk left out
             now = os.fstat(file.fileno())
             file.seek(start)
             content = file.read(length)
-        grew = now.st_size != self.size
-        if grew or len(content) != length or atomic.is_another(now, self.found):
+        is_another = self.found is not None and atomic.is_another(now, self.found)
+        if is_another or now.st_size != self.size or len(content) != length:
             raise UserError(f"dataset_name: {self.path} changed while being read")
         return content
 
